@@ -1,0 +1,64 @@
+# The two commands of the README: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+JOBS ?= 2
+
+# `poetry lock` keeps every version that still fits; pass LOCK to resolve in another way.
+POETRY_VENV := .poetry-venv
+POETRY := $(POETRY_VENV)/bin/poetry
+LOCK ?= $(POETRY) lock
+
+# A stamp tells what the environment holds, so that a second run installs nothing.
+STAMP := $(VENV)/.installed
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint tiny lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP)-full ## sample from the bundled model in both frameworks, and compare
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)-test ## run the test suite
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)-dev ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tiny: $(STAMP)-full ## train the bundled model anew
+	$(BIN)/python scripts/train_tiny.py
+
+lock: $(POETRY_VENV)/.installed ## write poetry.lock and constraints.txt from pyproject.toml
+	$(LOCK)
+	$(POETRY) check --lock
+	$(POETRY) export --all-extras --without-hashes --format constraints.txt --output constraints.txt
+
+clean: ## remove the environments, the caches and what was built
+	rm -rf $(VENV) .ci-venv $(POETRY_VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Each environment also holds what the one before it does.
+$(STAMP)-full: EXTRAS := full
+$(STAMP)-test: EXTRAS := full,test
+$(STAMP)-dev: EXTRAS := full,test,dev
+$(STAMP)-full $(STAMP)-test $(STAMP)-dev: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(POETRY_VENV)/.installed:
+	$(PYTHON) -m venv $(POETRY_VENV)
+	$(POETRY_VENV)/bin/python -m pip --quiet install "poetry>=2.2" poetry-plugin-export
+	@touch $@

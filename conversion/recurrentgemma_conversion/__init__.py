@@ -1,0 +1,1 @@
+"""Readers and writers of RecurrentGemma checkpoints, one module a format."""

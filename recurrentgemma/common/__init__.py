@@ -1,0 +1,1 @@
+"""What both twins share: configuration, layer spec, reference, text. Imports no framework."""

@@ -1,0 +1,382 @@
+"""The table: every parameter of a Griffin model, declared once.
+
+Both twins build and initialise their parameters from `layer_spec(config)`; checkpoint readers and
+writers, weight decay, LoRA targets, sharding rules and parameter counts loop over it. A temporal
+block type is an entry of `_TEMPORAL_BLOCKS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.presets import TemporalBlockType
+
+CONV1D_WIDTH = 4
+
+
+class Normal(NamedTuple):
+    """Independent normal values of mean 0 and standard deviation `std`."""
+
+    std: float
+
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * np.float32(self.std)
+
+
+class Zeros(NamedTuple):
+    """Zeros."""
+
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        del rng
+        return np.zeros(shape, np.float32)
+
+
+class RingLog(NamedTuple):
+    """The RG-LRU's `a_param`: exp(-softplus(a_param)) uniform on a ring of the unit disk.
+
+    The squared radius is uniform in [min_radius^2, max_radius^2] (arXiv 2402.19427, section 2.4).
+    """
+
+    min_radius: float
+    max_radius: float
+
+    def from_uniform(self, u, xp=np):
+        """The parameter at uniform values `u` in [0, 1), in the array namespace `xp`."""
+        low, high = self.min_radius**2, self.max_radius**2
+        return xp.log(xp.expm1(-0.5 * xp.log(low + u * (high - low))))
+
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return self.from_uniform(rng.random(shape, np.float32)).astype(np.float32)
+
+
+Init = Normal | Zeros | RingLog
+
+
+class Stored(NamedTuple):
+    """How a checkpoint format stores a parameter, or one part of it.
+
+    The stored tensor is `parameter[part]` (or all of it), its last two axes swapped if
+    `transpose`, in the shape `shape`. Both directions take NumPy or JAX arrays.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: int | None = None
+    transpose: bool = False
+
+    def encode(self, parameter: Any) -> Any:
+        """The stored tensor of a parameter in the Flax layout."""
+        value = parameter if self.part is None else parameter[self.part]
+        return (value.swapaxes(-1, -2) if self.transpose else value).reshape(self.shape)
+
+    def decode(self, stored: Any, spec: ParamSpec) -> Any:
+        """The parameter, or its part, from the stored tensor. Inverse of `encode`."""
+        shape = spec.shape if self.part is None else spec.shape[1:]
+        if self.transpose:
+            return stored.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
+        return stored.reshape(shape)
+
+
+class ParamSpec(NamedTuple):
+    """One parameter.
+
+    Attributes:
+      path: Dotted path, also of the Flax tree ("blocks.N" is one level there).
+      shape: Shape in the Flax layout.
+      init: Distribution of initial values.
+      axes: Logical name of each axis; sharding rules read these.
+      decay: Whether weight decay applies.
+      lora: The group of LoRA targets this parameter belongs to, if any.
+      torch: How a PyTorch state dict stores it.
+      hf: How Hugging Face's RecurrentGemma stores it: one tensor or several.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    init: Init
+    axes: tuple[str, ...]
+    decay: bool
+    lora: str | None
+    torch: Stored
+    hf: tuple[Stored, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def layer_spec(config: GriffinConfig) -> tuple[ParamSpec, ...]:
+    """Every parameter of the model, in the order of the forward pass."""
+    return tuple(_parameters(config))
+
+
+@functools.lru_cache(maxsize=32)
+def spec_by_path(config: GriffinConfig) -> Mapping[str, ParamSpec]:
+    """The layer spec, keyed by path."""
+    return {spec.path: spec for spec in layer_spec(config)}
+
+
+def num_parameters(config: GriffinConfig) -> int:
+    """Number of values in all parameters."""
+    return sum(spec.size for spec in layer_spec(config))
+
+
+def sample_params(config: GriffinConfig, seed: int) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Initial values of every parameter, float32 in the Flax layout, one at a time."""
+    for spec in layer_spec(config):
+        yield spec, sample_param(spec, seed)
+
+
+def sample_param(spec: ParamSpec, seed: int) -> np.ndarray:
+    """Initial values of one parameter, float32 in the Flax layout.
+
+    Each parameter has its own random stream, from the seed and its path: the same seed gives the
+    same weights in both frameworks, bit for bit, and a parameter's values do not depend on which
+    others the model has.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(spec.path.encode())])
+    return spec.init.sample(rng, spec.shape)
+
+
+def mismatches(
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Every difference between two tables of shapes, as one phrase each."""
+    problems = [f"missing {name} {expected[name]}" for name in expected if name not in actual]
+    problems += [f"unexpected {name} {actual[name]}" for name in actual if name not in expected]
+    problems += [
+        f"{name} must have shape {expected[name]}, got {actual[name]}"
+        for name in expected
+        if name in actual and expected[name] != actual[name]
+    ]
+    return problems
+
+
+def require_match(
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises `ValueError` with every difference between two tables of shapes, if there is any."""
+    problems = mismatches(expected, actual)
+    if problems:
+        raise ValueError(
+            f"the parameters do not match the config ({len(problems)} differences):\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _same(hf_name: str) -> Callable[[str, str, tuple[int, ...]], tuple[Stored, tuple[Stored, ...]]]:
+    """Stored alike everywhere."""
+
+    def layouts(path: str, layer: str, shape: tuple[int, ...]):
+        return Stored(path, shape), (Stored(layer + hf_name, shape),)
+
+    return layouts
+
+
+def _kernel(hf_name: str):
+    """A Flax Dense kernel: both PyTorch forms store its transpose under `weight`."""
+
+    def layouts(path: str, layer: str, shape: tuple[int, ...]):
+        name = path.removesuffix("kernel") + "weight"
+        swapped = shape[::-1]
+        return (
+            Stored(name, swapped, transpose=True),
+            (Stored(f"{layer}{hf_name}.weight", swapped, transpose=True),),
+        )
+
+    return layouts
+
+
+def _conv_weight(path: str, layer: str, shape: tuple[int, ...]):
+    """Depthwise taps: Hugging Face keeps a torch Conv1d's (channels, 1, taps)."""
+    hf_shape = (shape[1], 1, shape[0])
+    hf = Stored(f"{layer}temporal_block.conv_1d.weight", hf_shape, transpose=True)
+    return Stored(path, shape), (hf,)
+
+
+def _gated_halves(leaf: str):
+    """`ffw_up`: Hugging Face keeps its two halves as separate layers."""
+
+    def layouts(path: str, layer: str, shape: tuple[int, ...]):
+        stored_shape = shape[:0:-1] if leaf == "weight" else shape[-1:]
+        hf = tuple(
+            Stored(f"{layer}mlp_block.{half}.{leaf}", stored_shape, i, transpose=leaf == "weight")
+            for i, half in enumerate(("gate_proj", "up_proj"))
+        )
+        return Stored(path, shape), hf
+
+    return layouts
+
+
+class _Entry(NamedTuple):
+    """A parameter relative to its block."""
+
+    path: str
+    shape: tuple[int, ...]
+    init: Init
+    axes: tuple[str, ...]
+    layouts: Callable[[str, str, tuple[int, ...]], tuple[Stored, tuple[Stored, ...]]]
+    decay: bool = False
+    lora: str | None = None
+
+
+def _norm(path: str, hf_name: str, c: GriffinConfig) -> _Entry:
+    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), _same(f"{hf_name}.weight"))
+
+
+def _linear(
+    path: str,
+    sizes: tuple[int, int],
+    axes: tuple[str, str],
+    hf_name: str,
+    lora: str,
+    variance: float = 1.0,
+    bias: bool = True,
+) -> Iterator[_Entry]:
+    """A Dense layer whose kernel has variance `variance` / fan-in."""
+    std = math.sqrt(variance / sizes[0])
+    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, _kernel(hf_name), True, lora)
+    if bias:
+        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:], _same(f"{hf_name}.bias"))
+
+
+def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
+    width, lru, heads = c.width, c.lru_width, c.num_heads
+    block, hf = "recurrent_block", "temporal_block"
+    for name in ("linear_y", "linear_x"):
+        yield from _linear(
+            f"{block}.{name}", (width, lru), ("width", "lru"), f"{hf}.{name}", "recurrent"
+        )
+    yield _Entry(
+        f"{block}.conv_1d.w",
+        (CONV1D_WIDTH, lru),
+        Normal(math.sqrt(0.01 / CONV1D_WIDTH)),
+        ("conv", "lru"),
+        _conv_weight,
+        decay=True,
+    )
+    yield _Entry(f"{block}.conv_1d.b", (lru,), Zeros(), ("lru",), _same(f"{hf}.conv_1d.bias"))
+    a_param = _same(f"{hf}.rg_lru.recurrent_param")
+    yield _Entry(f"{block}.rg_lru.a_param", (lru,), RingLog(0.9, 0.999), ("lru",), a_param)
+    per_head = lru // heads
+    for gate, hf_gate in (("input_gate", "input_gate"), ("a_gate", "recurrent_gate")):
+        yield _Entry(
+            f"{block}.rg_lru.{gate}.w",
+            (heads, per_head, per_head),
+            Normal(math.sqrt(1 / per_head)),
+            ("heads", "head_in", "head_out"),
+            _same(f"{hf}.rg_lru.{hf_gate}_weight"),
+            lora="gates",
+        )
+        yield _Entry(
+            f"{block}.rg_lru.{gate}.b",
+            (heads, per_head),
+            Zeros(),
+            ("heads", "head_out"),
+            _same(f"{hf}.rg_lru.{hf_gate}_bias"),
+        )
+    yield from _linear(
+        f"{block}.linear_out",
+        (lru, width),
+        ("lru", "width"),
+        f"{hf}.linear_out",
+        "recurrent",
+        variance=2 / c.num_layers,
+    )
+
+
+def _attention_block(c: GriffinConfig) -> Iterator[_Entry]:
+    width, block, hf = c.width, "attention_block", "temporal_block"
+    for name, size, axis in (
+        ("q", width, "heads"),
+        ("k", c.head_dim, "kv"),
+        ("v", c.head_dim, "kv"),
+    ):
+        yield from _linear(
+            f"{block}.proj_{name}",
+            (width, size),
+            ("width", axis),
+            f"{hf}.{name}_proj",
+            "attention",
+            bias=False,
+        )
+    yield from _linear(
+        f"{block}.proj_final",
+        (width, width),
+        ("heads", "width"),
+        f"{hf}.o_proj",
+        "attention",
+        variance=2 / c.num_layers,
+    )
+
+
+_TEMPORAL_BLOCKS: dict[TemporalBlockType, Callable[[GriffinConfig], Iterator[_Entry]]] = {
+    TemporalBlockType.RECURRENT: _recurrent_block,
+    TemporalBlockType.ATTENTION: _attention_block,
+}
+
+
+def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
+    width, mlp = c.width, c.mlp_expanded_width
+    yield _Entry(
+        "mlp_block.ffw_up.w",
+        (2, width, mlp),
+        Normal(math.sqrt(1 / width)),
+        ("gate", "width", "mlp"),
+        _gated_halves("weight"),
+        decay=True,
+        lora="mlp",
+    )
+    yield _Entry(
+        "mlp_block.ffw_up.b",
+        (2, 1, 1, mlp),
+        Zeros(),
+        ("gate", "batch", "time", "mlp"),
+        _gated_halves("bias"),
+    )
+    yield from _linear(
+        "mlp_block.ffw_down",
+        (mlp, width),
+        ("mlp", "width"),
+        "mlp_block.down_proj",
+        "mlp",
+        variance=2 / c.num_layers,
+    )
+
+
+def _residual_block(c: GriffinConfig, block_type: TemporalBlockType) -> Iterator[_Entry]:
+    yield _norm("temporal_pre_norm", "temporal_pre_norm", c)
+    yield from _TEMPORAL_BLOCKS[block_type](c)
+    yield _norm("channel_pre_norm", "channel_pre_norm", c)
+    yield from _mlp_block(c)
+
+
+def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
+    def place(entry: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
+        path = prefix + entry.path
+        torch, hf = entry.layouts(path, hf_prefix, entry.shape)
+        return ParamSpec(
+            path, entry.shape, entry.init, entry.axes, entry.decay, entry.lora, torch, hf
+        )
+
+    embedding = _Entry(
+        "embedder.input_embedding",
+        (c.vocab_size, c.width),
+        Normal(math.sqrt(1 / c.width)),
+        ("vocab", "width"),
+        _same("embed_tokens.weight"),
+    )
+    yield place(embedding, "", "model.")
+    for i, block_type in enumerate(c.block_types):
+        for entry in _residual_block(c, block_type):
+            yield place(entry, f"blocks.{i}.", f"model.layers.{i}.")
+    yield place(_norm("final_norm", "final_norm", c), "", "model.")

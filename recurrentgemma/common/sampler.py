@@ -1,0 +1,271 @@
+"""What both samplers share: checks, the generation loop, and how its results are put together."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import sentencepiece as spm
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.sampling import Categorical, Greedy, Sampling
+from recurrentgemma.common.text import StreamDecoder, Tokenizer, apply_it_formatter, pad_left
+
+PREFILL_CHUNK = 2048
+_Array = TypeVar("_Array")
+
+
+class SamplerOutput(NamedTuple, Generic[_Array]):
+    """What a sampler returns, one entry a row.
+
+    Attributes:
+      text: The generated text, with `echo` behind the prompt's.
+      tokens: The generated token ids with the one that stopped the row, with `echo` behind the
+        prompt's.
+      logits: Row i scores `tokens[i]` (zeros for a prompt's first token, which nothing scores);
+        None unless asked for.
+    """
+
+    text: list[str]
+    tokens: list[_Array]
+    logits: list[_Array] | None
+
+
+class Step(NamedTuple):
+    """One generated token a row.
+
+    Attributes:
+      tokens: Token ids, [B].
+      active: The rows that they count for: those that had not ended before, [B].
+      logits: What the tokens were drawn from, [B, V], on the device.
+    """
+
+    tokens: np.ndarray
+    active: np.ndarray
+    logits: Any
+
+
+class BaseSampler(abc.ABC, Generic[_Array]):
+    """Text from a model. The twins add what runs on their framework.
+
+    Attributes:
+      config: The model's configuration.
+      tokenizer: The vocabulary with its special tokens.
+      sampling: How tokens are chosen.
+      is_it_model: Whether prompts are put into the chat template and `<end_of_turn>` ends a row.
+    """
+
+    # Whether prompt lengths are rounded up so that only a few are ever compiled.
+    _buckets = False
+
+    def __init__(
+        self,
+        config: GriffinConfig,
+        vocab: spm.SentencePieceProcessor,
+        sampling: Sampling | None,
+        greedy: bool,
+        is_it_model: bool,
+    ) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer(vocab)
+        self.sampling: Sampling = sampling or (Greedy() if greedy else Categorical())
+        self.is_it_model = is_it_model
+
+    def __call__(
+        self,
+        input_strings: Sequence[str],
+        total_generation_steps: int,
+        *,
+        rng: Any = None,
+        echo: bool = False,
+        return_logits: bool = False,
+        end_sampling_at_eos_token: bool = True,
+    ) -> SamplerOutput[_Array]:
+        """Continues each prompt.
+
+        Args:
+          input_strings: Prompts; they may differ in length and be empty.
+          total_generation_steps: At most this many tokens a row.
+          rng: Seed of the draws: an integer or the framework's own; fresh if None. A row's draws do
+            not depend on the other rows.
+          echo: Whether to return the prompts too.
+          return_logits: Whether to return logits.
+          end_sampling_at_eos_token: Whether a row ends at EOS (and, of an instruction-tuned model,
+            at `<end_of_turn>`).
+
+        Raises:
+          ValueError: The prompts are no sequence of strings, hold tokens outside the vocabulary, or
+            the number of steps is no integer of at least 0.
+        """
+        prompts = self._encode(input_strings)
+        steps = _checked_steps(total_generation_steps)
+        tokens: list[list[int]] = [list(prompt) if echo else [] for prompt in prompts]
+        logits: list[list[_Array]] = [[] for _ in prompts]
+        if prompts and (steps or echo):
+            with_prompt = echo and return_logits
+            prompt_logits, last_logits, cache = self._prefill(prompts, all_logits=with_prompt)
+            if with_prompt:
+                logits = self._align(prompts, prompt_logits)
+            stop_ids = self._stop_ids(end_sampling_at_eos_token)
+            draws = self._seed(rng, len(prompts))
+            for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
+                for row in np.flatnonzero(step.active):
+                    tokens[row].append(int(step.tokens[row]))
+                    if return_logits:
+                        logits[row].append(step.logits[row])
+        return SamplerOutput(
+            text=[self.tokenizer.decode(row) for row in tokens],
+            tokens=[self._array(row) for row in tokens],
+            logits=[self._stack(row) for row in logits] if return_logits else None,
+        )
+
+    def stream(
+        self,
+        input_string: str,
+        total_generation_steps: int,
+        *,
+        rng: Any = None,
+        end_sampling_at_eos_token: bool = True,
+    ) -> Iterator[tuple[int, str]]:
+        """Continues one prompt, a token at a time.
+
+        Yields:
+          Each token id with the text that became certain with it, which is never half a character
+          and may be empty; together the texts are what `__call__` returns.
+        """
+        prompts = self._encode([input_string])
+        steps = _checked_steps(total_generation_steps)
+        return self._stream(prompts, steps, rng, self._stop_ids(end_sampling_at_eos_token))
+
+    def _stream(
+        self, prompts: list[list[int]], steps: int, rng: Any, stop_ids: frozenset[int]
+    ) -> Iterator[tuple[int, str]]:
+        if not steps:
+            return
+        decoder = StreamDecoder(self.tokenizer)
+        _, last_logits, cache = self._prefill(prompts, all_logits=False)
+        draws = self._seed(rng, 1)
+        token, text = None, ""
+        for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
+            if token is not None:
+                yield token, text
+            token = int(step.tokens[0])
+            text = decoder.add(token)
+        assert token is not None
+        yield token, text + decoder.flush()
+
+    def _encode(self, input_strings: Sequence[str]) -> list[list[int]]:
+        if isinstance(input_strings, str) or not all(isinstance(s, str) for s in input_strings):
+            raise ValueError(f"input_strings must be a sequence of strings, got {input_strings!r}")
+        texts = map(apply_it_formatter, input_strings) if self.is_it_model else input_strings
+        prompts = [self.tokenizer.encode(text) for text in texts]
+        for row, prompt in enumerate(prompts):
+            outside = [token for token in prompt if token >= self.config.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"prompt {row} has tokens outside the model's vocabulary of "
+                    f"{self.config.vocab_size}: {outside[:5]}; is this the model's tokenizer?"
+                )
+        return prompts
+
+    def _stop_ids(self, end_sampling_at_eos_token: bool) -> frozenset[int]:
+        if not end_sampling_at_eos_token:
+            return frozenset()
+        stops = {self.tokenizer.eos_id}
+        if self.is_it_model and self.tokenizer.end_of_turn_id is not None:
+            stops.add(self.tokenizer.end_of_turn_id)
+        return frozenset(stops)
+
+    def _prefill(self, prompts: list[list[int]], *, all_logits: bool) -> tuple[list[Any], Any, Any]:
+        """Reads the prompts; logits of all their places by chunk, of the last place, the state."""
+        lengths = prefill_lengths(max(map(len, prompts)), buckets=self._buckets)
+        tokens, segment_pos = pad_left(prompts, self.tokenizer.pad_id, sum(lengths))
+        cache, logits, prompt_logits, start = None, None, [], 0
+        for length in lengths:
+            chunk = slice(start, start + length)
+            logits, cache = self._forward(
+                tokens[:, chunk], segment_pos[:, chunk], cache, all_logits
+            )
+            if all_logits:
+                prompt_logits.append(logits)
+            start += length
+        assert logits is not None
+        return prompt_logits, logits[:, -1], cache
+
+    def _align(self, prompts: list[list[int]], chunks: list[Any]) -> list[list[_Array]]:
+        """Per row, what scored each token of its prompt."""
+        length = sum(chunk.shape[1] for chunk in chunks)
+        scores = []
+        for row, prompt in enumerate(prompts):
+            places = [chunk[row, t] for chunk in chunks for t in range(chunk.shape[1])]
+            places = places[length - len(prompt) :]
+            scores.append([places[0] * 0, *places[:-1]])
+        return scores
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        steps: int,
+        stop_ids: frozenset[int],
+        logits: Any,
+        cache: Any,
+        draws: Any,
+    ) -> Iterator[Step]:
+        """Yields a step at a time until every row has ended.
+
+        A row that has ended is fed padding, which changes nothing.
+        """
+        active = np.ones(len(prompts), bool)
+        position = np.array([len(prompt) for prompt in prompts], np.int32)
+        for step in range(steps):
+            chosen = self._draw(logits, draws, step)
+            yield Step(chosen, active, logits)
+            active = active & ~np.isin(chosen, list(stop_ids))
+            if not active.any() or step + 1 == steps:
+                return
+            tokens = np.where(active, chosen, self.tokenizer.pad_id).astype(np.int32)
+            segment_pos = np.where(active, position + step, -1).astype(np.int32)
+            logits, cache = self._forward(tokens[:, None], segment_pos[:, None], cache, False)
+            logits = logits[:, -1]
+
+    @abc.abstractmethod
+    def _forward(
+        self, tokens: np.ndarray, segment_pos: np.ndarray, cache: Any, all_logits: bool
+    ) -> tuple[Any, Any]:
+        """Logits of all places or of the last, [B, T or 1, V], and the state."""
+
+    @abc.abstractmethod
+    def _seed(self, rng: Any, num_rows: int) -> Any:
+        """The source of random draws: one stream a row."""
+
+    @abc.abstractmethod
+    def _draw(self, logits: Any, draws: Any, step: int) -> np.ndarray:
+        """Tokens [B] from logits [B, V]."""
+
+    @abc.abstractmethod
+    def _array(self, tokens: list[int]) -> _Array:
+        """Token ids as the framework's array."""
+
+    @abc.abstractmethod
+    def _stack(self, rows: list[_Array]) -> _Array:
+        """Logits [T, V] from T rows, maybe none."""
+
+
+def prefill_lengths(longest: int, *, buckets: bool) -> list[int]:
+    """Lengths of the chunks in which prompts are read.
+
+    Full chunks come last, so that with `buckets` only the first has a length of its own, rounded up
+    to a power of two: few lengths occur, and each is compiled once.
+    """
+    full, rest = divmod(longest, PREFILL_CHUNK)
+    if buckets and rest:
+        rest = max(16, 1 << (rest - 1).bit_length())
+    return [rest] * (rest > 0) + [PREFILL_CHUNK] * full
+
+
+def _checked_steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise ValueError(f"total_generation_steps must be an integer of at least 0, got {steps!r}")
+    return int(steps)

@@ -1,0 +1,128 @@
+"""Text in and out: tokenizer, chat template, padding and positions, safe streaming."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+
+
+def apply_it_formatter(input_string: str) -> str:
+    """One user turn in the template of instruction-tuned models, up to where the model speaks."""
+    return f"{START_OF_TURN}user\n{input_string}{END_OF_TURN}\n{START_OF_TURN}model\n"
+
+
+class Tokenizer:
+    """A sentencepiece vocabulary with its special tokens, looked up by piece.
+
+    Attributes:
+      vocab: The processor underneath.
+      pad_id: Padding.
+      bos_id: Starts every prompt.
+      eos_id: Ends a text.
+      end_of_turn_id: Ends a turn of an instruction-tuned model; None where there is no such piece.
+    """
+
+    def __init__(self, vocab: spm.SentencePieceProcessor | str | os.PathLike[str]) -> None:
+        """Wraps a processor, or loads the one in a file.
+
+        Raises:
+          ValueError: The file is missing or no sentencepiece model, or there is no BOS or EOS.
+        """
+        if not isinstance(vocab, spm.SentencePieceProcessor):
+            vocab = _load(Path(vocab))
+        self.vocab = vocab
+        if vocab.bos_id() < 0 or vocab.eos_id() < 0:
+            raise ValueError("the tokenizer must have a BOS and an EOS piece, it lacks one")
+        self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
+        self.pad_id = max(vocab.pad_id(), 0)
+        end_of_turn = vocab.piece_to_id(END_OF_TURN)
+        self.end_of_turn_id = None if end_of_turn == vocab.unk_id() else end_of_turn
+
+    @property
+    def size(self) -> int:
+        """Number of pieces."""
+        return self.vocab.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """BOS and the tokens of a text; the empty text is BOS alone."""
+        return [self.bos_id, *self.vocab.encode(text)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
+        kept = [int(t) for t in tokens if t not in special and t < self.size]
+        return self.vocab.decode(kept)
+
+
+def _load(path: Path) -> spm.SentencePieceProcessor:
+    if not path.is_file():
+        raise ValueError(f"no tokenizer at {path}: a sentencepiece model file is expected")
+    vocab = spm.SentencePieceProcessor()
+    try:
+        vocab.load(str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
+    return vocab
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come, never printing half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context, self._printed = 0, 0  # a token's text may depend on the one before it
+
+    def add(self, token: int) -> str:
+        """The text that is certain after one more token, maybe none."""
+        self._tokens.append(token)
+        text = self._pending()
+        # An unfinished character decodes to U+FFFD: wait for the rest of its bytes.
+        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._advance(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        return self._advance(self._pending())
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._tokens[self._context : self._printed])
+        return self._tokenizer.decode(self._tokens[self._context :])[len(before) :]
+
+    def _advance(self, text: str) -> str:
+        if self._printed < len(self._tokens):
+            self._context, self._printed = self._printed, len(self._tokens)
+        else:
+            self._context = self._printed
+        return text
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one batch, padded on the left, and their positions (-1 where padded).
+
+    Args:
+      prompts: Token ids of each row.
+      pad_id: What padding is filled with.
+      length: Length of the batch, at least the longest prompt's; that if None.
+
+    Returns:
+      tokens and segment_pos, [B, T] int32.
+    """
+    longest = max(map(len, prompts), default=0)
+    length = longest if length is None else length
+    if length < longest:
+        raise ValueError(f"length must be at least the longest prompt's {longest}, got {length}")
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    segment_pos = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        if prompt:
+            tokens[row, -len(prompt) :] = prompt
+            segment_pos[row, -len(prompt) :] = np.arange(len(prompt))
+    return tokens, segment_pos

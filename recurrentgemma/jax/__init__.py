@@ -1,0 +1,48 @@
+"""RecurrentGemma in JAX and Flax."""
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.jax.attention import LocalAttentionBlock
+from recurrentgemma.jax.blocks import MLPBlock, RecurrentBlock, ResidualBlock
+from recurrentgemma.jax.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
+from recurrentgemma.jax.checkpoint import (
+    load_checkpoint,
+    load_parameters,
+    save_checkpoint,
+    save_parameters,
+)
+from recurrentgemma.jax.griffin import Griffin, init_params
+from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.jax.rg_lru import RGLRU
+from recurrentgemma.jax.sampler import Sampler, SamplerOutput
+from recurrentgemma.jax.sampling import Categorical, Greedy
+from recurrentgemma.jax.scan import linear_scan
+
+__all__ = [
+    "RGLRU",
+    "AttentionBlockCache",
+    "BlockDiagonalLinear",
+    "Categorical",
+    "Conv1D",
+    "Greedy",
+    "Griffin",
+    "GriffinConfig",
+    "LocalAttentionBlock",
+    "MLPBlock",
+    "Preset",
+    "RMSNorm",
+    "RecurrentBlock",
+    "RecurrentBlockCache",
+    "ResidualBlock",
+    "ResidualBlockCache",
+    "Sampler",
+    "SamplerOutput",
+    "ScanType",
+    "TemporalBlockType",
+    "init_params",
+    "linear_scan",
+    "load_checkpoint",
+    "load_parameters",
+    "save_checkpoint",
+    "save_parameters",
+]

@@ -1,0 +1,159 @@
+"""Local multi-query attention in blocks: memory grows with T, never with T squared."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from recurrentgemma.jax.cache import AttentionBlockCache, num_padding, prepend_history
+from recurrentgemma.jax.layers import SpecModule
+from recurrentgemma.jax.scan import wide_dtype
+
+MAX_WAVELENGTH = 10_000
+
+
+def apply_rope(x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
+    """Rotary embedding of the first half of each head; the second half passes through.
+
+    The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
+    """
+    rotated, passed = jnp.split(x, 2, -1)
+    half = rotated.shape[-1] // 2
+    wide = wide_dtype(x.dtype)
+    exponent = jnp.arange(half, dtype=wide) / half
+    angle = positions[..., None, None] * jnp.asarray(MAX_WAVELENGTH, wide) ** -exponent
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(rotated.astype(wide), 2, -1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    return jnp.concatenate([turned.astype(x.dtype), passed], -1)
+
+
+def local_attention(
+    q_btnh: Float[Array, "b t n h"],
+    kv_bsh: Float[Array, "b s hh"],
+    document_bt: Int[Array, "b t"],
+    document_bs: Int[Array, "b s"],
+    window: int,
+) -> Float[Array, "b t n h"]:
+    """Attention of T queries over S = H + T places, H of them history (0 or `window`).
+
+    The query at place H + t sees places H + t - window to H + t, those of its own document. A
+    sequence longer than the window goes in blocks of that length, each against its own block of
+    keys and the one before.
+
+    Args:
+      q_btnh: Queries.
+      kv_bsh: Key and value, side by side in the last axis.
+      document_bt: Which document each query belongs to.
+      document_bs: Which document each key belongs to.
+      window: How many places before its own a query sees.
+    """
+    length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
+    if length <= window:
+        q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
+        kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
+    else:
+        before, after = window - history, -length % window
+        q_bgcnh = _blocks(q_btnh, 0, after, window)
+        document_bgc = _blocks(document_bt, 0, after, window)
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, window))
+        document_bgs = _and_previous(_blocks(document_bs, before, after, window))
+        history = window
+    lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgsh.shape[2])
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
+    mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
+    k_bgsh, v_bgsh = jnp.split(kv_bgsh, 2, -1)
+    wide = wide_dtype(q_btnh.dtype)
+    logits_bgncs = jnp.einsum("bgcnh,bgsh->bgncs", q_bgcnh, k_bgsh, preferred_element_type=wide)
+    logits_bgncs = logits_bgncs * q_btnh.shape[-1] ** -0.5
+    logits_bgncs = jnp.where(mask_bgcs[:, :, None], logits_bgncs, jnp.finfo(wide).min)
+    weights_bgncs = jax.nn.softmax(logits_bgncs).astype(v_bgsh.dtype)
+    out_bgcnh = jnp.einsum("bgncs,bgsh->bgcnh", weights_bgncs, v_bgsh)
+    return out_bgcnh.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:])[:, :length]
+
+
+def _blocks(x: Array, before: int, after: int, length: int) -> Array:
+    """[B, T, ...] to [B, G, length, ...], T first padded with zeros (no document)."""
+    no_document = 0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
+    padding = ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))
+    padded = jnp.pad(x, padding, constant_values=no_document)
+    return padded.reshape(x.shape[0], -1, length, *x.shape[2:])
+
+
+def _and_previous(blocks: Array) -> Array:
+    """[B, 1 + G, C, ...] to [B, G, 2 C, ...]: each block after the first, behind its neighbour."""
+    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], 2)
+
+
+class LocalAttentionBlock(SpecModule):
+    """Multi-query attention in which a token sees itself and the W tokens before it."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        segment_pos: Int[Array, "b t"],
+        cache: AttentionBlockCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], AttentionBlockCache]:
+        """Returns the outputs and the state after them."""
+        q_btd, k_bth, v_bth = (self.linear(f"proj_{name}")(x) for name in "qkv")
+        q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, -1)
+        q_btnh = apply_rope(q_btnh, segment_pos)
+        k_bth = apply_rope(k_bth[..., None, :], segment_pos)[..., 0, :]
+        kv_bth = jnp.concatenate([k_bth, v_bth], -1)
+        document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
+        window = self.config.attention_window_size
+        if cache is None:
+            kv_bsh, document_bs = kv_bth, document
+        else:
+            padding = num_padding(segment_pos)
+            kv_bwh, document_bw = _history(cache, segment_pos, padding)
+            kv_bsh = prepend_history(kv_bwh, kv_bth, padding)
+            # Shifted by one, so that the zeros before the history mean no document.
+            document_bs = prepend_history(
+                document_bw[..., None] + 1, document[..., None] + 1, padding
+            )[..., 0] - 1  # fmt: skip
+        encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
+        encoded = encoded.reshape(q_btd.shape)
+        return self.linear("proj_final")(encoded), _new_cache(cache, kv_bth, segment_pos, window)
+
+
+def _history(
+    cache: AttentionBlockCache, segment_pos: Int[Array, "b t"], padding: Int[Array, " b"]
+) -> tuple[Float[Array, "b w hh"], Int[Array, "b w"]]:
+    """The ring in order of time, and its documents: 0, which a continued document has, or none."""
+    window = cache.keys.shape[1]
+    last = segment_pos.shape[1] - 1
+    first_pos = jnp.take_along_axis(segment_pos, padding.clip(max=last)[:, None], 1)
+    age = jnp.arange(window, 0, -1)
+    slot = (first_pos - age) % window
+    rows = jnp.arange(slot.shape[0])[:, None]
+    kv = jnp.concatenate([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)[rows, slot]
+    return kv, jnp.where(age <= cache.num_tokens[:, None], 0, -1)
+
+
+def _new_cache(
+    cache: AttentionBlockCache | None,
+    kv_bth: Float[Array, "b t hh"],
+    segment_pos: Int[Array, "b t"],
+    window: int,
+) -> AttentionBlockCache:
+    """The ring after a chunk: per slot the newest token of the last document, else as it was."""
+    length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
+    starts = (segment_pos == 0).any(-1)
+    num_new = length - num_padding(segment_pos)
+    num_new = jnp.where(starts, jnp.minimum(num_new, last_pos + 1), num_new)
+    age = (last_pos[:, None] - jnp.arange(window)) % window
+    rows = jnp.arange(age.shape[0])[:, None]
+    newest = kv_bth[rows, (length - 1 - age).clip(min=0)]
+    if cache is None:
+        kept, num_tokens = jnp.zeros_like(newest), num_new
+    else:
+        kept = jnp.concatenate([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)
+        kept = jnp.where(starts[:, None, None], 0, kept.astype(newest.dtype))
+        num_tokens = jnp.where(starts, num_new, cache.num_tokens + num_new)
+    kv = jnp.where((age < num_new[:, None])[..., None], newest, kept)
+    keys, values = jnp.split(kv[:, :, None], 2, -1)
+    return AttentionBlockCache(keys, values, num_tokens.astype(jnp.int32))

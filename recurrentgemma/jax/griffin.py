@@ -1,0 +1,128 @@
+"""The Griffin model (arXiv 2402.19427), which RecurrentGemma is (arXiv 2404.07839)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import sample_params
+from recurrentgemma.jax.blocks import ResidualBlock
+from recurrentgemma.jax.cache import Cache, init_cache
+from recurrentgemma.jax.layers import Embedder, RMSNorm
+
+Params = Mapping[str, Any]
+
+
+class Griffin(nn.Module):
+    """Embedder, residual blocks, final norm, tied output.
+
+    Attributes:
+      config: What the model is.
+      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+      dtype: Of the computation; that of the parameters if None.
+      param_dtype: Of the parameters that `init` makes.
+    """
+
+    config: GriffinConfig
+    gradient_checkpointing: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"] | np.ndarray,
+        segment_pos: Int[Array, "b t"] | np.ndarray,
+        cache: Cache | None = None,
+        return_logits: bool = True,
+        return_cache: bool = True,
+        last_logits_only: bool = False,
+    ) -> tuple[Float[Array, "b t v"] | None, Cache | None]:
+        """Logits of the next token at every place, and the state after the last.
+
+        Args:
+          tokens: Token ids, [B, T].
+          segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
+            is padding, which may only come before a row's tokens.
+          cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
+          return_logits: Whether to compute logits.
+          return_cache: Whether to return the state.
+          last_logits_only: Whether to compute logits of the last place alone, [B, 1, V].
+
+        Returns:
+          Logits in float32 (float64 beside float64), [B, T, V], unspecified at padding, and the
+          state. What was not asked for is None.
+
+        Raises:
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape.
+        """
+        tokens = jnp.asarray(tokens)
+        segment_pos = jnp.asarray(segment_pos)
+        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
+            raise ValueError(
+                "tokens and segment_pos must have one shape [B, T], "
+                f"got {tokens.shape} and {segment_pos.shape}"
+            )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embedder = Embedder(self.config, "embedder", name="embedder", **dtypes)
+        x = embedder.encode(tokens)
+        block_type = nn.remat(ResidualBlock) if self.gradient_checkpointing else ResidualBlock
+        new_cache: Cache = {}
+        if not x.size:  # nothing happens to the state
+            new_cache = cache or self.init_cache(tokens.shape[0], x.dtype)
+        else:
+            for i in range(self.config.num_layers):
+                name = f"blocks.{i}"
+                block = block_type(self.config, i, name=name, **dtypes)
+                x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
+        if last_logits_only:
+            x = x[:, -1:]
+        x = RMSNorm(self.config, "final_norm", name="final_norm", **dtypes)(x)
+        logits = embedder.decode(x) if return_logits else None
+        return logits, new_cache if return_cache else None
+
+    def init_cache(self, batch_size: int, dtype: Dtype | None = None) -> Cache:
+        """The state before the first token.
+
+        Args:
+          batch_size: Number of rows, B.
+          dtype: Of keys, values and convolution inputs; the computation's if None. The RG-LRU's
+            state is float32 or wider.
+        """
+        return init_cache(self.config, batch_size, dtype or self.dtype or self.param_dtype)
+
+
+def init_params(config: GriffinConfig, seed: int, dtype: Dtype = jnp.float32) -> Params:
+    """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit."""
+    params: dict[str, Any] = {}
+    for spec, value in sample_params(config, seed):
+        set_path(params, spec.path, jnp.asarray(value, dtype))
+    return params
+
+
+def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a leaf at a layer spec's path into a tree of Flax parameters."""
+    *parents, leaf = _keys(path)
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[leaf] = value
+
+
+def get_path(tree: Params, path: str) -> Array:
+    """The leaf at a layer spec's path in a tree of Flax parameters."""
+    for key in _keys(path):
+        tree = tree[key]
+    return tree  # pyright: ignore[reportReturnType]
+
+
+def _keys(path: str) -> list[str]:
+    """The keys of a spec path in a Flax tree, where "blocks.N" is one."""
+    keys = path.split(".")
+    return [".".join(keys[:2]), *keys[2:]] if keys[0] == "blocks" else keys

@@ -1,0 +1,166 @@
+"""The layers under the blocks. Shapes and initial values come from the layer spec."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import CONV1D_WIDTH, Init, Normal, RingLog, spec_by_path
+from recurrentgemma.jax.cache import num_padding, prepend_history
+from recurrentgemma.jax.scan import wide_dtype
+
+EPS = 1e-6
+
+
+def initializer(init: Init):
+    """A Flax initialiser that draws as the layer spec says, in float32 or wider, then casts."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        wide = wide_dtype(dtype)
+        match init:
+            case Normal(std):
+                values = std * jax.random.normal(key, shape, wide)
+            case RingLog():
+                values = init.from_uniform(jax.random.uniform(key, shape, wide), jnp)
+            case _:
+                values = jnp.zeros(shape, wide)
+        return values.astype(dtype)
+
+    return draw
+
+
+def gelu(x: Array) -> Array:
+    """x * Phi(x) in its tanh form, computed in float32."""
+    return jax.nn.gelu(x.astype(wide_dtype(x.dtype)), approximate=True).astype(x.dtype)
+
+
+class SpecModule(nn.Module):
+    """A module whose parameters are declared in the layer spec under `prefix`.
+
+    Attributes:
+      config: What the model is.
+      prefix: Path of the module in the model.
+      dtype: Of the computation; that of parameters and inputs if None.
+      param_dtype: Of the parameters.
+    """
+
+    config: GriffinConfig
+    prefix: str = ""
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    def parameter(self, name: str) -> Array:
+        """A parameter of the shape that the layer spec gives."""
+        spec = spec_by_path(self.config)[f"{self.prefix}.{name}"]
+        return self.param(name, initializer(spec.init), spec.shape, self.param_dtype)
+
+    def linear(self, name: str) -> nn.Dense:
+        """A linear layer of the shape that the layer spec gives."""
+        specs = spec_by_path(self.config)
+        kernel = specs[f"{self.prefix}.{name}.kernel"]
+        return nn.Dense(
+            kernel.shape[1],
+            use_bias=f"{self.prefix}.{name}.bias" in specs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializer(kernel.init),
+            name=name,
+        )
+
+    def child(self, kind: type[SpecModule], name: str) -> SpecModule:
+        """A module under this one, with its config and dtypes."""
+        prefix = f"{self.prefix}.{name}" if self.prefix else name
+        return kind(self.config, prefix, self.dtype, self.param_dtype, name=name)
+
+
+class RMSNorm(SpecModule):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        x, scale = promote_dtype(x, self.parameter("scale"), dtype=self.dtype)
+        x32 = x.astype(wide_dtype(x.dtype))
+        rms = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + EPS)
+        return (x32 * rms * (1 + scale.astype(x32.dtype))).astype(x.dtype)
+
+
+class BlockDiagonalLinear(SpecModule):
+    """y_h = x_h W_h + b_h over heads h of the last axis."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t l"]) -> Float[Array, "b t l"]:
+        x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
+        x_bthi = x.reshape(*x.shape[:2], self.config.num_heads, -1)
+        y_bthj = jnp.einsum("bthi,hij->bthj", x_bthi, w) + b
+        return y_bthj.reshape(x.shape)
+
+
+class Conv1D(SpecModule):
+    """y_t = b + sum_k w_{3-k} * x_{t-k}: depthwise, causal, within a document.
+
+    The products are summed in float32.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t l"],
+        segment_pos: Int[Array, "b t"],
+        state: Float[Array, "b 3 l"] | None = None,
+    ) -> tuple[Float[Array, "b t l"], Float[Array, "b 3 l"]]:
+        """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
+        x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
+        length, reach = x.shape[1], CONV1D_WIDTH - 1
+        if state is None:
+            extended = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+        else:
+            extended = prepend_history(state, x, num_padding(segment_pos))
+        wide = wide_dtype(x.dtype)
+        w = w.astype(wide)
+        y = x * w[reach] + b.astype(wide)
+        for k in range(1, CONV1D_WIDTH):
+            # The token at position p of its document has p tokens before it.
+            earlier = extended[:, reach - k : reach - k + length]
+            y = y + jnp.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
+        return y.astype(x.dtype), self._new_state(extended, segment_pos, state is not None)
+
+    def _new_state(self, extended: Array, segment_pos: Array, continues: bool) -> Array:
+        reach = CONV1D_WIDTH - 1
+        available = segment_pos[:, -1:] + 1
+        if continues:  # a row of padding only keeps what it had
+            available = jnp.where(available == 0, reach, available)
+        age = jnp.arange(reach, 0, -1)
+        return jnp.where((age <= available)[..., None], extended[:, -reach:], 0)
+
+
+class Einsum(SpecModule):
+    """y_c = x W_c + b_c over the c matrices of the weight: [B, T, D] to [C, B, T, M]."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "c b t m"]:
+        x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
+        return jnp.einsum("btd,cdm->cbtm", x, w) + b
+
+
+class Embedder(SpecModule):
+    """Token embeddings, tied between input and output."""
+
+    def setup(self) -> None:
+        self.input_embedding = self.parameter("input_embedding")
+
+    def encode(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The embeddings, times sqrt(D) rounded to bfloat16 where the config says so."""
+        (x,) = promote_dtype(self.input_embedding[tokens], dtype=self.dtype)
+        return x * self.config.embedding_scale
+
+    def decode(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Logits, soft-capped, in float32 (float64 beside float64)."""
+        x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
+        logits = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=wide_dtype(x.dtype))
+        cap = self.config.logits_soft_cap
+        return jnp.tanh(logits / cap) * cap if cap else logits

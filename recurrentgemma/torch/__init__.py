@@ -1,0 +1,40 @@
+"""RecurrentGemma in PyTorch."""
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.torch.attention import LocalAttentionBlock
+from recurrentgemma.torch.blocks import MLPBlock, RecurrentBlock, ResidualBlock
+from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
+from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
+from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.torch.rg_lru import RGLRU
+from recurrentgemma.torch.sampler import Sampler, SamplerOutput
+from recurrentgemma.torch.sampling import Categorical, Greedy
+from recurrentgemma.torch.scan import linear_scan
+
+__all__ = [
+    "RGLRU",
+    "AttentionBlockCache",
+    "BlockDiagonalLinear",
+    "Categorical",
+    "Conv1D",
+    "Greedy",
+    "Griffin",
+    "GriffinConfig",
+    "LocalAttentionBlock",
+    "MLPBlock",
+    "Preset",
+    "RMSNorm",
+    "RecurrentBlock",
+    "RecurrentBlockCache",
+    "ResidualBlock",
+    "ResidualBlockCache",
+    "Sampler",
+    "SamplerOutput",
+    "ScanType",
+    "TemporalBlockType",
+    "linear_scan",
+    "load_checkpoint",
+    "save_checkpoint",
+]

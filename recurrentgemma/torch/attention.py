@@ -1,0 +1,170 @@
+"""Local multi-query attention in blocks: memory grows with T, never with T squared."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.torch.cache import AttentionBlockCache, num_padding, prepend_history
+from recurrentgemma.torch.layers import SpecModule
+from recurrentgemma.torch.scan import wide_dtype
+
+MAX_WAVELENGTH = 10_000
+
+
+def apply_rope(
+    x: Float[Tensor, "b t n h"], positions: Int[Tensor, "b t"]
+) -> Float[Tensor, "b t n h"]:
+    """Rotary embedding of the first half of each head; the second half passes through.
+
+    The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
+    """
+    rotated, passed = x.chunk(2, -1)
+    half = rotated.shape[-1] // 2
+    wide = wide_dtype(x.dtype)
+    exponent = torch.arange(half, device=x.device, dtype=wide) / half
+    angle = positions[..., None, None] * MAX_WAVELENGTH**-exponent
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    x1, x2 = rotated.to(wide).chunk(2, -1)
+    turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    return torch.cat([turned.to(x.dtype), passed], -1)
+
+
+def local_attention(
+    q_btnh: Float[Tensor, "b t n h"],
+    kv_bsh: Float[Tensor, "b s hh"],
+    document_bt: Int[Tensor, "b t"],
+    document_bs: Int[Tensor, "b s"],
+    window: int,
+) -> Float[Tensor, "b t n h"]:
+    """Attention of T queries over S = H + T places, H of them history (0 or `window`).
+
+    The query at place H + t sees places H + t - window to H + t, those of its own document. A
+    sequence longer than the window goes in blocks of that length, each against its own block of
+    keys and the one before.
+
+    Args:
+      q_btnh: Queries.
+      kv_bsh: Key and value, side by side in the last axis.
+      document_bt: Which document each query belongs to.
+      document_bs: Which document each key belongs to.
+      window: How many places before its own a query sees.
+    """
+    length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
+    if length <= window:
+        q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
+        kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
+    else:
+        before, after = window - history, -length % window
+        q_bgcnh = _blocks(q_btnh, 0, after, window)
+        document_bgc = _blocks(document_bt, 0, after, window)
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, window))
+        document_bgs = _and_previous(_blocks(document_bs, before, after, window))
+        history = window
+    lag_cs = (
+        history
+        + torch.arange(q_bgcnh.shape[2], device=q_btnh.device)[:, None]
+        - torch.arange(kv_bgsh.shape[2], device=q_btnh.device)
+    )
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
+    mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
+    num_heads = q_btnh.shape[2]
+    k_bgsh, v_bgsh = kv_bgsh.chunk(2, -1)
+    out_znch = nn.functional.scaled_dot_product_attention(
+        q_bgcnh.flatten(0, 1).transpose(1, 2),
+        k_bgsh.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1),
+        v_bgsh.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1),
+        mask_bgcs.flatten(0, 1)[:, None],
+    )
+    out_bgcnh = out_znch.transpose(1, 2).unflatten(0, q_bgcnh.shape[:2])
+    return out_bgcnh.flatten(1, 2)[:, :length]
+
+
+def _blocks(x: Tensor, before: int, after: int, length: int) -> Tensor:
+    """[B, T, ...] to [B, G, length, ...], T first padded with zeros (no document)."""
+    no_document = 0 if x.is_floating_point() else -1
+    padding = (0, 0) * (x.ndim - 2) + (before, after)
+    return nn.functional.pad(x, padding, value=no_document).unflatten(1, (-1, length))
+
+
+def _and_previous(blocks: Tensor) -> Tensor:
+    """[B, 1 + G, C, ...] to [B, G, 2 C, ...]: each block after the first, behind its neighbour."""
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2)
+
+
+class LocalAttentionBlock(SpecModule):
+    """Multi-query attention in which a token sees itself and the W tokens before it."""
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.proj_q = self.linear("proj_q", device, dtype)
+        self.proj_k = self.linear("proj_k", device, dtype)
+        self.proj_v = self.linear("proj_v", device, dtype)
+        self.proj_final = self.linear("proj_final", device, dtype)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        segment_pos: Int[Tensor, "b t"],
+        cache: AttentionBlockCache | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache]:
+        """Returns the outputs and the state after them."""
+        q_btnh = apply_rope(self.proj_q(x).unflatten(-1, (self.config.num_heads, -1)), segment_pos)
+        k_bth = apply_rope(self.proj_k(x)[..., None, :], segment_pos)[..., 0, :]
+        kv_bth = torch.cat([k_bth, self.proj_v(x)], -1)
+        document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
+        window = self.config.attention_window_size
+        if cache is None:
+            kv_bsh, document_bs = kv_bth, document
+        else:
+            padding = num_padding(segment_pos)
+            kv_bwh, document_bw = _history(cache, segment_pos, padding)
+            kv_bsh = prepend_history(kv_bwh, kv_bth, padding)
+            # Shifted by one, so that the zeros before the history mean no document.
+            document_bs = prepend_history(
+                document_bw[..., None] + 1, document[..., None] + 1, padding
+            )[..., 0] - 1  # fmt: skip
+        encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
+        return self.proj_final(encoded.flatten(2)), _new_cache(cache, kv_bth, segment_pos, window)
+
+
+def _history(
+    cache: AttentionBlockCache, segment_pos: Int[Tensor, "b t"], padding: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, "b w hh"], Int[Tensor, "b w"]]:
+    """The ring in order of time, and its documents: 0, which a continued document has, or none."""
+    window = cache.keys.shape[1]
+    last = segment_pos.shape[1] - 1
+    first_pos = segment_pos.gather(1, padding.clamp(max=last)[:, None])
+    age = torch.arange(window, 0, -1, device=segment_pos.device)
+    slot = (first_pos - age) % window
+    rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
+    kv = torch.cat([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)[rows, slot]
+    return kv, torch.where(age <= cache.num_tokens[:, None], 0, -1)
+
+
+def _new_cache(
+    cache: AttentionBlockCache | None,
+    kv_bth: Float[Tensor, "b t hh"],
+    segment_pos: Int[Tensor, "b t"],
+    window: int,
+) -> AttentionBlockCache:
+    """The ring after a chunk: per slot the newest token of the last document, else as it was."""
+    length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
+    starts = (segment_pos == 0).any(-1)
+    num_new = length - num_padding(segment_pos)
+    num_new = torch.where(starts, torch.minimum(num_new, last_pos + 1), num_new)
+    age = (last_pos[:, None] - torch.arange(window, device=segment_pos.device)) % window
+    rows = torch.arange(age.shape[0], device=age.device)[:, None]
+    newest = kv_bth[rows, (length - 1 - age).clamp(min=0)]
+    if cache is None:
+        kept, num_tokens = torch.zeros_like(newest), num_new
+    else:
+        kept = torch.cat([cache.keys[:, :, 0], cache.values[:, :, 0]], -1).to(newest.dtype)
+        kept = torch.where(starts[:, None, None], 0, kept)
+        num_tokens = torch.where(starts, num_new, cache.num_tokens + num_new)
+    kv = torch.where((age < num_new[:, None])[..., None], newest, kept)
+    keys, values = kv[:, :, None].chunk(2, -1)
+    return AttentionBlockCache(keys, values, num_tokens.to(torch.int32))

@@ -1,0 +1,132 @@
+"""The Griffin model (arXiv 2402.19427), which RecurrentGemma is (arXiv 2404.07839)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.torch.blocks import ResidualBlock
+from recurrentgemma.torch.cache import Cache, init_cache
+from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
+from recurrentgemma.torch.scan import wide_dtype
+
+
+class Griffin(SpecModule):
+    """Embedder, residual blocks, final norm, tied output.
+
+    Attributes:
+      config: What the model is.
+      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: GriffinConfig,
+        gradient_checkpointing: bool = True,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Builds the model with initial weights, seeded by torch's global generator.
+
+        Args:
+          config: What the model is.
+          gradient_checkpointing: Recompute each block in the backward pass, for less memory.
+          device: Where the parameters live; "meta" allocates and initialises nothing.
+          dtype: Of the parameters and the computation; torch's default if None.
+        """
+        super().__init__(config, "")
+        self.gradient_checkpointing = gradient_checkpointing
+        kwargs = {"device": "meta", "dtype": dtype}
+        self.embedder = Embedder(config, "embedder", **kwargs)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(config, i, **kwargs) for i in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(config, "final_norm", **kwargs)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"] | np.ndarray,
+        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        cache: Cache | None = None,
+        return_logits: bool = True,
+        return_cache: bool = True,
+        last_logits_only: bool = False,
+    ) -> tuple[Float[Tensor, "b t v"] | None, Cache | None]:
+        """Logits of the next token at every place, and the state after the last.
+
+        Args:
+          tokens: Token ids, [B, T].
+          segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
+            is padding, which may only come before a row's tokens.
+          cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
+          return_logits: Whether to compute logits.
+          return_cache: Whether to return the state.
+          last_logits_only: Whether to compute logits of the last place alone, [B, 1, V].
+
+        Returns:
+          Logits in float32 (float64 beside float64), [B, T, V], unspecified at padding, and the
+          state. What was not asked for is None.
+
+        Raises:
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape.
+        """
+        embedding = self.embedder.input_embedding
+        tokens = torch.as_tensor(tokens, device=embedding.device)
+        segment_pos = torch.as_tensor(segment_pos, device=embedding.device)
+        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
+            raise ValueError(
+                "tokens and segment_pos must have one shape [B, T], "
+                f"got {tuple(tokens.shape)} and {tuple(segment_pos.shape)}"
+            )
+        x = self.embedder.encode(tokens)
+        new_cache: Cache = {}
+        if not x.numel():  # nothing happens to the state
+            new_cache = cache or self.init_cache(tokens.shape[0])
+        else:
+            for i, block in enumerate(self.blocks):
+                name = f"blocks.{i}"
+                run = self._checkpointed(block) if self._recomputes() else block
+                x, new_cache[name] = run(x, segment_pos, cache[name] if cache else None)
+        if last_logits_only:
+            x = x[:, -1:]
+        logits = self.embedder.decode(self.final_norm(x)) if return_logits else None
+        return logits, new_cache if return_cache else None
+
+    def _recomputes(self) -> bool:
+        return (
+            self.gradient_checkpointing
+            and torch.is_grad_enabled()
+            # Under torch.func transforms activations are not kept by autograd's hooks.
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    @staticmethod
+    def _checkpointed(block: nn.Module):
+        def run(*args):
+            return checkpoint(block, *args, use_reentrant=False)
+
+        return run
+
+    def init_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> Cache:
+        """The state before the first token, on the model's device.
+
+        Args:
+          batch_size: Number of rows, B.
+          dtype: Of keys, values and convolution inputs; the parameters' if None. The RG-LRU's state
+            is float32 or wider.
+        """
+        embedding = self.embedder.input_embedding
+        return init_cache(self.config, batch_size, dtype or embedding.dtype, embedding.device)
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype of the logits."""
+        return wide_dtype(self.embedder.input_embedding.dtype)

@@ -1,0 +1,169 @@
+"""The layers under the blocks. Shapes and initial values come from the layer spec."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import (
+    CONV1D_WIDTH,
+    layer_spec,
+    sample_param,
+    spec_by_path,
+)
+from recurrentgemma.torch.cache import num_padding, prepend_history
+from recurrentgemma.torch.scan import wide_dtype
+
+EPS = 1e-6
+
+
+class SpecModule(nn.Module):
+    """A module whose parameters are declared in the layer spec under `prefix`."""
+
+    def __init__(self, config: GriffinConfig, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        self.prefix = prefix
+
+    def parameter(
+        self, name: str, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Parameter:
+        """An uninitialised parameter of the shape that the layer spec gives."""
+        spec = spec_by_path(self.config)[f"{self.prefix}.{name}"]
+        return nn.Parameter(torch.empty(spec.torch.shape, device=device, dtype=dtype))
+
+    def linear(
+        self, name: str, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Linear:
+        """An uninitialised linear layer of the shape that the layer spec gives."""
+        specs = spec_by_path(self.config)
+        out_features, in_features = specs[f"{self.prefix}.{name}.kernel"].torch.shape
+        bias = f"{self.prefix}.{name}.bias" in specs
+        # On "meta" the layer's own initialisation costs nothing.
+        linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+        device = torch.get_default_device() if device is None else device
+        return linear if device == "meta" else linear.to_empty(device=device)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draws initial values as the layer spec says.
+
+        Args:
+          seed: The same seed gives the same values in the JAX twin, bit for bit. `None` takes one
+            from torch's global generator.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        prefix = f"{self.prefix}." if self.prefix else ""
+        specs = {spec.torch.name: spec for spec in layer_spec(self.config)}
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                spec = specs[prefix + name]
+                parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
+
+
+class RMSNorm(SpecModule):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.scale = self.parameter("scale", device, dtype)
+        self.reset_parameters(0)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        x32 = x.to(wide_dtype(x.dtype))
+        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)
+        return (x32 * rms * (1 + self.scale.to(x32.dtype))).to(x.dtype)
+
+
+class BlockDiagonalLinear(SpecModule):
+    """y_h = x_h W_h + b_h over heads h of the last axis."""
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.w = self.parameter("w", device, dtype)
+        self.b = self.parameter("b", device, dtype)
+        self.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "b t l"]) -> Float[Tensor, "b t l"]:
+        x_bthi = x.unflatten(-1, (self.config.num_heads, -1))
+        y_bthj = torch.einsum("bthi,hij->bthj", x_bthi, self.w) + self.b
+        return y_bthj.flatten(-2)
+
+
+class Conv1D(SpecModule):
+    """y_t = b + sum_k w_{3-k} * x_{t-k}: depthwise, causal, within a document.
+
+    The products are summed in float32.
+    """
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.w = self.parameter("w", device, dtype)
+        self.b = self.parameter("b", device, dtype)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t l"],
+        segment_pos: Int[Tensor, "b t"],
+        state: Float[Tensor, "b 3 l"] | None = None,
+    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b 3 l"]]:
+        """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
+        length, reach = x.shape[1], CONV1D_WIDTH - 1
+        if state is None:
+            extended = nn.functional.pad(x, (0, 0, reach, 0))
+        else:
+            extended = prepend_history(state, x, num_padding(segment_pos))
+        wide = wide_dtype(x.dtype)
+        w = self.w.to(wide)
+        y = x * w[reach] + self.b.to(wide)
+        for k in range(1, CONV1D_WIDTH):
+            # The token at position p of its document has p tokens before it.
+            earlier = extended[:, reach - k : reach - k + length]
+            y = y + torch.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
+        return y.to(x.dtype), self._new_state(extended, segment_pos, state is not None)
+
+    def _new_state(self, extended: Tensor, segment_pos: Tensor, continues: bool) -> Tensor:
+        reach = CONV1D_WIDTH - 1
+        available = segment_pos[:, -1:] + 1
+        if continues:  # a row of padding only keeps what it had
+            available = torch.where(available == 0, reach, available)
+        age = torch.arange(reach, 0, -1, device=extended.device)
+        return torch.where((age <= available)[..., None], extended[:, -reach:], 0)
+
+
+class Einsum(SpecModule):
+    """y_c = x W_c + b_c over the c matrices of the weight: [B, T, D] to [C, B, T, M]."""
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.w = self.parameter("w", device, dtype)
+        self.b = self.parameter("b", device, dtype)
+        self.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "c b t m"]:
+        # One product a matrix: torch.einsum would copy the weight to bring its axes together.
+        return torch.matmul(x.flatten(0, 1), self.w).unflatten(1, x.shape[:2]) + self.b
+
+
+class Embedder(SpecModule):
+    """Token embeddings, tied between input and output."""
+
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
+        super().__init__(config, prefix)
+        self.input_embedding = self.parameter("input_embedding", device, dtype)
+        self.reset_parameters()
+
+    def encode(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """The embeddings, times sqrt(D) rounded to bfloat16 where the config says so."""
+        x = nn.functional.embedding(tokens, self.input_embedding)
+        return x * self.config.embedding_scale
+
+    def decode(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits, soft-capped, in float32 (float64 beside float64)."""
+        logits = nn.functional.linear(x, self.input_embedding).to(wide_dtype(x.dtype))
+        cap = self.config.logits_soft_cap
+        return torch.tanh(logits / cap) * cap if cap else logits
