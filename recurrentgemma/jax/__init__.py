@@ -17,6 +17,7 @@ from recurrentgemma.jax.rg_lru import RGLRU
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import linear_scan
+from recurrentgemma.jax.sharding import ShardingSpec
 
 __all__ = [
     "RGLRU",
@@ -38,6 +39,7 @@ __all__ = [
     "Sampler",
     "SamplerOutput",
     "ScanType",
+    "ShardingSpec",
     "TemporalBlockType",
     "init_params",
     "linear_scan",

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.presets import TemporalBlockType
 from recurrentgemma.jax.attention import LocalAttentionBlock
 from recurrentgemma.jax.cache import RecurrentBlockCache, ResidualBlockCache
@@ -49,13 +46,8 @@ TEMPORAL_BLOCKS = {
 }
 
 
-class ResidualBlock(nn.Module):
-    """x + temporal(norm(x)), then x + mlp(norm(x))."""
-
-    config: GriffinConfig
-    index: int
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
+class ResidualBlock(SpecModule):
+    """x + temporal(norm(x)), then x + mlp(norm(x)); its prefix is "blocks.N"."""
 
     @nn.compact
     def __call__(
@@ -65,14 +57,10 @@ class ResidualBlock(nn.Module):
         cache: ResidualBlockCache | None = None,
     ) -> tuple[Float[Array, "b t d"], ResidualBlockCache]:
         """Returns the outputs and the state after them."""
-
-        def child(kind: type[SpecModule], name: str) -> SpecModule:
-            prefix = f"blocks.{self.index}.{name}"
-            return kind(self.config, prefix, self.dtype, self.param_dtype, name=name)
-
-        temporal_name, temporal_block = TEMPORAL_BLOCKS[self.config.block_types[self.index]]
-        y = child(RMSNorm, "temporal_pre_norm")(x)
-        y, new_cache = child(temporal_block, temporal_name)(y, segment_pos, cache)
+        index = int(self.prefix.removeprefix("blocks."))
+        temporal_name, temporal_block = TEMPORAL_BLOCKS[self.config.block_types[index]]
+        y = self.child(RMSNorm, "temporal_pre_norm")(x)
+        y, new_cache = self.child(temporal_block, temporal_name)(y, segment_pos, cache)
         x = x + y
-        y = child(RMSNorm, "channel_pre_norm")(x)
-        return x + child(MLPBlock, "mlp_block")(y), new_cache
+        y = self.child(RMSNorm, "channel_pre_norm")(x)
+        return x + self.child(MLPBlock, "mlp_block")(y), new_cache

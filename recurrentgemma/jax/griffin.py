@@ -16,6 +16,7 @@ from recurrentgemma.common.layer_spec import sample_params
 from recurrentgemma.jax.blocks import ResidualBlock
 from recurrentgemma.jax.cache import Cache, init_cache
 from recurrentgemma.jax.layers import Embedder, RMSNorm
+from recurrentgemma.jax.sharding import ShardingSpec
 
 Params = Mapping[str, Any]
 
@@ -28,12 +29,14 @@ class Griffin(nn.Module):
       gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
       dtype: Of the computation; that of the parameters if None.
       param_dtype: Of the parameters that `init` makes.
+      scan_sharding_spec: How the linear recurrence is split over devices, if it is.
     """
 
     config: GriffinConfig
     gradient_checkpointing: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    scan_sharding_spec: ShardingSpec | None = None
 
     @nn.compact
     def __call__(
@@ -70,8 +73,8 @@ class Griffin(nn.Module):
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tokens.shape} and {segment_pos.shape}"
             )
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embedder = Embedder(self.config, "embedder", name="embedder", **dtypes)
+        settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
+        embedder = Embedder(self.config, "embedder", *settings, name="embedder")
         x = embedder.encode(tokens)
         block_type = nn.remat(ResidualBlock) if self.gradient_checkpointing else ResidualBlock
         new_cache: Cache = {}
@@ -80,11 +83,11 @@ class Griffin(nn.Module):
         else:
             for i in range(self.config.num_layers):
                 name = f"blocks.{i}"
-                block = block_type(self.config, i, name=name, **dtypes)
+                block = block_type(self.config, name, *settings, name=name)
                 x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
         if last_logits_only:
             x = x[:, -1:]
-        x = RMSNorm(self.config, "final_norm", name="final_norm", **dtypes)(x)
+        x = RMSNorm(self.config, "final_norm", *settings, name="final_norm")(x)
         logits = embedder.decode(x) if return_logits else None
         return logits, new_cache if return_cache else None
 

@@ -13,6 +13,7 @@ from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import CONV1D_WIDTH, Init, Normal, RingLog, spec_by_path
 from recurrentgemma.jax.cache import num_padding, prepend_history
 from recurrentgemma.jax.scan import wide_dtype
+from recurrentgemma.jax.sharding import ShardingSpec
 
 EPS = 1e-6
 
@@ -47,12 +48,14 @@ class SpecModule(nn.Module):
       prefix: Path of the module in the model.
       dtype: Of the computation; that of parameters and inputs if None.
       param_dtype: Of the parameters.
+      scan_sharding_spec: How the linear recurrence is split over devices, if it is.
     """
 
     config: GriffinConfig
     prefix: str = ""
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    scan_sharding_spec: ShardingSpec | None = None
 
     def parameter(self, name: str) -> Array:
         """A parameter of the shape that the layer spec gives."""
@@ -75,7 +78,14 @@ class SpecModule(nn.Module):
     def child(self, kind: type[SpecModule], name: str) -> SpecModule:
         """A module under this one, with its config and dtypes."""
         prefix = f"{self.prefix}.{name}" if self.prefix else name
-        return kind(self.config, prefix, self.dtype, self.param_dtype, name=name)
+        return kind(
+            self.config,
+            prefix,
+            self.dtype,
+            self.param_dtype,
+            self.scan_sharding_spec,
+            name=name,
+        )
 
 
 class RMSNorm(SpecModule):

@@ -52,6 +52,12 @@ class RGLRU(SpecModule):
         multiplier = jnp.where(starts, 1.0, bounded_sqrt(-jnp.expm1(2.0 * log_a)))
         a = jnp.where(padding, 1.0, jnp.exp(log_a))
         gated_x = jnp.where(padding, 0.0, x.astype(wide) * input_gate * multiplier)
-        implementation = SCAN_TYPES[self.config.scan_type]
-        y, last = linear_scan(gated_x, a, state, segment_pos == 0, implementation=implementation)
+        y, last = linear_scan(
+            gated_x,
+            a,
+            state,
+            segment_pos == 0,
+            implementation=SCAN_TYPES[self.config.scan_type],
+            sharding_spec=self.scan_sharding_spec,
+        )
         return y.astype(x.dtype), last

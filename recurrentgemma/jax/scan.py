@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from recurrentgemma.common.presets import ScanType
+from recurrentgemma.jax.sharding import ShardingSpec, sharded_scan
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "associative")
 SCAN_TYPES = {
@@ -34,6 +35,7 @@ def linear_scan(
     *,
     reverse: bool = False,
     implementation: str = "auto",
+    sharding_spec: ShardingSpec | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
@@ -44,6 +46,7 @@ def linear_scan(
       reset: Where the state is forgotten (a_t taken as 0), [B, T].
       reverse: Run from the last step to the first.
       implementation: "auto", "reference" (`lax.scan`), "xla" (an in-place loop) or "associative".
+      sharding_spec: How the arrays are split over devices, if they are.
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
@@ -69,6 +72,8 @@ def linear_scan(
     if implementation == "auto":
         implementation = "xla" if jax.default_backend() == "cpu" else "associative"
     scan = {"reference": _loop, "xla": _in_place, "associative": _associative}[implementation]
+    if sharding_spec is not None:
+        scan = sharded_scan(scan, sharding_spec)
     y, last = scan(x.astype(wide), a.astype(wide), state, reverse)
     return y.astype(x.dtype), last
 

@@ -63,12 +63,12 @@ TEMPORAL_BLOCKS = {
 
 
 class ResidualBlock(SpecModule):
-    """x + temporal(norm(x)), then x + mlp(norm(x))."""
+    """x + temporal(norm(x)), then x + mlp(norm(x)); its prefix is "blocks.N"."""
 
-    def __init__(self, config: GriffinConfig, index: int, *, device=None, dtype=None) -> None:
-        prefix = f"blocks.{index}"
+    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
         super().__init__(config, prefix)
         kwargs = {"device": device, "dtype": dtype}
+        index = int(prefix.removeprefix("blocks."))
         self.temporal_name, block = TEMPORAL_BLOCKS[config.block_types[index]]
         self.temporal_pre_norm = RMSNorm(config, f"{prefix}.temporal_pre_norm", **kwargs)
         temporal_block = block(config, f"{prefix}.{self.temporal_name}", **kwargs)

@@ -43,7 +43,7 @@ class Griffin(SpecModule):
         kwargs = {"device": "meta", "dtype": dtype}
         self.embedder = Embedder(config, "embedder", **kwargs)
         self.blocks = nn.ModuleList(
-            ResidualBlock(config, i, **kwargs) for i in range(config.num_layers)
+            ResidualBlock(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config, "final_norm", **kwargs)
         device = torch.get_default_device() if device is None else torch.device(device)

@@ -68,6 +68,11 @@ class RGLRU(SpecModule):
         multiplier = torch.where(starts, 1.0, bounded_sqrt(-torch.expm1(2.0 * log_a)))
         a = torch.where(padding, 1.0, torch.exp(log_a))
         gated_x = torch.where(padding, 0.0, x.to(wide) * input_gate * multiplier)
-        implementation = SCAN_TYPES[self.config.scan_type]
-        y, last = linear_scan(gated_x, a, state, segment_pos == 0, implementation=implementation)
+        y, last = linear_scan(
+            gated_x,
+            a,
+            state,
+            segment_pos == 0,
+            implementation=SCAN_TYPES[self.config.scan_type],
+        )
         return y.to(x.dtype), last

@@ -1,0 +1,43 @@
+"""Which part of the package may import what, each checked in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {"jax": ("jax", "jaxlib", "flax", "orbax"), "torch": ("torch",)}
+COMMON = [
+    "recurrentgemma",
+    "recurrentgemma.common.checkpoint",
+    "recurrentgemma.common.config",
+    "recurrentgemma.common.layer_spec",
+    "recurrentgemma.common.reference",
+    "recurrentgemma.common.sampler",
+    "recurrentgemma.common.state",
+    "recurrentgemma.common.text",
+    "recurrentgemma.cli",
+    "recurrentgemma_conversion",
+]
+
+
+def import_without(modules: list[str], absent: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """Imports modules where importing any of `absent` raises ImportError."""
+    code = f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
+    code += "\n".join(f"import {module}" for module in modules)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_common_imports_no_framework() -> None:
+    done = import_without(COMMON, FRAMEWORKS["jax"] + FRAMEWORKS["torch"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("twin", "other"), [("jax", "torch"), ("torch", "jax")])
+def test_a_twin_imports_without_the_other(twin: str, other: str) -> None:
+    pytest.importorskip(twin, reason=f"{twin} is not installed")
+    done = import_without([f"recurrentgemma.{twin}"], FRAMEWORKS[other])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forbidden_import_would_be_seen() -> None:
+    assert import_without(["json"], ("json",)).returncode == 1
