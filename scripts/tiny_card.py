@@ -44,8 +44,9 @@ The weights, like the rest of the project, are under Apache-2.0.
 
 ## Recipe
 
-`python scripts/train_tiny.py` makes everything in this folder: it fetches and cleans the corpus,
-trains the tokenizer on the training chapters, trains the model, measures it and writes this card.
+`python scripts/train_tiny.py {budget}` makes everything in this folder: it fetches and cleans
+the corpus, trains the tokenizer on the training chapters, trains the model, measures it and writes
+this card.
 
 {steps:,} steps of {batch} x {length} tokens, {epochs:.1f} passes over the training text, took
 {minutes:.0f} minutes on {where}. The state is carried from each row to the next, and reset where a
@@ -119,6 +120,8 @@ def model_card(
     def size(part: str) -> int:
         return sum(len(document.text.encode()) for document in getattr(corpus, part))
 
+    minutes = recipe["minutes"]
+    budget = f"--steps {recipe['steps']}" if minutes is None else f"--minutes {minutes:g}"
     return CARD.format(
         parameters=recipe["parameters"],
         width=config.width,
@@ -134,6 +137,7 @@ def model_card(
         valid_bytes=size("valid"),
         train_tokens=tokens["train"],
         valid_tokens=tokens["valid"],
+        budget=budget,
         steps=recipe["steps"],
         batch=recipe["batch_size"],
         length=recipe["length"],
@@ -156,5 +160,5 @@ def model_card(
 def where_it_ran(device: str, threads: int) -> str:
     """In words that suit a card: what kind of machine, not which."""
     if device == "cpu":
-        return f"{threads} CPU threads ({platform.machine()})"
+        return f"{threads} CPU thread{'s' * (threads != 1)} ({platform.machine()})"
     return f"one {device.upper()} device"

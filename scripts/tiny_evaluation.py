@@ -17,7 +17,7 @@ SOURCES = ("bible", "austen")
 PROMPTS = (
     "In the beginning",
     "Psalm 151\n\n",
-    "Jesus answered them, ",
+    "Jesus answered them,",
     "It is a truth universally acknowledged, that",
     "Elizabeth could not help",
     '"My dear Emma," said Mr. Knightley,',

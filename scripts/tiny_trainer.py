@@ -25,9 +25,15 @@ class Recipe:
     lr: float = 3e-3
     warmup: float = 0.03
     weight_decay: float = 0.1
-    epochs: float = 4.0
+    epochs: float = 3.0
     minutes: float | None = None
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length", "lr", "epochs", "minutes", "steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
 
     def progress(self, step: int, seconds: float, steps_per_epoch: int) -> float:
         """How much of the run is done, in [0, 1]; the learning rate follows it."""
@@ -89,6 +95,11 @@ class Lanes:
         self.recipe = recipe
         self.lane = (sum(map(len, encoded)) - 1) // recipe.batch_size
         self.steps_per_epoch = self.lane // recipe.length
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size x length must be less than the {sum(map(len, encoded)):,} tokens of "
+                f"text, got {recipe.batch_size} x {recipe.length}"
+            )
 
     def rows(self, step: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """Endless rows from `step` on.

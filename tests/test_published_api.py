@@ -12,6 +12,8 @@ from recurrentgemma.common.checkpoint import BUNDLED
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.presets import Preset, TemporalBlockType
 
+# Not the packages themselves: under pytest tests/jax and tests/torch would do for them.
+SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 PROMPTS = ["In the beginning", ""]
 NAMES = [
     "AttentionBlockCache",
@@ -65,7 +67,8 @@ def check_output(out, *, echo: bool, return_logits: bool) -> None:
 
 
 def test_jax(config: GriffinConfig, vocab: spm.SentencePieceProcessor, tmp_path: Path) -> None:
-    jax = pytest.importorskip("jax", reason="jax is not installed")
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
     import optax
 
     from recurrentgemma import jax as recurrentgemma
@@ -138,7 +141,9 @@ def test_jax(config: GriffinConfig, vocab: spm.SentencePieceProcessor, tmp_path:
 
 
 def test_torch(config: GriffinConfig, vocab: spm.SentencePieceProcessor, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+
     from recurrentgemma import torch as recurrentgemma
 
     torch.save(
@@ -174,7 +179,7 @@ def test_torch(config: GriffinConfig, vocab: spm.SentencePieceProcessor, tmp_pat
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 def test_simple_run(twin: str, config: GriffinConfig) -> None:
     """Prefill, then a decode loop by hand."""
-    pytest.importorskip(twin, reason=f"{twin} is not installed")
+    pytest.importorskip(SUBMODULES[twin], reason=f"{twin} is not installed")
     module = __import__(f"recurrentgemma.{twin}", fromlist=["Griffin"])
     if twin == "jax":
         params = module.init_params(config, seed=0)
@@ -201,7 +206,7 @@ def test_simple_run(twin: str, config: GriffinConfig) -> None:
 
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 def test_published_names(twin: str) -> None:
-    pytest.importorskip(twin, reason=f"{twin} is not installed")
+    pytest.importorskip(SUBMODULES[twin], reason=f"{twin} is not installed")
     module = __import__(f"recurrentgemma.{twin}", fromlist=["Griffin"])
     names = NAMES + (["ShardingSpec", "load_parameters"] if twin == "jax" else [])
     assert [name for name in names if not hasattr(module, name)] == []

@@ -84,6 +84,19 @@ def open_folder(path: str | os.PathLike[str] | None = None) -> CheckpointFolder:
     return CheckpointFolder(folder, config, shapes, dtypes)
 
 
+def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer in a checkpoint folder, or in a sentencepiece model file.
+
+    Args:
+      path: The folder or file; the bundled model's if None.
+
+    Raises:
+      ValueError: There is none.
+    """
+    found = BUNDLED if path is None else Path(path).expanduser()
+    return Tokenizer(found / TOKENIZER if found.is_dir() else found)
+
+
 def write_folder(
     path: str | os.PathLike[str],
     config: GriffinConfig,

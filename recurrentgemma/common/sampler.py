@@ -63,13 +63,13 @@ class BaseSampler(abc.ABC, Generic[_Array]):
     def __init__(
         self,
         config: GriffinConfig,
-        vocab: spm.SentencePieceProcessor,
+        vocab: spm.SentencePieceProcessor | Tokenizer,
         sampling: Sampling | None,
         greedy: bool,
         is_it_model: bool,
     ) -> None:
         self.config = config
-        self.tokenizer = Tokenizer(vocab)
+        self.tokenizer = vocab if isinstance(vocab, Tokenizer) else Tokenizer(vocab)
         self.sampling: Sampling = sampling or (Greedy() if greedy else Categorical())
         self.is_it_model = is_it_model
 

@@ -1,5 +1,6 @@
 """RecurrentGemma in JAX and Flax."""
 
+from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.jax.attention import LocalAttentionBlock
@@ -45,6 +46,7 @@ __all__ = [
     "linear_scan",
     "load_checkpoint",
     "load_parameters",
+    "load_tokenizer",
     "save_checkpoint",
     "save_parameters",
 ]

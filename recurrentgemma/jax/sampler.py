@@ -15,6 +15,7 @@ from jax import Array
 from recurrentgemma.common.config import shapes_of
 from recurrentgemma.common.layer_spec import layer_spec, require_match
 from recurrentgemma.common.sampler import BaseSampler, SamplerOutput
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.cache import Cache
 from recurrentgemma.jax.griffin import Griffin, Params
 from recurrentgemma.jax.sampling import Sampling, draw
@@ -34,7 +35,7 @@ class Sampler(BaseSampler[Array]):
     def __init__(
         self,
         model: Griffin,
-        vocab: spm.SentencePieceProcessor,
+        vocab: spm.SentencePieceProcessor | Tokenizer,
         params: Params,
         jit_compile: bool = True,
         deterministic_sampling: bool = True,

@@ -1,5 +1,6 @@
 """RecurrentGemma in PyTorch."""
 
+from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.torch.attention import LocalAttentionBlock
@@ -36,5 +37,6 @@ __all__ = [
     "TemporalBlockType",
     "linear_scan",
     "load_checkpoint",
+    "load_tokenizer",
     "save_checkpoint",
 ]

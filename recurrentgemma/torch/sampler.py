@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recurrentgemma.common.sampler import BaseSampler, SamplerOutput
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.cache import Cache
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.sampling import Sampling, draw
@@ -25,7 +26,7 @@ class Sampler(BaseSampler[Tensor]):
     def __init__(
         self,
         model: Griffin,
-        vocab: spm.SentencePieceProcessor,
+        vocab: spm.SentencePieceProcessor | Tokenizer,
         greedy_sampling: bool = True,
         is_it_model: bool = False,
         *,

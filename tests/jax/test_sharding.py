@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("jax", reason="jax is not installed")
+pytest.importorskip("jax.numpy", reason="jax is not installed")
 
 # In a process of its own: the number of devices is fixed when JAX starts.
 PROGRAM = """

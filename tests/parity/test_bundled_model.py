@@ -1,0 +1,86 @@
+"""The bundled checkpoint says the same in both frameworks, in a batch and alone."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+import jax.numpy as jnp
+import torch
+
+import recurrentgemma.jax
+import recurrentgemma.torch
+from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
+
+STEPS = 200
+PROMPTS = [
+    "",
+    "In the beginning",
+    "And it came to pass",
+    "The LORD said to Moses,",
+    "Blessed are the",
+    "Now the sons of",
+    "Behold,",
+    "He answered them,",
+    "Jesus said to him,",
+    "For the king of Babylon had",
+    "Therefore I tell you, don't be anxious for your life: what you will eat, or",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune",
+    "Emma",
+    "Mr. Darcy",
+    "Elinor could not",
+    "“My dear Fanny,” said Edmund,",
+    "She was very much surprised",
+    "Captain Wentworth",
+    "The ball at Mr. Weston's was given up on the same day that it had been proposed, and",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def samplers():
+    tokenizer = load_tokenizer()
+    model, params = recurrentgemma.jax.load_checkpoint(dtype=jnp.float32)
+    return {
+        "jax": recurrentgemma.jax.Sampler(model, tokenizer, params),
+        "torch": recurrentgemma.torch.Sampler(
+            recurrentgemma.torch.load_checkpoint(dtype=torch.float32), tokenizer
+        ),
+    }
+
+
+def generate(sampler, prompts: list[str]) -> list[np.ndarray]:
+    out = sampler(prompts, STEPS, end_sampling_at_eos_token=False)
+    return [np.asarray(tokens) for tokens in out.tokens]
+
+
+def test_greedy_tokens_are_the_same_in_a_ragged_batch_and_one_by_one(samplers) -> None:
+    batch = {name: generate(sampler, PROMPTS) for name, sampler in samplers.items()}
+    assert len(batch["jax"]) == len(batch["torch"]) == 20
+    for row, prompt in enumerate(PROMPTS):
+        assert len(batch["jax"][row]) == STEPS
+        np.testing.assert_array_equal(batch["jax"][row], batch["torch"][row])
+        for name, sampler in samplers.items():
+            (alone,) = generate(sampler, [prompt])
+            np.testing.assert_array_equal(batch[name][row], alone, err_msg=f"{name}: {prompt!r}")
+
+
+def test_the_folder_is_small_and_stored_in_bfloat16() -> None:
+    size = sum(file.stat().st_size for file in BUNDLED.iterdir())
+    assert size <= 12_000_000
+    assert set(open_folder().dtypes.values()) == {"BF16"}
+    assert {file.name for file in BUNDLED.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    }
+
+
+def test_greedy_text_is_english(samplers) -> None:
+    (text,) = samplers["torch"](["In the beginning"], 60).text
+    words = text.split()
+    common = {"the", "and", "of", "to", "in", "he", "that", "was", "his", "a", "they", "for"}
+    assert len(words) > 20
+    assert sum(word.strip(".,;:").lower() in common for word in words) > len(words) / 5
