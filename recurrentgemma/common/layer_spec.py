@@ -11,77 +11,16 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.initial_values import Init, Normal, RingLog, Zeros
+from recurrentgemma.common.layouts import Layouts, Stored, conv_weight, gated_halves, kernel, same
 from recurrentgemma.common.presets import TemporalBlockType
 
 CONV1D_WIDTH = 4
-
-
-class Normal(NamedTuple):
-    """Independent normal values of mean 0 and standard deviation `std`."""
-
-    std: float
-
-    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(self.std)
-
-
-class Zeros(NamedTuple):
-    """Zeros."""
-
-    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        del rng
-        return np.zeros(shape, np.float32)
-
-
-class RingLog(NamedTuple):
-    """The RG-LRU's `a_param`: exp(-softplus(a_param)) uniform on a ring of the unit disk.
-
-    The squared radius is uniform in [min_radius^2, max_radius^2] (arXiv 2402.19427, section 2.4).
-    """
-
-    min_radius: float
-    max_radius: float
-
-    def from_uniform(self, u, xp=np):
-        """The parameter at uniform values `u` in [0, 1), in the array namespace `xp`."""
-        low, high = self.min_radius**2, self.max_radius**2
-        return xp.log(xp.expm1(-0.5 * xp.log(low + u * (high - low))))
-
-    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        return self.from_uniform(rng.random(shape, np.float32)).astype(np.float32)
-
-
-Init = Normal | Zeros | RingLog
-
-
-class Stored(NamedTuple):
-    """How a checkpoint format stores a parameter, or one part of it.
-
-    The stored tensor is `parameter[part]` (or all of it), its last two axes swapped if
-    `transpose`, in the shape `shape`. Both directions take NumPy or JAX arrays.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    part: int | None = None
-    transpose: bool = False
-
-    def encode(self, parameter: Any) -> Any:
-        """The stored tensor of a parameter in the Flax layout."""
-        value = parameter if self.part is None else parameter[self.part]
-        return (value.swapaxes(-1, -2) if self.transpose else value).reshape(self.shape)
-
-    def decode(self, stored: Any, spec: ParamSpec) -> Any:
-        """The parameter, or its part, from the stored tensor. Inverse of `encode`."""
-        shape = spec.shape if self.part is None else spec.shape[1:]
-        if self.transpose:
-            return stored.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
-        return stored.reshape(shape)
 
 
 class ParamSpec(NamedTuple):
@@ -173,50 +112,6 @@ def require_match(
         )
 
 
-def _same(hf_name: str) -> Callable[[str, str, tuple[int, ...]], tuple[Stored, tuple[Stored, ...]]]:
-    """Stored alike everywhere."""
-
-    def layouts(path: str, layer: str, shape: tuple[int, ...]):
-        return Stored(path, shape), (Stored(layer + hf_name, shape),)
-
-    return layouts
-
-
-def _kernel(hf_name: str):
-    """A Flax Dense kernel: both PyTorch forms store its transpose under `weight`."""
-
-    def layouts(path: str, layer: str, shape: tuple[int, ...]):
-        name = path.removesuffix("kernel") + "weight"
-        swapped = shape[::-1]
-        return (
-            Stored(name, swapped, transpose=True),
-            (Stored(f"{layer}{hf_name}.weight", swapped, transpose=True),),
-        )
-
-    return layouts
-
-
-def _conv_weight(path: str, layer: str, shape: tuple[int, ...]):
-    """Depthwise taps: Hugging Face keeps a torch Conv1d's (channels, 1, taps)."""
-    hf_shape = (shape[1], 1, shape[0])
-    hf = Stored(f"{layer}temporal_block.conv_1d.weight", hf_shape, transpose=True)
-    return Stored(path, shape), (hf,)
-
-
-def _gated_halves(leaf: str):
-    """`ffw_up`: Hugging Face keeps its two halves as separate layers."""
-
-    def layouts(path: str, layer: str, shape: tuple[int, ...]):
-        stored_shape = shape[:0:-1] if leaf == "weight" else shape[-1:]
-        hf = tuple(
-            Stored(f"{layer}mlp_block.{half}.{leaf}", stored_shape, i, transpose=leaf == "weight")
-            for i, half in enumerate(("gate_proj", "up_proj"))
-        )
-        return Stored(path, shape), hf
-
-    return layouts
-
-
 class _Entry(NamedTuple):
     """A parameter relative to its block."""
 
@@ -224,13 +119,13 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     init: Init
     axes: tuple[str, ...]
-    layouts: Callable[[str, str, tuple[int, ...]], tuple[Stored, tuple[Stored, ...]]]
+    layouts: Layouts
     decay: bool = False
     lora: str | None = None
 
 
 def _norm(path: str, hf_name: str, c: GriffinConfig) -> _Entry:
-    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), _same(f"{hf_name}.weight"))
+    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), same(f"{hf_name}.weight"))
 
 
 def _linear(
@@ -244,9 +139,9 @@ def _linear(
 ) -> Iterator[_Entry]:
     """A Dense layer whose kernel has variance `variance` / fan-in."""
     std = math.sqrt(variance / sizes[0])
-    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, _kernel(hf_name), True, lora)
+    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, kernel(hf_name), True, lora)
     if bias:
-        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:], _same(f"{hf_name}.bias"))
+        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:], same(f"{hf_name}.bias"))
 
 
 def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
@@ -261,11 +156,11 @@ def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
         (CONV1D_WIDTH, lru),
         Normal(math.sqrt(0.01 / CONV1D_WIDTH)),
         ("conv", "lru"),
-        _conv_weight,
+        conv_weight,
         decay=True,
     )
-    yield _Entry(f"{block}.conv_1d.b", (lru,), Zeros(), ("lru",), _same(f"{hf}.conv_1d.bias"))
-    a_param = _same(f"{hf}.rg_lru.recurrent_param")
+    yield _Entry(f"{block}.conv_1d.b", (lru,), Zeros(), ("lru",), same(f"{hf}.conv_1d.bias"))
+    a_param = same(f"{hf}.rg_lru.recurrent_param")
     yield _Entry(f"{block}.rg_lru.a_param", (lru,), RingLog(0.9, 0.999), ("lru",), a_param)
     per_head = lru // heads
     for gate, hf_gate in (("input_gate", "input_gate"), ("a_gate", "recurrent_gate")):
@@ -274,7 +169,7 @@ def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
             (heads, per_head, per_head),
             Normal(math.sqrt(1 / per_head)),
             ("heads", "head_in", "head_out"),
-            _same(f"{hf}.rg_lru.{hf_gate}_weight"),
+            same(f"{hf}.rg_lru.{hf_gate}_weight"),
             lora="gates",
         )
         yield _Entry(
@@ -282,7 +177,7 @@ def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
             (heads, per_head),
             Zeros(),
             ("heads", "head_out"),
-            _same(f"{hf}.rg_lru.{hf_gate}_bias"),
+            same(f"{hf}.rg_lru.{hf_gate}_bias"),
         )
     yield from _linear(
         f"{block}.linear_out",
@@ -332,7 +227,7 @@ def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
         (2, width, mlp),
         Normal(math.sqrt(1 / width)),
         ("gate", "width", "mlp"),
-        _gated_halves("weight"),
+        gated_halves("weight"),
         decay=True,
         lora="mlp",
     )
@@ -341,7 +236,7 @@ def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
         (2, 1, 1, mlp),
         Zeros(),
         ("gate", "batch", "time", "mlp"),
-        _gated_halves("bias"),
+        gated_halves("bias"),
     )
     yield from _linear(
         "mlp_block.ffw_down",
@@ -373,7 +268,7 @@ def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
         (c.vocab_size, c.width),
         Normal(math.sqrt(1 / c.width)),
         ("vocab", "width"),
-        _same("embed_tokens.weight"),
+        same("embed_tokens.weight"),
     )
     yield place(embedding, "", "model.")
     for i, block_type in enumerate(c.block_types):

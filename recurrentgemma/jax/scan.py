@@ -140,7 +140,8 @@ def _in_place_backward(reverse: bool, residuals: Any, gradients: Any):
         dx_t = _at(dy, t) + dh
         return _at(a, t) * dx_t, lax.dynamic_update_index_in_dim(dx, dx_t, t, 1)
 
-    dh0, dx = lax.fori_loop(0, length, step, (dlast, jnp.zeros_like(dy)), unroll=2)
+    start: Any = (dlast, jnp.zeros_like(dy))
+    dh0, dx = lax.fori_loop(0, length, step, start, unroll=2)
     parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
     return dx, dx * jnp.concatenate(parts, 1), dh0
 

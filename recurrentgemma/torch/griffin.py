@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.config import GriffinConfig, shapes_of
+from recurrentgemma.common.layer_spec import require_match
 from recurrentgemma.torch.blocks import ResidualBlock
 from recurrentgemma.torch.cache import Cache, init_cache
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
@@ -114,6 +118,18 @@ class Griffin(SpecModule):
             return checkpoint(block, *args, use_reentrant=False)
 
         return run
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ):
+        """Loads parameters as any module does, naming every difference at once.
+
+        Raises:
+          ValueError: With `strict`, names or shapes are not the model's.
+        """
+        if strict:
+            require_match(shapes_of(self.state_dict()), shapes_of(state_dict))
+        return super().load_state_dict(state_dict, strict, assign)
 
     def init_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> Cache:
         """The state before the first token, on the model's device.

@@ -1,0 +1,116 @@
+"""What every test runs under: the CPU, one thread, a compilation cache, checked annotations."""
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read when a framework is first imported, which is later than this. Child processes inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE_ROOT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+try:
+    JAX_CACHE = CACHE_ROOT / "recurrentgemma-tests" / "jax"
+    JAX_CACHE.mkdir(parents=True, exist_ok=True)
+except OSError:
+    JAX_CACHE = Path(tempfile.gettempdir()) / f"recurrentgemma-tests-{os.getuid()}" / "jax"
+    JAX_CACHE.mkdir(parents=True, exist_ok=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(JAX_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+KEEP_DAYS = 14
+
+import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+PACKAGE = Path(__file__).resolve().parents[1] / "recurrentgemma"
+# Modules whose annotations are not checked at run time, and why.
+UNCHECKED = {
+    "recurrentgemma.torch.scan": "torch.library reads the annotations of a custom op itself",
+    "recurrentgemma.jax.cache": "prepend_history says Float and is given integers too",
+    "recurrentgemma.torch.cache": "prepend_history says Float and is given integers too",
+}
+
+
+def _checked_modules() -> list[str]:
+    """The modules with arrays in their signatures.
+
+    Not configs, text and samplers: what they say to a wrong type is theirs to say, and tested.
+    """
+    files = [PACKAGE / "common" / "reference.py"]
+    files += [file for twin in ("jax", "torch") for file in (PACKAGE / twin).glob("[!_]*.py")]
+    modules = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files}
+    unknown = set(UNCHECKED) - modules
+    assert not unknown, f"no such modules: {unknown}"
+    return sorted(modules - set(UNCHECKED))
+
+
+jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
+
+from backends import BACKENDS, TWINS, Backend  # noqa: E402  # once the hook is in place
+
+hypothesis.settings.register_profile(
+    "recurrentgemma",
+    deadline=None,
+    max_examples=12,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("recurrentgemma")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two processes may use the cache at a time: what one has half written, the other compiles.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+    )
+    if not hasattr(config, "workerinput"):
+        _forget_old_entries()
+
+
+def _forget_old_entries() -> None:
+    for entry in JAX_CACHE.iterdir():
+        if entry.stat().st_mtime < time.time() - KEEP_DAYS * 24 * 3600:
+            entry.unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # a library may use the global generator
+    if "torch" in BACKENDS:
+        import torch
+
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=TWINS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each twin in turn."""
+    return _installed(request.param)
+
+
+@pytest.fixture(scope="session")
+def twins() -> tuple[Backend, Backend]:
+    """Both twins: JAX, PyTorch."""
+    one, other = map(_installed, TWINS)
+    return one, other
+
+
+def _installed(twin: str) -> Backend:
+    if twin not in BACKENDS:
+        pytest.skip(f"{twin} is not installed")
+    return BACKENDS[twin]
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Annotations are not checked, so that the package's own errors come through."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
