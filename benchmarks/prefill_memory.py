@@ -55,19 +55,18 @@ def read(framework: str, length: int) -> None:
 
         from recurrentgemma.torch import Griffin
 
-        forward = Griffin(config)
+        model = Griffin(config)
         torch.set_grad_enabled(False)
-        cache = forward.init_cache(1)
+
+        def forward(tokens, segment_pos, cache):
+            return model(tokens, segment_pos, cache, last_logits_only=True)
+
+        cache = model.init_cache(1)
     rng = np.random.default_rng(0)
     logits = None
     for start in range(0, length, CHUNK):
         tokens = rng.integers(config.vocab_size, size=(1, CHUNK))
-        if framework == "torch":
-            logits, cache = forward(
-                tokens, np.arange(start, start + CHUNK)[None], cache, last_logits_only=True
-            )
-        else:
-            logits, cache = forward(tokens, np.arange(start, start + CHUNK)[None], cache)
+        logits, cache = forward(tokens, np.arange(start, start + CHUNK)[None], cache)
     assert logits is not None
     assert np.isfinite(np.asarray(logits)).all()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -124,8 +124,8 @@ def _in_place(x: Array, a: Array, state: Array, reverse: bool) -> tuple[Array, A
 
 
 def _in_place_forward(x: Array, a: Array, state: Array, reverse: bool):
-    y, last = _in_place(x, a, state, reverse)
-    return (y, last), (a, y, state)
+    outputs: Any = _in_place(x, a, state, reverse)
+    return outputs, (a, outputs[0], state)
 
 
 def _in_place_backward(reverse: bool, residuals: Any, gradients: Any):
@@ -140,8 +140,7 @@ def _in_place_backward(reverse: bool, residuals: Any, gradients: Any):
         dx_t = _at(dy, t) + dh
         return _at(a, t) * dx_t, lax.dynamic_update_index_in_dim(dx, dx_t, t, 1)
 
-    start: Any = (dlast, jnp.zeros_like(dy))
-    dh0, dx = lax.fori_loop(0, length, step, start, unroll=2)
+    dh0, dx = lax.fori_loop(0, length, step, (dlast, jnp.zeros_like(dy)), unroll=2)
     parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
     return dx, dx * jnp.concatenate(parts, 1), dh0
 
