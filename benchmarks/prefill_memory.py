@@ -8,6 +8,7 @@ longest prompt to the shortest; exits 1 where it is above 1.2.
 """
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -43,12 +44,7 @@ def read(framework: str, length: int) -> None:
 
         model, params = Griffin(config), init_params(config, 0)
 
-        @jax.jit
-        def forward(tokens, segment_pos, cache):
-            return model.apply(
-                {"params": params}, tokens, segment_pos, cache, last_logits_only=True
-            )
-
+        forward = jax.jit(functools.partial(model.apply, {"params": params}, last_logits_only=True))
         cache = model.init_cache(1)
     else:
         import torch
@@ -58,9 +54,7 @@ def read(framework: str, length: int) -> None:
         model = Griffin(config)
         torch.set_grad_enabled(False)
 
-        def forward(tokens, segment_pos, cache):
-            return model(tokens, segment_pos, cache, last_logits_only=True)
-
+        forward = functools.partial(model, last_logits_only=True)
         cache = model.init_cache(1)
     rng = np.random.default_rng(0)
     logits = None

@@ -101,24 +101,34 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         """
         prompts = self._encode(input_strings)
         steps = _checked_steps(total_generation_steps)
-        tokens: list[list[int]] = [list(prompt) if echo else [] for prompt in prompts]
-        logits: list[list[_Array]] = [[] for _ in prompts]
-        if prompts and (steps or echo):
-            with_prompt = echo and return_logits
-            prompt_logits, last_logits, cache = self._prefill(prompts, all_logits=with_prompt)
-            if with_prompt:
-                logits = self._align(prompts, prompt_logits)
-            stop_ids = self._stop_ids(end_sampling_at_eos_token)
-            draws = self._seed(rng, len(prompts))
-            for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
-                for row in np.flatnonzero(step.active):
-                    tokens[row].append(int(step.tokens[row]))
-                    if return_logits:
-                        logits[row].append(step.logits[row])
+        if not prompts:
+            return SamplerOutput([], [], [] if return_logits else None)
+        prompt_logits, last_logits, cache = self._prefill(
+            prompts, all_logits=echo and return_logits
+        )
+        stop_ids = self._stop_ids(end_sampling_at_eos_token)
+        draws = self._seed(rng, len(prompts))
+        generated: list[list[int]] = [[] for _ in prompts]
+        step_logits: list[Any] = []
+        for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
+            for row in np.flatnonzero(step.active):
+                generated[row].append(int(step.tokens[row]))
+            if return_logits:
+                step_logits.append(step.logits)
+        logits: list[Any] | None = None
+        if return_logits:
+            scores = self._concatenate([last_logits[None][:0], *(z[None] for z in step_logits)])
+            logits = [scores[: len(new), row] for row, new in enumerate(generated)]
+            if echo:
+                of_prompts = self._prompt_scores(prompts, prompt_logits)
+                pairs = zip(of_prompts, logits, strict=True)
+                logits = [self._concatenate(pair) for pair in pairs]
+        if echo:
+            generated = [prompt + new for prompt, new in zip(prompts, generated, strict=True)]
         return SamplerOutput(
-            text=[self.tokenizer.decode(row) for row in tokens],
-            tokens=[self._array(row) for row in tokens],
-            logits=[self._stack(row) for row in logits] if return_logits else None,
+            text=[self.tokenizer.decode(row) for row in generated],
+            tokens=[self._array(row) for row in generated],
+            logits=logits,
         )
 
     def stream(
@@ -194,14 +204,12 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         assert logits is not None
         return prompt_logits, logits[:, -1], cache
 
-    def _align(self, prompts: list[list[int]], chunks: list[Any]) -> list[list[_Array]]:
-        """Per row, what scored each token of its prompt."""
-        length = sum(chunk.shape[1] for chunk in chunks)
+    def _prompt_scores(self, prompts: list[list[int]], chunks: list[Any]) -> list[Any]:
+        """Per row, what scored each token of its prompt, [T, V]: zeros for the first."""
         scores = []
         for row, prompt in enumerate(prompts):
-            places = [chunk[row, t] for chunk in chunks for t in range(chunk.shape[1])]
-            places = places[length - len(prompt) :]
-            scores.append([places[0] * 0, *places[:-1]])
+            places = self._concatenate([chunk[row] for chunk in chunks])[-len(prompt) :]
+            scores.append(self._concatenate([0 * places[:1], places[:-1]]))
         return scores
 
     def _generate(
@@ -249,8 +257,8 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         """Token ids as the framework's array."""
 
     @abc.abstractmethod
-    def _stack(self, rows: list[_Array]) -> _Array:
-        """Logits [T, V] from T rows, maybe none."""
+    def _concatenate(self, parts: Sequence[Any]) -> Any:
+        """Arrays joined along their first axis."""
 
 
 def prefill_lengths(longest: int, *, buckets: bool) -> list[int]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import CONV1D_WIDTH
@@ -114,8 +114,8 @@ def cache_from_numpy(
 
 
 def prepend_history(
-    history: Float[Array, "b h d"], x: Float[Array, "b t d"], padding: Int[Array, " b"]
-) -> Float[Array, "b h+t d"]:
+    history: Shaped[Array, "b h d"], x: Shaped[Array, "b t d"], padding: Int[Array, " b"]
+) -> Shaped[Array, "b h+t d"]:
     """`x` with `history` moved to just before each row's first token.
 
     In a row with `padding` leading paddings the history takes the places [padding, padding + H) of

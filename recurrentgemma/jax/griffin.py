@@ -47,7 +47,7 @@ class Griffin(nn.Module):
         return_logits: bool = True,
         return_cache: bool = True,
         last_logits_only: bool = False,
-    ) -> tuple[Float[Array, "b t v"] | None, Cache | None]:
+    ) -> tuple[Float[Array, "b _ v"] | None, Cache | None]:
         """Logits of the next token at every place, and the state after the last.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -100,15 +101,15 @@ class Sampler(BaseSampler[Array]):
     def _array(self, tokens: list[int]) -> Array:
         return jnp.asarray(tokens, jnp.int32)
 
-    def _stack(self, rows: list[Array]) -> Array:
-        return jnp.stack(rows) if rows else jnp.zeros((0, self.config.vocab_size))
+    def _concatenate(self, parts: Sequence[Array]) -> Array:
+        return jnp.concatenate(list(parts))
 
 
 def _forward(
     model: Griffin,
     params: Params,
-    tokens: np.ndarray,
-    segment_pos: np.ndarray,
+    tokens: Array | np.ndarray,
+    segment_pos: Array | np.ndarray,
     cache: Cache,
     last_logits_only: bool,
 ) -> tuple[Array, Cache]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from recurrentgemma.common.config import GriffinConfig
@@ -125,8 +125,8 @@ def cache_from_numpy(
 
 
 def prepend_history(
-    history: Float[Tensor, "b h d"], x: Float[Tensor, "b t d"], padding: Int[Tensor, " b"]
-) -> Float[Tensor, "b h+t d"]:
+    history: Shaped[Tensor, "b h d"], x: Shaped[Tensor, "b t d"], padding: Int[Tensor, " b"]
+) -> Shaped[Tensor, "b h+t d"]:
     """`x` with `history` moved to just before each row's first token.
 
     In a row with `padding` leading paddings the history takes the places [padding, padding + H) of

@@ -16,7 +16,6 @@ from recurrentgemma.common.layer_spec import require_match
 from recurrentgemma.torch.blocks import ResidualBlock
 from recurrentgemma.torch.cache import Cache, init_cache
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
-from recurrentgemma.torch.scan import wide_dtype
 
 
 class Griffin(SpecModule):
@@ -63,7 +62,7 @@ class Griffin(SpecModule):
         return_logits: bool = True,
         return_cache: bool = True,
         last_logits_only: bool = False,
-    ) -> tuple[Float[Tensor, "b t v"] | None, Cache | None]:
+    ) -> tuple[Float[Tensor, "b _ v"] | None, Cache | None]:
         """Logits of the next token at every place, and the state after the last.
 
         Args:
@@ -141,8 +140,3 @@ class Griffin(SpecModule):
         """
         embedding = self.embedder.input_embedding
         return init_cache(self.config, batch_size, dtype or embedding.dtype, embedding.device)
-
-    @property
-    def logits_dtype(self) -> torch.dtype:
-        """The dtype of the logits."""
-        return wide_dtype(self.embedder.input_embedding.dtype)

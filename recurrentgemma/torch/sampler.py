@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -75,6 +77,5 @@ class Sampler(BaseSampler[Tensor]):
     def _array(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int32)
 
-    def _stack(self, rows: list[Tensor]) -> Tensor:
-        empty = torch.zeros(0, self.config.vocab_size, dtype=self.model.logits_dtype)
-        return torch.stack(rows) if rows else empty
+    def _concatenate(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))

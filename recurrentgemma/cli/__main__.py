@@ -1,0 +1,7 @@
+"""`python -m recurrentgemma.cli`."""
+
+import sys
+
+from recurrentgemma.cli import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""The program `recurrentgemma` and its commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+import typer.main
+
+import recurrentgemma
+from recurrentgemma.cli.inspect import inspect
+from recurrentgemma.cli.sample import sample
+
+app = typer.Typer(
+    name="recurrentgemma",
+    help="RecurrentGemma and Griffin language models, in JAX and in PyTorch.",
+    epilog="Try: recurrentgemma sample 'It was a truth'",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(sample)
+app.command()(inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"recurrentgemma {recurrentgemma.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _program(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    del version
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run(args: Sequence[str]) -> int:
+    """Runs the program on command-line words; its exit code. Every error is raised.
+
+    Not `app(args)`, which reports errors in its own ways.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("recurrentgemma", list(args)) as context:
+            command.invoke(context)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    return 0

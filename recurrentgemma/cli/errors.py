@@ -1,0 +1,42 @@
+"""Which exceptions are the user's mistakes, and what to say of them."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import typer
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# typer has no public name for it: options unknown, missing or malformed.
+_UsageError = typer.BadParameter.__bases__[0]
+_LONGEST_LINE = 300
+
+
+def mistake(error: Exception) -> str | None:
+    """What to tell the user of an error, or None if it is no mistake of theirs.
+
+    Mistakes are wrong usage, files that cannot be read, and every `ValueError` that this package
+    raises itself; one that comes out of a library it calls is a defect.
+    """
+    if isinstance(error, _UsageError):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "recurrentgemma"
+        return f"{_in_a_line(error.format_message())} (see {command} --help)"  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError) and _raised_here(error):
+        return _in_a_line(str(error))
+    return None
+
+
+def _raised_here(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+
+
+def _in_a_line(message: str) -> str:
+    """The message in one line; a list that is too long for that stays a list."""
+    first, *rest = filter(None, map(str.strip, message.rstrip(".").splitlines()))
+    line = " ".join([first, "; ".join(rest)]) if rest else first
+    return line if len(line) <= _LONGEST_LINE else message

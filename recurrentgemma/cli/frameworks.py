@@ -1,0 +1,114 @@
+"""The choice between JAX and PyTorch, and a sampler in either: neither is imported before."""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
+    from recurrentgemma.common.sampler import BaseSampler
+    from recurrentgemma.common.sampling import Sampling
+    from recurrentgemma.common.text import Tokenizer
+
+
+class Framework(enum.StrEnum):
+    """What the model runs on."""
+
+    JAX = "jax"
+    TORCH = "torch"
+
+
+class DType(enum.StrEnum):
+    """Of parameters and computation."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Loaded(NamedTuple):
+    """A sampler, and what it runs on."""
+
+    sampler: BaseSampler[Any]
+    device: str
+    dtype: DType
+
+
+_MODULES = {Framework.TORCH: ("torch",), Framework.JAX: ("jax", "flax")}
+
+
+def choose_framework(wanted: Framework | None) -> Framework:
+    """The framework asked for, or else PyTorch where it is installed, or else JAX.
+
+    Raises:
+      ValueError: It is not installed; the message says how to install it.
+    """
+    candidates = list(_MODULES) if wanted is None else [wanted]
+    for framework in candidates:
+        if all(map(_is_installed, _MODULES[framework])):
+            return framework
+    commands = " or ".join(f"pip install 'recurrentgemma[{f}]'" for f in candidates)
+    if wanted is None:
+        raise ValueError(f"neither PyTorch nor JAX is installed: {commands}")
+    raise ValueError(f"--framework {wanted} needs what is not installed: {commands}")
+
+
+def _is_installed(module: str) -> bool:
+    # Without an origin it is just some folder of that name.
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def load_sampler(
+    framework: Framework,
+    path: Path,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    dtype: DType | None,
+    chat: bool,
+) -> Loaded:
+    """Loads a checkpoint; on an accelerator if there is one.
+
+    Args:
+      framework: What to run it on.
+      path: The checkpoint folder.
+      tokenizer: Its tokenizer.
+      sampling: How tokens are chosen.
+      dtype: Of parameters and computation; if None float32 on CPU and bfloat16 elsewhere.
+      chat: Whether the model is instruction-tuned.
+    """
+    load = _load_torch if framework is Framework.TORCH else _load_jax
+    return load(path, tokenizer, sampling, dtype, chat)
+
+
+def _default_dtype(device: str) -> DType:
+    return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
+
+
+def _load_torch(
+    path: Path, tokenizer: Tokenizer, sampling: Sampling, dtype: DType | None, chat: bool
+) -> Loaded:
+    import torch
+
+    from recurrentgemma.torch import Sampler, load_checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or _default_dtype(device)
+    model = load_checkpoint(path, dtype=getattr(torch, dtype), device=device)
+    sampler = Sampler(model, tokenizer.vocab, is_it_model=chat, sampling=sampling)
+    return Loaded(sampler, device, dtype)
+
+
+def _load_jax(
+    path: Path, tokenizer: Tokenizer, sampling: Sampling, dtype: DType | None, chat: bool
+) -> Loaded:
+    import jax
+
+    from recurrentgemma.jax import Sampler, load_checkpoint
+
+    device = jax.default_backend()
+    dtype = dtype or _default_dtype(device)
+    model, params = load_checkpoint(path, dtype=jax.numpy.dtype(dtype))
+    sampler = Sampler(model, tokenizer.vocab, params, is_it_model=chat, sampling=sampling)
+    return Loaded(sampler, device, dtype)

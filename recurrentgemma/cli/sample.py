@@ -1,0 +1,217 @@
+"""`recurrentgemma sample`: continues a prompt."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from recurrentgemma.cli.console import read_stdin, working
+from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.sampling import Sampling
+
+_SEEDS = 2**32  # more than 32 bits JAX would cut off
+
+
+def sample(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="Text to continue; - or none reads stdin.", metavar="PROMPT", show_default=False
+        ),
+    ] = None,
+    framework: Annotated[
+        Framework | None,
+        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder. Default: the bundled model.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
+    ] = 100,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from softmax(logits / T); 0 takes the likeliest token. "
+            "Default: 0, or 1 beside --top-k or --top-p.",
+            metavar="T",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw from the K likeliest tokens.", metavar="K", show_default=False),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the fewest tokens that have probability P together.",
+            metavar="P",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Same seed, same draws. Default: a fresh one, which is reported.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--no-chat", help="Put the prompt to an instruction-tuned model as a turn."
+        ),
+    ] = False,
+    echo: Annotated[
+        bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+    ] = False,
+) -> None:
+    """Continue a prompt, token by token.
+
+    The text goes to stdout as it is generated, the speed to stderr after it.
+    """
+    from recurrentgemma.common.checkpoint import open_folder
+
+    sampling, seed = _sampling(temperature, top_k, top_p, seed)
+    framework = choose_framework(framework)
+    folder = open_folder(checkpoint)
+    tokenizer = folder.tokenizer
+    if chat and tokenizer.end_of_turn_id is None:
+        raise ValueError(f"--chat: {folder.path} has no <end_of_turn>, so it was not tuned to chat")
+    text = _prompt(prompt)
+    started = time.perf_counter()
+    with working(f"Loading {folder.path.name} with {framework}"):
+        loaded = load_sampler(framework, folder.path, tokenizer, sampling, dtype, chat)
+    load_s = time.perf_counter() - started
+    steps = loaded.sampler.stream(text, max_new_tokens, rng=seed)
+    if as_json:
+        run = _generate(steps, None)
+    else:
+        run = _generate(steps, text + "\n" * chat if echo else "")
+    timings = {
+        "load_s": load_s,
+        "first_token_s": run.first_token_s,
+        "tokens_per_second": run.tokens_per_second,
+    }
+    if as_json:
+        stops = {tokenizer.eos_id: "eos", tokenizer.end_of_turn_id: "end_of_turn"}
+        report = {
+            "prompt": text,
+            "text": run.text,
+            "tokens": run.tokens,
+            "finish_reason": stops.get((run.tokens or [None])[-1], "length"),
+            "framework": framework,
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+            "seed": seed,
+            "timings": timings,
+        }
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        about = f"{framework}, {loaded.dtype} on {loaded.device}"
+        about += f", seed {seed}" if seed is not None else ""
+        sys.stderr.write(f"{_speed(run)}, loaded in {load_s:.2f} s\n{about}\n")
+
+
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> tuple[Sampling, int | None]:
+    """The strategy that the options ask for, and the seed of its draws if it makes any."""
+    from recurrentgemma.common.sampling import Categorical, Greedy
+
+    if seed is not None and not 0 <= seed < _SEEDS:
+        raise ValueError(f"--seed must be at least 0 and below {_SEEDS}, got {seed}")
+    # Also where greedy, so that a wrong value is never passed over.
+    categorical = Categorical(temperature or 1.0, top_k, 1.0 if top_p is None else top_p)
+    if temperature == 0 or (temperature is None and top_k is None and top_p is None):
+        return Greedy(), seed
+    return categorical, secrets.randbelow(_SEEDS) if seed is None else seed
+
+
+def _prompt(argument: str | None) -> str:
+    """The prompt, from the argument or from stdin."""
+    if argument is None or argument == "-":
+        return read_stdin()
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:  # from bytes that Python could not decode
+        raise ValueError("the prompt must be UTF-8 text") from error
+    return argument
+
+
+class _Run(NamedTuple):
+    """What was generated, and how fast.
+
+    Attributes:
+      tokens: Token ids, with the one that stopped it.
+      text: Their text.
+      first_token_s: Seconds to the first token: reading the prompt, and what JAX compiles.
+      tokens_per_second: The rate after that; None of fewer than three tokens.
+    """
+
+    tokens: list[int]
+    text: str
+    first_token_s: float
+    tokens_per_second: float | None
+
+
+def _generate(steps: Iterator[tuple[int, str]], before: str | None) -> _Run:
+    """Runs a sampler's stream, writing the text behind `before` to stdout; silent if that is None.
+
+    Nothing is written until the first token is there, since the spinner would wipe it away.
+    """
+    started = time.perf_counter()
+    with working("Reading the prompt"):
+        first = list(itertools.islice(steps, 1))
+    times: list[float] = []
+    tokens: list[int] = []
+    pieces: list[str] = []
+    _write(before)
+    for token, piece in itertools.chain(first, steps):
+        times.append(time.perf_counter())
+        tokens.append(token)
+        pieces.append(piece)
+        if before is not None:
+            _write(piece)
+    if before is not None:
+        _write("\n")
+    # The sampler holds a token back until the next is there, except the last: leave that out.
+    rate = (len(times) - 2) / (times[-2] - times[0]) if len(times) > 2 else None
+    first_token_s = (times[0] if times else time.perf_counter()) - started
+    return _Run(tokens, "".join(pieces), first_token_s, rate)
+
+
+def _write(text: str | None) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _speed(run: _Run) -> str:
+    number = f"{len(run.tokens)} token{'' if len(run.tokens) == 1 else 's'}"
+    rate = f" at {run.tokens_per_second:.1f} tokens/s" if run.tokens_per_second else ""
+    return f"{number}{rate}, first after {run.first_token_s:.2f} s"

@@ -1,0 +1,144 @@
+"""The report of `recurrentgemma inspect` as text: at most 80 columns for any published model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import typer
+
+_Row = Sequence[str]
+
+
+def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
+    """The lines of a report that `inspect.describe` made.
+
+    Args:
+      report: The report.
+      every_block: Whether to list all blocks, else the first of each kind.
+    """
+    yield from _align(_config_rows(report["config"]), right=())
+    yield ""
+    yield from _parameter_lines(report, every_block)
+    yield ""
+    counts = report["num_parameters"]
+    yield from _align(
+        [
+            (name.replace("_", " "), f"{count:,}", f"{count / counts['total']:.1%}")
+            for name, count in counts.items()
+        ],
+        right=(1, 2),
+    )
+    yield ""
+    columns = list(report["bytes"]["parameters"])  # the state has no size as stored
+    sizes = [
+        (name.replace("_", " "), *(_size(row.get(column)) for column in columns))
+        for name, row in report["bytes"].items()
+    ]
+    header, *lines = _align([("size", *columns), *sizes], right=range(1, 4))
+    yield from (_bold(header), *lines)
+
+
+def _config_rows(config: dict[str, Any]) -> Iterator[_Row]:
+    for name, value in config.items():
+        if name == "block_types":
+            kinds = Counter(value).items()
+            kinds = ", ".join(f"{n} {kind} ({kind[0].upper()})" for kind, n in kinds)
+            yield "layers", f"{len(value)}: {kinds}"
+            yield name, "".join(kind[0].upper() for kind in value)
+        else:
+            yield name, str(value)
+
+
+def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]:
+    """The table of parameters: headings, and rows all aligned alike."""
+    entries = list(_entries(report, every_block))
+    header = ["parameter", "shape", "axes", "dtype", "count"]
+    rows = [entry for entry in entries if not isinstance(entry, str)]
+    dtypes = {parameter["dtype"] for parameter in report["parameters"]}
+    if len(dtypes) == 1:  # as is usual; no column then
+        (dtype,) = dtypes
+        header[0] += f" (all {dtype})" if dtype else ""
+        header, *rows = ([*row[:3], row[4]] for row in (header, *rows))
+    header, *lines = _align([header, *rows], right=[len(header) - 1])
+    yield _bold(header)
+    for entry in entries:
+        yield entry if isinstance(entry, str) else lines.pop(0)
+
+
+def _entries(report: dict[str, Any], every_block: bool) -> Iterator[str | _Row]:
+    """Headings and rows, in the order of the parameters."""
+    block_types = report["config"]["block_types"]
+    seen = set()
+    for block, group in groupby(report["parameters"], lambda p: _split(p["path"])[0]):
+        if not block:
+            if seen:
+                yield ""
+            yield from (_row(parameter["path"], parameter) for parameter in group)
+            continue
+        kind = block_types[int(block)]
+        if kind in seen and not every_block:
+            continue
+        seen.add(kind)
+        several = f"blocks.N ({kind}, {block_types.count(kind)} of {len(block_types)})"
+        yield ""
+        yield _bold(f"blocks.{block} ({kind})" if every_block else several)
+        yield from _block_entries(list(group))
+
+
+def _block_entries(parameters: list[dict[str, Any]]) -> Iterator[str | _Row]:
+    """A block's rows, those of one layer indented under its name."""
+    for layer, group in groupby(parameters, lambda p: _split(p["path"])[1].split(".")[0]):
+        rows = list(group)
+        if len(rows) > 1:
+            yield layer
+        for parameter in rows:
+            path = _split(parameter["path"])[1]
+            yield _row("  " + path.removeprefix(f"{layer}.") if len(rows) > 1 else path, parameter)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path's block number and the path inside the block; ("", path) outside of blocks."""
+    if not path.startswith("blocks."):
+        return "", path
+    _, number, inside = path.split(".", 2)
+    return number, inside
+
+
+def _row(name: str, parameter: dict[str, Any]) -> _Row:
+    return (
+        name,
+        "×".join(map(str, parameter["shape"])),
+        " ".join(parameter["axes"]),
+        parameter["dtype"] or "",
+        f"{parameter['count']:,}",
+    )
+
+
+def _align(rows: Iterable[_Row], right: Iterable[int]) -> list[str]:
+    """Rows as lines in which columns line up, those numbered in `right` on the right."""
+    rows, right = list(rows), set(right)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _bold(line: str) -> str:
+    return typer.style(line, bold=True)
+
+
+def _size(num_bytes: float | None) -> str:
+    if num_bytes is None:
+        return ""
+    for unit in ("kB", "MB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} GB"
