@@ -17,12 +17,14 @@ def mistake(error: Exception) -> str | None:
     """What to tell the user of an error, or None if it is no mistake of theirs.
 
     Mistakes are wrong usage, files that cannot be read, and every `ValueError` that this package
-    raises itself; one that comes out of a library it calls is a defect.
+    raises itself; one that comes out of what it calls is a defect.
     """
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "recurrentgemma"
-        return f"{_in_a_line(error.format_message())} (see {command} --help)"  # pyright: ignore[reportAttributeAccessIssue]
+        message: str = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        message = message.replace("Value error, ", "")  # pydantic's, in recent typers
+        return f"{_in_a_line(message)} (see {command} --help)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError) and _raised_here(error):
@@ -31,8 +33,11 @@ def mistake(error: Exception) -> str | None:
 
 
 def _raised_here(error: Exception) -> bool:
+    """Whether it was raised by a `raise` in this package, not by a function in C, say."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+    if not frames or not (frames[-1].line or "").startswith("raise"):
+        return False
+    return Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
 
 
 def _in_a_line(message: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.presets import Preset, member
 
 if TYPE_CHECKING:
     from recurrentgemma.common.config import GriffinConfig
@@ -26,12 +26,11 @@ def inspect(
         typer.Argument(help="Checkpoint folder. Default: the bundled model.", show_default=False),
     ] = None,
     preset: Annotated[
-        Preset | None,
+        str | None,
         typer.Option(
             help="A published model instead, without a checkpoint: "
-            f"{', '.join(preset.name for preset in Preset)}.",
+            f"{', '.join(known.name for known in Preset)}.",
             metavar="NAME",
-            case_sensitive=False,
             show_default=False,
         ),
     ] = None,
@@ -56,8 +55,9 @@ def inspect(
         report = describe(folder.config, folder.dtypes)
         report["bytes"]["parameters"]["stored"] = folder.weights.stat().st_size
     elif checkpoint is None:
-        source = {"preset": preset.name}
-        report = describe(GriffinConfig.from_preset(preset), {})
+        known = member(Preset, preset.upper())
+        source = {"preset": known.name}
+        report = describe(GriffinConfig.from_preset(known), {})
     else:
         raise ValueError("give either a checkpoint or --preset, not both")
     if as_json:

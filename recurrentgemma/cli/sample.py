@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+from recurrentgemma.cli.generation import generate
 
 if TYPE_CHECKING:
     from recurrentgemma.common.sampling import Sampling
@@ -109,21 +108,23 @@ def sample(
     load_s = time.perf_counter() - started
     steps = loaded.sampler.stream(text, max_new_tokens, rng=seed)
     if as_json:
-        run = _generate(steps, None)
+        run = generate(steps, None)
     else:
-        run = _generate(steps, text + "\n" * chat if echo else "")
+        run = generate(steps, text + "\n" * chat if echo else "")
     timings = {
         "load_s": load_s,
         "first_token_s": run.first_token_s,
         "tokens_per_second": run.tokens_per_second,
     }
     if as_json:
-        stops = {tokenizer.eos_id: "eos", tokenizer.end_of_turn_id: "end_of_turn"}
+        stops = {tokenizer.eos_id: "eos"}
+        if chat:
+            stops[tokenizer.end_of_turn_id] = "end_of_turn"
         report = {
             "prompt": text,
             "text": run.text,
             "tokens": run.tokens,
-            "finish_reason": stops.get((run.tokens or [None])[-1], "length"),
+            "finish_reason": stops.get(run.tokens[-1] if run.tokens else -1, "length"),
             "framework": framework,
             "device": loaded.device,
             "dtype": loaded.dtype,
@@ -134,7 +135,7 @@ def sample(
     else:
         about = f"{framework}, {loaded.dtype} on {loaded.device}"
         about += f", seed {seed}" if seed is not None else ""
-        sys.stderr.write(f"{_speed(run)}, loaded in {load_s:.2f} s\n{about}\n")
+        sys.stderr.write(f"{run.speed}, loaded in {load_s:.2f} s\n{about}\n")
 
 
 def _sampling(
@@ -161,57 +162,3 @@ def _prompt(argument: str | None) -> str:
     except UnicodeEncodeError as error:  # from bytes that Python could not decode
         raise ValueError("the prompt must be UTF-8 text") from error
     return argument
-
-
-class _Run(NamedTuple):
-    """What was generated, and how fast.
-
-    Attributes:
-      tokens: Token ids, with the one that stopped it.
-      text: Their text.
-      first_token_s: Seconds to the first token: reading the prompt, and what JAX compiles.
-      tokens_per_second: The rate after that; None of fewer than three tokens.
-    """
-
-    tokens: list[int]
-    text: str
-    first_token_s: float
-    tokens_per_second: float | None
-
-
-def _generate(steps: Iterator[tuple[int, str]], before: str | None) -> _Run:
-    """Runs a sampler's stream, writing the text behind `before` to stdout; silent if that is None.
-
-    Nothing is written until the first token is there, since the spinner would wipe it away.
-    """
-    started = time.perf_counter()
-    with working("Reading the prompt"):
-        first = list(itertools.islice(steps, 1))
-    times: list[float] = []
-    tokens: list[int] = []
-    pieces: list[str] = []
-    _write(before)
-    for token, piece in itertools.chain(first, steps):
-        times.append(time.perf_counter())
-        tokens.append(token)
-        pieces.append(piece)
-        if before is not None:
-            _write(piece)
-    if before is not None:
-        _write("\n")
-    # The sampler holds a token back until the next is there, except the last: leave that out.
-    rate = (len(times) - 2) / (times[-2] - times[0]) if len(times) > 2 else None
-    first_token_s = (times[0] if times else time.perf_counter()) - started
-    return _Run(tokens, "".join(pieces), first_token_s, rate)
-
-
-def _write(text: str | None) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _speed(run: _Run) -> str:
-    number = f"{len(run.tokens)} token{'' if len(run.tokens) == 1 else 's'}"
-    rate = f" at {run.tokens_per_second:.1f} tokens/s" if run.tokens_per_second else ""
-    return f"{number}{rate}, first after {run.first_token_s:.2f} s"

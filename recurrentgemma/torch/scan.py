@@ -123,22 +123,32 @@ def _chunked(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) ->
     return last
 
 
-# Opaque to torch.compile, which would otherwise unroll the loops.
-@torch.library.custom_op("recurrentgemma::linear_scan", mutates_args=())
-def _scan_op(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+# Operators of their own, opaque to torch.compile, which would otherwise unroll the loops. Not
+# `custom_op`: the autograd kernel that it adds does not run under torch.func transforms.
+_SCAN, _SCAN_BACKWARD = "recurrentgemma::linear_scan", "recurrentgemma::linear_scan_backward"
+torch.library.define(_SCAN, "(Tensor x, Tensor a, Tensor h0, bool reverse) -> (Tensor, Tensor)")
+torch.library.define(
+    _SCAN_BACKWARD,
+    "(Tensor dy, Tensor dlast, Tensor a, Tensor y, Tensor h0, bool reverse)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_SCAN, "default")
+def _scan(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     last = _chunked(x, a, h0, reverse, y)
     return y, last.clone()
 
 
-@_scan_op.register_fake
+@torch.library.register_fake(_SCAN)
 def _(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     del a, reverse
     return torch.empty_like(x), torch.empty_like(h0)
 
 
-@torch.library.custom_op("recurrentgemma::linear_scan_backward", mutates_args=())
-def _scan_backward_op(
+@torch.library.impl(_SCAN_BACKWARD, "default")
+def _scan_backward(
     dy: Tensor, dlast: Tensor, a: Tensor, y: Tensor, h0: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx_t = dy_t + a_{t+1} dx_{t+1}; da_t = dx_t h_{t-1}; dh0 = a_0 dx_0."""
@@ -153,7 +163,7 @@ def _scan_backward_op(
     return dx, da, a[:, first] * dx[:, first]
 
 
-@_scan_backward_op.register_fake
+@torch.library.register_fake(_SCAN_BACKWARD)
 def _(dy: Tensor, dlast: Tensor, a: Tensor, y: Tensor, h0: Tensor, reverse: bool):
     del dlast, y, reverse
     return torch.empty_like(dy), torch.empty_like(a), torch.empty_like(h0)
@@ -177,8 +187,10 @@ def _fold_batch(op):
     return rule
 
 
-_scan_op.register_vmap(_fold_batch(_scan_op))
-_scan_backward_op.register_vmap(_fold_batch(_scan_backward_op))
+_scan_op = torch.ops.recurrentgemma.linear_scan.default
+_scan_backward_op = torch.ops.recurrentgemma.linear_scan_backward.default
+torch.library.register_vmap(_SCAN, _fold_batch(_scan_op))
+torch.library.register_vmap(_SCAN_BACKWARD, _fold_batch(_scan_backward_op))
 
 
 class _LinearScan(torch.autograd.Function):
@@ -196,4 +208,15 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlast):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, y, h0 = ctx.saved_tensors
-        return *_scan_backward_op(dy, dlast, a, y, h0, ctx.reverse), None
+        if not torch.is_grad_enabled():
+            return *_scan_backward_op(dy, dlast, a, y, h0, ctx.reverse), None
+        # The gradient may itself be differentiated: the same in differentiable steps.
+        if ctx.reverse:
+            dy, a, y = dy.flip(1), a.flip(1), y.flip(1)
+        dx = (dy[:, -1] + dlast)[:, None]
+        if dy.shape[1] > 1:
+            earlier, _ = _LinearScan.apply(dy[:, :-1], a[:, 1:], dx[:, 0], True)  # pyright: ignore[reportGeneralTypeIssues]
+            dx = torch.cat([earlier, dx], 1)
+        da = dx * torch.cat([h0[:, None], y[:, :-1]], 1)
+        dh0 = a[:, 0] * dx[:, 0]
+        return (dx.flip(1), da.flip(1), dh0, None) if ctx.reverse else (dx, da, dh0, None)
