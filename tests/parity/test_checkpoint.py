@@ -1,0 +1,222 @@
+"""Checkpoint folders: either twin reads what the other wrote, and names what is wrong."""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.text import Tokenizer
+
+SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
+TOKENS, SEGMENT_POS = np.array([[2, 30, 31, 32, 33]]), np.arange(5)[None]
+CONFIG = GriffinConfig(
+    vocab_size=2048,
+    width=24,
+    mlp_expanded_width=40,
+    num_heads=2,
+    lru_width=32,
+    block_types=("recurrent", "attention"),  # pyright: ignore[reportArgumentType]
+    embeddings_scale_by_sqrt_dim=True,
+    attention_window_size=4,
+    logits_soft_cap=30.0,
+)
+
+
+@pytest.fixture(params=["jax", "torch"])
+def twin(request) -> str:
+    pytest.importorskip(SUBMODULES[request.param], reason=f"{request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(BUNDLED / "tokenizer.model")
+
+
+def save(twin: str, path: Path, tokenizer: Tokenizer, dtype: str = "float32", **kwargs) -> None:
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "jax":
+        params = module.init_params(CONFIG, 5, dtype)
+        module.save_checkpoint(path, CONFIG, {"params": params}, tokenizer, **kwargs)
+    else:
+        import torch
+
+        model = module.Griffin(CONFIG, dtype=getattr(torch, dtype))
+        model.reset_parameters(seed=5)
+        module.save_checkpoint(path, model, tokenizer, **kwargs)
+
+
+def load(
+    twin: str, path: Path, dtype: str | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Parameters in the Flax layout, float32, and the logits."""
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "jax":
+        import jax.numpy as jnp
+
+        from recurrentgemma.jax.griffin import get_path
+
+        model, params = module.load_checkpoint(path, dtype=dtype)
+        logits, _ = model.apply({"params": params}, TOKENS, SEGMENT_POS)
+        values = {s.path: get_path(params, s.path) for s in layer_spec(model.config)}
+        return {p: np.asarray(v.astype(jnp.float32)) for p, v in values.items()}, np.asarray(logits)
+    import torch
+
+    model = module.load_checkpoint(path, dtype=getattr(torch, dtype) if dtype else None)
+    state = model.state_dict()
+    values = {
+        spec.path: spec.torch.decode(state[spec.torch.name].float().numpy(), spec)
+        for spec in layer_spec(model.config)
+    }
+    return values, model(TOKENS, SEGMENT_POS)[0].detach().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("writer", "reader"), [("jax", "torch"), ("torch", "jax")])
+def test_each_twin_reads_what_the_other_wrote(
+    tmp_path: Path, tokenizer: Tokenizer, writer: str, reader: str, dtype: str
+) -> None:
+    for submodule in SUBMODULES.values():
+        pytest.importorskip(submodule, reason="parity needs both frameworks")
+    save(writer, tmp_path / "model", tokenizer, dtype)
+    assert set(open_folder(tmp_path / "model").dtypes.values()) == {
+        {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    }
+    written, _ = load(writer, tmp_path / "model")
+    read, _ = load(reader, tmp_path / "model")
+    assert written.keys() == read.keys()
+    for path, value in written.items():
+        np.testing.assert_array_equal(value, read[path], err_msg=path)
+    logits = [load(name, tmp_path / "model", "float32")[1] for name in (writer, reader)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=5e-5)
+
+
+def test_folders_hold_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for twin, submodule in SUBMODULES.items():
+        pytest.importorskip(submodule, reason="parity needs both frameworks")
+        save(twin, tmp_path / twin, tokenizer)
+    names = sorted(file.name for file in (tmp_path / "jax").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert (tmp_path / "jax/config.json").read_bytes() == (
+        tmp_path / "torch/config.json"
+    ).read_bytes()
+    assert open_folder(tmp_path / "jax").config == CONFIG
+
+
+def test_nothing_existing_is_replaced_unless_asked(
+    twin: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "precious").touch()
+    with pytest.raises(ValueError, match="exists; pass force=True"):
+        save(twin, folder, tokenizer)
+    assert [file.name for file in folder.iterdir()] == ["precious"]
+    save(twin, folder, tokenizer, force=True)
+    assert open_folder(folder).config == CONFIG
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupted_write_leaves_what_was_there(
+    twin: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    save(twin, folder, tokenizer)
+    before = (folder / "model.safetensors").read_bytes()
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(twin, folder, tokenizer, "bfloat16", force=True)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    load_checkpoint = importlib.import_module(f"recurrentgemma.{twin}").load_checkpoint
+    with pytest.raises(ValueError, match="no checkpoint folder at"):
+        load_checkpoint(tmp_path / "absent")
+    good = tmp_path / "good"
+    save(twin, good, tokenizer)
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(good, tmp_path / name))
+
+    folder = broken("lacking")
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"lacks config\.json, tokenizer\.model"):
+        load_checkpoint(folder)
+    folder = broken("truncated")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is no complete safetensors file"):
+        load_checkpoint(folder)
+    folder = broken("other-config")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"width": 24', '"width": 32'))
+    with pytest.raises(ValueError, match=r"\(\d+ differences\)") as caught:
+        load_checkpoint(folder)
+    assert "embedder.input_embedding must have shape (2048, 32), got (2048, 24)" in str(
+        caught.value
+    )
+    assert "final_norm.scale must have shape (32,), got (24,)" in str(caught.value)
+    folder = broken("not-json")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        load_checkpoint(folder)
+    (tmp_path / "text").write_text("not a tokenizer")
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+        load_tokenizer(tmp_path / "text")
+
+
+def test_torch_names_every_mismatch() -> None:
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    from recurrentgemma.torch import Griffin
+
+    state = Griffin(CONFIG).state_dict()
+    state["extra"] = state.pop("final_norm.scale")
+    with pytest.raises(ValueError, match=r"2 differences") as caught:
+        Griffin(CONFIG).load_state_dict(state)
+    assert "missing final_norm.scale (24,)" in str(caught.value)
+    assert "unexpected extra (24,)" in str(caught.value)
+
+
+def test_orbax_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    from recurrentgemma import jax as recurrentgemma
+
+    params = recurrentgemma.init_params(CONFIG, 0, "bfloat16")
+    monkeypatch.chdir(tmp_path)
+    recurrentgemma.save_parameters("relative", {"params": params})
+    with pytest.raises(ValueError, match="exists; pass force=True"):
+        recurrentgemma.save_parameters("relative", params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    for sharding in ("single_device", "replicated", shardings):
+        loaded = recurrentgemma.load_parameters("relative", sharding)
+        assert jax.tree.structure(loaded) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    sampler = recurrentgemma.Sampler(
+        recurrentgemma.Griffin(CONFIG),
+        load_tokenizer(BUNDLED / "tokenizer.model"),
+        {"params": loaded},
+    )
+    assert sampler.params is loaded
+    recurrentgemma.save_parameters("relative", params, force=True)
+    jax.tree.map(np.testing.assert_array_equal, recurrentgemma.load_parameters("relative"), params)
+    with pytest.raises(ValueError, match="no checkpoint directory at"):
+        recurrentgemma.load_parameters("absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is no Orbax checkpoint"):
+        recurrentgemma.load_parameters("empty")
+    with pytest.raises(ValueError, match='must be "single_device", "replicated" or a tree'):
+        recurrentgemma.load_parameters("relative", "everywhere")
