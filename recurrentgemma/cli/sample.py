@@ -107,19 +107,17 @@ def sample(
         loaded = load_sampler(framework, folder.path, tokenizer, sampling, dtype, chat)
     load_s = time.perf_counter() - started
     steps = loaded.sampler.stream(text, max_new_tokens, rng=seed)
-    if as_json:
-        run = generate(steps, None)
-    else:
-        run = generate(steps, text + "\n" * chat if echo else "")
+    shown = text + "\n" * chat if echo else ""
+    run = generate(steps, None if as_json else shown)
     timings = {
         "load_s": load_s,
         "first_token_s": run.first_token_s,
         "tokens_per_second": run.tokens_per_second,
     }
     if as_json:
-        stops = {tokenizer.eos_id: "eos"}
-        if chat:
-            stops[tokenizer.end_of_turn_id] = "end_of_turn"
+        stops = {tokenizer.eos_id: "eos"} | (
+            {tokenizer.end_of_turn_id: "end_of_turn"} if chat else {}
+        )
         report = {
             "prompt": text,
             "text": run.text,

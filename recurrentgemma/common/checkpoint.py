@@ -126,6 +126,8 @@ def write_folder(
         save_weights(temporary / WEIGHTS)
         (temporary / CONFIG).write_text(config.to_json(), encoding="utf-8")
         (temporary / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())
+        for written in temporary.iterdir():
+            written.chmod(0o644)
         temporary.chmod(0o755)
         if folder.exists():
             old = temporary.with_name(temporary.name + ".old")

@@ -106,9 +106,9 @@ def require_match(
     """Raises `ValueError` with every difference between two tables of shapes, if there is any."""
     problems = mismatches(expected, actual)
     if problems:
+        count = f"{len(problems)} difference{'s' * (len(problems) > 1)}"
         raise ValueError(
-            f"the parameters do not match the config ({len(problems)} differences):\n  "
-            + "\n  ".join(problems)
+            f"the parameters do not match the config ({count}):\n  " + "\n  ".join(problems)
         )
 
 

@@ -40,11 +40,13 @@ class Step(NamedTuple):
       tokens: Token ids, [B].
       active: The rows that they count for: those that had not ended before, [B].
       logits: What the tokens were drawn from, [B, V], on the device.
+      last: Whether no step follows.
     """
 
     tokens: np.ndarray
     active: np.ndarray
     logits: Any
+    last: bool
 
 
 class BaseSampler(abc.ABC, Generic[_Array]):
@@ -157,14 +159,10 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         decoder = StreamDecoder(self.tokenizer)
         _, last_logits, cache = self._prefill(prompts, all_logits=False)
         draws = self._seed(rng, 1)
-        token, text = None, ""
         for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
-            if token is not None:
-                yield token, text
             token = int(step.tokens[0])
             text = decoder.add(token)
-        assert token is not None
-        yield token, text + decoder.flush()
+            yield token, text + decoder.flush() if step.last else text
 
     def _encode(self, input_strings: Sequence[str]) -> list[list[int]]:
         if isinstance(input_strings, str) or not all(isinstance(s, str) for s in input_strings):
@@ -229,10 +227,12 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         position = np.array([len(prompt) for prompt in prompts], np.int32)
         for step in range(steps):
             chosen = self._draw(logits, draws, step)
-            yield Step(chosen, active, logits)
-            active = active & ~np.isin(chosen, list(stop_ids))
-            if not active.any() or step + 1 == steps:
+            still_active = active & ~np.isin(chosen, list(stop_ids))
+            last = step + 1 == steps or not still_active.any()
+            yield Step(chosen, active, logits, last)
+            if last:
                 return
+            active = still_active
             tokens = np.where(active, chosen, self.tokenizer.pad_id).astype(np.int32)
             segment_pos = np.where(active, position + step, -1).astype(np.int32)
             logits, cache = self._forward(tokens[:, None], segment_pos[:, None], cache, False)

@@ -39,6 +39,7 @@ def test_jax(cached: bool) -> None:
 
     lowered = jax.jit(jax.grad(loss)).lower(init_params(CONFIG, 0))
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     assert 0 < memory.temp_size_in_bytes < 16 * 4 * LIMIT
     shapes = [
         [int(size) for size in part.split("x")[:-1]]

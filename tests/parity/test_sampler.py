@@ -1,6 +1,7 @@
 """Sampling, for both samplers; each known failure of the published ones has a test."""
 
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,11 +184,12 @@ def test_new_lengths_and_step_counts_compile_nothing() -> None:
 
     sampler = make_sampler("jax")
     sampler(["In the beginning"], 3)
-    compiled = module._compiled_forward._cache_size()
+    forward: Any = module._compiled_forward
+    compiled = forward._cache_size()
     for steps in (1, 2, 7):
         for prompt in ("", "x", "He said", "And it came to pass in"):
             make_sampler("jax")([prompt], steps, end_sampling_at_eos_token=False)
-    assert module._compiled_forward._cache_size() == compiled
+    assert forward._cache_size() == compiled
 
 
 @pytest.mark.parametrize("rng", ["integer", "own"])
@@ -220,7 +222,8 @@ def test_the_published_switch_draws() -> None:
     for twin, switch in (("jax", "deterministic_sampling"), ("torch", "greedy_sampling")):
         pytest.importorskip(SUBMODULES[twin], reason=f"{twin} is not installed")
         assert make_sampler(twin).sampling == Greedy()
-        assert make_sampler(twin, **{switch: False}).sampling == Categorical()
+        options: dict[str, Any] = {switch: False}
+        assert make_sampler(twin, **options).sampling == Categorical()
 
 
 def draw_many(twin: str, sampling: Categorical, logits: np.ndarray, count: int, dtype: str):

@@ -1,0 +1,123 @@
+"""`recurrentgemma inspect`: its numbers are the layer spec's and the state's."""
+
+import json
+
+import pytest
+
+from recurrentgemma.common.checkpoint import WEIGHTS, open_folder
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.presets import Preset
+
+
+def test_json_of_a_checkpoint(cli, checkpoint):
+    report = cli("inspect", checkpoint, "--json").json
+    config = open_folder(checkpoint).config
+    total = num_parameters(config)
+    assert report["checkpoint"] == str(checkpoint)
+    assert GriffinConfig.from_dict(report["config"]) == config
+    counts = report["num_parameters"]
+    assert counts.pop("total") == total == sum(counts.values())
+    assert set(counts) == {"embedding", "recurrent_blocks", "attention_blocks", "final_norm"}
+    assert counts["embedding"] == config.vocab_size * config.width
+    assert counts["final_norm"] == config.width
+    assert report["bytes"]["parameters"] == {
+        "float32": 4 * total,
+        "bfloat16": 2 * total,
+        "stored": (checkpoint / WEIGHTS).stat().st_size,
+    }
+    assert report["parameters"] == [
+        {
+            "path": spec.path,
+            "shape": list(spec.shape),
+            "axes": list(spec.axes),
+            "dtype": "F32",
+            "count": spec.size,
+        }
+        for spec in layer_spec(config)
+    ]
+
+
+def test_bundled_model(cli, bundled):
+    report = cli("inspect", "--json").json
+    assert report["checkpoint"] == str(bundled)
+    assert report["num_parameters"]["total"] == num_parameters(open_folder().config)
+    assert cli("inspect").out == cli("inspect", bundled).out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_bytes(cli, checkpoint, framework, dtype):
+    config = open_folder(checkpoint).config
+    if framework == "torch":
+        import torch
+
+        from recurrentgemma.torch import Griffin
+
+        cache = Griffin(config, device="meta", dtype=getattr(torch, dtype)).init_cache(1)
+    else:
+        import jax.numpy as jnp
+
+        from recurrentgemma.jax import Griffin
+
+        cache = Griffin(config).init_cache(1, jnp.dtype(dtype))
+    expected = sum(leaf.nbytes for block in cache.values() for leaf in block if leaf is not None)
+    report = cli("inspect", checkpoint, "--json").json
+    assert report["bytes"]["state_per_sequence"][dtype] == expected
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_presets(cli, preset):
+    report = cli("inspect", "--preset", preset.name.lower(), "--json").json
+    assert report["preset"] == preset.name
+    assert report["num_parameters"]["total"] == num_parameters(GriffinConfig.from_preset(preset))
+    assert "stored" not in report["bytes"]["parameters"]
+    assert {parameter["dtype"] for parameter in report["parameters"]} == {None}
+    done = cli("inspect", "--preset", preset.name)
+    assert done.code == 0
+    assert f"{report['num_parameters']['total']:,}" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_the_published_sizes(cli):
+    """2.68B parameters, as Hugging Face counts the 2B model's."""
+    report = cli("inspect", "--preset", "RECURRENT_GEMMA_2B_V1", "--json").json
+    assert report["num_parameters"]["total"] == 2_682_862_080
+
+
+def test_table(cli, checkpoint):
+    done = cli("inspect", checkpoint)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == str(checkpoint)
+    assert "layers                        3: 2 recurrent (R), 1 attention (A)" in lines
+    assert any(line.split()[:3] == ["parameter", "(all", "F32)"] for line in lines)
+    rows = [line.split() for line in lines]
+    assert ["embedder.input_embedding", "2048×32", "vocab", "width", "65,536"] in rows
+    # One block of each kind, or every block.
+    assert done.out.count("rg_lru.a_param") == 1
+    assert "blocks.N (recurrent, 2 of 3)" in lines
+    everything = cli("inspect", checkpoint, "--all").out
+    assert everything.count("rg_lru.a_param") == 2
+    assert [line for line in everything.splitlines() if line.startswith("blocks.")] == [
+        "blocks.0 (recurrent)",
+        "blocks.1 (recurrent)",
+        "blocks.2 (attention)",
+    ]
+    table = everything[everything.index("parameter (all") : everything.index("\nembedding ")]
+    counts = [line.split()[-1].replace(",", "") for line in table.splitlines() if line]
+    total = sum(int(count) for count in counts if count.isdigit())
+    assert total == num_parameters(open_folder(checkpoint).config)
+
+
+def test_mixed_dtypes_have_a_column(cli, checkpoint, monkeypatch):
+    folder = open_folder(checkpoint)
+    dtypes = dict(folder.dtypes) | {"final_norm.scale": "BF16"}
+    monkeypatch.setattr(
+        "recurrentgemma.common.checkpoint.open_folder", lambda _: folder._replace(dtypes=dtypes)
+    )
+    rows = [line.split() for line in cli("inspect").out.splitlines()]
+    assert ["parameter", "shape", "axes", "dtype", "count"] in rows
+    assert ["final_norm.scale", "32", "width", "BF16", "32"] in rows
+    stored = {p["path"]: p["dtype"] for p in json.loads(cli("inspect", "--json").out)["parameters"]}
+    assert stored["final_norm.scale"] == "BF16"
