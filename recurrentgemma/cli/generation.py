@@ -18,7 +18,7 @@ class Run(NamedTuple):
       tokens: Token ids, with the one that stopped it.
       text: Their text.
       first_token_s: Seconds to the first token: reading the prompt, and what JAX compiles.
-      tokens_per_second: The rate after that; None of fewer than three tokens.
+      tokens_per_second: The rate after that; None of fewer than two tokens.
     """
 
     tokens: list[int]
@@ -59,8 +59,7 @@ def generate(steps: Iterator[tuple[int, str]], before: str | None) -> Run:
             _write(piece)
     if before is not None:
         _write("\n")
-    # The last token may come with the one before it, which the sampler held back: leave it out.
-    rate = (len(times) - 2) / (times[-2] - times[0]) if len(times) > 2 else None
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
     return Run(tokens, "".join(pieces), first_token_s, rate)
 
 
