@@ -7,7 +7,7 @@ import numpy as np
 
 from recurrentgemma.common import reference
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import sample_params
+from recurrentgemma.common.layer_spec import Zeros, sample_params
 
 BLOCKS = {"R": "recurrent", "A": "attention"}
 
@@ -48,11 +48,12 @@ CONFIGS = {
 
 @functools.lru_cache(maxsize=32)
 def make_params(config: GriffinConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Initial values with noise on all of them, so that no bias or scale is zero; read-only."""
+    """Initial values, with noise where those are zero: on biases and scales. Read-only."""
     rng = np.random.default_rng(seed)
     params = {}
     for spec, value in sample_params(config, seed):
-        params[spec.path] = value + 0.2 * rng.standard_normal(spec.shape)
+        noise = 0.2 * rng.standard_normal(spec.shape) if isinstance(spec.init, Zeros) else 0.0
+        params[spec.path] = value.astype(np.float64) + noise
         params[spec.path].flags.writeable = False
     return params
 

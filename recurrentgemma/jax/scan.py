@@ -60,14 +60,16 @@ def linear_scan(
         )
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
-    batch, _, width = x.shape
+    batch, length, width = x.shape
     if h0 is not None and h0.shape != (batch, width):
         raise ValueError(f"h0 must have shape {(batch, width)}, got {h0.shape}")
+    if reset is not None and reset.shape != (batch, length):
+        raise ValueError(f"reset must have shape {(batch, length)}, got {reset.shape}")
     wide = wide_dtype(x.dtype)
     if reset is not None:
         a = jnp.where(reset[..., None], 0, a)
     state = jnp.zeros((batch, width), wide) if h0 is None else h0.astype(wide)
-    if x.shape[1] == 0:
+    if length == 0:
         return x, state
     if implementation == "auto":
         implementation = "xla" if jax.default_backend() == "cpu" else "associative"

@@ -52,14 +52,16 @@ def linear_scan(
         raise ValueError(
             f"x and a must have one shape [B, T, D], got {tuple(x.shape)} and {tuple(a.shape)}"
         )
-    batch, _, width = x.shape
+    batch, length, width = x.shape
     if h0 is not None and h0.shape != (batch, width):
         raise ValueError(f"h0 must have shape {(batch, width)}, got {tuple(h0.shape)}")
+    if reset is not None and reset.shape != (batch, length):
+        raise ValueError(f"reset must have shape {(batch, length)}, got {tuple(reset.shape)}")
     wide = wide_dtype(x.dtype)
     if reset is not None:
         a = torch.where(reset[..., None], 0, a)
     state = x.new_zeros(batch, width, dtype=wide) if h0 is None else h0.to(wide)
-    if x.shape[1] == 0:
+    if length == 0:
         return x, state
     if implementation == "reference":
         y, last = _loop(x.to(wide), a.to(wide), state, reverse)
