@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPTS = [
-    "In the beginning",
-    "It is a truth universally acknowledged",
     "And he said to them,",
-    "Mrs. Bennet",
+    "Yahweh spoke to Moses, saying,",
+    "My dear Fanny,",
+    "Emma was",
 ]
 STEPS = 40
 TOLERANCE = 1e-3  # on logits of magnitude 30: float32 rounding in two orders of summation
