@@ -1,5 +1,6 @@
 """What the tests run on: small configs, weights without zeros, batches with every oddity."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -58,11 +59,17 @@ def make_params(config: GriffinConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return params
 
 
+def bfloat16(value: np.ndarray) -> np.ndarray:
+    """To bfloat16 and back: the nearest numbers of 8 significant bits, ties to even."""
+    fraction, exponent = np.frexp(value)
+    return np.ldexp(np.round(fraction * 2**8), exponent - 8)
+
+
 def scaled_to(
     config: GriffinConfig, params: dict[str, np.ndarray], tokens, segment_pos, magnitude: float
 ) -> dict[str, np.ndarray]:
     """The parameters with a final norm that gives these tokens uncapped logits of a magnitude."""
-    uncapped = GriffinConfig(**config.to_dict() | {"logits_soft_cap": 0.0})
+    uncapped = dataclasses.replace(config, logits_soft_cap=0.0)
     logits, _ = reference.griffin(uncapped, params, tokens, segment_pos)
     factor = magnitude / np.abs(logits).max()
     return params | {"final_norm.scale": (1 + params["final_norm.scale"]) * factor - 1}

@@ -186,7 +186,7 @@ def test_weight_decay_is_for_matrices_and_taps() -> None:
 
 
 def test_samples() -> None:
-    values = dict((spec.path, value) for spec, value in sample_params(CONFIG, 5))
+    values = {spec.path: value for spec, value in sample_params(CONFIG, 5)}
     for spec in layer_spec(CONFIG):
         value = values[spec.path]
         assert value.dtype == np.float32
@@ -195,11 +195,11 @@ def test_samples() -> None:
         kind = Zeros if not value.any() else RingLog if "a_param" in spec.path else Normal
         assert isinstance(spec.init, kind), spec.path
     # A parameter is the same whatever else the model has.
-    other = dict((s.path, value) for s, value in sample_params(make_config("RA", width=40), 5))
+    other = {s.path: value for s, value in sample_params(make_config("RA", width=40), 5)}
     path = "blocks.0.recurrent_block.linear_x.kernel"
     assert other[path].shape != values[path].shape
     same = make_config("RR", width=40, lru_width=24, mlp_expanded_width=36, vocab_size=50)
-    again = dict((s.path, value) for s, value in sample_params(same, 5))
+    again = {s.path: value for s, value in sample_params(same, 5)}
     np.testing.assert_array_equal(again[path], values[path])
     assert (again[path] != again[path.replace("blocks.0", "blocks.1")]).any()
 

@@ -75,9 +75,7 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert text == (
         "<start_of_turn>user\nWho are you?\nTell me.<end_of_turn>\n<start_of_turn>model\n"
     )
-    assert apply_it_formatter("") == (
-        "<start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\n"
-    )
+    assert apply_it_formatter("") == ("<start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\n")
     pieces = [tokenizer.vocab.id_to_piece(token) for token in tokenizer.encode(text)]
     assert pieces.count("<start_of_turn>") == 2
     assert pieces.count("<end_of_turn>") == 1

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from backends import BACKENDS, TWINS, Backend
-from tolerances import assert_close
+from cases import bfloat16
 
+from backends import BACKENDS, TWINS, Backend
 from recurrentgemma.common import reference
+from tolerances import assert_close
 
 # Each T of 1, 2, 7, 16, 17, 63, 64, 65, 200; one row and three; one channel and many.
 SHAPES = [
@@ -131,13 +132,13 @@ class TestScan:
         self, scan: Implementation, shape, reverse: bool
     ) -> None:
         case = make_case(*shape)
-        x, a = (_bfloat16(value) for value in case[:2])
+        x, a = (bfloat16(value) for value in case[:2])
         y, last = scan(x, a, case.h0, case.reset, dtype="bfloat16", reverse=reverse)
         expected, expected_last = reference.linear_scan(x, a, case.h0, case.reset, reverse)
         assert_close(last, expected_last, "state", "float32")
         assert_close(y, expected, "scan", "bfloat16")
-        np.testing.assert_array_equal(y, _bfloat16(y))
-        assert (last != _bfloat16(last)).any()
+        np.testing.assert_array_equal(y, bfloat16(y))
+        assert (last != bfloat16(last)).any()
 
     def test_no_steps(self, scan: Implementation, reverse: bool) -> None:
         case = make_case(3, 2, 5)
@@ -165,11 +166,6 @@ class TestScan:
             assert_close(got, want, "gradient", "float32")
 
 
-def _bfloat16(value: np.ndarray) -> np.ndarray:
-    fraction, exponent = np.frexp(value)
-    return np.ldexp(np.round(fraction * 2**8), exponent - 8)
-
-
 @pytest.mark.usefixtures("unchecked_types")
 class TestErrors:
     @pytest.mark.parametrize(
@@ -186,10 +182,9 @@ class TestErrors:
     )
     def test_shapes(self, backend: Backend, changes, message: str) -> None:
         shapes = {"x": (3, 7, 4), "a": (3, 7, 4), "h0": (3, 4), "reset": (3, 7)} | changes
-        arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
-        arrays["reset"] = arrays["reset"].astype(bool)
+        x, a, h0, reset = (np.zeros(shapes[name]) for name in ("x", "a", "h0", "reset"))
         with pytest.raises(ValueError, match=message):
-            backend.linear_scan(**arrays)
+            backend.linear_scan(x, a, h0, reset.astype(bool))
 
     def test_names(self, backend: Backend) -> None:
         case = make_case(1, 2, 1)
@@ -294,44 +289,6 @@ def test_torch_vmap(torch_scan: Implementation, length: int, reverse: bool) -> N
     assert_close(dx.movedim(-1, 0).numpy(), expected[0].numpy(), "gradient", "float64")
     assert_close(da.numpy(), expected[1].sum(0).numpy(), "gradient", "float64")
     assert_close(dh0.numpy(), expected[2].numpy(), "gradient", "float64")
-
-
-# Dynamo itself makes an instance of an autograd function to trace its backward pass.
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@pytest.mark.usefixtures("unchecked_types")
-def test_torch_compile_keeps_the_loop_closed(torch_scan: Implementation) -> None:
-    """No graph breaks; and, but for the loop that defines the scan, as many nodes at any length."""
-    import torch
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    sizes: dict[str, dict[int, int]] = {"forward": {}, "backward": {}}
-
-    def count(direction: str, length: int):
-        def compiler(graph, inputs):
-            sizes[direction][length] = len(graph.graph.nodes)
-            return make_boxed_func(graph.forward)
-
-        return compiler
-
-    lengths = (20, 150)
-    for length in lengths:
-        torch._dynamo.reset()
-        case = make_case(3, length, 5)
-        loss = torch_loss(torch_scan, case, False)
-        x, a, h0, reset = tensors(case)
-        inputs = [value.requires_grad_() for value in (x, a, h0)]
-        counted = aot_autograd(
-            fw_compiler=count("forward", length), bw_compiler=count("backward", length)
-        )
-        compiled = torch.compile(loss, fullgraph=True, backend=counted, dynamic=False)
-        actual = torch.autograd.grad(compiled(*inputs, reset), inputs)
-        for got, want in zip(actual, expected_grads(case, False), strict=True):
-            assert_close(got.numpy(), want, "gradient", "float64")
-    if torch_scan.name != "reference":
-        for direction, by_length in sizes.items():
-            assert set(by_length) == set(lengths)
-            assert len(set(by_length.values())) == 1, f"{direction} unrolls: {by_length}"
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

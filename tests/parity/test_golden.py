@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece as spm
-from backends import BACKENDS, Backend
-from cases import next_token_loss
-from tolerances import assert_close
+from cases import bfloat16, next_token_loss
+from safetensors.numpy import load_file
 
+from backends import BACKENDS, Backend
 from recurrentgemma.common import reference
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
+from tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 CASES = ("prompt", "packed", "short")
@@ -40,17 +41,15 @@ def golden_config() -> GriffinConfig:
 
 @functools.cache
 def golden_params(name: str = "tiny") -> dict[str, np.ndarray]:
-    """The weights in float64, from the PyTorch file through the layer spec."""
-    pytest.importorskip("torch.nn", reason="torch is not installed")
-    import torch
-
-    stored = torch.load(GOLDEN / f"pytorch/{name}.pt", weights_only=True)
-    specs = layer_spec(golden_config())
-    assert set(stored) == {spec.torch.name for spec in specs}
-    return {
-        spec.path: spec.torch.decode(stored[spec.torch.name].double().numpy(), spec)
-        for spec in specs
-    }
+    """The weights in float64, from the Hugging Face file through the layer spec."""
+    stored = load_file(GOLDEN / "hf/tiny/model.safetensors")
+    params = {}
+    for spec in layer_spec(golden_config()):
+        parts = [part.decode(stored.pop(part.name), spec) for part in spec.hf]
+        value = (np.stack(parts) if len(parts) > 1 else parts[0]).astype(np.float64)
+        params[spec.path] = bfloat16(value) if name == "tiny-bf16" else value
+    assert not stored, f"the layer spec names no parameter for {sorted(stored)}"
+    return params
 
 
 @functools.cache
@@ -71,6 +70,31 @@ def run(backend: Backend, case: str, dtype: str = "float32", name: str = "tiny")
         out, later = model(want["decode_tokens"][:, step], want["decode_pos"][:, step], later)
         decoded.append(out)
     return logits, state, np.concatenate(decoded, 1), later
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-bf16"])
+def test_the_state_dict(name: str) -> None:
+    """The published PyTorch file holds the same numbers, and a model takes it as it is."""
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+
+    from recurrentgemma.torch import Griffin, GriffinConfig
+
+    stored = torch.load(GOLDEN / f"pytorch/{name}.pt", weights_only=True)
+    config = GriffinConfig.from_torch_params(
+        stored,
+        embeddings_scale_by_sqrt_dim=True,
+        attention_window_size=16,
+        logits_soft_cap=30.0,
+    )
+    assert config == golden_config()
+    dtype = torch.float32 if name == "tiny" else torch.bfloat16
+    assert {value.dtype for value in stored.values()} == {dtype}
+    Griffin(config, dtype=dtype).load_state_dict(stored)
+    assert len(stored) == len(golden_params(name))
+    for spec in layer_spec(config):
+        value = spec.torch.decode(stored[spec.torch.name].double().numpy(), spec)
+        np.testing.assert_array_equal(value, golden_params(name)[spec.path], err_msg=spec.path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,9 +173,7 @@ def test_bfloat16_errs_no_more_than_the_published_halves(backend: Backend, case:
         return float(np.abs(all_errors).max()), float(np.sqrt((all_errors**2).mean()))
 
     ours = errors(logits, decoded)
-    theirs = errors(
-        stored[f"{backend.name}/logits"], stored[f"{backend.name}/decode_logits"]
-    )
+    theirs = errors(stored[f"{backend.name}/logits"], stored[f"{backend.name}/decode_logits"])
     assert ours[1] <= theirs[1], f"root mean square {ours[1]}, published {theirs[1]}"
     assert ours[0] <= theirs[0], f"largest {ours[0]}, published {theirs[0]}"
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
 from cases import CONFIGS, make_config, make_params, make_tokens, next_token_loss, positions
-from tolerances import assert_close
 
+from backends import Backend
 from recurrentgemma.common import reference
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
+from tolerances import assert_close
 
 # Row 0 goes on with its document, row 1 ends it and has two more, row 2 does so behind padding.
 SEGMENT_POS = np.array(

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from backends import Backend
 from cases import CONFIGS, make_config
 
+from backends import Backend
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec, sample_params
 
@@ -43,8 +43,8 @@ def expected_std(path: str, c: GriffinConfig) -> float:
 
 def check_distributions(params, config: GriffinConfig) -> None:
     """Each within six standard errors of what it should be."""
-    for path, value in params.items():
-        value = np.asarray(value, np.float64)
+    for path, stored in params.items():
+        value = np.asarray(stored, np.float64)
         std = expected_std(path, config)
         if std == 0:
             assert not value.any(), path

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import make_config, make_params, positions
+from cases import bfloat16, make_config, make_params, positions
 
 from backends import Backend
 from recurrentgemma.common import reference
@@ -227,23 +227,17 @@ def _step(state: Any, direction: Any, h: float) -> Any:
 @pytest.mark.parametrize("name", [*WITH_STATE, *WITHOUT_STATE])
 def test_bfloat16(backend: Backend, name: str) -> None:
     """Near the reference on the same rounded numbers."""
-    params = {path: _rounded(value) for path, value in make_params(CONFIG).items()}
+    params = {path: bfloat16(value) for path, value in make_params(CONFIG).items()}
     if name in WITHOUT_STATE:
         prefix, width, function = WITHOUT_STATE[name]
-        x = _rounded(normal(3, LENGTH, width))
+        x = bfloat16(normal(3, LENGTH, width))
         y, _ = backend.block(name, CONFIG, prefix, params, "bfloat16")(x)
         assert_close(y, function(reference.subtree(params, prefix), x), "output", "bfloat16")
         return
     kind, prefix, width, _ = WITH_STATE[name]
-    x = _rounded(normal(3, LENGTH, width))
+    x = bfloat16(normal(3, LENGTH, width))
     expected, expected_state = expect(name, params, x, FRESH, None)
     y, new_state = backend.block(kind, CONFIG, prefix, params, "bfloat16")(x, FRESH)
     real = FRESH >= 0
     assert_close(y[real], expected[real], "output", "bfloat16")
     assert_close(new_state, expected_state, "state", "bfloat16")
-
-
-def _rounded(value: np.ndarray) -> np.ndarray:
-    """To bfloat16 and back: the nearest number of 8 significant bits, ties to even."""
-    fraction, exponent = np.frexp(value)
-    return np.ldexp(np.round(fraction * 2**8), exponent - 8)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
 from cases import CONFIGS, make_config, make_params, make_tokens, positions
-from tolerances import assert_close
 
+from backends import Backend
 from recurrentgemma.common import reference
 from recurrentgemma.common.config import GriffinConfig
+from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]
 BLOCKS = {"blocks.0": "recurrent", "blocks.1": "recurrent", "blocks.2": "attention"}
@@ -27,7 +27,9 @@ def cache_module(backend: Backend) -> Any:
 
 
 def native_dtype(backend: Backend, dtype: str) -> Any:
-    return getattr(importlib.import_module("torch" if backend.name == "torch" else "jax.numpy"), dtype)
+    return getattr(
+        importlib.import_module("torch" if backend.name == "torch" else "jax.numpy"), dtype
+    )
 
 
 def run(backend: Backend, rows: list[list[int]], state: Any = None, seed: int = 0):
@@ -210,7 +212,9 @@ def test_hand_over_in_mid_sequence(twins: tuple[Backend, Backend], name: str, or
         _, call = first.raw_griffin(config, make_params(config), "float64")
         _, cache = call(tokens[:, :11], place[:, :11], None)
         arrays = cache_module(first).cache_to_numpy(cache)
-    assert all(isinstance(leaf, np.ndarray) for fields in arrays.values() for leaf in fields.values())
+    assert all(
+        isinstance(leaf, np.ndarray) for fields in arrays.values() for leaf in fields.values()
+    )
     with second.precision("float64"):
         model, call = second.raw_griffin(config, make_params(config), "float64")
         cache = cache_module(second).cache_from_numpy(
@@ -229,9 +233,7 @@ def test_bfloat16_goes_through_numpy_unchanged(backend: Backend) -> None:
     _, cache = call(make_tokens(CONFIG, 2, 9), np.tile(np.arange(9, dtype=np.int32), (2, 1)), None)
     arrays = cache_module(backend).cache_to_numpy(cache)
     assert arrays["blocks.2"]["keys"].dtype == np.float32
-    back = cache_module(backend).cache_from_numpy(
-        CONFIG, arrays, native_dtype(backend, "bfloat16")
-    )
+    back = cache_module(backend).cache_from_numpy(CONFIG, arrays, native_dtype(backend, "bfloat16"))
     for block, fields in cache.items():
         for field, leaf in fields._asdict().items():
             other = getattr(back[block], field)
@@ -297,6 +299,7 @@ def test_torch_modules_write_to_no_input(kind: str) -> None:
     """Nor to a leaf that needs a gradient, which would raise."""
     pytest.importorskip("torch.nn", reason="torch is not installed")
     import torch
+
     from backends import BACKENDS
 
     prefixes = {
@@ -334,6 +337,7 @@ def test_torch_func_over_a_model_with_a_cache(checkpointing: bool) -> None:
     """grad through parameters and cache, and vmap over rows, each with its own cache."""
     pytest.importorskip("torch.nn", reason="torch is not installed")
     import torch
+
     from backends import BACKENDS
 
     network: Any = BACKENDS["torch"].griffin(
@@ -349,7 +353,12 @@ def test_torch_func_over_a_model_with_a_cache(checkpointing: bool) -> None:
 
     def loss(params, cache, tokens, place):
         logits, new_cache = torch.func.functional_call(model, params, (tokens, place, cache))
-        kept = [leaf.sum() for fields in new_cache.values() for leaf in fields if leaf.is_floating_point()]
+        kept = [
+            leaf.sum()
+            for fields in new_cache.values()
+            for leaf in fields
+            if leaf.is_floating_point()
+        ]
         return logits.square().sum() + sum(kept)
 
     given = torch.func.grad(loss)(params, cache, tokens, place)
@@ -396,6 +405,7 @@ def with_state(cache: Any, rg_lru_state: Any) -> Any:
 def test_jax_transforms_over_a_model_with_a_cache() -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     import jax
+
     from backends import BACKENDS
 
     config = make_config("RA", attention_window_size=4)

@@ -4,17 +4,18 @@ Its port admits one key fewer than the published code, so it gets a window of W 
 without padding and of one document, one at a time, which is what it gets right.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
-from backends import Backend
-from cases import make_config, make_params, make_tokens, scaled_to
-from tolerances import assert_close
+from cases import bfloat16, make_config, make_params, make_tokens, scaled_to
 
+from backends import Backend
 from recurrentgemma.common import reference
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
+from tolerances import assert_close
 
 CONFIGS = {
     "three blocks": make_config("RRA", width=48, attention_window_size=6, logits_soft_cap=30.0),
@@ -32,7 +33,7 @@ def problem(config: GriffinConfig, seed: int = 0) -> tuple[dict[str, np.ndarray]
     """Weights, rounded to bfloat16 so that every dtype holds them, and tokens."""
     tokens = make_tokens(config, ROWS, PREFILL + STEPS, seed=seed)
     params = scaled_to(config, make_params(config, seed), tokens, places(), 45)
-    return {path: _rounded(value) for path, value in params.items()}, tokens
+    return {path: bfloat16(value) for path, value in params.items()}, tokens
 
 
 def places() -> np.ndarray:
@@ -126,7 +127,7 @@ def test_float32(backend: Backend, name: str, attention: str) -> None:
 def test_its_window_admits_one_key_fewer() -> None:
     """Otherwise the window of W + 1 above would hide an error."""
     config = CONFIGS["three blocks"]
-    changed = GriffinConfig(**config.to_dict() | {"attention_window_size": 7})
+    changed = dataclasses.replace(config, attention_window_size=7)
     params, tokens = problem(config)
     other, _ = reference.griffin(changed, params, tokens, places())
     apart = np.abs(other - truth(config)).max((0, 2))
@@ -138,7 +139,7 @@ def test_its_window_admits_one_key_fewer() -> None:
 def test_bfloat16_errs_no_more(backend: Backend, name: str) -> None:
     """Against float64 on the same weights: the root mean square, and the largest of a row.
 
-    The largest error of one row is a matter of chance: here are the means over several models' rows.
+    A row's largest error is a matter of chance, so it is the mean over the rows of several models.
     """
     config = CONFIGS[name]
 
@@ -152,8 +153,3 @@ def test_bfloat16_errs_no_more(backend: Backend, name: str) -> None:
         (mean, largest), (their_mean, their_largest) = errors(our, kind), errors(their, kind)
         assert mean <= their_mean, f"{what}: root mean square {mean}, transformers {their_mean}"
         assert largest <= their_largest, f"{what}: largest {largest}, transformers {their_largest}"
-
-
-def _rounded(value: np.ndarray) -> np.ndarray:
-    fraction, exponent = np.frexp(value)
-    return np.ldexp(np.round(fraction * 2**8), exponent - 8)

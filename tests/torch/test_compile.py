@@ -1,0 +1,116 @@
+"""`torch.compile`: no graph breaks, and no loop over time unrolled."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+# In a process of its own, where annotations are not checked: Dynamo cannot trace the checks.
+PREAMBLE = """
+import warnings
+
+# Dynamo itself makes an instance of an autograd function to trace its backward pass.
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
+
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+def compare(function, make_inputs, lengths=(20, 90)):
+    "Compiled against not: values, gradients; returns the nodes of the graphs at each length."
+    sizes = {"forward": [], "backward": []}
+    def count(direction):
+        def compiler(graph, inputs):
+            sizes[direction].append(len(graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+        return compiler
+    backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"))
+    for length in lengths:
+        torch._dynamo.reset()
+        inputs = make_inputs(length)
+        leaves = [leaf for leaf in inputs if leaf.requires_grad]
+        leaves += list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=False)
+        results = []
+        for run in (function, compiled):
+            value = run(*inputs)
+            results.append([value, *torch.autograd.grad(value, leaves)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert all(len(found) == len(lengths) for found in sizes.values()), sizes
+    return sizes
+"""
+
+SCAN = """
+from recurrentgemma.torch.scan import IMPLEMENTATIONS, linear_scan
+
+def inputs(length):
+    torch.manual_seed(length)
+    x, a = torch.rand(2, 3, length, 5, dtype=torch.float64)
+    h0 = torch.rand(3, 5, dtype=torch.float64)
+    return x.requires_grad_(), a.clone().requires_grad_(), h0.requires_grad_()
+
+for name in IMPLEMENTATIONS:
+    if name == "reference":  # the loop that defines the scan
+        continue
+    for reverse in (False, True):
+        def loss(x, a, h0):
+            y, last = linear_scan(x, a, h0, reverse=reverse, implementation=name)
+            return (y * y).sum() + last.sum()
+        sizes = compare(loss, lambda n: tuple(v.detach().requires_grad_() for v in inputs(n)))
+        assert all(len(set(found)) == 1 for found in sizes.values()), (name, sizes)
+"""
+
+MODEL = """
+from recurrentgemma.torch import Griffin, GriffinConfig
+
+config = GriffinConfig(
+    vocab_size=31, width=24, mlp_expanded_width=32, num_heads=2, attention_window_size=8,
+    block_types=("recurrent", "attention"), embeddings_scale_by_sqrt_dim=True, logits_soft_cap=5.0,
+)
+
+class Loss(torch.nn.Module):
+    def __init__(self, checkpointing):
+        super().__init__()
+        self.model = Griffin(config, checkpointing, dtype=torch.float64)
+
+    def forward(self, tokens, segment_pos, *cache):
+        first, second = cache[:2], cache[2:]
+        cache = {
+            "blocks.0": type(self.empty["blocks.0"])(*first),
+            "blocks.1": type(self.empty["blocks.1"])(*second),
+        } if cache else None
+        logits, new_cache = self.model(tokens, segment_pos, cache)
+        return logits.square().sum() + new_cache["blocks.0"].rg_lru_state.sum()
+
+def inputs(length, cache):
+    torch.manual_seed(length)
+    leaves = [leaf for fields in cache.values() for leaf in fields] if cache else []
+    start = 9 if cache else 0
+    return (
+        torch.randint(31, (2, length)),
+        torch.arange(start, start + length).expand(2, length).contiguous(),
+        *leaves,
+    )
+
+for checkpointing in (False, True):
+    loss = Loss(checkpointing)
+    with torch.no_grad():
+        _, cache = loss.model(*inputs(9, None))
+    loss.empty = loss.model.init_cache(2)
+    state = cache if checkpointing else None
+    sizes = compare(loss, lambda n: inputs(n, state))
+    assert all(len(set(found)) == 1 for found in sizes.values()), sizes
+"""
+
+
+@pytest.mark.parametrize("program", [SCAN, MODEL], ids=["scan", "model"])
+def test_no_graph_breaks_and_as_many_nodes_at_any_length(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
