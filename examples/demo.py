@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PROMPTS = [
@@ -36,7 +37,7 @@ def main() -> int:
     for row, prompt in enumerate(PROMPTS):
         same.append(np.array_equal(jax.tokens[row], torch.tokens[row]))
         table.add_row(
-            f"[bold]{prompt}[/]{jax.text[row][len(prompt) :]}", "yes" if same[-1] else "NO"
+            f"[bold]{prompt}[/]{escape(jax.text[row][len(prompt) :])}", "yes" if same[-1] else "NO"
         )
     console.print(table)
     error = max(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,10 +51,16 @@ class GriffinConfig:
         set_field = object.__setattr__  # the documented way to normalise a frozen dataclass
         if self.lru_width is None:
             set_field(self, "lru_width", self.width)
-        for name in ("vocab_size", "width", "mlp_expanded_width", "num_heads", "lru_width"):
-            _require_positive_int(name, getattr(self, name))
-        _require_positive_int("attention_window_size", self.attention_window_size)
-        if isinstance(self.block_types, str):
+        for name in (
+            "vocab_size",
+            "width",
+            "mlp_expanded_width",
+            "num_heads",
+            "lru_width",
+            "attention_window_size",
+        ):
+            set_field(self, name, _positive_int(name, getattr(self, name)))
+        if not isinstance(self.block_types, list | tuple):
             raise ValueError(f"block_types must be a sequence, got {self.block_types!r}")
         set_field(
             self, "block_types", tuple(member(TemporalBlockType, b) for b in self.block_types)
@@ -297,11 +304,12 @@ def _without_vocab(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _limit_window(fields: Mapping[str, Any], max_sequence_length: int | None) -> dict[str, Any]:
     if max_sequence_length is None:
         return dict(fields)
-    _require_positive_int("max_sequence_length", max_sequence_length)
-    window = min(fields["attention_window_size"], max_sequence_length)
+    limit = _positive_int("max_sequence_length", max_sequence_length)
+    window = min(fields["attention_window_size"], limit)
     return dict(fields) | {"attention_window_size": window}
 
 
-def _require_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return operator.index(value)

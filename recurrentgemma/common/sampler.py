@@ -165,9 +165,10 @@ class BaseSampler(abc.ABC, Generic[_Array]):
             yield token, text + decoder.flush() if step.last else text
 
     def _encode(self, input_strings: Sequence[str]) -> list[list[int]]:
-        if isinstance(input_strings, str) or not all(isinstance(s, str) for s in input_strings):
+        strings = [] if input_strings is None else list(input_strings)
+        if isinstance(input_strings, str | None) or not all(isinstance(s, str) for s in strings):
             raise ValueError(f"input_strings must be a sequence of strings, got {input_strings!r}")
-        texts = map(apply_it_formatter, input_strings) if self.is_it_model else input_strings
+        texts = map(apply_it_formatter, strings) if self.is_it_model else strings
         prompts = [self.tokenizer.encode(text) for text in texts]
         for row, prompt in enumerate(prompts):
             outside = [token for token in prompt if token >= self.config.vocab_size]

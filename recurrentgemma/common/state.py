@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,18 @@ def state_shapes(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_state(config: GriffinConfig, arrays: Arrays) -> None:
-    """Raises `ValueError` naming every array that is not as such a model's state has it."""
+def check_state(
+    config: GriffinConfig, arrays: Mapping[str, Mapping[str, Any]], batch_size: int | None = None
+) -> None:
+    """Raises `ValueError` naming every array that is not as such a model's state has it.
+
+    Args:
+      config: What the model is.
+      arrays: The state, as arrays of any framework.
+      batch_size: How many rows it must have; any number, the same in all arrays, if None.
+    """
     actual = {
-        f"{block}.{field}": np.shape(value)
+        f"{block}.{field}": tuple(value.shape)
         for block, fields in arrays.items()
         for field, value in fields.items()
     }
@@ -46,7 +55,8 @@ def check_state(config: GriffinConfig, arrays: Arrays) -> None:
         if name in actual and (not actual[name] or actual[name][1:] != shape)
     ]
     batch_sizes = {shape[0] for shape in actual.values() if shape}
-    if len(batch_sizes) > 1:
-        problems.append(f"one batch size expected, got {sorted(batch_sizes)}")
+    if len(batch_sizes) > 1 or (batch_size is not None and batch_sizes - {batch_size}):
+        wanted = "one batch size" if batch_size is None else f"batch size {batch_size}"
+        problems.append(f"{wanted} expected, got {', '.join(map(str, sorted(batch_sizes)))}")
     if problems:
         raise ValueError("this is not the state of such a model:\n  " + "\n  ".join(problems))

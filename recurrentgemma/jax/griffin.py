@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import sample_params
+from recurrentgemma.common.state import check_state
 from recurrentgemma.jax.blocks import ResidualBlock
 from recurrentgemma.jax.cache import Cache, init_cache
 from recurrentgemma.jax.layers import Embedder, RMSNorm
@@ -53,7 +54,7 @@ class Griffin(nn.Module):
         Args:
           tokens: Token ids, [B, T].
           segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
-            is padding, which may only come before a row's tokens.
+            is padding, which may only come before a row's tokens. Values are not checked.
           cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
           return_logits: Whether to compute logits.
           return_cache: Whether to return the state.
@@ -64,7 +65,8 @@ class Griffin(nn.Module):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
+            is not the state of B rows of this model.
         """
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
@@ -73,6 +75,9 @@ class Griffin(nn.Module):
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tokens.shape} and {segment_pos.shape}"
             )
+        if cache is not None:
+            arrays = {name: block._asdict() for name, block in cache.items()}
+            check_state(self.config, arrays, tokens.shape[0])
         settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
         embedder = Embedder(self.config, "embedder", *settings, name="embedder")
         x = embedder.encode(tokens)

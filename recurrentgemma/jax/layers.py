@@ -10,7 +10,14 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import CONV1D_WIDTH, Init, Normal, RingLog, spec_by_path
+from recurrentgemma.common.layer_spec import (
+    CONV1D_WIDTH,
+    Init,
+    Normal,
+    RingLog,
+    Zeros,
+    spec_by_path,
+)
 from recurrentgemma.jax.cache import num_padding, prepend_history
 from recurrentgemma.jax.scan import wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
@@ -28,7 +35,7 @@ def initializer(init: Init):
                 values = std * jax.random.normal(key, shape, wide)
             case RingLog():
                 values = init.from_uniform(jax.random.uniform(key, shape, wide), jnp)
-            case _:
+            case Zeros():
                 values = jnp.zeros(shape, wide)
         return values.astype(dtype)
 
@@ -93,10 +100,10 @@ class RMSNorm(SpecModule):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        x, scale = promote_dtype(x, self.parameter("scale"), dtype=self.dtype)
+        (x,) = promote_dtype(x, dtype=self.dtype)
         x32 = x.astype(wide_dtype(x.dtype))
         rms = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + EPS)
-        return (x32 * rms * (1 + scale.astype(x32.dtype))).astype(x.dtype)
+        return (x32 * rms * (1 + self.parameter("scale").astype(x32.dtype))).astype(x.dtype)
 
 
 class BlockDiagonalLinear(SpecModule):
@@ -124,15 +131,16 @@ class Conv1D(SpecModule):
         state: Float[Array, "b 3 l"] | None = None,
     ) -> tuple[Float[Array, "b t l"], Float[Array, "b 3 l"]]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
-        x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
+        (x,) = promote_dtype(x, dtype=self.dtype)
         length, reach = x.shape[1], CONV1D_WIDTH - 1
         if state is None:
-            extended = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+            tokens_alone = jnp.where((segment_pos >= 0)[..., None], x, 0)
+            extended = jnp.pad(tokens_alone, ((0, 0), (reach, 0), (0, 0)))
         else:
             extended = prepend_history(state, x, num_padding(segment_pos))
         wide = wide_dtype(x.dtype)
-        w = w.astype(wide)
-        y = x * w[reach] + b.astype(wide)
+        w, b = self.parameter("w").astype(wide), self.parameter("b").astype(wide)
+        y = x * w[reach] + b
         for k in range(1, CONV1D_WIDTH):
             # The token at position p of its document has p tokens before it.
             earlier = extended[:, reach - k : reach - k + length]

@@ -43,11 +43,11 @@ class RGLRU(SpecModule):
         state: Float[Array, "b l"] | None = None,
     ) -> tuple[Float[Array, "b t l"], Float[Array, "b l"]]:
         """Returns the outputs and the last state."""
-        x, a_param = promote_dtype(x, self.parameter("a_param"), dtype=self.dtype)
+        (x,) = promote_dtype(x, dtype=self.dtype)
         wide = wide_dtype(x.dtype)
         input_gate = jax.nn.sigmoid(self.child(BlockDiagonalLinear, "input_gate")(x).astype(wide))
         a_gate = jax.nn.sigmoid(self.child(BlockDiagonalLinear, "a_gate")(x).astype(wide))
-        log_a = -8.0 * a_gate * softplus(a_param.astype(wide))
+        log_a = -8.0 * a_gate * softplus(self.parameter("a_param").astype(wide))
         starts, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
         multiplier = jnp.where(starts, 1.0, bounded_sqrt(-jnp.expm1(2.0 * log_a)))
         a = jnp.where(padding, 1.0, jnp.exp(log_a))

@@ -89,9 +89,11 @@ class Sampler(BaseSampler[Array]):
         return self.model.dtype or jnp.result_type(*jax.tree.leaves(self.params))
 
     def _seed(self, rng: Array | int | None, num_rows: int) -> Array:
-        if rng is None:
-            rng = int(np.random.SeedSequence().generate_state(1)[0])
-        key = jax.random.key(rng) if isinstance(rng, int | np.integer) else rng
+        if rng is None or isinstance(rng, int | np.integer):
+            entropy = None if rng is None else [abs(int(rng)), int(rng < 0)]
+            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+            rng = jax.random.key(seed)
+        key = rng
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_rows))
 
     def _draw(self, logits: Array, draws: Array, step: int) -> np.ndarray:

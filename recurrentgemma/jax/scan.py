@@ -23,7 +23,7 @@ SCAN_TYPES = {
     ScanType.AUTO: "auto",
     ScanType.LINEAR_NATIVE: "xla",
     ScanType.ASSOCIATIVE_NATIVE: "associative",
-    ScanType.LINEAR_PALLAS: "pallas",
+    ScanType.LINEAR_PALLAS: "auto",  # until there is a Pallas kernel
 }
 
 

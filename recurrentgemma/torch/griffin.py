@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.config import GriffinConfig, shapes_of
 from recurrentgemma.common.layer_spec import require_match
+from recurrentgemma.common.state import check_state
 from recurrentgemma.torch.blocks import ResidualBlock
 from recurrentgemma.torch.cache import Cache, init_cache
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
@@ -68,7 +69,7 @@ class Griffin(SpecModule):
         Args:
           tokens: Token ids, [B, T].
           segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
-            is padding, which may only come before a row's tokens.
+            is padding, which may only come before a row's tokens. Values are not checked.
           cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
           return_logits: Whether to compute logits.
           return_cache: Whether to return the state.
@@ -79,16 +80,25 @@ class Griffin(SpecModule):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
+            is not the state of B rows of this model.
         """
         embedding = self.embedder.input_embedding
-        tokens = torch.as_tensor(tokens, device=embedding.device)
-        segment_pos = torch.as_tensor(segment_pos, device=embedding.device)
+        # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
+        tokens, segment_pos = (
+            z.to(embedding.device)
+            if isinstance(z, Tensor)
+            else torch.tensor(np.array(z)).to(embedding.device)
+            for z in (tokens, segment_pos)
+        )
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tuple(tokens.shape)} and {tuple(segment_pos.shape)}"
             )
+        if cache is not None:
+            arrays = {name: block._asdict() for name, block in cache.items()}
+            check_state(self.config, arrays, tokens.shape[0])
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state

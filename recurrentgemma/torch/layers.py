@@ -17,6 +17,7 @@ from recurrentgemma.torch.cache import num_padding, prepend_history
 from recurrentgemma.torch.scan import wide_dtype
 
 EPS = 1e-6
+_VOCABULARY_PART = 16_384
 
 
 class SpecModule(nn.Module):
@@ -114,7 +115,8 @@ class Conv1D(SpecModule):
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         length, reach = x.shape[1], CONV1D_WIDTH - 1
         if state is None:
-            extended = nn.functional.pad(x, (0, 0, reach, 0))
+            tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
+            extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
         else:
             extended = prepend_history(state, x, num_padding(segment_pos))
         wide = wide_dtype(x.dtype)
@@ -164,6 +166,9 @@ class Embedder(SpecModule):
 
     def decode(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        logits = nn.functional.linear(x, self.input_embedding).to(wide_dtype(x.dtype))
+        # In parts, since in a narrower dtype each is copied to the wide one.
+        x, embedding = x.to(wide_dtype(x.dtype)), self.input_embedding
+        parts = [embedding] if embedding.dtype == x.dtype else embedding.split(_VOCABULARY_PART)
+        logits = torch.cat([nn.functional.linear(x, part.to(x.dtype)) for part in parts], -1)
         cap = self.config.logits_soft_cap
         return torch.tanh(logits / cap) * cap if cap else logits

@@ -163,8 +163,7 @@ def cotangent(width: int) -> np.ndarray:
 def test_gradients_of_the_twins(twins: tuple[Backend, Backend], name: str) -> None:
     one, other = (gradients(backend, name) for backend in twins)
     assert_close(one, other, "gradient", "float64")
-    names = {path.removeprefix("blocks.") for path in one["params"]}
-    assert names
+    assert one["params"]
     for path, gradient in one["params"].items():
         assert np.abs(gradient).max() > 1e-4, f"{path} has no gradient"
 

@@ -327,3 +327,14 @@ def test_bad_requests(twin: str) -> None:
         ValueError, match="prompt 1 has tokens outside the model's vocabulary of 300"
     ):
         small(["", "universally"], 3)
+
+
+def test_prompts_may_come_from_a_generator(twin: str) -> None:
+    sampler = make_sampler(twin)
+    assert generate(sampler, (prompt for prompt in PROMPTS)) == generate(sampler)
+
+
+def test_large_and_negative_seeds_count(twin: str) -> None:
+    sampler = make_sampler(twin, sampling=Categorical(temperature=1.5))
+    drawn = [generate(sampler, PROMPTS[:1], rng=seed)[0] for seed in (0, 2**40, 2**70, -1, 1)]
+    assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
