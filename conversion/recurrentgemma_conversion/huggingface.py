@@ -145,7 +145,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must be a JSON object, got {type(fields).__name__}")
     return fields

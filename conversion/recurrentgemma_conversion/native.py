@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from recurrentgemma.common.checkpoint import CONFIG, metadata, open_folder
+from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER, metadata, open_folder
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.files import whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.layouts import Stored
 from recurrentgemma.common.shards import ShardsWriter
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -60,3 +65,34 @@ class NativeWriter(Writer):
     def finish(self) -> None:
         config = self.request.config
         (self.folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+
+
+def save_folder(
+    path: str | os.PathLike[str],
+    config: GriffinConfig,
+    dtypes: Mapping[str, np.dtype],
+    parameter: Callable[[ParamSpec], np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    force: bool = False,
+) -> None:
+    """Writes a folder of ours from a model in memory: whole, or not at all.
+
+    Args:
+      path: The folder to make.
+      config: What the model is.
+      dtypes: The dtype of each parameter, by path.
+      parameter: Gives a parameter in the Flax layout.
+      tokenizer: The tokenizer.
+      force: Whether to replace what is at `path`.
+
+    Raises:
+      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+    """
+    size = sum(spec.size * dtypes[spec.path].itemsize for spec in layer_spec(config))
+    with whole_folder(path, force=force, size=size) as folder:
+        writer = NativeWriter(folder, Request(config, dtypes, ""))
+        for spec in layer_spec(config):
+            writer.write(spec, parameter(spec))
+        writer.finish()
+        (folder / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())
