@@ -1,5 +1,6 @@
 """Small checkpoints of every format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,11 @@ def write_checkpoint(
     format_: Format,
     config: GriffinConfig = CONFIGS["griffin"],
     dtype: str = "float32",
-    **changes: np.ndarray,
+    changes: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Makes a checkpoint; `changes` are parameters with other values."""
     folder.mkdir(parents=True)
-    params = parameters(config, dtype) | changes
+    params = parameters(config, dtype) | dict(changes or {})
     request = Request(config, dict.fromkeys(params, DTYPES[dtype]), "model")
     writer = WRITERS[format_](folder, request)
     for spec in layer_spec(config):

@@ -259,7 +259,10 @@ def _name(reader: Reader) -> str:
 
 def _nonfinite_message(path: Path, counts: dict[str, int]) -> str:
     listed = "\n  ".join(f"{name}: {count} values" for name, count in counts.items())
-    return f"{path} has NaN or infinity (or values beyond the new dtype) in:\n  {listed}"
+    return (
+        f"{path} has NaN or infinity, or values beyond the new dtype (--allow-nonfinite keeps "
+        f"them):\n  {listed}"
+    )
 
 
 def _require_folder_name(target: Path, force: bool) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 
 from recurrentgemma.common.arrays import DTYPES
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError
+from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
 from recurrentgemma.common.layouts import Stored
 from recurrentgemma.common.presets import Preset
 from recurrentgemma.common.shards import SHARD_SIZE
+from recurrentgemma.common.text import Tokenizer
 
 # What tensors of the Gemma family are called, none of which occurs in RecurrentGemma.
 _GEMMA = ("self_attn.", "qkv_proj", "attn_vec_einsum", "qkv_einsum", "q_einsum", "layer_0.")
@@ -97,6 +98,30 @@ class Reader(abc.ABC):
         for i, part in enumerate(parts):
             whole[i] = part
         return whole
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of the files of the weights."""
+        files = [self.path] if self.path.is_file() else self.weights
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        """The files of the weights."""
+        return [file for file in self.path.rglob("*") if file.is_file()]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          TokenizerError: There is none beside the weights, or it is damaged.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(f"there is no tokenizer.model beside the weights in {self.path}")
+        try:
+            return Tokenizer(self.tokenizer)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from error
 
     def __iter__(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
         """Every parameter, in the order of the layer spec."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ class HuggingFaceReader(Reader):
 
     def fetch(self, name: str) -> np.ndarray:
         return self.shards.read(name)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        return self.shards.paths
 
 
 class HuggingFaceWriter(Writer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,10 @@ class NativeReader(Reader):
 
     def fetch(self, name: str) -> np.ndarray:
         return self.shards.read(name)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        return self.shards.paths
 
 
 class NativeWriter(Writer):

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from recurrentgemma.common.checkpoint import BUNDLED
+from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
 from recurrentgemma.common.errors import UnknownFormatError
-from recurrentgemma.common.shards import INDEX, Shards
+from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format, Reader, require_recurrent
 from recurrentgemma_conversion.huggingface import HuggingFaceReader, read_fields
@@ -78,9 +78,10 @@ def detect(path: Path) -> tuple[Format | None, Path]:
         for grandchild in sorted(path.glob("*/*/")):
             found += _detect(grandchild)
     if not found:
+        missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (path / name).is_file()]
         raise UnknownFormatError(
-            f"{path} is no Orbax checkpoint, PyTorch state dict, safetensors file or folder, or "
-            "archive of one"
+            f"{path} is no Orbax checkpoint, PyTorch state dict or archive, and as a folder of "
+            f"safetensors it lacks {', '.join(missing)}"
         )
     if len(found) > 1:
         several = ", ".join(f"{where} ({format_ or 'an archive'})" for format_, where in found)
@@ -123,7 +124,7 @@ def _is_orbax(path: Path) -> bool:
 
 def _safetensors_format(path: Path) -> Format:
     """Hugging Face's or ours, by the config beside the weights, or else by the tensors' names."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
+    config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file() and "model_type" in read_fields(config):
         return Format.HUGGINGFACE
     names = list(Shards(path).tensors)

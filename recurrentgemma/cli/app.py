@@ -9,6 +9,7 @@ import typer
 import typer.main
 
 import recurrentgemma
+from recurrentgemma.cli.convert import convert
 from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.sample import sample
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(sample)
 app.command()(inspect)
+app.command()(convert)
 
 
 def _version(wanted: bool) -> None:

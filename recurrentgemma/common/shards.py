@@ -25,6 +25,7 @@ class Shards:
     Attributes:
       tensors: What there is, by name.
       files: The file of each tensor.
+      paths: The files, in the order of their names.
 
     Raises:
       DamagedError: A file is missing (all are named) or damaged.
@@ -45,6 +46,7 @@ class Shards:
         else:
             found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
             opened = {file.name: TensorFile(file) for file in found}
+        self.paths = [file.path for file in opened.values()]
         self.files: dict[str, TensorFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in opened.values():

@@ -202,7 +202,7 @@ def test_casts_round_to_nearest_even(tmp_path: Path, make, format_: Format) -> N
     config = CONFIGS["griffin"]
     # Halfway between two bfloat16 values: down to the even 1, and up to the even 1 + 2^-6.
     halves = np.array([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8)] * 8, np.float32)
-    source = make("source", Format.KAGGLE_TORCH, **{"final_norm.scale": halves})
+    source = make("source", Format.KAGGLE_TORCH, changes={"final_norm.scale": halves})
     convert(source, tmp_path / "out", format_, dtype="bfloat16")
     with open_checkpoint(tmp_path / "out") as reader:
         read = {spec.path: value for spec, value in reader}
