@@ -40,7 +40,8 @@ def write_checkpoint(
     """Makes a checkpoint; `changes` are parameters with other values."""
     folder.mkdir(parents=True)
     params = parameters(config, dtype) | dict(changes or {})
-    request = Request(config, dict.fromkeys(params, DTYPES[dtype]), "model")
+    dtypes = {spec.path: DTYPES[dtype] for spec in layer_spec(config)}
+    request = Request(config, dtypes, "model")
     writer = WRITERS[format_](folder, request)
     for spec in layer_spec(config):
         writer.write(spec, params[spec.path])

@@ -159,18 +159,26 @@ def convert(
 def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> dict[str, int]:
     """Writes every parameter; how many values of which are NaN or infinite."""
     nonfinite = {}
-    steps = _Steps("write", reader, writer.request, progress, total)
-    for spec in steps:
-        parameter = reader.read(spec)
-        dtype = writer.request.dtypes[spec.path]
-        count = count_nonfinite(parameter)
-        if not count and dtype.itemsize < parameter.itemsize:  # it may not fit
-            count = sum(count_nonfinite(cast(part, dtype)) for part in _rows(parameter))
-        if count:
-            nonfinite[spec.path] = count
-        writer.write(spec, parameter)
-    writer.finish()
+    try:
+        for spec in _Steps("write", reader, writer.request, progress, total):
+            parameter = reader.read(spec)
+            count = _count_nonfinite(parameter, writer.request.dtypes[spec.path])
+            if count:
+                nonfinite[spec.path] = count
+            writer.write(spec, parameter)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
     return nonfinite
+
+
+def _count_nonfinite(parameter: np.ndarray, dtype: np.dtype) -> int:
+    """How many values are NaN or infinite, or would be in the dtype they are cast to."""
+    count = count_nonfinite(parameter)
+    if count or dtype.itemsize >= parameter.itemsize:
+        return count
+    return sum(count_nonfinite(cast(part, dtype)) for part in _rows(parameter))
 
 
 def _rows(parameter: np.ndarray):

@@ -159,6 +159,10 @@ class Writer(abc.ABC):
     def finish(self) -> None:
         """Writes what comes after the weights, and puts all of it on the disk."""
 
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Closes its files, the writing having failed."""
+
 
 def stored_tensors(
     request: Request, layout: Sequence[tuple[ParamSpec, Sequence[Stored]]]

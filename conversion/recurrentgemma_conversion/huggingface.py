@@ -105,6 +105,9 @@ class HuggingFaceWriter(Writer):
         for part in spec.hf:
             self._shards.write(part.name, part.encode(parameter))
 
+    def abandon(self) -> None:
+        self._shards.abandon()
+
     def finish(self) -> None:
         dtype = self.request.dtypes["embedder.input_embedding"].name
         text = json.dumps(to_fields(self.request.config, dtype), indent=2, sort_keys=True)

@@ -227,6 +227,9 @@ class KaggleFlaxWriter(Writer):
             write_pieces(file, pieces(parameter, dtype))
             close_durably(file)
 
+    def abandon(self) -> None:
+        """Nothing is open between parameters."""
+
     def finish(self) -> None:
         specs = layer_spec(self.request.config)
         _write_json(self._root / "_METADATA", orbax_metadata([spec.path for spec in specs]))

@@ -7,6 +7,7 @@ tensor, and then a record for each, which are written one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pickle
@@ -84,15 +85,18 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     except ImportError as error:
         raise MissingExtraError("reading a .pt file", "torch", "torch") from error
     mapped = zipfile.is_zipfile(path)
-    if not mapped and path.open("rb").read(2) == b"PK":
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and not mapped:
         raise DamagedError(f"{path} is cut short: a zip archive without its directory")
     try:
         state: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        # PyTorch's advice, the reason, and more advice.
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        reason = lines[len(lines) // 2]
         raise UnsafePickleError(
-            f"{path} is no plain state dict, and loading it could run code: "
-            f"{reason or 'its pickle is not one of tensors alone'}"
+            f"{path} is no plain state dict, and loading it could run code: {reason}"
         ) from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -137,6 +141,12 @@ class KaggleTorchWriter(Writer):
         self._record(
             self._records[spec.torch.name], pieces(stored, dtype), stored.size * dtype.itemsize
         )
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # such as a full disk, once more
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def finish(self) -> None:
         self._record("version", [np.frombuffer(b"3\n", np.uint8)])

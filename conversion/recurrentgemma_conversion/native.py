@@ -66,6 +66,9 @@ class NativeWriter(Writer):
     def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
         self._shards.write(spec.torch.name, spec.torch.encode(parameter))
 
+    def abandon(self) -> None:
+        self._shards.abandon()
+
     def finish(self) -> None:
         config = self.request.config
         (self.folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
@@ -96,7 +99,11 @@ def save_folder(
     size = sum(spec.size * dtypes[spec.path].itemsize for spec in layer_spec(config))
     with whole_folder(path, force=force, size=size) as folder:
         writer = NativeWriter(folder, Request(config, dtypes, ""))
-        for spec in layer_spec(config):
-            writer.write(spec, parameter(spec))
-        writer.finish()
+        try:
+            for spec in layer_spec(config):
+                writer.write(spec, parameter(spec))
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
         (folder / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())

@@ -121,6 +121,11 @@ class ShardsWriter:
             self._writer = None
             self._written += 1
 
+    def abandon(self) -> None:
+        """Closes the file that is being written, the writing having failed."""
+        if self._writer is not None:
+            self._writer.abandon()
+
 
 def plan_shards(tensors: Tensors, shard_size: int) -> dict[str, Tensors]:
     """Which tensors go into which file, in order: each file is filled before the next."""

@@ -6,6 +6,7 @@ files larger than memory. Layout: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -156,6 +157,11 @@ class TensorFileWriter:
         if self._pending.pop(0) != name or array.shape != shape:
             raise AssertionError(f"{name} {array.shape} is not the tensor declared next")
         write_pieces(self._file, pieces(array, dtype))
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def close(self) -> None:
         """Flushes the file to the disk."""

@@ -162,8 +162,8 @@ def test_inspect_with_what_the_shapes_do_not_tell(cli, source):
     done = cli("inspect", source)
     assert done.code == 2
     assert "shapes do not tell" in done.err
-    report = cli("inspect", source, "--json", "--attention-window-size", "8", "--logits-soft-cap", "5",
-                 "--embeddings-scale-by-sqrt-dim").json  # fmt: skip
+    said = ("--attention-window-size", "8", "--logits-soft-cap", "5")
+    report = cli("inspect", source, "--json", *said, "--embeddings-scale-by-sqrt-dim").json
     assert report["config"] == CONFIG.to_dict()
 
 
