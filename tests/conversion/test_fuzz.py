@@ -1,6 +1,7 @@
 """Bytes and headers changed at random: a named error or a whole result, and nothing else."""
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -37,7 +38,7 @@ JUNK = st.one_of(
 @pytest.fixture(scope="module", params=KINDS)
 def source(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("fuzz")
-    if request.param in Format:
+    if isinstance(request.param, Format):
         return write_checkpoint(root / "source", request.param, CONFIG)
     base = write_checkpoint(root / "base", Format.KAGGLE_FLAX, CONFIG)
     if request.param == "shards":
@@ -57,8 +58,7 @@ def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
     started = time.perf_counter()
     try:
         convert(source, out, Format.HUGGINGFACE, overrides=OVERRIDES, allow_nonfinite=True)
-    except CheckpointError as error:
-        assert str(error)
+    except CheckpointError:
         assert not out.exists()
     else:
         with open_checkpoint(out) as reader:
@@ -69,7 +69,7 @@ def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
 def test_bytes(source: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(source, Path(name) / "source"))
@@ -110,7 +110,7 @@ def mutate(value, data: st.DataObject):
 
 
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
 def test_headers(source: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(source, Path(name) / "source"))
