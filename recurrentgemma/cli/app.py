@@ -9,6 +9,8 @@ import typer
 import typer.main
 
 import recurrentgemma
+from recurrentgemma.cli.convert import convert
+from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.sample import sample
 
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.command()(sample)
 app.command()(inspect)
+app.command()(convert)
+app.command()(download)
 
 
 def _version(wanted: bool) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from recurrentgemma.common.errors import CheckpointError
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: options unknown, missing or malformed.
 _UsageError = typer.BadParameter.__bases__[0]
@@ -16,8 +18,8 @@ _LONGEST_LINE = 300
 def mistake(error: Exception) -> str | None:
     """What to tell the user of an error, or None if it is no mistake of theirs.
 
-    Mistakes are wrong usage, files that cannot be read, and every `ValueError` that this package
-    raises itself; one that comes out of what it calls is a defect.
+    Mistakes are wrong usage, files that cannot be read, every `CheckpointError`, and every
+    `ValueError` that this package raises itself; one that comes out of what it calls is a defect.
     """
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
@@ -27,7 +29,9 @@ def mistake(error: Exception) -> str | None:
         return f"{_in_a_line(message)} (see {command} --help)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, CheckpointError) or (
+        isinstance(error, ValueError) and _raised_here(error)
+    ):
         return _in_a_line(str(error))
     return None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
 from recurrentgemma.common.presets import Preset, member
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 def inspect(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="Checkpoint folder. Default: the bundled model.", show_default=False),
+        typer.Argument(
+            help="Folder, file or archive of any format. Default: the bundled model.",
+            show_default=False,
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -40,20 +44,27 @@ def inspect(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every parameter.")
     ] = False,
+    attention_window_size: Window = None,
+    logits_soft_cap: SoftCap = None,
+    embeddings_scale_by_sqrt_dim: EmbeddingScale = None,
 ) -> None:
     """Show what a model is: its config, parameters and sizes.
 
-    No weights are read, and neither framework is needed.
+    No weights are read. Only Kaggle's formats need a framework, to read what is in them.
     """
     from recurrentgemma.cli.tables import render
-    from recurrentgemma.common.checkpoint import open_folder
+    from recurrentgemma.common.checkpoint import BUNDLED
     from recurrentgemma.common.config import GriffinConfig
+    from recurrentgemma.common.tensor_files import DTYPE_NAMES
+    from recurrentgemma_conversion import open_checkpoint
 
+    said = overrides(None, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if preset is None:
-        folder = open_folder(checkpoint)
-        source = {"checkpoint": str(folder.path)}
-        report = describe(folder.config, folder.dtypes)
-        report["bytes"]["parameters"]["stored"] = folder.weights.stat().st_size
+        with open_checkpoint(checkpoint, said) as opened:
+            source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
+            dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
+            report = describe(opened.config, dtypes)
+            report["bytes"]["parameters"]["stored"] = opened.stored_bytes
     elif checkpoint is None:
         known = member(Preset, preset.upper())
         source = {"preset": known.name}
@@ -63,7 +74,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(source | report))
     else:
-        title = typer.style(" ".join(source.values()), bold=True)
+        title = typer.style(next(iter(source.values())), bold=True)
         typer.echo("\n".join([title, "", *render(report, every_block=every_block)]))
 
 
@@ -72,7 +83,7 @@ def describe(config: GriffinConfig, dtypes: Mapping[str, str]) -> dict[str, Any]
 
     Args:
       config: What the model is.
-      dtypes: safetensors' name of each stored tensor's dtype; empty if none is stored.
+      dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
     """
     from recurrentgemma.common.layer_spec import layer_spec, num_parameters
 
@@ -93,7 +104,7 @@ def describe(config: GriffinConfig, dtypes: Mapping[str, str]) -> dict[str, Any]
                 "path": spec.path,
                 "shape": list(spec.shape),
                 "axes": list(spec.axes),
-                "dtype": dtypes.get(spec.torch.name),
+                "dtype": dtypes.get(spec.path),
                 "count": spec.size,
             }
             for spec in specs

@@ -93,18 +93,20 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.checkpoint import open_folder
+    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma_conversion import open_checkpoint
 
     sampling, seed = _sampling(temperature, top_k, top_p, seed)
     framework = choose_framework(framework)
-    folder = open_folder(checkpoint)
-    tokenizer = folder.tokenizer
+    path = checkpoint or BUNDLED
+    with open_checkpoint(path) as opened:
+        tokenizer = opened.load_tokenizer()
     if chat and tokenizer.end_of_turn_id is None:
-        raise ValueError(f"--chat: {folder.path} has no <end_of_turn>, so it was not tuned to chat")
+        raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     text = _prompt(prompt)
     started = time.perf_counter()
-    with working(f"Loading {folder.path.name} with {framework}"):
-        loaded = load_sampler(framework, folder.path, tokenizer, sampling, dtype, chat)
+    with working(f"Loading {path.name} with {framework}"):
+        loaded = load_sampler(framework, path, tokenizer, sampling, dtype, chat)
     load_s = time.perf_counter() - started
     steps = loaded.sampler.stream(text, max_new_tokens, rng=seed)
     shown = text + "\n" * chat if echo else ""

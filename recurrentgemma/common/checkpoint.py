@@ -1,26 +1,31 @@
 """Checkpoint folders as both twins read and write them: which files, which names, which errors.
 
-A folder holds `config.json`, `model.safetensors` (tensors under their PyTorch names and axis
-orders, as the layer spec gives them) and `tokenizer.model`.
+A folder holds `config.json`, `model.safetensors` (or shards with an index; tensors under their
+PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec, require_match
+from recurrentgemma.common.errors import (
+    ConfigError,
+    DamagedError,
+    MismatchError,
+    UnknownFormatError,
+)
+from recurrentgemma.common.files import whole_folder
+from recurrentgemma.common.layer_spec import layer_spec, mismatches
+from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
+from recurrentgemma.common.tensor_files import DTYPE_NAMES
 from recurrentgemma.common.text import Tokenizer
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
 
@@ -32,17 +37,19 @@ class CheckpointFolder(NamedTuple):
       config: What the model is.
       shapes: Shape of each tensor by its stored name.
       dtypes: safetensors' name of each tensor's dtype ("BF16", "F32", ...).
+      shards: The files of the weights.
     """
 
     path: Path
     config: GriffinConfig
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    shards: Shards
 
     @property
     def weights(self) -> Path:
-        """The file of the weights."""
-        return self.path / WEIGHTS
+        """The file of the weights; the first of several."""
+        return next(iter(self.shards.files.values())).path
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -51,37 +58,48 @@ class CheckpointFolder(NamedTuple):
 
 
 def open_folder(path: str | os.PathLike[str] | None = None) -> CheckpointFolder:
-    """Checks a checkpoint folder, reading its config and the header of its weights.
+    """Checks a checkpoint folder, reading its config and the headers of its weights.
 
     Args:
       path: The folder; the bundled model if None.
 
     Raises:
-      ValueError: Files are missing (all are named), unreadable, or the weights' names and shapes
-        are not the config's (every difference is named).
+      CheckpointError: Files are missing (all are named), unreadable, or the weights' names and
+        shapes are not the config's (every difference is named).
     """
     folder = BUNDLED if path is None else Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder at {folder}")
+        raise UnknownFormatError(f"no checkpoint folder at {folder}")
     missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
+    if (folder / INDEX).is_file() and WEIGHTS in missing:
+        missing.remove(WEIGHTS)
     if missing:
-        raise ValueError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
+        raise DamagedError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
+    config = read_config(folder / CONFIG)
+    shards = Shards(folder)
+    shapes = {name: info.shape for name, info in shards.tensors.items()}
+    dtypes = {
+        name: "no float" if info.dtype is None else DTYPE_NAMES[info.dtype]
+        for name, info in shards.tensors.items()
+    }
+    expected = {spec.torch.name: spec.torch.shape for spec in layer_spec(config)}
+    problems = mismatches(expected, shapes)
+    problems += [
+        f"{name} must be of a floating-point dtype"
+        for name, info in shards.tensors.items()
+        if info.dtype is None and name in expected
+    ]
+    if problems:
+        raise MismatchError(f"{folder}: the parameters do not match the config", problems)
+    return CheckpointFolder(folder, config, shapes, dtypes, shards)
+
+
+def read_config(path: Path) -> GriffinConfig:
+    """The configuration in a file of ours; `ConfigError` when it holds none."""
     try:
-        config = GriffinConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-    try:
-        with safetensors.safe_open(folder / WEIGHTS, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no complete safetensors file: {error}") from error
-    try:
-        require_match({spec.torch.name: spec.torch.shape for spec in layer_spec(config)}, shapes)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    return CheckpointFolder(folder, config, shapes, dtypes)
+        return GriffinConfig.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -104,6 +122,7 @@ def write_folder(
     tokenizer: Tokenizer,
     *,
     force: bool = False,
+    size: int = 0,
 ) -> None:
     """Writes a checkpoint folder: whole, or not at all.
 
@@ -113,32 +132,15 @@ def write_folder(
       save_weights: Writes the weights to the file it is given.
       tokenizer: The tokenizer.
       force: Whether to replace what is at `path`.
+      size: Bytes of the weights, for which there must be room; not checked if 0.
 
     Raises:
-      ValueError: `path` exists and `force` is not set.
+      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
     """
-    folder = Path(path).expanduser().absolute()
-    if folder.exists() and not force:
-        raise ValueError(f"{folder} exists; pass force=True to replace it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_weights(temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(config.to_json(), encoding="utf-8")
-        (temporary / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())
-        for written in temporary.iterdir():
-            written.chmod(0o644)
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with whole_folder(path, force=force, size=size) as folder:
+        save_weights(folder / WEIGHTS)
+        (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+        (folder / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())
 
 
 def metadata(config: GriffinConfig) -> dict[str, str]:

@@ -8,38 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
 from flax.typing import Dtype
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax import Device
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from recurrentgemma.common.checkpoint import CONFIG, metadata, open_folder, write_folder
+from recurrentgemma.common.arrays import cast
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
+from recurrentgemma_conversion.formats import Reader
+from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.opening import open_checkpoint
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+# For parameters alone: what their shapes do not tell does not matter.
+_ANY_MODEL = Overrides(None, True, 1, 0.0)
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str] | None = None, *, dtype: Dtype | None = None
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: Dtype | None = None,
+    device: Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # it is a class
+    sharding: str | Sharding | Mapping[str, Any] = "single_device",
+    overrides: Overrides = NO_OVERRIDES,
 ) -> tuple[Griffin, Params]:
-    """The model in a checkpoint folder, and its parameters.
+    """The model in a checkpoint of any format, and its parameters.
 
     Args:
-      path: The folder; the bundled model if None.
+      path: A folder, file or archive; the bundled model if None.
       dtype: Of the parameters and the computation; as stored if None.
+      device: Where the parameters go; the first if None.
+      sharding: How they are split over several devices instead: see `load_parameters`.
+      overrides: What the checkpoint does not say of the model, or says otherwise.
 
     Raises:
-      ValueError: The folder is no complete checkpoint; see `open_folder`.
+      CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
+      ValueError: The sharding is unknown, does not fit the tree, or comes with a device.
     """
-    folder = open_folder(path)
-    stored = safetensors.flax.load_file(str(folder.weights))
-    params: dict[str, Any] = {}
-    for spec in layer_spec(folder.config):
-        value = spec.torch.decode(stored[spec.torch.name], spec)
-        set_path(params, spec.path, value if dtype is None else value.astype(dtype))
-    param_dtype = jax.tree.leaves(params)[0].dtype
-    return Griffin(folder.config, param_dtype=param_dtype), params
+    if device is not None:
+        if sharding != "single_device":
+            raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
+        sharding = SingleDeviceSharding(device)
+    with open_checkpoint(path, overrides) as checkpoint:
+        params = _load(checkpoint, sharding, dtype)
+        param_dtype = checkpoint.dtypes["embedder.input_embedding"] if dtype is None else dtype
+    return Griffin(checkpoint.config, param_dtype=param_dtype), params
 
 
 def save_checkpoint(
@@ -53,58 +70,54 @@ def save_checkpoint(
     """Writes a checkpoint folder, whole or not at all.
 
     Raises:
-      ValueError: `path` exists and `force` is not set.
+      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
     """
     params = params.get("params", params)
-    state = {
-        spec.torch.name: jax.numpy.asarray(spec.torch.encode(get_path(params, spec.path)))
-        for spec in layer_spec(config)
-    }
-    write_folder(
-        path,
-        config,
-        lambda file: safetensors.flax.save_file(state, str(file), metadata(config)),
-        tokenizer,
-        force=force,
-    )
+
+    def parameter(spec: ParamSpec) -> np.ndarray:
+        return np.asarray(get_path(params, spec.path))
+
+    dtypes = {s.path: np.dtype(get_path(params, s.path).dtype) for s in layer_spec(config)}
+    save_folder(path, config, dtypes, parameter, tokenizer, force=force)
 
 
 def load_parameters(
     checkpoint_path: str | os.PathLike[str],
-    sharding: str | Mapping[str, Any] = "single_device",
+    sharding: str | Sharding | Mapping[str, Any] = "single_device",
 ) -> Params:
-    """The parameters in an Orbax directory (as on Kaggle) or in a checkpoint folder of ours.
+    """The parameters in a checkpoint of any format, such as an Orbax directory from Kaggle.
 
     Args:
-      checkpoint_path: The directory, absolute or relative.
-      sharding: "single_device", "replicated" (on every device), or a tree of shardings like the
-        parameters.
+      checkpoint_path: The checkpoint, absolute or relative.
+      sharding: "single_device", "replicated" (on every device), one sharding for all, or a tree of
+        shardings like the parameters.
 
     Returns:
       The tree of parameters, without a `params` level.
 
     Raises:
-      ValueError: There is no checkpoint, or the sharding is unknown or does not fit the tree.
+      CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
+      ValueError: The sharding is unknown or does not fit the tree.
     """
     path = Path(checkpoint_path).expanduser().absolute()
-    if not path.is_dir():
+    if not path.exists():
         raise ValueError(f"no checkpoint directory at {path}")
-    if (path / CONFIG).is_file():
-        params = load_checkpoint(path)[1]
-        return jax.tree.map(jax.device_put, params, _shardings(params, sharding))
-    import orbax.checkpoint as ocp  # slow to import, and only this needs it
+    with open_checkpoint(path, _ANY_MODEL) as checkpoint:
+        return _load(checkpoint, sharding, None)
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(path).item_metadata.tree
-        except (AttributeError, FileNotFoundError, ValueError) as error:
-            raise ValueError(f"{path} is no Orbax checkpoint: {error}") from error
-        wrapped = set(tree) == {"params"}
-        shardings = _shardings(tree["params"] if wrapped else tree, sharding)
-        restore_args = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s), shardings)
-        restore_args = {"params": restore_args} if wrapped else restore_args
-        params = checkpointer.restore(path, restore_args=restore_args)
-    return params["params"] if wrapped else params
+
+def _load(
+    checkpoint: Reader, sharding: str | Sharding | Mapping[str, Any], dtype: Dtype | None
+) -> dict[str, Any]:
+    """Every parameter on its devices; on the host one at a time."""
+    params: dict[str, Any] = {}
+    for spec in layer_spec(checkpoint.config):
+        set_path(params, spec.path, None)
+    shardings = _shardings(params, sharding)
+    for spec, value in checkpoint:
+        on_host = value if dtype is None else cast(value, jnp.dtype(dtype))
+        set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
+    return params
 
 
 def save_parameters(
@@ -124,20 +137,23 @@ def save_parameters(
         checkpointer.save(path, dict(params), force=force)
 
 
-def _shardings(tree: Mapping[str, Any], sharding: str | Mapping[str, Any]) -> Any:
+def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, Any]) -> Any:
     """One sharding a leaf."""
-    if not isinstance(sharding, str):
+    leaves = jax.tree.map(lambda _: 0, tree, is_leaf=lambda leaf: leaf is None)
+    if isinstance(sharding, Mapping):
         sharding = sharding.get("params", sharding)
-        if jax.tree.structure(sharding) != jax.tree.structure(jax.tree.map(lambda _: 0, tree)):
+        if jax.tree.structure(sharding) != jax.tree.structure(leaves):
             raise ValueError("the tree of shardings must have the parameters' structure")
         return sharding
-    devices = np.array(jax.devices())
-    choices = {
-        "single_device": SingleDeviceSharding(devices[0]),
-        "replicated": NamedSharding(Mesh(devices, ("devices",)), PartitionSpec()),
-    }
-    if sharding not in choices:
-        raise ValueError(
-            f'sharding must be "single_device", "replicated" or a tree, got {sharding!r}'
-        )
-    return jax.tree.map(lambda _: choices[sharding], tree)
+    if not isinstance(sharding, Sharding):
+        devices = np.array(jax.devices())
+        choices = {
+            "single_device": SingleDeviceSharding(devices[0]),
+            "replicated": NamedSharding(Mesh(devices, ("devices",)), PartitionSpec()),
+        }
+        if sharding not in choices:
+            raise ValueError(
+                f'sharding must be "single_device", "replicated" or a tree, got {sharding!r}'
+            )
+        sharding = choices[sharding]
+    return jax.tree.map(lambda _: sharding, leaves)

@@ -123,11 +123,11 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def get_path(tree: Params, path: str) -> Array:
+def get_path(tree: Params, path: str) -> Any:
     """The leaf at a layer spec's path in a tree of Flax parameters."""
     for key in _keys(path):
         tree = tree[key]
-    return tree  # pyright: ignore[reportReturnType]
+    return tree
 
 
 def _keys(path: str) -> list[str]:

@@ -1,9 +1,12 @@
 """`recurrentgemma inspect`: its numbers are the layer spec's and the state's."""
 
+import contextlib
 import json
 
 import pytest
 
+import recurrentgemma_conversion
+from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.checkpoint import WEIGHTS, open_folder
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec, num_parameters
@@ -111,11 +114,12 @@ def test_table(cli, checkpoint):
 
 
 def test_mixed_dtypes_have_a_column(cli, checkpoint, monkeypatch):
-    folder = open_folder(checkpoint)
-    dtypes = dict(folder.dtypes) | {"final_norm.scale": "BF16"}
-    monkeypatch.setattr(
-        "recurrentgemma.common.checkpoint.open_folder", lambda _: folder._replace(dtypes=dtypes)
-    )
+    def open_checkpoint(*args):
+        return contextlib.nullcontext(opened)
+
+    with recurrentgemma_conversion.open_checkpoint(checkpoint) as opened:
+        opened.dtypes["final_norm.scale"] = BFLOAT16
+    monkeypatch.setattr(recurrentgemma_conversion, "open_checkpoint", open_checkpoint)
     rows = [line.split() for line in cli("inspect").out.splitlines()]
     assert ["parameter", "shape", "axes", "dtype", "count"] in rows
     assert ["final_norm.scale", "32", "width", "BF16", "32"] in rows

@@ -120,10 +120,10 @@ def test_broken_checkpoints(cli, checkpoint, tmp_path):
 
 def test_only_mistakes_are_told_in_a_line(cli, monkeypatch):
     def raising(error: BaseException):
-        def open_folder(_):
+        def detect(_):
             raise error
 
-        monkeypatch.setattr("recurrentgemma.common.checkpoint.open_folder", open_folder)
+        monkeypatch.setattr("recurrentgemma_conversion.opening.detect", detect)
         return cli("inspect")
 
     assert_one_line(raising(PermissionError(13, "Permission denied", "x/y")), "x/y: Permission")
@@ -134,9 +134,9 @@ def test_only_mistakes_are_told_in_a_line(cli, monkeypatch):
         assert caught.value is defect
         assert mistake(defect) is None
     # Nor is what a library raises right below the package's own code.
-    monkeypatch.setattr("recurrentgemma.common.checkpoint.open_folder", [].remove)
+    monkeypatch.setattr("recurrentgemma_conversion.opening.detect", [].remove)
     with pytest.raises(ValueError, match="not in list"):
-        cli("inspect", "x")
+        cli("inspect")
 
 
 def start(absent: tuple[str, ...], *commands: list[str]) -> subprocess.Popen:

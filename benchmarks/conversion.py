@@ -1,0 +1,169 @@
+"""Memory and rate of converting a checkpoint between all formats, each in a process of its own.
+
+    python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
+
+For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
+what the imports took, the rate of writing (flushed to the disk) and of verifying. `cp` of the same
+bytes is measured the same way, with and without flushing. It reads /proc, so it runs on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from recurrentgemma.common.arrays import BFLOAT16
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma_conversion import Format, Step, convert
+from recurrentgemma_conversion.formats import Request
+from recurrentgemma_conversion.native import NativeWriter
+
+INTERVAL = 0.005  # seconds between two looks at the memory
+
+
+def make(folder: Path, config: GriffinConfig) -> None:
+    """A checkpoint of random finite bfloat16 values: random bits, with small exponents."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    dtypes = {spec.path: BFLOAT16 for spec in layer_spec(config)}
+    writer = NativeWriter(folder, Request(config, dtypes, ""))
+    for spec in layer_spec(config):
+        bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
+        writer.write(spec, bits.view(BFLOAT16).reshape(spec.shape))
+    writer.finish()
+    # The tokenizer of no real vocabulary: conversions here go without.
+
+
+def rss_anon() -> int:
+    """Bytes of anonymous memory in use."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+class Peak:
+    """The peak of anonymous memory while it runs, beyond what there was before."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._before, self._stop = 0, rss_anon(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self.bytes = max(self.bytes, rss_anon() - self._before)
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
+    """Converts and prints what it took."""
+    if Format.KAGGLE_TORCH in (to, source.name):
+        import torch  # noqa: F401  # imports do not count
+    times: dict[str, list[float]] = {}
+
+    def progress(step: Step) -> None:
+        times.setdefault(step.phase, []).append(time.perf_counter())
+
+    with Peak() as peak:
+        summary = convert(source, destination, to, progress=progress, tokenizer=tokenizer)
+    seconds = {phase: t[-1] - t[0] for phase, t in times.items()}
+    print(json.dumps({"peak": peak.bytes, "bytes": summary.bytes} | seconds))
+
+
+def copy(source: Path, destination: Path, *, flush: bool) -> float:
+    """The bytes per second of `cp`."""
+    size = sum(file.stat().st_size for file in source.iterdir())
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    if flush:
+        subprocess.run(["sync", "-f", destination], check=True)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(destination)
+    return size / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where 6 copies have room")
+    parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
+    parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        source, destination, to, tokenizer = args.child
+        child(Path(source), Path(destination), to, Path(tokenizer))
+        return
+    config = GriffinConfig.from_preset(args.preset)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        rows = run(folder, config, [Format(f) for f in args.formats])
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict]:
+    tokenizer = write_tokenizer(folder, config.vocab_size)
+    make(folder / "recurrentgemma", config)
+    shutil.copy(tokenizer, folder / "recurrentgemma/tokenizer.model")
+    for flush in (False, True):
+        rate = copy(folder / "recurrentgemma", folder / "copy", flush=flush)
+        print(f"cp{', flushed' * flush}: {rate / 1e6:.0f} MB/s", flush=True)
+    rows = []
+    # First from ours, which makes the sources of the others.
+    order = sorted(formats, key=lambda f: f is not Format.RECURRENTGEMMA)
+    for source in order:
+        for to in order:
+            keep = source is Format.RECURRENTGEMMA and to is not source
+            destination = folder / (to if keep else "out")
+            command = [sys.executable, __file__, "--child"]
+            command += [str(folder / source), str(destination), to, str(tokenizer)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            row = {"source": source, "to": to} | json.loads(done.stdout)
+            rows.append(row)
+            print(
+                f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB, "
+                f"write {row['bytes'] / row['write'] / 1e6:5.0f} MB/s, "
+                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s",
+                flush=True,
+            )
+            if not keep:
+                shutil.rmtree(destination)
+    return rows
+
+
+def write_tokenizer(folder: Path, size: int) -> Path:
+    """A sentencepiece model with this many pieces."""
+    from sentencepiece import sentencepiece_model_pb2 as spm
+
+    model = spm.ModelProto()
+    for i in range(size):
+        piece = model.pieces.add(piece=f"<{i}>", score=-i)
+        if i < 4:
+            kinds = spm.ModelProto.SentencePiece
+            piece.type = kinds.UNKNOWN if i == 3 else kinds.CONTROL
+            piece.piece = ("<pad>", "</s>", "<s>", "<unk>")[i]
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id = 0, 1
+    model.trainer_spec.bos_id, model.trainer_spec.unk_id = 2, 3
+    model.trainer_spec.vocab_size = size
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Archives as downloaded: `archive.tar.gz`, unpacked next to where the result goes."""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+import zlib
+from pathlib import Path
+
+from recurrentgemma.common.errors import DamagedError
+from recurrentgemma.common.files import require_room
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a tar archive, compressed or not, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(265)
+    return start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar"
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpacks an archive into a folder; nothing of it may land outside.
+
+    Raises:
+      DamagedError: It is cut short, no tar archive, or names files outside the folder.
+      DiskSpaceError: There is no room for what is in it.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                require_room(folder, member.size)
+                archive.extract(member, folder, filter="data")
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DamagedError(f"{path} cannot be unpacked: {error}") from error

@@ -1,0 +1,289 @@
+"""From any format to any other: one loop over the layer spec."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.arrays import DTYPES, cast, count_nonfinite, same_bits
+from recurrentgemma.common.checkpoint import TOKENIZER
+from recurrentgemma.common.errors import (
+    DestinationError,
+    NonFiniteError,
+    TokenizerError,
+    VerificationError,
+)
+from recurrentgemma.common.files import whole_folder
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.shards import SHARD_SIZE
+from recurrentgemma.common.text import Tokenizer
+from recurrentgemma_conversion.formats import Format, Reader, Request, Writer, checkpoint_name
+from recurrentgemma_conversion.huggingface import HuggingFaceWriter
+from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
+from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter
+from recurrentgemma_conversion.native import NativeWriter
+from recurrentgemma_conversion.opening import READERS, open_checkpoint
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+WRITERS: dict[Format, Callable[[Path, Request], Writer]] = {
+    Format.KAGGLE_FLAX: KaggleFlaxWriter,
+    Format.KAGGLE_TORCH: KaggleTorchWriter,
+    Format.HUGGINGFACE: HuggingFaceWriter,
+    Format.RECURRENTGEMMA: NativeWriter,
+}
+Progress = Callable[["Step"], None]
+
+
+class Step(NamedTuple):
+    """How far a conversion is, told before each tensor and at the end of each phase.
+
+    Attributes:
+      phase: "write" or "verify".
+      path: The parameter that comes next; "" at the end.
+      tensors: Parameters done.
+      total_tensors: Parameters in all.
+      bytes: Bytes done, as written.
+      total_bytes: Bytes in all.
+    """
+
+    phase: str
+    path: str
+    tensors: int
+    total_tensors: int
+    bytes: int
+    total_bytes: int
+
+
+class Summary(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+      source_format: The format read.
+      format: The format written.
+      tensors: Number of parameters.
+      values: Number of values.
+      bytes: Bytes of the parameters as written.
+      dtypes: The dtypes written.
+      seconds: The time it took, verification included.
+      verified: Whether the result was read again and compared.
+      nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
+    """
+
+    source_format: Format
+    format: Format
+    tensors: int
+    values: int
+    bytes: int
+    dtypes: list[str]
+    seconds: float
+    verified: bool
+    nonfinite: dict[str, int]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: Format | str,
+    *,
+    dtype: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overrides: Overrides = NO_OVERRIDES,
+    allow_nonfinite: bool = False,
+    force: bool = False,
+    verify: bool = True,
+    progress: Progress = lambda step: None,
+) -> Summary:
+    """Writes a checkpoint in another format: whole and verified, or not at all.
+
+    Every parameter keeps its bits, unless cast. One is in memory at a time.
+
+    Args:
+      source: A checkpoint of any format, or an archive.
+      destination: The folder to make.
+      to: The format of the result.
+      dtype: What the parameters are cast to, to nearest, ties to even; as stored if None.
+      shard_size: Bytes in a safetensors file, at most.
+      tokenizer: A sentencepiece model, where there is none beside the weights.
+      overrides: What the source does not say of the model, or says otherwise.
+      allow_nonfinite: Whether NaN and infinity are accepted.
+      force: Whether to replace what is at `destination`.
+      verify: Whether to read the result again and compare all bits before it takes its name.
+      progress: Called as the work goes on.
+
+    Raises:
+      CheckpointError: A subclass of it names what is wrong. Nothing was written.
+    """
+    started = time.perf_counter()
+    to = Format(to)
+    if shard_size < 1:
+        raise DestinationError(f"shard_size must be positive, got {shard_size}")
+    target = Path(destination).expanduser().absolute()
+    _require_folder_name(target, force)
+    with open_checkpoint(source, overrides, _existing(target.parent)) as reader:
+        _require_apart(reader.path.absolute(), target)
+        specs = layer_spec(reader.config)
+        dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
+        pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
+        request = Request(reader.config, dtypes, _name(reader), shard_size)
+        total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
+        with whole_folder(target, force=force, size=total) as folder:
+            nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
+            if nonfinite and not allow_nonfinite:
+                raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
+            for companion in reader.companions if to is reader.format else ():
+                shutil.copyfile(companion, folder / companion.name)
+            if pieces is not None:
+                shutil.copyfile(pieces, folder / TOKENIZER)
+            if verify:
+                _verify(reader, folder, to, request, progress, total)
+        return Summary(
+            source_format=reader.format,
+            format=to,
+            tensors=len(specs),
+            values=sum(spec.size for spec in specs),
+            bytes=total,
+            dtypes=sorted({dtype.name for dtype in dtypes.values()}),
+            seconds=time.perf_counter() - started,
+            verified=verify,
+            nonfinite=nonfinite,
+        )
+
+
+def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> dict[str, int]:
+    """Writes every parameter; how many values of which are NaN or infinite."""
+    nonfinite = {}
+    try:
+        for spec in _Steps("write", reader, writer.request, progress, total):
+            parameter = reader.read(spec)
+            count = _count_nonfinite(parameter, writer.request.dtypes[spec.path])
+            if count:
+                nonfinite[spec.path] = count
+            writer.write(spec, parameter)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    return nonfinite
+
+
+def _count_nonfinite(parameter: np.ndarray, dtype: np.dtype) -> int:
+    """How many values are NaN or infinite, or would be in the dtype they are cast to."""
+    count = count_nonfinite(parameter)
+    if count or dtype.itemsize >= parameter.itemsize:
+        return count
+    return sum(count_nonfinite(cast(part, dtype)) for part in _rows(parameter))
+
+
+def _rows(parameter: np.ndarray):
+    step = max(1, len(parameter) // max(1, parameter.nbytes >> 24))
+    return (parameter[i : i + step] for i in range(0, len(parameter), step))
+
+
+def _verify(
+    reader: Reader, folder: Path, to: Format, request: Request, progress: Progress, total: int
+) -> None:
+    """Reads what was written and compares it with the source, bit for bit after the cast."""
+    weights = {
+        Format.KAGGLE_FLAX: folder / request.name,
+        Format.KAGGLE_TORCH: folder / f"{request.name}.pt",
+    }.get(to, folder)
+    written = READERS[to](weights, NO_OVERRIDES)
+    if written.config != request.config:
+        raise VerificationError(f"the config reads back as {written.config}")
+    wrong = []
+    for spec in _Steps("verify", reader, request, progress, total):
+        wrong += [] if _same(reader, written, spec, request) else [spec.path]
+    if wrong:
+        raise VerificationError(f"what was written reads back otherwise: {', '.join(wrong)}")
+
+
+def _same(reader: Reader, written: Reader, spec: ParamSpec, request: Request) -> bool:
+    meant, found = reader.read(spec), written.read(spec)
+    dtype = request.dtypes[spec.path]
+    if meant.dtype == dtype:
+        return same_bits(meant, found)
+    pairs = zip(_rows(meant), _rows(found), strict=True)
+    return all(same_bits(cast(a, dtype), b) for a, b in pairs)
+
+
+class _Steps:
+    """Goes through the layer spec and tells the progress."""
+
+    def __init__(
+        self, phase: str, reader: Reader, request: Request, progress: Progress, total: int
+    ) -> None:
+        self._specs, self._dtypes = layer_spec(reader.config), request.dtypes
+        self._tell = lambda path, tensors, done: progress(
+            Step(phase, path, tensors, len(self._specs), done, total)
+        )
+
+    def __iter__(self):
+        done = 0
+        for i, spec in enumerate(self._specs):
+            self._tell(spec.path, i, done)
+            yield spec
+            done += spec.size * self._dtypes[spec.path].itemsize
+        self._tell("", len(self._specs), done)
+
+
+def find_tokenizer(
+    reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
+) -> Path | None:
+    """The tokenizer of a checkpoint: the one given, or else the one beside it.
+
+    Raises:
+      TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
+        and one is required.
+    """
+    path = reader.tokenizer if given is None else Path(given).expanduser()
+    if path is None:
+        if required:
+            raise TokenizerError(f"no tokenizer.model beside {reader.path}: a tokenizer is needed")
+        return None
+    try:
+        size = Tokenizer(path).size
+    except ValueError as error:
+        raise TokenizerError(str(error)) from error
+    if size != reader.config.vocab_size:
+        raise TokenizerError(
+            f"{path} has {size} pieces, and the vocabulary {reader.config.vocab_size} entries"
+        )
+    return path
+
+
+def _name(reader: Reader) -> str:
+    """What the weights are called: as in the source, where that gives them a name."""
+    if reader.format in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):
+        return reader.path.stem
+    return checkpoint_name(reader.config)
+
+
+def _nonfinite_message(path: Path, counts: dict[str, int]) -> str:
+    listed = "\n  ".join(f"{name}: {count} values" for name, count in counts.items())
+    return (
+        f"{path} has NaN or infinity, or values beyond the new dtype (--allow-nonfinite keeps "
+        f"them):\n  {listed}"
+    )
+
+
+def _require_folder_name(target: Path, force: bool) -> None:
+    if target.suffix in (".pt", ".safetensors", ".gz"):
+        raise DestinationError(f"the destination is a folder, got the name of a file: {target}")
+    if (target.exists() or target.is_symlink()) and not force:
+        raise DestinationError(f"{target} exists; pass force=True to replace it")
+
+
+def _require_apart(source: Path, target: Path) -> None:
+    if source.is_relative_to(target):
+        raise DestinationError(f"the destination {target} must not hold the source {source}")
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())

@@ -1,0 +1,220 @@
+"""The four formats, and what a reader and a writer of any of them is."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
+from recurrentgemma.common.layouts import Stored
+from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.shards import SHARD_SIZE
+from recurrentgemma.common.text import Tokenizer
+
+# What tensors of the Gemma family are called, none of which occurs in RecurrentGemma.
+_GEMMA = ("self_attn.", "qkv_proj", "attn_vec_einsum", "qkv_einsum", "q_einsum", "layer_0.")
+
+
+class Format(enum.StrEnum):
+    """A published checkpoint format."""
+
+    KAGGLE_FLAX = "kaggle-flax"
+    KAGGLE_TORCH = "kaggle-torch"
+    HUGGINGFACE = "huggingface"
+    RECURRENTGEMMA = "recurrentgemma"
+
+
+class Tensor(NamedTuple):
+    """Shape and dtype of a stored tensor; a dtype that is no float is None."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+
+
+class Reader(abc.ABC):
+    """An opened checkpoint: what it is, known from its headers, and its parameters one at a time.
+
+    Making one reads no weights. It checks that the tensors are those of the config.
+
+    Attributes:
+      format: Which of the formats it is.
+      path: The file or folder with the weights.
+      config: What the model is.
+      tokenizer: The sentencepiece model beside the weights, if there is one.
+      companions: Other files that belong to the checkpoint in its own format.
+      tensors: The stored tensors, by name.
+    """
+
+    format: Format
+
+    def __init__(
+        self,
+        path: Path,
+        config: GriffinConfig,
+        tensors: Mapping[str, Tensor],
+        homes: Sequence[Path],
+    ) -> None:
+        """Checks the tensors; `homes` are the folders where a tokenizer would be."""
+        self.path, self.config, self.tensors = path, config, tensors
+        found = (home / "tokenizer.model" for home in homes)
+        self.tokenizer = next((file for file in found if file.is_file()), None)
+        self.companions: Sequence[Path] = ()
+        require_tensors(path, config, tensors, self.layout)
+        self.dtypes: dict[str, np.dtype] = {
+            spec.path: dtype
+            for spec in layer_spec(config)
+            if (dtype := tensors[self.layout(spec)[0].name].dtype) is not None
+        }
+
+    @staticmethod
+    @abc.abstractmethod
+    def layout(spec: ParamSpec) -> tuple[Stored, ...]:
+        """How the format stores a parameter."""
+
+    @abc.abstractmethod
+    def fetch(self, name: str) -> np.ndarray:
+        """A stored tensor: where the format allows, a view of the mapped file."""
+
+    def read(self, spec: ParamSpec) -> np.ndarray:
+        """A parameter in the Flax layout, as stored otherwise."""
+        stored = self.layout(spec)
+        if stored[0].part is None:
+            return stored[0].decode(self.fetch(stored[0].name), spec)
+        parts = [part.decode(self.fetch(part.name), spec) for part in stored]
+        # Together as they lay: the axes of the whole in the memory order of its parts.
+        swap = stored[0].transpose
+        whole = np.empty(
+            (len(parts), *(parts[0].swapaxes(-1, -2) if swap else parts[0]).shape), parts[0].dtype
+        )
+        whole = whole.swapaxes(-1, -2) if swap else whole
+        for i, part in enumerate(parts):
+            whole[i] = part
+        return whole
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of the files of the weights."""
+        files = [self.path] if self.path.is_file() else self.weights
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        """The files of the weights."""
+        return [file for file in self.path.rglob("*") if file.is_file()]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          TokenizerError: There is none beside the weights, or it is damaged.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(f"there is no tokenizer.model beside the weights in {self.path}")
+        try:
+            return Tokenizer(self.tokenizer)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from error
+
+    def __iter__(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+        """Every parameter, in the order of the layer spec."""
+        for spec in layer_spec(self.config):
+            yield spec, self.read(spec)
+
+
+class Request(NamedTuple):
+    """What to write.
+
+    Attributes:
+      config: What the model is.
+      dtypes: The dtype of each parameter, by path.
+      name: What the weights are called, where a format gives them a name ("2b-it").
+      shard_size: Bytes in a safetensors file, at most.
+    """
+
+    config: GriffinConfig
+    dtypes: Mapping[str, np.dtype]
+    name: str
+    shard_size: int = SHARD_SIZE
+
+
+class Writer(abc.ABC):
+    """Writes a checkpoint into an empty folder, one parameter at a time in the spec's order."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        self.folder, self.request = folder, request
+
+    @abc.abstractmethod
+    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+        """Writes a parameter, given in the Flax layout, cast to the requested dtype."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Writes what comes after the weights, and puts all of it on the disk."""
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Closes its files, the writing having failed."""
+
+
+def stored_tensors(
+    request: Request, layout: Sequence[tuple[ParamSpec, Sequence[Stored]]]
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each tensor to be stored, by name, in the order of writing."""
+    return {
+        part.name: (part.shape, request.dtypes[spec.path])
+        for spec, parts in layout
+        for part in parts
+    }
+
+
+def checkpoint_name(config: GriffinConfig) -> str:
+    """What Kaggle calls the weights of a published size."""
+    fields = config.to_dict()
+    for preset, name in (
+        (Preset.RECURRENT_GEMMA_2B_V1, "2b"),
+        (Preset.RECURRENT_GEMMA_9B_V1, "9b"),
+    ):
+        known = GriffinConfig.from_preset(preset, config.vocab_size).to_dict()
+        if all(fields[field] == known[field] for field in ("width", "lru_width", "block_types")):
+            return name
+    return "model"
+
+
+def require_tensors(
+    path: Path, config: GriffinConfig, tensors: Mapping[str, Tensor], layout
+) -> None:
+    """Raises `MismatchError` with all differences between stored tensors and a config's."""
+    expected = {part.name: part.shape for spec in layer_spec(config) for part in layout(spec)}
+    problems = mismatches(expected, {name: tensor.shape for name, tensor in tensors.items()})
+    supported = ", ".join(DTYPES)
+    problems += [
+        f"{name} must be of a dtype among {supported}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.dtype is None
+    ]
+    problems += [
+        f"{spec.path} must have one dtype in all its parts"
+        for spec in layer_spec(config)
+        if len({t.dtype for part in layout(spec) if (t := tensors.get(part.name))}) > 1
+    ]
+    if problems:
+        raise MismatchError(f"{path}: the tensors are not those of the config", problems)
+
+
+def require_recurrent(path: Path, names: Sequence[str]) -> None:
+    """Raises `NotRecurrentGemmaError` for the tensors of another model of the family."""
+    dotted = [name.replace("/", ".") for name in names]
+    telling = next((name for name in dotted if any(mark in name for mark in _GEMMA)), None)
+    if telling is not None:
+        raise NotRecurrentGemmaError(
+            f"{path} is a Gemma checkpoint, a transformer: it has {telling!r}; RecurrentGemma's "
+            "recurrent blocks are needed"
+        )

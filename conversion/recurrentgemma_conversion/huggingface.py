@@ -1,0 +1,206 @@
+"""`huggingface`: folders for `transformers`' RecurrentGemmaForCausalLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recurrentgemma.common.arrays import same_bits
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import ConfigError, MismatchError, NotRecurrentGemmaError
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.layouts import Stored
+from recurrentgemma.common.presets import ScanType
+from recurrentgemma.common.shards import Shards, ShardsWriter
+from recurrentgemma_conversion.formats import (
+    Format,
+    Reader,
+    Request,
+    Tensor,
+    Writer,
+    require_recurrent,
+    stored_tensors,
+)
+from recurrentgemma_conversion.overrides import Overrides, resolve_config
+
+CONFIG = "config.json"
+MODEL_TYPE = "recurrent_gemma"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What the model has no other value of; transformers' default where a config does not say.
+_FIXED = {
+    "num_key_value_heads": 1,
+    "conv1d_width": 4,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+_ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def hf_layout(spec: ParamSpec) -> tuple[Stored, ...]:
+    """A parameter as Hugging Face has it."""
+    return spec.hf
+
+
+class HuggingFaceReader(Reader):
+    """A folder of `config.json` and safetensors; its tensors are views of the mapped files."""
+
+    format = Format.HUGGINGFACE
+    layout = staticmethod(hf_layout)
+
+    def __init__(self, path: Path, overrides: Overrides) -> None:
+        """Opens it.
+
+        Raises:
+          CheckpointError: It is damaged, of another model, or not what its config says.
+        """
+        fields = read_fields(path / CONFIG)
+        self.shards = Shards(path)
+        tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
+        require_recurrent(path, list(tensors))
+        config = resolve_config(path, tensors, from_fields(path / CONFIG, fields), overrides)
+        head = tensors.pop(_HEAD, None)
+        super().__init__(path, config, tensors, [path])
+        self.companions = [path / name for name in _COMPANIONS if (path / name).is_file()]
+        # Some tools store the tied output matrix, too.
+        if head is not None and not (
+            head == tensors[_EMBEDDING] and same_bits(self.fetch(_EMBEDDING), self.fetch(_HEAD))
+        ):
+            raise MismatchError(
+                f"{path}: the tensors are not those of the config",
+                [f"unexpected {_HEAD} {head.shape}: it must be the embedding, to which it is tied"],
+            )
+
+    def fetch(self, name: str) -> np.ndarray:
+        return self.shards.read(name)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        return self.shards.paths
+
+
+class HuggingFaceWriter(Writer):
+    """Writes what `from_pretrained` needs."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        super().__init__(folder, request)
+        layout = [(spec, spec.hf) for spec in layer_spec(request.config)]
+        tensors = stored_tensors(request, layout)
+        self._shards = ShardsWriter(folder, tensors, {"format": "pt"}, request.shard_size)
+
+    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+        for part in spec.hf:
+            self._shards.write(part.name, part.encode(parameter))
+
+    def abandon(self) -> None:
+        self._shards.abandon()
+
+    def finish(self) -> None:
+        dtype = self.request.dtypes["embedder.input_embedding"].name
+        text = json.dumps(to_fields(self.request.config, dtype), indent=2, sort_keys=True)
+        (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` that `transformers` reads. The window is W, as in the published ones."""
+    fields: dict[str, Any] = {
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "attention_dropout": 0.0,
+        "attention_window_size": config.attention_window_size,
+        "block_types": [block.value for block in config.block_types],
+        "bos_token_id": 2,
+        "dtype": dtype,
+        "embeddings_scale_by_sqrt_dim": config.embeddings_scale_by_sqrt_dim,
+        "eos_token_id": 1,
+        "final_w_init_variance_scale": 2.0 / config.num_layers,
+        "head_dim": config.head_dim,
+        "hidden_size": config.width,
+        "intermediate_size": 2 * config.mlp_expanded_width,
+        "logits_soft_cap": config.logits_soft_cap,
+        "lru_width": config.lru_width,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", **_ROPE},
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        "w_init_variance_scale": 0.01,
+        **_FIXED,
+        **_ROPE,  # here for transformers 4, above for transformers 5
+    }
+    if config.scan_type is not ScanType.AUTO:
+        fields["scan_type"] = config.scan_type.value  # ours: no other program reads it
+    return fields
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a `config.json`."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must be a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
+    """Our config from Hugging Face's fields.
+
+    Raises:
+      NotRecurrentGemmaError: They are another model's.
+      ConfigError: They are incomplete, or ask for what the model does not have.
+    """
+    model_type = fields.get("model_type")
+    if model_type != MODEL_TYPE:
+        raise NotRecurrentGemmaError(
+            f"{path}: model_type must be {MODEL_TYPE!r}, got {model_type!r}"
+        )
+    rope = fields.get("rope_parameters")
+    said = {**fields, **(rope if isinstance(rope, dict) else {})}
+    problems = [
+        f"{name} must be {value!r}, got {said[name]!r}"
+        for name, value in (_FIXED | _ROPE).items()
+        if said.get(name) is not None and said[name] != value
+    ]
+    try:
+        layers, pattern = fields["num_hidden_layers"], fields["block_types"]
+        if not isinstance(pattern, list) or not pattern or type(layers) is not int:
+            raise ValueError("block_types must be a list and num_hidden_layers a number")
+        if not 0 < layers <= 10_000:
+            raise ValueError(f"num_hidden_layers must be from 1 to 10000, got {layers}")
+        if type(fields["intermediate_size"]) is not int or fields["intermediate_size"] % 2:
+            raise ValueError(f"intermediate_size must be even, got {fields['intermediate_size']!r}")
+        config = GriffinConfig(
+            vocab_size=fields["vocab_size"],
+            width=fields["hidden_size"],
+            mlp_expanded_width=fields["intermediate_size"] // 2,
+            num_heads=fields["num_attention_heads"],
+            block_types=tuple((pattern * layers)[:layers]),
+            embeddings_scale_by_sqrt_dim=fields.get("embeddings_scale_by_sqrt_dim", True),
+            attention_window_size=fields["attention_window_size"],
+            logits_soft_cap=fields["logits_soft_cap"],
+            lru_width=fields.get("lru_width") or fields["hidden_size"],
+            scan_type=fields.get("scan_type", ScanType.AUTO),
+        )
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if problems:
+        raise ConfigError(f"{path}: " + "; ".join(problems))
+    return config

@@ -1,0 +1,261 @@
+"""`kaggle-flax`: an Orbax checkpoint directory.
+
+Orbax stores each array as zarr, in files of its own or together in an OCDBT database. Files of
+uncompressed arrays, such as those written here, are mapped; others are read through TensorStore,
+one array at a time. What is written here is the layout of one file per array.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.arrays import BFLOAT16, DTYPES, pieces
+from recurrentgemma.common.checkpoint import CONFIG
+from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.layouts import Stored
+from recurrentgemma.common.tensor_files import close_durably, write_pieces
+from recurrentgemma_conversion.formats import (
+    Format,
+    Reader,
+    Request,
+    Tensor,
+    Writer,
+    require_recurrent,
+)
+from recurrentgemma_conversion.overrides import Overrides, resolve_config
+from recurrentgemma_conversion.stated import stated_config
+
+DATABASE = "manifest.ocdbt"
+_ZARR = ".zarray"
+_ZARR_DTYPES = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "bfloat16": "bfloat16"}
+_WRAPPER = "params."
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+class _Array(NamedTuple):
+    """A zarr array: its metadata, and the chunks that are there."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    metadata: dict[str, Any]
+
+
+def flax_layout(spec: ParamSpec) -> tuple[Stored, ...]:
+    """A parameter as it is in the tree."""
+    return (Stored(spec.path, spec.shape),)
+
+
+class KaggleFlaxReader(Reader):
+    """An Orbax directory, of either layout, with or without a level `params`."""
+
+    format = Format.KAGGLE_FLAX
+    layout = staticmethod(flax_layout)
+
+    def __init__(self, path: Path, overrides: Overrides) -> None:
+        """Opens it.
+
+        Raises:
+          MissingExtraError: It takes TensorStore to read, and that is not installed.
+          CheckpointError: It is damaged, of another model, or not what its config says.
+        """
+        self._database = (path / DATABASE).is_file()
+        files = _database_keys(path) if self._database else _file_keys(path)
+        arrays = _arrays(path, files)
+        if not arrays:
+            raise UnknownFormatError(f"{path} is no Orbax checkpoint: it holds no arrays")
+        wrapped = all(name.startswith(_WRAPPER) for name in arrays)
+        self._prefix = _WRAPPER if wrapped else ""
+        self._arrays = {name.removeprefix(self._prefix): a for name, a in arrays.items()}
+        tensors = {
+            name: Tensor(a.shape, DTYPES.get(_ZARR_DTYPES.get(str(a.metadata["dtype"]), "")))
+            for name, a in self._arrays.items()
+        }
+        require_recurrent(path, list(tensors))
+        config = resolve_config(path, tensors, stated_config(path.parent), overrides)
+        super().__init__(path, config, tensors, [path, path.parent])
+
+    def fetch(self, name: str) -> np.ndarray:
+        array, dtype = self._arrays[name], self.tensors[name].dtype
+        assert dtype is not None  # checked when opened
+        folder = self.path / (self._prefix + name)
+        meta = array.metadata
+        plain = meta.get("compressor") is None and not meta.get("filters")
+        if not self._database and plain and array.chunks == array.shape and meta["order"] == "C":
+            chunk = folder / _chunk_name((0,) * len(array.shape), meta)
+            expected = math.prod(array.shape) * dtype.itemsize
+            if chunk.stat().st_size != expected:
+                raise DamagedError(
+                    f"{chunk} must have {expected} bytes, got {chunk.stat().st_size}"
+                )
+            return np.memmap(chunk, dtype, "c", shape=array.shape)
+        return self._read_store(folder, name)
+
+    def _read_store(self, folder: Path, name: str) -> np.ndarray:
+        ts = import_tensorstore()
+        store = (
+            {
+                "driver": "ocdbt",
+                "base": f"file://{self.path.absolute()}/",
+                "path": f"{folder.name}/",
+            }
+            if self._database
+            else {"driver": "file", "path": f"{folder.absolute()}/"}
+        )
+        try:
+            value = (
+                ts.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
+            )
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            raise DamagedError(f"{self.path}: {name} cannot be read: {_reason(error)}") from error
+        dtype = self.tensors[name].dtype
+        return value.view(BFLOAT16) if dtype == BFLOAT16 else value
+
+
+def import_tensorstore() -> Any:
+    """TensorStore, which comes with Orbax."""
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise MissingExtraError("reading this Orbax checkpoint", "tensorstore", "jax") from error
+    return tensorstore
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _database_keys(path: Path) -> Mapping[str, Any]:
+    """The keys of an OCDBT database, each with what reads it."""
+    ts = import_tensorstore()
+    try:
+        spec = {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+        database = ts.KvStore.open(spec).result()
+        keys = [key.decode() for key in database.list().result()]
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DamagedError(f"{path} cannot be read: {_reason(error)}") from error
+    return dict.fromkeys(keys, database)
+
+
+def _file_keys(path: Path) -> Mapping[str, Any]:
+    """The files of a directory tree, relative to it."""
+    found: dict[str, Any] = {}
+    for folder, _, files in os.walk(path):
+        for file in files:
+            found[(Path(folder) / file).relative_to(path).as_posix()] = None
+    return found
+
+
+def _arrays(path: Path, keys: Mapping[str, Any]) -> dict[str, _Array]:
+    """The zarr arrays among keys, every chunk of which is there."""
+    if any(key.endswith("/zarr.json") for key in keys):
+        raise UnknownFormatError(f"{path} is stored as zarr 3; only zarr 2 is read")
+    chunks: dict[str, set[str]] = {}
+    for key in keys:
+        name, _, file = key.rpartition("/")
+        chunks.setdefault(name, set()).add(file)
+    arrays, problems = {}, []
+    for name in sorted(name for name, files in chunks.items() if _ZARR in files):
+        key = f"{name}/{_ZARR}"
+        try:
+            text = (path / key).read_bytes() if keys[key] is None else keys[key][key.encode()]
+            arrays[name] = _parse(json.loads(text))
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError, RecursionError) as error:
+            raise DamagedError(f"{path}: {key} is damaged: {error!r}") from error
+        problems += _missing_chunks(name, arrays[name], chunks[name])
+    if problems:
+        raise DamagedError(f"{path} lacks {len(problems)} chunks: {', '.join(problems)}")
+    return arrays
+
+
+def _parse(metadata: Any) -> _Array:
+    shape, chunks = tuple(metadata["shape"]), tuple(metadata["chunks"])
+    if not all(type(size) is int and size > 0 for size in (*shape, *chunks)):
+        raise ValueError(f"sizes must be positive, got {shape=} {chunks=}")
+    if len(shape) != len(chunks) or metadata["order"] not in ("C", "F"):
+        raise ValueError(f"not the metadata of an array: {metadata}")
+    return _Array(shape, chunks, metadata | {"dtype": metadata["dtype"]})
+
+
+def _missing_chunks(name: str, array: _Array, present: set[str]) -> list[str]:
+    if array.metadata.get("fill_value") is not None:
+        return []  # where a chunk is missing, that is its value
+    grid = [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
+    if math.prod(grid) > len(present):
+        return [f"{math.prod(grid) + 1 - len(present)} or more of {name}"]
+    names = (_chunk_name(index, array.metadata) for index in itertools.product(*map(range, grid)))
+    return [f"{name}/{chunk}" for chunk in names if chunk not in present]
+
+
+def _chunk_name(index: tuple[int, ...], metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("dimension_separator") or ".").join(map(str, index))
+
+
+class KaggleFlaxWriter(Writer):
+    """Writes `NAME/`, an uncompressed file for each array, with our `config.json` beside it."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        super().__init__(folder, request)
+        self._root = folder / request.name
+        self._root.mkdir()
+
+    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+        dtype = self.request.dtypes[spec.path]
+        metadata = {
+            "chunks": spec.shape,
+            "compressor": None,
+            "dimension_separator": ".",
+            "dtype": next(zarr for zarr, name in _ZARR_DTYPES.items() if name == dtype.name),
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "shape": spec.shape,
+            "zarr_format": 2,
+        }
+        array = self._root / spec.path
+        array.mkdir()
+        _write_json(array / _ZARR, metadata)
+        with (array / _chunk_name((0,) * len(spec.shape), metadata)).open("xb") as file:
+            write_pieces(file, pieces(parameter, dtype))
+            close_durably(file)
+
+    def abandon(self) -> None:
+        """Nothing is open between parameters."""
+
+    def finish(self) -> None:
+        specs = layer_spec(self.request.config)
+        _write_json(self._root / "_METADATA", orbax_metadata([spec.path for spec in specs]))
+        _write_json(self._root / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER})
+        (self._root / "commit_success.txt").write_text("Checkpoint commit was successful\n")
+        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
+
+
+def orbax_metadata(paths: list[str]) -> dict[str, Any]:
+    """Orbax's `_METADATA`: which tree the arrays are the leaves of.
+
+    They are of NumPy: Orbax would want to know on which devices JAX arrays were.
+    """
+    tree = {}
+    for path in paths:
+        keys = path.split(".")
+        if keys[0] == "blocks":  # "blocks.N" is one level of the tree
+            keys[:2] = [".".join(keys[:2])]
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    return {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(value, file, separators=(",", ":"))
+        close_durably(file)

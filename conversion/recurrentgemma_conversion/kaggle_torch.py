@@ -1,0 +1,198 @@
+"""`kaggle-torch`: a state dict as `torch.save` writes it.
+
+Reading maps the file through `torch.load(mmap=True, weights_only=True)`. Writing needs neither
+PyTorch nor memory: the zip archive of such a file is a pickle that says which record holds which
+tensor, and then a record for each, which are written one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recurrentgemma.common.arrays import BFLOAT16, DTYPES, pieces
+from recurrentgemma.common.checkpoint import CONFIG
+from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
+from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.tensor_files import close_durably, write_pieces
+from recurrentgemma_conversion.formats import (
+    Format,
+    Reader,
+    Request,
+    Tensor,
+    Writer,
+    require_recurrent,
+    stored_tensors,
+)
+from recurrentgemma_conversion.native import torch_layout
+from recurrentgemma_conversion.overrides import Overrides, resolve_config
+from recurrentgemma_conversion.stated import stated_config
+
+if TYPE_CHECKING:
+    import torch
+
+_STORAGES = {
+    "bfloat16": "BFloat16Storage",
+    "float16": "HalfStorage",
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+}
+_ALIGNMENT = 64  # of each record, as torch.save does it
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same file
+
+
+class KaggleTorchReader(Reader):
+    """A `.pt` file; its tensors are views of the mapped file."""
+
+    format = Format.KAGGLE_TORCH
+    layout = staticmethod(torch_layout)
+
+    def __init__(self, path: Path, overrides: Overrides) -> None:
+        """Opens it.
+
+        Raises:
+          MissingExtraError: PyTorch is not installed.
+          UnsafePickleError: The pickle wants to run code, or holds more than tensors.
+          CheckpointError: It is damaged, of another model, or not what its config says.
+        """
+        self._state = _load(path)
+        tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
+        require_recurrent(path, list(tensors))
+        config = resolve_config(path, tensors, stated_config(path.parent), overrides)
+        super().__init__(path, config, tensors, [path.parent, path.parent.parent])
+
+    def fetch(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._state[name].detach()
+        if tensor.dtype == torch.bfloat16:  # which NumPy's half of PyTorch does not know
+            return tensor.view(torch.int16).numpy().view(BFLOAT16)
+        return tensor.numpy()
+
+
+def _load(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("reading a .pt file", "torch", "torch") from error
+    mapped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and not mapped:
+        raise DamagedError(f"{path} is cut short: a zip archive without its directory")
+    try:
+        state: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's advice, the reason, and more advice.
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        reason = lines[len(lines) // 2]
+        raise UnsafePickleError(
+            f"{path} is no plain state dict, and loading it could run code: {reason}"
+        ) from error
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(state, Mapping) or not state:
+        raise UnsafePickleError(f"{path} must hold a state dict, got {type(state).__name__}")
+    others = [
+        str(name)
+        for name, value in state.items()
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str)
+    ]
+    if others:
+        raise UnsafePickleError(f"{path} must hold named tensors alone, got {', '.join(others)}")
+    return state
+
+
+def _dtype(tensor: torch.Tensor) -> np.dtype | None:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return None
+    return DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+
+
+class KaggleTorchWriter(Writer):
+    """Writes `NAME.pt`, with our `config.json` beside it."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        super().__init__(folder, request)
+        self._name = request.name
+        layout = [(spec, torch_layout(spec)) for spec in layer_spec(request.config)]
+        tensors = stored_tensors(request, layout)
+        self._records = {name: f"data/{i}" for i, name in enumerate(tensors)}
+        self._file = (folder / f"{request.name}.pt").open("xb")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._record("data.pkl", [np.frombuffer(_pickle(tensors), np.uint8)])
+        self._record("byteorder", [np.frombuffer(b"little", np.uint8)])
+
+    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+        dtype = self.request.dtypes[spec.path]
+        stored = spec.torch.encode(parameter)
+        self._record(
+            self._records[spec.torch.name], pieces(stored, dtype), stored.size * dtype.itemsize
+        )
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # such as a full disk, once more
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def finish(self) -> None:
+        self._record("version", [np.frombuffer(b"3\n", np.uint8)])
+        self._zip.close()
+        close_durably(self._file)
+        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
+
+    def _record(self, name: str, arrays: Iterable[np.ndarray], size: int = 0) -> None:
+        info = zipfile.ZipInfo(f"{self._name}/{name}", _EPOCH)
+        large = size > zipfile.ZIP64_LIMIT // 2
+        header = 30 + len(info.filename.encode()) + (20 if large else 0) + 4
+        padding = -(self._file.tell() + header) % _ALIGNMENT
+        info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        with self._zip.open(info, "w", force_zip64=large) as record:
+            write_pieces(record, arrays)
+
+
+def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+    """The pickle of a state dict whose tensor number i is in record `data/i`."""
+    out = io.BytesIO()
+
+    def text(value: str) -> None:
+        out.write(pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode())
+
+    def numbers(values: Iterable[int]) -> None:
+        out.write(pickle.MARK)
+        for value in values:
+            out.write(pickle.LONG1 + bytes([9]) + value.to_bytes(9, "little"))
+        out.write(pickle.TUPLE)
+
+    out.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK)
+    for i, (name, (shape, dtype)) in enumerate(tensors.items()):
+        text(name)
+        out.write(pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK)
+        out.write(pickle.MARK)
+        text("storage")
+        out.write(pickle.GLOBAL + f"torch\n{_STORAGES[dtype.name]}\n".encode())
+        text(str(i))
+        text("cpu")
+        out.write(pickle.LONG1 + bytes([9]) + math.prod(shape).to_bytes(9, "little"))
+        out.write(pickle.TUPLE + pickle.BINPERSID)
+        out.write(pickle.BININT1 + b"\0")  # the offset in the storage
+        numbers(shape)
+        numbers(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        out.write(pickle.NEWFALSE)  # it requires no gradient
+        out.write(pickle.GLOBAL + b"collections\nOrderedDict\n")  # its hooks: none
+        out.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
+    out.write(pickle.SETITEMS + pickle.STOP)
+    return out.getvalue()

@@ -1,0 +1,133 @@
+"""Which format a path holds, told by content, and the reader for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
+from recurrentgemma.common.errors import UnknownFormatError
+from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
+from recurrentgemma_conversion.archive import is_archive, unpack
+from recurrentgemma_conversion.formats import Format, Reader, require_recurrent
+from recurrentgemma_conversion.huggingface import HuggingFaceReader, read_fields
+from recurrentgemma_conversion.kaggle_flax import DATABASE, KaggleFlaxReader
+from recurrentgemma_conversion.kaggle_torch import KaggleTorchReader
+from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
+    Format.KAGGLE_FLAX: KaggleFlaxReader,
+    Format.KAGGLE_TORCH: KaggleTorchReader,
+    Format.HUGGINGFACE: HuggingFaceReader,
+    Format.RECURRENTGEMMA: NativeReader,
+}
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Overrides = NO_OVERRIDES,
+    scratch: Path | None = None,
+) -> Iterator[Reader]:
+    """Opens a checkpoint of any format.
+
+    Args:
+      path: A folder, one that holds a single checkpoint, a file of weights, or an archive; the
+        bundled model if None.
+      overrides: What the caller says of the model.
+      scratch: Where an archive is unpacked, for as long as the checkpoint is open; the system's
+        folder for temporary files if None.
+
+    Raises:
+      CheckpointError: There is none, more than one, or it cannot be served.
+    """
+    source = BUNDLED if path is None else Path(path).expanduser()
+    with contextlib.ExitStack() as stack:
+        if not source.exists():
+            raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
+        format_, found = detect(source)
+        if format_ is None:
+            unpacked = Path(tempfile.mkdtemp(prefix="recurrentgemma-", dir=scratch))
+            stack.callback(shutil.rmtree, unpacked, ignore_errors=True)
+            unpack(found, unpacked)
+            format_, found = detect(unpacked)
+            if format_ is None:
+                raise UnknownFormatError(f"{source} is an archive in an archive")
+        yield READERS[format_](found, overrides)
+
+
+def detect(path: Path) -> tuple[Format | None, Path]:
+    """The format of a checkpoint and where its weights are; no format for an archive.
+
+    Raises:
+      UnknownFormatError: There is no checkpoint, or several (they are named).
+      NotRecurrentGemmaError: There is one of another model.
+    """
+    found = _detect(path)
+    if not found and path.is_dir():
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                found += _detect(child)
+    if not found and path.is_dir() and list(path.iterdir()):
+        # An archive's own folder, around the folder of the weights.
+        for grandchild in sorted(path.glob("*/*/")):
+            found += _detect(grandchild)
+    if not found:
+        missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (path / name).is_file()]
+        raise UnknownFormatError(
+            f"{path} is no Orbax checkpoint, PyTorch state dict or archive, and as a folder of "
+            f"safetensors it lacks {', '.join(missing)}"
+        )
+    if len(found) > 1:
+        several = ", ".join(f"{where} ({format_ or 'an archive'})" for format_, where in found)
+        raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
+    return found[0]
+
+
+def _detect(path: Path) -> list[tuple[Format | None, Path]]:
+    """The checkpoints right at a path."""
+    if path.is_file():
+        return _detect_file(path)
+    if _is_orbax(path):
+        return [(Format.KAGGLE_FLAX, path)]
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    found: list[tuple[Format | None, Path]] = []
+    if any(file.name == INDEX or file.name.endswith(".safetensors") for file in files):
+        found.append((_safetensors_format(path), path))
+    for file in files:
+        if not file.name.startswith(".") and file.suffix != ".safetensors":
+            found += _detect_file(file)
+    return found
+
+
+def _detect_file(path: Path) -> list[tuple[Format | None, Path]]:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= start[1] <= 5):
+        return [(Format.KAGGLE_TORCH, path)]
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return [(_safetensors_format(path), path.parent)]
+    if path.stat().st_size and is_archive(path):
+        return [(None, path)]
+    return []
+
+
+def _is_orbax(path: Path) -> bool:
+    marks = ("_METADATA", DATABASE, "_CHECKPOINT_METADATA")
+    return any((path / mark).is_file() for mark in marks) or any(path.glob("*/.zarray"))
+
+
+def _safetensors_format(path: Path) -> Format:
+    """Hugging Face's or ours, by the config beside the weights, or else by the tensors' names."""
+    config = (path if path.is_dir() else path.parent) / CONFIG
+    if config.is_file() and "model_type" in read_fields(config):
+        return Format.HUGGINGFACE
+    names = list(Shards(path).tensors)
+    require_recurrent(path, names)
+    ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
+    return Format.RECURRENTGEMMA if ours or config.is_file() else Format.HUGGINGFACE

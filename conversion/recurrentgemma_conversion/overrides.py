@@ -1,0 +1,82 @@
+"""The config of a checkpoint: from what it says of itself, its shapes, and what is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import ConfigError
+from recurrentgemma.common.presets import Preset
+from recurrentgemma_conversion.formats import Tensor
+
+
+class Overrides(NamedTuple):
+    """What the caller says of a model, where its checkpoint does not or says otherwise.
+
+    Attributes:
+      preset: The published model that it is.
+      embeddings_scale_by_sqrt_dim: See `GriffinConfig`; so are the next two.
+      attention_window_size: W, as published.
+      logits_soft_cap: c.
+    """
+
+    preset: Preset | None = None
+    embeddings_scale_by_sqrt_dim: bool | None = None
+    attention_window_size: int | None = None
+    logits_soft_cap: float | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that are given one by one."""
+        given = self._asdict()
+        del given["preset"]
+        return {name: value for name, value in given.items() if value is not None}
+
+
+NO_OVERRIDES = Overrides()
+
+
+def resolve_config(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    stated: GriffinConfig | None,
+    overrides: Overrides,
+) -> GriffinConfig:
+    """The config of a checkpoint.
+
+    Sizes come from what it states, or else from the shapes. The embedding scale, window and soft
+    cap come from the overrides one by one, or else from the preset asked for, or what the
+    checkpoint states, or the preset that has these shapes.
+
+    Args:
+      path: The checkpoint, for messages.
+      tensors: Its tensors, by the names of Flax or of PyTorch.
+      stated: The config that it has, if it has one.
+      overrides: What the caller says.
+
+    Raises:
+      ConfigError: The preset contradicts the sizes (each is named), or something remains unknown.
+    """
+    try:
+        if stated is None:
+            empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
+            if empty:
+                raise ValueError(f"tensors must not be empty, got {', '.join(empty)}")
+            stated = GriffinConfig.from_torch_params(tensors, overrides.preset, **overrides.fields)
+        known = {} if overrides.preset is None else overrides.preset.config_dict
+        conflicts = [
+            f"{name} is {getattr(stated, name)!r} in the checkpoint and {value!r} in the preset"
+            for name, value in known.items()
+            if name in ("width", "mlp_expanded_width", "num_heads", "lru_width", "block_types")
+            and getattr(stated, name) != value
+        ]
+        if conflicts:
+            name = overrides.preset.name if overrides.preset else ""
+            raise ValueError(f"this is not {name}: " + "; ".join(conflicts))
+        fields = {n: v for n, v in known.items() if hasattr(stated, n)} | overrides.fields
+        return dataclasses.replace(stated, **fields)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error

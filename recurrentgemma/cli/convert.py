@@ -1,0 +1,168 @@
+"""`recurrentgemma convert`: a checkpoint of any format in another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recurrentgemma.cli.frameworks import DType
+from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
+from recurrentgemma.common.presets import Preset
+
+if TYPE_CHECKING:
+    from recurrentgemma_conversion import Step, Summary
+
+FORMATS = ("kaggle-flax", "kaggle-torch", "huggingface", "recurrentgemma")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A folder, file or archive of any format.", show_default=False),
+    ],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(help=f"One of {', '.join(FORMATS)}.", metavar="FORMAT", show_default=False),
+    ],
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Cast, to nearest, ties to even. Default: as stored."),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(help="Largest safetensors file, such as 500MB or 2GiB.", metavar="SIZE")
+    ] = "5GB",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A sentencepiece model, where none is beside the weights.", show_default=False
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    attention_window_size: Window = None,
+    logits_soft_cap: SoftCap = None,
+    embeddings_scale_by_sqrt_dim: EmbeddingScale = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is at the destination.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Read the result again and compare every bit."),
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a line.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint to another format, bit for bit.
+
+    The formats: kaggle-flax (Orbax directory), kaggle-torch (.pt file), huggingface (for
+    transformers), recurrentgemma (ours). The source's is recognised. The result appears whole and
+    verified, or not at all.
+    """
+    from recurrentgemma_conversion import convert as run
+
+    if to not in FORMATS:
+        raise ValueError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if not force and (destination.exists() or destination.is_symlink()):
+        raise ValueError(f"{destination} exists; pass --force to replace it")
+    with _progress() as progress:
+        summary = run(
+            source,
+            destination,
+            to,
+            dtype=dtype,
+            shard_size=parse_size(shard_size),
+            tokenizer=tokenizer,
+            overrides=overrides(
+                preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap
+            ),
+            allow_nonfinite=allow_nonfinite,
+            force=force,
+            verify=verify,
+            progress=progress,
+        )
+    if as_json:
+        paths = {"source": str(source), "destination": str(destination)}
+        typer.echo(json.dumps(paths | summary._asdict()))
+    else:
+        typer.echo(_line(summary, destination))
+
+
+def _line(summary: Summary, destination: Path) -> str:
+    rate = summary.bytes / max(summary.seconds, 1e-9) / 1e6
+    parts = [
+        f"{destination}: {summary.source_format} to {summary.format}",
+        f"{summary.tensors} tensors",
+        f"{summary.bytes / 1e9:.3g} GB of {' and '.join(summary.dtypes)}",
+        f"{summary.seconds:.1f} s ({rate:.0f} MB/s)",
+        "verified" if summary.verified else "not verified",
+    ]
+    if summary.nonfinite:
+        parts.append(f"NaN or infinity in {', '.join(summary.nonfinite)}")
+    return ", ".join(parts)
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, with a unit or without: "5GB", "1.5 GiB", "1000".
+
+    Raises:
+      ValueError: It is none, or not positive.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([KMG]I?)?B?", text.strip().upper())
+    try:
+        size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GiB, got {text!r}")
+    return size
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Step], None]]:
+    """Shows tensors, bytes and rate as they come: on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def show(step: Step) -> None:
+            if step.phase not in tasks:
+                name = {"write": "Writing", "verify": "Verifying"}[step.phase]
+                tasks[step.phase] = bars.add_task(name, total=step.total_bytes, tensors="")
+            bars.update(
+                tasks[step.phase],
+                completed=step.bytes,
+                tensors=f"{step.tensors}/{step.total_tensors}",
+            )
+
+        yield show

@@ -1,0 +1,59 @@
+"""Small checkpoints of every format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from cases import make_config, make_params
+
+from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma_conversion.convert import WRITERS
+from recurrentgemma_conversion.formats import Format, Request
+
+# The vocabulary of the bundled tokenizer.
+CONFIGS = {
+    "griffin": make_config("RRARR", vocab_size=2048),
+    "attention_last": make_config(
+        "RA", vocab_size=2048, width=40, lru_width=24, attention_window_size=5, logits_soft_cap=0.0
+    ),
+    "recurrent": make_config(
+        "RR", vocab_size=2048, num_heads=3, lru_width=36, embeddings_scale_by_sqrt_dim=False
+    ),
+}
+
+
+def parameters(config: GriffinConfig, dtype: str) -> dict[str, np.ndarray]:
+    """Values of every parameter, by path, in the Flax layout."""
+    return {path: value.astype(DTYPES[dtype]) for path, value in make_params(config).items()}
+
+
+def write_checkpoint(
+    folder: Path,
+    format_: Format,
+    config: GriffinConfig = CONFIGS["griffin"],
+    dtype: str = "float32",
+    changes: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Makes a checkpoint; `changes` are parameters with other values."""
+    folder.mkdir(parents=True)
+    params = parameters(config, dtype) | dict(changes or {})
+    dtypes = {spec.path: DTYPES[dtype] for spec in layer_spec(config)}
+    request = Request(config, dtypes, "model")
+    writer = WRITERS[format_](folder, request)
+    for spec in layer_spec(config):
+        writer.write(spec, params[spec.path])
+    writer.finish()
+    (folder / TOKENIZER).write_bytes((BUNDLED / TOKENIZER).read_bytes())
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of a folder."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }

@@ -1,0 +1,176 @@
+"""`recurrentgemma convert`, and `inspect` of every format."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, files, write_checkpoint
+
+from recurrentgemma.cli.convert import FORMATS, parse_size
+from recurrentgemma.common.layer_spec import num_parameters
+from recurrentgemma_conversion import Format, open_checkpoint
+
+CONFIG = CONFIGS["griffin"]
+
+pytestmark = pytest.mark.usefixtures("both_frameworks")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_checkpoint(tmp_path / "source", Format.KAGGLE_TORCH, CONFIG, "bfloat16")
+
+
+def test_formats_are_all_there():
+    assert tuple(Format) == FORMATS
+
+
+def test_a_line(cli, tmp_path, source):
+    before = files(source)
+    done = cli("convert", source, tmp_path / "out", "--to", "huggingface")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("\n") == 1
+    for words in (str(tmp_path / "out"), "kaggle-torch to huggingface", "MB/s", ", verified"):
+        assert words in done.out
+    assert files(source) == before
+    assert not list(tmp_path.glob(".*"))
+    done = cli("convert", source, tmp_path / "out", "--to", "recurrentgemma")
+    assert (done.code, done.out) == (2, "")
+    assert "exists; pass --force to replace it" in done.err
+    done = cli("convert", source, tmp_path / "out", "--to", "recurrentgemma", "--force")
+    assert done.code == 0
+    with open_checkpoint(tmp_path / "out") as reader:
+        assert reader.format is Format.RECURRENTGEMMA
+
+
+def test_json(cli, tmp_path, source):
+    done = cli("convert", source, tmp_path / "out", "--to", "kaggle-flax", "--dtype", "float32",
+               "--no-verify", "--json")  # fmt: skip
+    report = done.json
+    assert report.pop("seconds") > 0
+    assert report == {
+        "source": str(source),
+        "destination": str(tmp_path / "out"),
+        "source_format": "kaggle-torch",
+        "format": "kaggle-flax",
+        "tensors": 89,
+        "values": num_parameters(CONFIG),
+        "bytes": 4 * num_parameters(CONFIG),
+        "dtypes": ["float32"],
+        "verified": False,
+        "nonfinite": {},
+    }
+
+
+def test_shards_and_given_config(cli, tmp_path, source):
+    (source / "config.json").unlink()
+    (source / "tokenizer.model").rename(tmp_path / "pieces")
+    args = ("convert", source, tmp_path / "out", "--to", "recurrentgemma", "--shard-size", "50KB")
+    assert "tokenizer" not in cli(*args).err  # it says first what the shapes do not
+    args += ("--attention-window-size", "7", "--logits-soft-cap", "2.5")
+    args += ("--no-embeddings-scale-by-sqrt-dim",)
+    assert "a tokenizer is needed" in cli(*args).err
+    assert cli(*args, "--tokenizer", tmp_path / "pieces").code == 0
+    with open_checkpoint(tmp_path / "out") as reader:
+        config = reader.config
+    assert (config.attention_window_size, config.logits_soft_cap) == (7, 2.5)
+    assert not config.embeddings_scale_by_sqrt_dim
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_nonfinite(cli, tmp_path):
+    bad = np.full(24, np.nan, np.float32)
+    source = write_checkpoint(
+        tmp_path / "source", Format.HUGGINGFACE, changes={"final_norm.scale": bad}
+    )
+    args = ("convert", source, tmp_path / "out", "--to", "kaggle-torch")
+    done = cli(*args)
+    assert done.code == 2
+    assert "--allow-nonfinite keeps them): final_norm.scale: 24 values" in done.err
+    assert cli(*args, "--allow-nonfinite", "--json").json["nonfinite"] == {"final_norm.scale": 24}
+
+
+def test_mistakes(cli, tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    done = cli("convert", source, out, "--to", "gguf")
+    assert done.code == 2
+    assert all(name in done.err for name in FORMATS)
+    done = cli("convert", source, out, "--to", "recurrentgemma", "--preset", "HAWK_PAPER_7B")
+    assert "this is not HAWK_PAPER_7B: width is 24 in the checkpoint and 4096" in done.err
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for args in (("convert", source, out, "--to", "recurrentgemma"), ("inspect", source)):
+        done = cli(*args)
+        assert done.code == 2
+        assert done.err.endswith(
+            "torch, which is not installed: pip install 'recurrentgemma[torch]'\n"
+        )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), ("7", 7), ("2k", 2000)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "1.2.3", "5TB", "five", "0.0001"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="a size must be a number of bytes"):
+        parse_size(text)
+
+
+def test_progress_is_shown_in_a_terminal(cli, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    import rich.progress
+
+    seen = []
+    monkeypatch.setattr(
+        rich.progress.Progress, "update", lambda self, task, **fields: seen.append((task, fields))
+    )
+    done = cli("convert", source, tmp_path / "out", "--to", "huggingface")
+    assert done.code == 0
+    total = 2 * num_parameters(CONFIG)
+    assert len(seen) == 2 * 90
+    for task in (0, 1):
+        steps = [fields for number, fields in seen if number == task]
+        assert steps[0] == {"completed": 0, "tensors": "0/89"}
+        assert steps[-1] == {"completed": total, "tensors": "89/89"}
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_inspect_of_every_format(cli, tmp_path, format_, monkeypatch):
+    source = write_checkpoint(tmp_path / "model", format_, CONFIG, "bfloat16")
+    # No weights are read.
+    monkeypatch.setattr("recurrentgemma_conversion.formats.Reader.read", None)
+    for kind in ("kaggle_flax.KaggleFlaxReader", "kaggle_torch.KaggleTorchReader",
+                 "huggingface.HuggingFaceReader", "native.NativeReader"):  # fmt: skip
+        monkeypatch.setattr(f"recurrentgemma_conversion.{kind}.fetch", None)
+    report = cli("inspect", source, "--json").json
+    assert report["format"] == format_
+    assert report["config"] == CONFIG.to_dict()
+    assert {parameter["dtype"] for parameter in report["parameters"]} == {"BF16"}
+    assert report["bytes"]["parameters"]["stored"] >= 2 * num_parameters(CONFIG)
+    assert "blocks.N (recurrent, 4 of 5)" in cli("inspect", source).out
+
+
+def test_inspect_with_what_the_shapes_do_not_tell(cli, source):
+    (source / "config.json").unlink()
+    done = cli("inspect", source)
+    assert done.code == 2
+    assert "shapes do not tell" in done.err
+    said = ("--attention-window-size", "8", "--logits-soft-cap", "5")
+    report = cli("inspect", source, "--json", *said, "--embeddings-scale-by-sqrt-dim").json
+    assert report["config"] == CONFIG.to_dict()
+
+
+def test_inspect_of_an_archive(cli, tmp_path, source):
+    shutil.make_archive(str(tmp_path / "archive"), "gztar", source)
+    report = cli("inspect", tmp_path / "archive.tar.gz", "--json").json
+    assert json.dumps(report["config"]) == json.dumps(CONFIG.to_dict())
+    assert report["format"] == "kaggle-torch"
+    done = cli("sample", "a", "--checkpoint", tmp_path / "archive.tar.gz", "--max-new-tokens", "1")
+    assert done.code == 0

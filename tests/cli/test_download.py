@@ -1,0 +1,222 @@
+"""`recurrentgemma download`, against a stand-in for the site on this machine.
+
+The sites' libraries run in a process of their own, which is told where the stand-in is.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import CONFIGS, files, write_checkpoint
+
+from recurrentgemma_conversion import Format, open_checkpoint
+from recurrentgemma_conversion.download import default_folder
+
+COMMIT = "0" * 40
+HUB = "huggingface_hub"
+HF, KAGGLE = "hf:google/recurrentgemma-2b-it", "kaggle:google/recurrentgemma/flax/2b-it"
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """Serves a folder as both sites would, or refuses."""
+
+    folder: Path
+    status = 200
+    asked: list[str]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Site
+
+    def log_message(self, format, *args) -> None:
+        """Nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    body: bytes = b""
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        status, headers, body = self.server.status, {}, b""
+        if status == 200:
+            status, headers, body = self.answer()
+        elif status in (401, 403):
+            headers["X-Error-Code"] = "GatedRepo"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        path, content = self.path.partition("?")[0], files(self.server.folder)
+        if path.startswith("/api/models/google/recurrentgemma-2b-it/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
+                for name, data in content.items()
+            ]
+            return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
+        if path.startswith("/api/models/google/recurrentgemma-2b-it"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in content.items()]
+            info = {"id": "google/recurrentgemma-2b-it", "sha": COMMIT, "siblings": siblings}
+            info |= {"modelId": info["id"], "private": False, "tags": [], "downloads": 0}
+            return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+        if path.startswith("/google/recurrentgemma-2b-it/resolve/"):
+            data = content[path.split("/", 5)[5]]
+            return 200, {"ETag": f'"{git_id(data)}"', "X-Repo-Commit": COMMIT}, data
+        json_type = {"Content-Type": "application/json"}
+        if path.endswith("/GetModelInstance"):
+            return 200, json_type, b'{"versionNumber": 1}'
+        if path.endswith("/ListModelInstanceVersionFiles"):
+            few = [] if len(content) > 25 else [{"name": name} for name in content]
+            more = {"nextPageToken": "more"} if len(content) > 25 else {}
+            return 200, json_type, json.dumps({"files": few} | more).encode()
+        if path.endswith("/DownloadModelInstanceVersion"):
+            wanted = json.loads(self.body).get("path")
+            return 200, {}, content[wanted] if wanted else archive(self.server.folder)
+        return 404, {}, b""
+
+
+def archive(folder: Path) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        for file in folder.iterdir():
+            tar.add(file, file.name)
+    return data.getvalue()
+
+
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Site(("127.0.0.1", 0), Handler) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run(tmp_path: Path, port: int, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    endpoint = f"http://127.0.0.1:{port}"
+    sites = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+    # kagglehub lets a stand-in have the name of this machine, and no port of its own.
+    sites |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+    if args[0].startswith("kaggle:"):
+        sites |= {"HTTP_PROXY": endpoint, "http_proxy": endpoint, "NO_PROXY": "", "no_proxy": ""}
+    sites |= {"HF_HOME": str(tmp_path / "home"), "KAGGLE_CONFIG_DIR": str(tmp_path / "home")}
+    sites |= {"KAGGLEHUB_CACHE": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "KAGGLE"))}
+    return subprocess.run(
+        [sys.executable, "-m", "recurrentgemma.cli", "download", *args],
+        env=kept | sites | env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], tmp_path: Path, *words: str) -> None:
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("recurrentgemma: error: ")
+    assert all(word in last for word in words), last
+    assert {path.name for path in tmp_path.iterdir()} <= {"home", "source"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec(HUB) is None, reason="not installed")
+def test_hugging_face(tmp_path: Path, site: Site) -> None:
+    site.folder = write_checkpoint(tmp_path / "source", Format.HUGGINGFACE)
+    (site.folder / "recurrentgemma.gguf").write_text("not wanted")
+    done = run(tmp_path, site.server_port, HF)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"recurrentgemma-2b-it: huggingface from {HF}\n"
+    (site.folder / "recurrentgemma.gguf").unlink()
+    assert files(tmp_path / "recurrentgemma-2b-it") == files(site.folder)
+    with open_checkpoint(tmp_path / "recurrentgemma-2b-it") as reader:
+        assert reader.config == CONFIGS["griffin"]
+    done = run(tmp_path, site.server_port, HF)
+    assert "exists; pass --force" in done.stderr
+    done = run(tmp_path, site.server_port, HF, "elsewhere", "--json")
+    assert json.loads(done.stdout) == {
+        "source": HF,
+        "destination": "elsewhere",
+        "format": "huggingface",
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec(HUB) is None, reason="not installed")
+def test_refusals_of_hugging_face(tmp_path: Path, site: Site) -> None:
+    site.folder = tmp_path / "source"
+    site.status = 401
+    assert_refused(run(tmp_path, site.server_port, HF), tmp_path, "needs credentials: hf auth")
+    site.status = 403
+    done = run(tmp_path, site.server_port, HF, HF_TOKEN="hf_x")
+    assert_refused(done, tmp_path, "licence is not accepted", "huggingface.co/google/recurrent")
+    with contextlib.closing(__import__("socket").socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        done = run(tmp_path, unused.getsockname()[1], HF)
+    assert_refused(done, tmp_path, "cannot reach huggingface.co", "check the network")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kagglehub") is None, reason="not installed")
+@pytest.mark.parametrize("format_", [Format.KAGGLE_TORCH, Format.KAGGLE_FLAX])
+def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
+    site.folder = write_checkpoint(tmp_path / "source", format_)
+    done = run(tmp_path, site.server_port, KAGGLE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"recurrentgemma-flax-2b-it: {format_} from {KAGGLE}\n")
+    assert files(tmp_path / "recurrentgemma-flax-2b-it") == files(site.folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kagglehub") is None, reason="not installed")
+def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
+    site.folder = tmp_path / "source"
+    site.status = 403
+    assert_refused(run(tmp_path, site.server_port, KAGGLE), tmp_path, "needs credentials: make a")
+    credentials = {"KAGGLE_USERNAME": "someone", "KAGGLE_KEY": "0"}
+    done = run(tmp_path, site.server_port, KAGGLE, **credentials)
+    assert_refused(done, tmp_path, "licence is not accepted", "kaggle.com/models/google/recurrent")
+    site.status = 404
+    done = run(tmp_path, site.server_port, KAGGLE, **credentials)
+    assert_refused(done, tmp_path, "there is no kaggle:google")
+
+
+def test_mistakes(cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in ("google/recurrentgemma", "ftp:x", "hf:"):
+        assert "a source must be kaggle:" in cli("download", source).err
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    monkeypatch.setitem(sys.modules, HUB, None)
+    for source in (HF, KAGGLE):
+        done = cli("download", source)
+        assert done.code == 2
+        assert "pip install 'recurrentgemma[hub]'" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_default_folders() -> None:
+    assert default_folder(HF) == Path("recurrentgemma-2b-it")
+    assert default_folder(KAGGLE) == Path("recurrentgemma-flax-2b-it")

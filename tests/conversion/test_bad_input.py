@@ -1,0 +1,499 @@
+"""What is wrong is named, all of it, and nothing is written."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, files, write_checkpoint
+
+from recurrentgemma.common import errors
+from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+
+CONFIG = CONFIGS["griffin"]
+
+
+@pytest.fixture
+def refused(tmp_path: Path):
+    """Converts, and expects an error that contains all the words and leaves nothing behind."""
+
+    def run(source: Path, error: type[errors.CheckpointError], *words: str, **kwargs) -> None:
+        before = files(source) if source.is_dir() else {}
+        names = set(tmp_path.rglob("*"))
+        to = kwargs.pop("to", Format.RECURRENTGEMMA)
+        with pytest.raises(errors.CheckpointError) as caught:
+            convert(source, tmp_path / "out", to, **kwargs)
+        assert type(caught.value) is error
+        for word in words:
+            assert word in str(caught.value)
+        assert set(tmp_path.rglob("*")) == names
+        assert not source.is_dir() or files(source) == before
+
+    return run
+
+
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Changes the tensors of a safetensors file."""
+    file = TensorFile(path)
+    tensors = {name: np.array(file.read(name)) for name in file.tensors}
+    change(tensors)
+    path.unlink()
+    writer = TensorFileWriter(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}, {})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+
+
+@pytest.mark.parametrize("format_", [Format.RECURRENTGEMMA, Format.HUGGINGFACE])
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_safetensors(make, refused, format_: Format, keep: int) -> None:
+    source = make("source", format_)
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(source, errors.DamagedError, "model.safetensors is no complete safetensors file")
+
+
+def test_surplus_bytes(make, refused) -> None:
+    source = make("source", Format.RECURRENTGEMMA)
+    with (source / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    refused(source, errors.DamagedError, "bytes are expected")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999])
+def test_truncated_zip(make, refused, keep: float) -> None:
+    path = make("source", Format.KAGGLE_TORCH) / "model.pt"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    refused(path.parent, errors.DamagedError, "model.pt is cut short")
+
+
+def orbax(path: Path, *, ocdbt: bool, wrapped: bool = False) -> Path:
+    """A directory that Orbax itself wrote, compressed."""
+    source = write_checkpoint(path.with_name(path.name + "-raw"), Format.KAGGLE_FLAX)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(source / "model")
+    shutil.rmtree(source)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
+        checkpointer.save(path / "model", {"params": tree} if wrapped else tree)
+    return path
+
+
+OVERRIDES = Overrides(None, True, 8, 5.0)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("layout", ["ours", "zarr"])
+def test_damaged_zarr_chunks(tmp_path: Path, make, refused, layout: str, how: str) -> None:
+    if layout == "ours":
+        source = make("source", Format.KAGGLE_FLAX)
+    else:
+        source = orbax(tmp_path / "source", ocdbt=False)
+    chunk = source / "model/blocks.3.mlp_block.ffw_down.kernel/0.0"
+    if how == "missing":
+        chunk.unlink()
+        words = ["lacks 1 chunks", "blocks.3.mlp_block.ffw_down.kernel"]
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-10])
+        words = ["blocks.3.mlp_block.ffw_down.kernel"]
+    refused(source, errors.DamagedError, *words, to=Format.KAGGLE_TORCH, overrides=OVERRIDES)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_damaged_databases(tmp_path: Path, refused, wrapped: bool) -> None:
+    source = orbax(tmp_path / "source", ocdbt=True, wrapped=wrapped)
+    with open_checkpoint(source, OVERRIDES) as reader:
+        assert reader.config == CONFIG
+    convert(source, tmp_path / "whole", Format.KAGGLE_TORCH, overrides=OVERRIDES)
+    root, whole, damaged = source / "model", files(tmp_path / "whole"), []
+    for file in [root / "manifest.ocdbt", *root.glob("ocdbt.process_0/d/*"), *root.glob("d/*")]:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        try:
+            convert(source, tmp_path / "out", Format.KAGGLE_TORCH, overrides=OVERRIDES)
+        except errors.DamagedError:
+            damaged.append(file.name)
+        else:  # Orbax leaves superseded files behind
+            assert files(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+        file.write_bytes(content)
+    assert "manifest.ocdbt" in damaged
+    assert len(damaged) >= 3
+    for file in root.glob("ocdbt.process_0/d/*"):
+        file.unlink()
+    refused(
+        source, errors.DamagedError, "cannot be read", to=Format.KAGGLE_TORCH, overrides=OVERRIDES
+    )
+
+
+def test_damaged_metadata_of_an_array(make, refused) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    (source / "model/final_norm.scale/.zarray").write_text("{")
+    refused(source, errors.DamagedError, "final_norm.scale/.zarray is damaged")
+
+
+def test_damaged_index(tmp_path: Path, make, refused) -> None:
+    convert(
+        make("whole", Format.RECURRENTGEMMA), tmp_path / "source", Format.HUGGINGFACE,
+        shard_size=30_000,
+    )  # fmt: skip
+    source = tmp_path / "source"
+    index = source / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text[:-20])
+    refused(source, errors.DamagedError, "is no index of safetensors files")
+    index.write_text(text.replace("model-00001-of", "../model-00001-of"))
+    refused(source, errors.DamagedError, "must be a name in this folder")
+    index.write_text(text.replace('"model.final_norm.weight": ', '"model.norm.weight": '))
+    refused(source, errors.MismatchError, "no model.norm.weight in", "model.final_norm.weight in")
+    index.write_text(text)
+    shards = sorted(source.glob("model-*"))
+    shards[0].rename(tmp_path / "first")
+    shards[-1].rename(tmp_path / "last")
+    refused(source, errors.DamagedError, f"lacks {shards[0].name}, {shards[-1].name}")
+
+
+class Code:
+    """Runs when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
+def test_pickles_with_code(tmp_path: Path, refused, kind: str) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "model.pt"
+    if kind == "bare":
+        path.write_bytes(pickle.dumps({"a": Code(mark)}, 2))
+    else:
+        torch.save({"a": Code(mark)}, path, _use_new_zipfile_serialization=kind == "zip")
+    refused(path, errors.UnsafePickleError, "could run code", "mkdir")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {"a": {"b": torch.zeros(1)}}, {}])
+def test_pickles_of_other_things(tmp_path: Path, refused, content) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", errors.UnsafePickleError, "must hold")
+
+
+def test_all_differences_are_listed(make, refused) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.final_norm.weight"]
+        tensors["extra"] = np.zeros(3, np.float32)
+        tensors["model.layers.0.mlp_block.down"] = tensors.pop(
+            "model.layers.0.mlp_block.down_proj.bias"
+        )
+        name = "model.layers.2.temporal_block.k_proj.weight"
+        tensors[name] = tensors[name].T.copy()
+
+    source = make("source", Format.HUGGINGFACE)
+    rewrite(source / "model.safetensors", change)
+    refused(
+        source,
+        errors.MismatchError,
+        "5 differences",
+        "missing model.final_norm.weight (24,)",
+        "unexpected extra (3,)",
+        "missing model.layers.0.mlp_block.down_proj.bias (24,)",
+        "unexpected model.layers.0.mlp_block.down (24,)",
+        "model.layers.2.temporal_block.k_proj.weight must have shape (12, 24), got (24, 12)",
+    )
+
+
+@pytest.mark.parametrize("format_", [Format.KAGGLE_TORCH, Format.KAGGLE_FLAX])
+def test_all_differences_are_listed_without_a_config(make, refused, format_: Format) -> None:
+    source = make("source", format_)
+    (source / "config.json").unlink()
+    if format_ is Format.KAGGLE_TORCH:
+        state = torch.load(source / "model.pt")
+        state["extra"] = state.pop("final_norm.scale")
+        del state["blocks.4.mlp_block.ffw_up.b"]
+        torch.save(state, source / "model.pt")
+    else:
+        (source / "model/final_norm.scale").rename(source / "model/extra")
+        shutil.rmtree(source / "model/blocks.4.mlp_block.ffw_up.b")
+    refused(
+        source,
+        errors.MismatchError,
+        "missing final_norm.scale (24,)",
+        "unexpected extra (24,)",
+        "missing blocks.4.mlp_block.ffw_up.b (2, 1, 1, 32)",
+        overrides=OVERRIDES,
+    )
+
+
+def test_integers_are_no_parameters(make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    state = torch.load(source / "model.pt")
+    state["final_norm.scale"] = state["final_norm.scale"].to(torch.int32)
+    torch.save(state, source / "model.pt")
+    refused(source, errors.MismatchError, "final_norm.scale must be of a dtype among bfloat16")
+
+
+def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused) -> None:
+    source = make("source", Format.HUGGINGFACE)
+
+    def tie(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    def untie(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"][3, 4] += 1
+
+    rewrite(source / "model.safetensors", tie)
+    convert(source, tmp_path / "tied", Format.HUGGINGFACE)
+    assert set(TensorFile(tmp_path / "tied/model.safetensors").tensors) == {
+        part.name for spec in layer_spec(CONFIG) for part in spec.hf
+    }
+    rewrite(source / "model.safetensors", untie)
+    refused(source, errors.MismatchError, "unexpected lm_head.weight (2048, 24): it must be")
+
+
+@pytest.mark.parametrize("format_", Format)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nonfinite_values_are_named(
+    tmp_path: Path, make, refused, format_: Format, value: float
+) -> None:
+    embedding = np.ones((2048, 24), np.float32)
+    embedding[5, 6] = embedding[2047, 23] = value
+    scale = np.full(24, value, np.float32)
+    source = make(
+        "source", format_, CONFIG, "bfloat16",
+        {"embedder.input_embedding": embedding, "final_norm.scale": scale},
+    )  # fmt: skip
+    refused(
+        source,
+        errors.NonFiniteError,
+        "embedder.input_embedding: 2 values",
+        "final_norm.scale: 24 values",
+    )
+    summary = convert(source, tmp_path / "kept", format_, allow_nonfinite=True)
+    assert summary.nonfinite == {"embedder.input_embedding": 2, "final_norm.scale": 24}
+    assert files(tmp_path / "kept") == files(source)
+
+
+def test_values_that_the_new_dtype_cannot_hold(make, refused) -> None:
+    largest = np.full(24, np.finfo(np.float32).max, np.float32)
+    source = make("source", Format.KAGGLE_TORCH, changes={"final_norm.scale": largest})
+    refused(source, errors.NonFiniteError, "final_norm.scale: 24 values", dtype="bfloat16")
+
+
+def gemma(path: Path, kind: str) -> Path:
+    path.mkdir()
+    tensors = {
+        "huggingface": {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"},
+        "huggingface without config": {"model.embed_tokens.weight", "model.layers.0.self_attn.x"},
+        "torch": {"embedder.weight", "model.layers.0.self_attn.qkv_proj.weight"},
+        "flax": {"transformer/layer_0/attn/attn_vec_einsum", "transformer/embedder"},
+    }[kind]
+    state = {name: torch.ones(4, 4) for name in tensors}
+    if kind == "torch":
+        torch.save(state, path / "model.pt")
+    elif kind == "flax":
+        tree: dict = {}
+        for name in tensors:
+            *parents, leaf = name.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = np.ones((4, 4), np.float32)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path / "2b", tree)
+    else:
+        if kind == "huggingface":
+            (path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+        (path / "model.safetensors").touch()
+        (path / "model.safetensors").unlink()
+        shapes = dict.fromkeys(tensors, ((4, 4), DTYPES["float32"]))
+        writer = TensorFileWriter(path / "model.safetensors", shapes, {})
+        for name in tensors:
+            writer.write(name, np.ones((4, 4), np.float32))
+        writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "huggingface without config", "torch", "flax"])
+def test_gemma_is_recognised(tmp_path: Path, refused, kind: str) -> None:
+    refused(gemma(tmp_path / "gemma", kind), errors.NotRecurrentGemmaError, "gemma")
+
+
+def test_tokenizers(tmp_path: Path, make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH, CONFIGS["griffin"])
+    (source / "tokenizer.model").rename(tmp_path / "pieces")
+    refused(source, errors.TokenizerError, "a tokenizer is needed")
+    (tmp_path / "text").write_text("not a tokenizer")
+    refused(source, errors.TokenizerError, "not a sentencepiece", tokenizer=tmp_path / "text")
+    refused(source, errors.TokenizerError, "no tokenizer at", tokenizer=tmp_path / "absent")
+    convert(source, tmp_path / "without", Format.HUGGINGFACE)  # where one is not required
+    convert(source, tmp_path / "with", Format.RECURRENTGEMMA, tokenizer=tmp_path / "pieces")
+    assert (tmp_path / "with/tokenizer.model").read_bytes() == (tmp_path / "pieces").read_bytes()
+
+
+def test_a_tokenizer_of_another_size(make, refused) -> None:
+    from cases import make_config
+
+    source = make("source", Format.HUGGINGFACE, make_config("RRA", vocab_size=2047))
+    refused(source, errors.TokenizerError, "has 2048 pieces, and the vocabulary 2047 entries")
+
+
+def test_destinations(tmp_path: Path, make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    refused(source, errors.DestinationError, "exists")
+    assert (out / "precious").exists()
+    convert(source, out, Format.HUGGINGFACE, force=True)
+    assert not (out / "precious").exists()
+    with pytest.raises(errors.DestinationError, match="must not hold the source"):
+        convert(source, source, Format.HUGGINGFACE, force=True)
+    with pytest.raises(errors.DestinationError, match="the destination is a folder"):
+        convert(source, tmp_path / "2b.pt", Format.KAGGLE_TORCH)
+    with pytest.raises(errors.DestinationError, match="cannot write"):
+        convert(source, source / "model.pt" / "out", Format.KAGGLE_TORCH)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    usage = shutil.disk_usage(source)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("recurrentgemma_conversion.formats.Reader.read", None)
+    refused(source, errors.DiskSpaceError, "too little room", "GB are free")
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "kind"),
+    [("torch", "torch", "kaggle-torch"), ("tensorstore", "jax", "ocdbt")],
+)
+def test_extras_that_are_not_installed(
+    tmp_path: Path, make, refused, monkeypatch, missing: str, extra: str, kind: str
+) -> None:
+    if kind == "ocdbt":
+        source = orbax(tmp_path / "source", ocdbt=True)
+    else:
+        source = make("source", Format.KAGGLE_TORCH)
+    monkeypatch.setitem(sys.modules, missing, None)
+    refused(source, errors.MissingExtraError, missing, f"pip install 'recurrentgemma[{extra}]'")
+
+
+def test_what_is_written_is_compared(make, refused, monkeypatch) -> None:
+    from recurrentgemma_conversion.native import NativeWriter
+
+    write = NativeWriter.write
+
+    def careless(self, spec, parameter) -> None:
+        if spec.path in ("final_norm.scale", "blocks.2.attention_block.proj_k.kernel"):
+            parameter = -parameter
+        write(self, spec, parameter)
+
+    monkeypatch.setattr(NativeWriter, "write", careless)
+    source = make("source", Format.HUGGINGFACE)
+    refused(
+        source,
+        errors.VerificationError,
+        "blocks.2.attention_block.proj_k.kernel, final_norm.scale",
+    )
+
+
+def test_configs_that_conflict(make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    (source / "config.json").unlink()
+    refused(
+        source,
+        errors.ConfigError,
+        "this is not RECURRENT_GEMMA_2B_V1: width is 24 in the checkpoint and 2560 in the preset",
+        "num_heads is 2 in the checkpoint and 10",
+        overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
+    )
+    refused(source, errors.ConfigError, "not tell embeddings_scale_by_sqrt_dim, attention")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_key_value_heads", 2, "num_key_value_heads must be 1, got 2"),
+        ("hidden_activation", "silu", "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ("rope_parameters", {"rope_theta": 1e6}, "rope_theta must be 10000.0, got 1000000.0"),
+        ("intermediate_size", 33, "intermediate_size must be even"),
+        ("block_types", ["recurrent", "mamba"], "'mamba' is no TemporalBlockType"),
+        ("vocab_size", None, "vocab_size must be a positive integer, got None"),
+    ],
+)
+def test_configs_of_huggingface_that_ask_for_something_else(
+    make, refused, field: str, value, words: str
+) -> None:
+    source = make("source", Format.HUGGINGFACE)
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(fields | {field: value}))
+    refused(source, errors.ConfigError, words)
+    del fields[field]
+    if field not in ("num_key_value_heads", "hidden_activation", "rope_parameters"):
+        (source / "config.json").write_text(json.dumps(fields))
+        refused(source, errors.ConfigError, f"lacks '{field}'")
+
+
+def test_several_checkpoints_in_a_folder(tmp_path: Path, make, refused) -> None:
+    make("both/one", Format.HUGGINGFACE)
+    make("both/two", Format.KAGGLE_TORCH)
+    refused(tmp_path / "both", errors.UnknownFormatError, "holds several checkpoints", "one", "two")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", errors.UnknownFormatError, "lacks config.json, model.safetensors")
+    (tmp_path / "text").write_text("hello")
+    refused(tmp_path / "text", errors.UnknownFormatError, "is no Orbax checkpoint")
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> None:
+    source = make("source", format_)
+    for i, file in enumerate(sorted(source.iterdir())):
+        if file.suffix == ".pt" or file.is_dir():
+            file.rename(source / f"{i}.bin")
+    assert detect(source)[0] is format_
+    (tmp_path / "around").mkdir()
+    source.rename(tmp_path / "around/anything.pt")
+    assert detect(tmp_path / "around")[0] is format_
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
+    source = make("source", format_)
+    path = tmp_path / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for file in source.iterdir():
+            archive.add(file, f"./{file.name}")
+    convert(path, tmp_path / "same", format_)
+    assert files(tmp_path / "same") == files(source)
+    shutil.rmtree(tmp_path / "same")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(path, errors.DamagedError, "archive.tar.gz cannot be unpacked")
+
+
+def test_archives_that_reach_outside(tmp_path: Path, refused) -> None:
+    (tmp_path / "evil").write_text("x")
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "evil", "../../evil")
+    refused(tmp_path / "archive.tar.gz", errors.DamagedError, "cannot be unpacked")
+
+
+def test_a_zip_that_is_no_state_dict(tmp_path: Path, refused) -> None:
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("a.txt", "a")
+    refused(tmp_path / "model.pt", errors.DamagedError, "cannot be read")

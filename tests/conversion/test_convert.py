@@ -1,0 +1,242 @@
+"""Every format into every other: nothing is lost, and the formats' own readers accept it."""
+
+import itertools
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CONFIGS, files, parameters, write_checkpoint
+
+from recurrentgemma.common import reference
+from recurrentgemma.common.arrays import DTYPES, same_bits
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+
+PAIRS = list(itertools.permutations(Format, 2))
+
+
+def assert_holds(path: Path, config: GriffinConfig, expected: dict[str, np.ndarray]) -> None:
+    with open_checkpoint(path) as reader:
+        assert reader.config == config
+        read = {spec.path: value for spec, value in reader}
+    assert list(read) == [spec.path for spec in layer_spec(config)]
+    for name, value in read.items():
+        assert same_bits(value, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trips_of_all_ordered_pairs_are_bit_exact(
+    tmp_path: Path, name: str, dtype: str
+) -> None:
+    config = CONFIGS[name]
+    for format_ in Format:
+        write_checkpoint(tmp_path / format_, format_, config, dtype)
+    for one, other in PAIRS:
+        there, back = tmp_path / f"{one}-{other}", tmp_path / f"{one}-{other}-{one}"
+        summary = convert(tmp_path / one, there, other)
+        assert (summary.source_format, summary.format) == (one, other)
+        assert summary.dtypes == [dtype]
+        assert summary.verified
+        assert_holds(there, config, parameters(config, dtype))
+        convert(there, back, one)
+        assert files(back) == files(tmp_path / one), (one, other)
+    assert len(PAIRS) == 12
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_a_format_into_itself(tmp_path: Path, make, format_: Format) -> None:
+    source = make("source", format_)
+    convert(source, tmp_path / "copy", format_)
+    assert files(tmp_path / "copy") == files(source)
+
+
+GOLDEN_PATHS = [
+    "flax/tiny",
+    "flax/tiny-bf16",
+    "flax_zarr/tiny",
+    "flax_save_parameters/tiny",
+    "flax_orbax059_ocdbt/tiny",
+    "flax_orbax059_ocdbt/tiny-bf16",
+    "flax_orbax059_zarr/tiny",
+    "flax_orbax059_zarr/tiny-bf16",
+    "pytorch/tiny.pt",
+    "pytorch/tiny-bf16.pt",
+    "hf/tiny",
+]
+
+
+@pytest.mark.parametrize("path", GOLDEN_PATHS)
+def test_published_layouts(tmp_path: Path, golden: Path, path: str) -> None:
+    config = GriffinConfig.from_json((golden / "outputs/tiny.config.json").read_text())
+    overrides = Overrides(None, True, config.attention_window_size, config.logits_soft_cap)
+    convert(
+        golden / path,
+        tmp_path / "out",
+        Format.RECURRENTGEMMA,
+        overrides=overrides,
+        tokenizer=golden / "tokenizer.model",
+    )
+    expected = torch.load(golden / f"pytorch/{Path(path).stem}.pt", weights_only=True)
+    expected = {name: value.float().numpy() for name, value in expected.items()}
+    with open_checkpoint(tmp_path / "out") as reader:
+        assert reader.config == config
+        assert {spec.torch.name for spec, _ in reader} == set(expected)
+        for spec, value in reader:
+            stored = spec.torch.encode(value.astype(np.float32))
+            np.testing.assert_array_equal(stored, expected[spec.torch.name], err_msg=spec.path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_written_state_dicts_are_plain(make, dtype: str) -> None:
+    config = CONFIGS["attention_last"]
+    path = make("out", Format.KAGGLE_TORCH, config, dtype) / "model.pt"
+    expected = parameters(config, dtype)
+    for mmap in (True, False):
+        state = torch.load(path, weights_only=True, mmap=mmap)
+        assert list(state) == [spec.torch.name for spec in layer_spec(config)]
+        for spec in layer_spec(config):
+            value = state[spec.torch.name]
+            assert value.dtype == getattr(torch, dtype)
+            assert value.is_contiguous()
+            stored = spec.torch.encode(expected[spec.path].astype(np.float32))
+            np.testing.assert_array_equal(value.float().numpy(), stored)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None  # the checksums are right, too
+        for entry in archive.infolist():
+            assert (entry.header_offset + 30 + len(entry.filename) + len(entry.extra)) % 64 == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_written_directories_load_with_plain_orbax(make, dtype: str) -> None:
+    config = CONFIGS["griffin"]
+    path = make("out", Format.KAGGLE_FLAX, config, dtype) / "model"
+    expected = parameters(config, dtype)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path)
+    assert set(tree) == {"embedder", "final_norm", *(f"blocks.{i}" for i in range(5))}
+    leaves = {}
+
+    def walk(node, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                leaves[prefix + key] = np.asarray(value)
+
+    walk(tree, "")
+    assert set(leaves) == set(expected)
+    for name, value in leaves.items():
+        assert same_bits(value, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["griffin", "attention_last"])
+def test_written_folders_load_in_transformers_with_the_same_logits(make, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    # Its port always scales embeddings and caps logits.
+    fields = {"logits_soft_cap": 30.0, "embeddings_scale_by_sqrt_dim": True}
+    config = GriffinConfig(**CONFIGS[name].to_dict() | fields)
+    folder = make("out", Format.HUGGINGFACE, config)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert type(model).__name__ == "RecurrentGemmaForCausalLM"
+    assert not any(info.values()), info
+    assert model.config.num_key_value_heads == 1
+    assert model.config.attention_window_size == config.attention_window_size
+    # Ours sees W + 1 keys, theirs W: equal within the window.
+    tokens = np.arange(config.attention_window_size)[None] * 7 % 2048
+    expected, _ = reference.griffin(
+        config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
+    )
+    with torch.no_grad():
+        logits = model(torch.as_tensor(tokens)).logits
+    np.testing.assert_allclose(logits.numpy(), expected, atol=2e-4)
+    # And everywhere, told of the key more.
+    config_json = json.loads((folder / "config.json").read_text())
+    config_json["attention_window_size"] += 1
+    (folder / "config.json").write_text(json.dumps(config_json))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = np.arange(3 * config.attention_window_size)[None] * 7 % 2048
+    expected, _ = reference.griffin(
+        config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
+    )
+    with torch.no_grad():
+        logits = model(torch.as_tensor(tokens)).logits
+    np.testing.assert_allclose(logits.numpy(), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
+def test_shards(tmp_path: Path, make, format_: Format) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    convert(source, tmp_path / "out", format_, shard_size=30_000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    total = sum(value.nbytes for value in parameters(CONFIGS["griffin"], "float32").values())
+    assert index["metadata"]["total_size"] == total
+    embedding = 2048 * 24 * 4  # alone in its file: it is larger than a shard may be
+    assert all(shard.stat().st_size < embedding + 5000 for shard in shards)
+    assert_holds(tmp_path / "out", CONFIGS["griffin"], parameters(CONFIGS["griffin"], "float32"))
+    convert(tmp_path / "out", tmp_path / "back", Format.KAGGLE_TORCH)
+    assert files(tmp_path / "back") == files(source)
+    if format_ is Format.HUGGINGFACE:
+        transformers = pytest.importorskip("transformers")
+        _, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
+        assert not any(info.values()), info
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_casts_round_to_nearest_even(tmp_path: Path, make, format_: Format) -> None:
+    config = CONFIGS["griffin"]
+    # Halfway between two bfloat16 values: down to the even 1, and up to the even 1 + 2^-6.
+    halves = np.array([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8)] * 8, np.float32)
+    source = make("source", Format.KAGGLE_TORCH, changes={"final_norm.scale": halves})
+    convert(source, tmp_path / "out", format_, dtype="bfloat16")
+    with open_checkpoint(tmp_path / "out") as reader:
+        read = {spec.path: value for spec, value in reader}
+    np.testing.assert_array_equal(
+        read["final_norm.scale"].astype(np.float32),
+        np.array([1, 1 + 2**-6, -1] * 8, np.float32),
+    )
+    for name, value in parameters(config, "float32").items():
+        if name != "final_norm.scale":
+            expected = torch.from_numpy(value.copy()).bfloat16().float().numpy()
+            np.testing.assert_array_equal(read[name].astype(np.float32), expected)
+    convert(tmp_path / "out", tmp_path / "wide", format_, dtype="float32")
+    with open_checkpoint(tmp_path / "wide") as reader:
+        assert set(reader.dtypes.values()) == {DTYPES["float32"]}
+
+
+def test_mixed_dtypes_stay_mixed(tmp_path: Path) -> None:
+    from recurrentgemma_conversion.convert import WRITERS
+    from recurrentgemma_conversion.formats import Request
+
+    config = CONFIGS["recurrent"]
+    params = parameters(config, "bfloat16")
+    dtypes = {
+        path: DTYPES["float32" if path.endswith("a_param") else "bfloat16"] for path in params
+    }
+    folder = tmp_path / "source"
+    folder.mkdir()
+    writer = WRITERS[Format.HUGGINGFACE](folder, Request(config, dtypes, "model"))
+    for spec in layer_spec(config):
+        writer.write(spec, params[spec.path].astype(dtypes[spec.path]))
+    writer.finish()
+    (folder / TOKENIZER).write_bytes((BUNDLED / TOKENIZER).read_bytes())
+    for format_ in Format:
+        summary = convert(folder, tmp_path / format_, format_)
+        assert summary.dtypes == ["bfloat16", "float32"]
+        with open_checkpoint(tmp_path / format_) as reader:
+            assert reader.dtypes == dtypes

@@ -1,0 +1,99 @@
+"""A conversion killed at any moment leaves the source, and no destination or a whole one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cases import make_config
+from checkpoints import files, write_checkpoint
+
+from recurrentgemma_conversion import Format, convert
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to be quick")
+
+MOMENTS = 20
+CONFIG = make_config("RRA", vocab_size=2048, width=128, mlp_expanded_width=384)
+# Forks a child for each line, which converts, and kills it after a while.
+SERVER = """
+import json, os, signal, sys, time
+import torch
+from recurrentgemma_conversion import convert
+
+for line in sys.stdin:
+    request = json.loads(line)
+    started = time.perf_counter()
+    child = os.fork()
+    if not child:
+        convert(*request["args"], force=request["force"])
+        os._exit(0)
+    if request["after"] is not None:
+        time.sleep(request["after"])
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, time.perf_counter() - started]), flush=True)
+"""
+Run = Callable[..., tuple[int, float]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def request(*args: str, force: bool, after: float | None) -> tuple[int, float]:
+            line = json.dumps({"args": args, "force": force, "after": after})
+            server.stdin.write(line + "\n")
+            server.stdin.flush()
+            code, seconds = json.loads(server.stdout.readline())
+            return code, seconds
+
+        yield request
+        server.stdin.close()
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize("to", [Format.HUGGINGFACE, Format.KAGGLE_FLAX])
+def test_killed(tmp_path: Path, run: Run, to: Format, force: bool) -> None:
+    source = write_checkpoint(tmp_path / "source", Format.KAGGLE_TORCH, CONFIG)
+    before = files(source)
+    place = tmp_path / "place"
+    args = (str(source), str(place / "out"), str(to))
+    convert(source, tmp_path / "whole", to)
+    convert(source, tmp_path / "old", Format.RECURRENTGEMMA, dtype="bfloat16")
+    whole, old = files(tmp_path / "whole"), files(tmp_path / "old")
+    _, seconds = run(*args, force=force, after=None)
+    subprocess.run(["rm", "-r", place], check=True)
+    rng, killed, unfinished = random.Random(0), 0, 0
+    for moment in range(MOMENTS // 2):
+        place.mkdir()
+        if force:
+            convert(tmp_path / "old", place / "out", Format.RECURRENTGEMMA)
+        # Spread over the whole time; a forked child starts a little later than that says.
+        after = seconds * 1.1 * (moment + rng.random()) / (MOMENTS // 2)
+        code, _ = run(*args, force=force, after=after)
+        assert code in (0, -signal.SIGKILL)
+        killed += code != 0
+        unfinished += any(path.name.endswith(".partial") for path in place.iterdir())
+        assert files(source) == before
+        out = place / "out"
+        if out.exists():
+            assert files(out) in ([whole, old] if force else [whole])
+        if force or not out.exists():
+            assert run(*args, force=force, after=None)[0] == 0
+        assert files(out) == whole
+        if code:  # what the killed one left is gone once another has run
+            assert [path.name for path in place.iterdir()] == ["out"]
+        subprocess.run(["rm", "-r", place], check=True)
+    assert killed > MOMENTS // 4
+    assert unfinished > 1

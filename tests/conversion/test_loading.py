@@ -1,0 +1,146 @@
+"""Both twins load every format, and write ours."""
+
+import importlib
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import make_tokens
+from checkpoints import CONFIGS, parameters
+
+from recurrentgemma.common import reference
+from recurrentgemma.common.checkpoint import load_tokenizer
+from recurrentgemma.common.errors import ConfigError
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma_conversion import Format, Overrides, open_checkpoint
+from tolerances import assert_close
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+import jax
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from recurrentgemma.jax.griffin import get_path
+
+CONFIG = CONFIGS["griffin"]
+TOKENS = make_tokens(CONFIG, 1, 12)
+POSITIONS = np.arange(12, dtype=np.int32)[None]
+
+
+def load(twin: str, path: Path, **kwargs) -> np.ndarray:
+    """The logits of the loaded model."""
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "torch":
+        with torch.no_grad():
+            return module.load_checkpoint(path, **kwargs)(TOKENS, POSITIONS)[0].numpy()
+    model, params = module.load_checkpoint(path, **kwargs)
+    return np.asarray(model.apply({"params": params}, TOKENS, POSITIONS)[0])
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+@pytest.mark.parametrize("format_", Format)
+def test_any_format_loads(make, twin: str, format_: Format) -> None:
+    expected, _ = reference.griffin(CONFIG, parameters(CONFIG, "float32"), TOKENS, POSITIONS)
+    assert_close(load(twin, make("model", format_)), expected, "logits", "float32")
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_archives_and_folders_around_load(tmp_path: Path, make, twin: str) -> None:
+    folder = make("outer/inner", Format.KAGGLE_FLAX)
+    expected = load(twin, folder)
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as archive:
+        archive.add(folder, ".")
+    for path in (tmp_path / "archive.tar.gz", tmp_path / "outer", folder / "model"):
+        np.testing.assert_array_equal(load(twin, path), expected)
+
+
+def test_what_the_shapes_do_not_tell_can_be_given(make) -> None:
+    folder = make("model", Format.KAGGLE_TORCH)
+    expected = load("torch", folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="shapes do not tell embeddings_scale_by_sqrt_dim"):
+        load("torch", folder)
+    for twin in ("torch", "jax"):
+        logits = load(twin, folder, overrides=Overrides(None, True, 8, 5.0))
+        assert_close(logits, expected, "logits", "float32")
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_dtypes_of_torch(make, format_: Format) -> None:
+    folder = make("model", format_, CONFIG, "bfloat16")
+    load_checkpoint = importlib.import_module("recurrentgemma.torch").load_checkpoint
+    for dtype in (None, torch.float32):
+        model = load_checkpoint(folder, dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
+        assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
+    assert {p.device.type for p in load_checkpoint(folder, device="meta").parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torch_maps_the_file_and_leaves_it_alone(make) -> None:
+    file = make("model", Format.RECURRENTGEMMA) / "model.safetensors"
+    before = file.read_bytes()
+    model = importlib.import_module("recurrentgemma.torch").load_checkpoint(file.parent)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    (span,) = (line.split()[0] for line in lines if line.endswith(str(file)))
+    start, end = (int(part, 16) for part in span.split("-"))
+    assert all(start <= p.data_ptr() < end for p in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_load_parameters_reads_any_format(make, format_: Format) -> None:
+    folder = make("model", format_, CONFIG, "bfloat16")
+    (folder / "config.json").unlink() if format_.startswith("kaggle") else None
+    load_parameters = importlib.import_module("recurrentgemma.jax").load_parameters
+    replicated = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec())
+    expected = parameters(CONFIG, "bfloat16")
+    tree = load_parameters(folder)
+    shardings = jax.tree.map(lambda _: replicated, tree)
+    for sharding in ("single_device", "replicated", replicated, shardings, {"params": shardings}):
+        params = load_parameters(folder, sharding)
+        for spec in layer_spec(CONFIG):
+            value = get_path(params, spec.path)
+            assert isinstance(value, jax.Array)
+            single = isinstance(value.sharding, SingleDeviceSharding)
+            assert single == (sharding == "single_device")
+            np.testing.assert_array_equal(np.asarray(value), expected[spec.path])
+    with pytest.raises(ValueError, match="must have the parameters' structure"):
+        load_parameters(folder, {"a": replicated})
+
+
+def test_devices_and_dtypes_of_jax(make) -> None:
+    folder = make("model", Format.HUGGINGFACE, CONFIG, "bfloat16")
+    load_checkpoint = importlib.import_module("recurrentgemma.jax").load_checkpoint
+    (device, *_) = jax.devices()
+    model, params = load_checkpoint(folder, dtype="float32", device=device)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert model.param_dtype == "float32"
+    assert {leaf.device for leaf in jax.tree.leaves(params)} == {device}
+    with pytest.raises(ValueError, match="either a device or a sharding"):
+        load_checkpoint(folder, device=device, sharding="replicated")
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+@pytest.mark.parametrize("format_", Format)
+def test_what_a_twin_saves_is_what_it_loaded(
+    tmp_path: Path, make, twin: str, format_: Format
+) -> None:
+    folder, out = make("model", format_, CONFIG, "bfloat16"), tmp_path / "out"
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "torch":
+        module.save_checkpoint(out, module.load_checkpoint(folder), load_tokenizer(folder))
+    else:
+        model, params = module.load_checkpoint(folder)
+        module.save_checkpoint(out, model.config, params, load_tokenizer(folder))
+    with open_checkpoint(out) as reader:
+        assert (reader.format, reader.config) == (Format.RECURRENTGEMMA, CONFIG)
+        for spec, value in reader:
+            np.testing.assert_array_equal(value, parameters(CONFIG, "bfloat16")[spec.path])
