@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -148,8 +149,9 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
 
 def write_tokenizer(folder: Path, size: int) -> Path:
     """A sentencepiece model with this many pieces."""
-    from sentencepiece import sentencepiece_model_pb2 as spm
+    from sentencepiece import sentencepiece_model_pb2
 
+    spm: Any = sentencepiece_model_pb2  # its classes are made at run time
     model = spm.ModelProto()
     for i in range(size):
         piece = model.pieces.add(piece=f"<{i}>", score=-i)

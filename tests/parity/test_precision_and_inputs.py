@@ -65,7 +65,7 @@ def test_float32_parameters_of_gates_and_norms_are_not_rounded() -> None:
     params: Any = init_params(CONFIG, 0)
 
     def state(params):
-        _, cache = model.apply({"params": params}, TOKENS, SEGMENT_POS)
+        cache: Any = model.apply({"params": params}, TOKENS, SEGMENT_POS)[1]
         return np.asarray(cache["blocks.0"].rg_lru_state)
 
     rg_lru = params["blocks.0"]["recurrent_block"]["rg_lru"]
