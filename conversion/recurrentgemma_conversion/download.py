@@ -62,7 +62,8 @@ def _from_huggingface(name: str, folder: Path) -> None:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise MissingExtraError("downloading from hf:", "huggingface_hub", "hub") from error
+        package = "huggingface_hub"
+        raise MissingExtraError("downloading from hf:", package, package) from error
     page = f"https://huggingface.co/{name}"
     try:
         huggingface_hub.snapshot_download(name, local_dir=folder, allow_patterns=_HUGGINGFACE_FILES)
@@ -88,7 +89,8 @@ def _from_kaggle(name: str, folder: Path) -> None:
         import kagglehub.config
         from kagglehub import exceptions
     except ImportError as error:
-        raise MissingExtraError("downloading from kaggle:", "kagglehub", "hub") from error
+        package = "kagglehub"
+        raise MissingExtraError("downloading from kaggle:", package, package) from error
     page = f"https://www.kaggle.com/models/{'/'.join(name.split('/')[:2])}"
     login = (
         "make a token at https://www.kaggle.com/settings, and put it in ~/.kaggle/kaggle.json "

@@ -125,7 +125,9 @@ def import_tensorstore() -> Any:
     try:
         import tensorstore
     except ImportError as error:
-        raise MissingExtraError("reading this Orbax checkpoint", "tensorstore", "jax") from error
+        raise MissingExtraError(
+            "reading this Orbax checkpoint", "tensorstore", "'recurrentgemma[jax]'"
+        ) from error
     return tensorstore
 
 

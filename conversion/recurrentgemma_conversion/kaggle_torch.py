@@ -83,7 +83,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         import torch
     except ImportError as error:
-        raise MissingExtraError("reading a .pt file", "torch", "torch") from error
+        raise MissingExtraError("reading a .pt file", "torch", "'recurrentgemma[torch]'") from error
     mapped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         start = file.read(2)

@@ -57,10 +57,8 @@ class DiskSpaceError(CheckpointError):
 class MissingExtraError(CheckpointError):
     """A format needs packages that are not installed; the message has the pip command."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(
-            f"{what} needs {package}, which is not installed: pip install 'recurrentgemma[{extra}]'"
-        )
+    def __init__(self, what: str, package: str, install: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install {install}")
 
 
 class VerificationError(CheckpointError):

@@ -57,6 +57,7 @@ def check_state(
     batch_sizes = {shape[0] for shape in actual.values() if shape}
     if len(batch_sizes) > 1 or (batch_size is not None and batch_sizes - {batch_size}):
         wanted = "one batch size" if batch_size is None else f"batch size {batch_size}"
-        problems.append(f"{wanted} expected, got {', '.join(map(str, sorted(batch_sizes)))}")
+        came = sorted(batch_sizes) if len(batch_sizes) > 1 else batch_sizes.pop()
+        problems.append(f"{wanted} expected, got {came}")
     if problems:
         raise ValueError("this is not the state of such a model:\n  " + "\n  ".join(problems))
