@@ -10,6 +10,7 @@ bytes is measured the same way, with and without flushing. It reads /proc, so it
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,6 @@ def make(folder: Path, config: GriffinConfig) -> None:
         bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
         writer.write(spec, bits.view(BFLOAT16).reshape(spec.shape))
     writer.finish()
-    # The tokenizer of no real vocabulary: conversions here go without.
 
 
 def rss_anon() -> int:
@@ -148,8 +149,8 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
 
 def write_tokenizer(folder: Path, size: int) -> Path:
     """A sentencepiece model with this many pieces."""
-    from sentencepiece import sentencepiece_model_pb2 as spm
-
+    # Its classes are made at run time.
+    spm: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     model = spm.ModelProto()
     for i in range(size):
         piece = model.pieces.add(piece=f"<{i}>", score=-i)

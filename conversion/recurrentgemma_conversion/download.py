@@ -84,9 +84,9 @@ def _from_huggingface(name: str, folder: Path) -> None:
 
 def _from_kaggle(name: str, folder: Path) -> None:
     try:
-        import kagglehub
-        import kagglehub.config
-        from kagglehub import exceptions
+        import kagglehub  # pyright: ignore[reportMissingImports]  # of the extra `hub`
+        import kagglehub.config  # pyright: ignore[reportMissingImports]
+        from kagglehub import exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError("downloading from kaggle:", "kagglehub", "hub") from error
     page = f"https://www.kaggle.com/models/{'/'.join(name.split('/')[:2])}"

@@ -37,7 +37,7 @@ class Site(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    server: Site
+    server: Site  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format, *args) -> None:
         """Nothing."""

@@ -48,18 +48,19 @@ def run() -> Iterator[Run]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+        assert stdin is not None
+        assert stdout is not None
 
         def request(*args: str, force: bool, after: float | None) -> tuple[int, float]:
             line = json.dumps({"args": args, "force": force, "after": after})
-            server.stdin.write(line + "\n")
-            server.stdin.flush()
-            code, seconds = json.loads(server.stdout.readline())
+            stdin.write(line + "\n")
+            stdin.flush()
+            code, seconds = json.loads(stdout.readline())
             return code, seconds
 
         yield request
-        server.stdin.close()
+        stdin.close()
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
