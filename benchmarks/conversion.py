@@ -3,8 +3,9 @@
     python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
 
 For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
-what the imports took, the rate of writing (flushed to the disk) and of verifying. `cp` of the same
-bytes is measured the same way, with and without flushing. It reads /proc, so it runs on Linux.
+what the imports took, and the rates of writing, of verifying and of both with all bytes flushed to
+the disk. `cp` of the same bytes is measured too, with and without flushing. It reads /proc, so it
+runs on Linux.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
 
     with Peak() as peak:
         summary = convert(source, destination, to, progress=progress, tokenizer=tokenizer)
-    seconds = {phase: t[-1] - t[0] for phase, t in times.items()}
+    seconds = {phase: t[-1] - t[0] for phase, t in times.items()} | {"total": summary.seconds}
     print(json.dumps({"peak": peak.bytes, "bytes": summary.bytes} | seconds))
 
 
@@ -139,7 +140,8 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
             print(
                 f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB, "
                 f"write {row['bytes'] / row['write'] / 1e6:5.0f} MB/s, "
-                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s",
+                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s, "
+                f"all {row['bytes'] / row['total'] / 1e6:5.0f} MB/s",
                 flush=True,
             )
             if not keep:
