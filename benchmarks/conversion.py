@@ -3,13 +3,15 @@
     python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
 
 For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
-what the imports took, the rate of writing (flushed to the disk) and of verifying. `cp` of the same
-bytes is measured the same way, with and without flushing. It reads /proc, so it runs on Linux.
+what the imports took, and the rates of writing, of verifying and of both with all bytes flushed to
+the disk. `cp` of the same bytes is measured too, with and without flushing. It reads /proc, so it
+runs on Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
@@ -42,7 +44,6 @@ def make(folder: Path, config: GriffinConfig) -> None:
         bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
         writer.write(spec, bits.view(BFLOAT16).reshape(spec.shape))
     writer.finish()
-    # The tokenizer of no real vocabulary: conversions here go without.
 
 
 def rss_anon() -> int:
@@ -80,7 +81,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
 
     with Peak() as peak:
         summary = convert(source, destination, to, progress=progress, tokenizer=tokenizer)
-    seconds = {phase: t[-1] - t[0] for phase, t in times.items()}
+    seconds = {phase: t[-1] - t[0] for phase, t in times.items()} | {"total": summary.seconds}
     print(json.dumps({"peak": peak.bytes, "bytes": summary.bytes} | seconds))
 
 
@@ -139,7 +140,8 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
             print(
                 f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB, "
                 f"write {row['bytes'] / row['write'] / 1e6:5.0f} MB/s, "
-                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s",
+                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s, "
+                f"all {row['bytes'] / row['total'] / 1e6:5.0f} MB/s",
                 flush=True,
             )
             if not keep:
@@ -149,9 +151,8 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
 
 def write_tokenizer(folder: Path, size: int) -> Path:
     """A sentencepiece model with this many pieces."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    spm: Any = sentencepiece_model_pb2  # its classes are made at run time
+    # Its classes are made at run time.
+    spm: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     model = spm.ModelProto()
     for i in range(size):
         piece = model.pieces.add(piece=f"<{i}>", score=-i)

@@ -1,5 +1,6 @@
 """Small checkpoints of every format."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,3 +58,16 @@ def files(folder: Path) -> dict[str, bytes]:
         for file in folder.rglob("*")
         if file.is_file()
     }
+
+
+def write_orbax(path: Path, *, ocdbt: bool, wrapped: bool = False) -> Path:
+    """A directory that Orbax itself wrote, compressed."""
+    import orbax.checkpoint as ocp
+
+    source = write_checkpoint(path.with_name(path.name + "-raw"), Format.KAGGLE_FLAX)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(source / "model")
+    shutil.rmtree(source)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
+        checkpointer.save(path / "model", {"params": tree} if wrapped else tree)
+    return path

@@ -85,9 +85,9 @@ def _from_huggingface(name: str, folder: Path) -> None:
 
 def _from_kaggle(name: str, folder: Path) -> None:
     try:
-        import kagglehub
-        import kagglehub.config
-        from kagglehub import exceptions
+        import kagglehub  # pyright: ignore[reportMissingImports]  # of the extra `hub`
+        import kagglehub.config  # pyright: ignore[reportMissingImports]
+        from kagglehub import exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         package = "kagglehub"
         raise MissingExtraError("downloading from kaggle:", package, package) from error

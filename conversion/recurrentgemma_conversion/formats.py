@@ -157,7 +157,7 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """Writes what comes after the weights, and puts all of it on the disk."""
+        """Writes what comes after the weights, and closes its files."""
 
     @abc.abstractmethod
     def abandon(self) -> None:

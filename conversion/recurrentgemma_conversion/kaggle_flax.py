@@ -22,7 +22,7 @@ from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.tensor_files import close_durably, write_pieces
+from recurrentgemma.common.tensor_files import write_pieces
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -227,7 +227,6 @@ class KaggleFlaxWriter(Writer):
         _write_json(array / _ZARR, metadata)
         with (array / _chunk_name((0,) * len(spec.shape), metadata)).open("xb") as file:
             write_pieces(file, pieces(parameter, dtype))
-            close_durably(file)
 
     def abandon(self) -> None:
         """Nothing is open between parameters."""
@@ -260,4 +259,3 @@ def orbax_metadata(paths: list[str]) -> dict[str, Any]:
 def _write_json(path: Path, value: Any) -> None:
     with path.open("x", encoding="utf-8") as file:
         json.dump(value, file, separators=(",", ":"))
-        close_durably(file)

@@ -23,7 +23,7 @@ from recurrentgemma.common.arrays import BFLOAT16, DTYPES, pieces
 from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.tensor_files import close_durably, write_pieces
+from recurrentgemma.common.tensor_files import write_pieces
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -151,7 +151,7 @@ class KaggleTorchWriter(Writer):
     def finish(self) -> None:
         self._record("version", [np.frombuffer(b"3\n", np.uint8)])
         self._zip.close()
-        close_durably(self._file)
+        self._file.close()
         (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
 
     def _record(self, name: str, arrays: Iterable[np.ndarray], size: int = 0) -> None:

@@ -23,7 +23,9 @@ _SPARE = 16 << 20  # bytes, for all that is not tensors
 def whole_folder(
     path: str | os.PathLike[str], *, force: bool = False, size: int = 0
 ) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the name `path` once the block ends well.
+    """A temporary sibling to write to; once the block ends well it takes the name `path`.
+
+    All of it is on the disk by then.
 
     A process killed in between leaves a hidden sibling, which the next writer of `path` removes.
 
@@ -51,8 +53,9 @@ def whole_folder(
     with _locked(temporary):
         try:
             yield temporary
-            for directory, _, _ in os.walk(temporary):
-                _sync(Path(directory))
+            for directory, _, files in os.walk(temporary):
+                for name in (*files, "."):
+                    _sync(Path(directory) / name)
             temporary.chmod(0o755)
             _rename(temporary, folder)
         except BaseException:
@@ -74,7 +77,11 @@ def _rename(temporary: Path, folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         old = temporary.with_suffix(".old")
         folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
         _remove(old)
     else:
         temporary.rename(folder)
@@ -88,10 +95,10 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(folder: Path) -> None:
-    """Puts the names in a folder on the disk, where folders can be opened."""
+def _sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk, where folders can be opened."""
     with contextlib.suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

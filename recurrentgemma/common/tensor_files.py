@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,19 +163,12 @@ class TensorFileWriter:
             self._file.close()
 
     def close(self) -> None:
-        """Flushes the file to the disk."""
+        """Closes the file, all of its tensors being there."""
         assert not self._pending
-        close_durably(self._file)
+        self._file.close()
 
 
 def write_pieces(file: Any, arrays: Iterable[np.ndarray]) -> None:
     """Writes the bytes of contiguous arrays one after the other."""
     for array in arrays:
         file.write(array.view(np.uint8).data)
-
-
-def close_durably(file: Any) -> None:
-    """Closes a file once its bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

@@ -1,0 +1,169 @@
+"""Damaged files and pickles with code: named, and nothing is written."""
+
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from checkpoints import CONFIGS, files, write_orbax
+
+from recurrentgemma.common import errors
+from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+
+CONFIG = CONFIGS["griffin"]
+OVERRIDES = Overrides(None, True, 8, 5.0)  # what its shapes do not tell
+
+
+@pytest.mark.parametrize("format_", [Format.RECURRENTGEMMA, Format.HUGGINGFACE])
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_safetensors(make, refused, format_: Format, keep: int) -> None:
+    source = make("source", format_)
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(source, errors.DamagedError, "model.safetensors is no complete safetensors file")
+
+
+def test_surplus_bytes(make, refused) -> None:
+    source = make("source", Format.RECURRENTGEMMA)
+    with (source / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    refused(source, errors.DamagedError, "bytes are expected")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999])
+def test_truncated_zip(make, refused, keep: float) -> None:
+    path = make("source", Format.KAGGLE_TORCH) / "model.pt"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    refused(path.parent, errors.DamagedError, "model.pt is cut short")
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("layout", ["ours", "zarr"])
+def test_damaged_zarr_chunks(tmp_path: Path, make, refused, layout: str, how: str) -> None:
+    if layout == "ours":
+        source = make("source", Format.KAGGLE_FLAX)
+    else:
+        source = write_orbax(tmp_path / "source", ocdbt=False)
+    chunk = source / "model/blocks.3.mlp_block.ffw_down.kernel/0.0"
+    if how == "missing":
+        chunk.unlink()
+        words = ["lacks 1 chunks", "blocks.3.mlp_block.ffw_down.kernel"]
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-10])
+        words = ["blocks.3.mlp_block.ffw_down.kernel"]
+    refused(source, errors.DamagedError, *words, to=Format.KAGGLE_TORCH, overrides=OVERRIDES)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_damaged_databases(tmp_path: Path, refused, wrapped: bool) -> None:
+    source = write_orbax(tmp_path / "source", ocdbt=True, wrapped=wrapped)
+    with open_checkpoint(source, OVERRIDES) as reader:
+        assert reader.config == CONFIG
+    convert(source, tmp_path / "whole", Format.KAGGLE_TORCH, overrides=OVERRIDES)
+    root, whole, damaged = source / "model", files(tmp_path / "whole"), []
+    for file in [root / "manifest.ocdbt", *root.glob("ocdbt.process_0/d/*"), *root.glob("d/*")]:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        try:
+            convert(source, tmp_path / "out", Format.KAGGLE_TORCH, overrides=OVERRIDES)
+        except errors.DamagedError:
+            damaged.append(file.name)
+        else:  # Orbax leaves superseded files behind
+            assert files(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+        file.write_bytes(content)
+    assert "manifest.ocdbt" in damaged
+    assert len(damaged) >= 3
+    for file in root.glob("ocdbt.process_0/d/*"):
+        file.unlink()
+    refused(
+        source, errors.DamagedError, "cannot be read", to=Format.KAGGLE_TORCH, overrides=OVERRIDES
+    )
+
+
+def test_damaged_metadata_of_an_array(make, refused) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    (source / "model/final_norm.scale/.zarray").write_text("{")
+    refused(source, errors.DamagedError, "final_norm.scale/.zarray is damaged")
+
+
+def test_damaged_index(tmp_path: Path, make, refused) -> None:
+    convert(
+        make("whole", Format.RECURRENTGEMMA), tmp_path / "source", Format.HUGGINGFACE,
+        shard_size=30_000,
+    )  # fmt: skip
+    source = tmp_path / "source"
+    index = source / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text[:-20])
+    refused(source, errors.DamagedError, "is no index of safetensors files")
+    index.write_text(text.replace("model-00001-of", "../model-00001-of"))
+    refused(source, errors.DamagedError, "must be a name in this folder")
+    index.write_text(text.replace('"model.final_norm.weight": ', '"model.norm.weight": '))
+    refused(source, errors.MismatchError, "no model.norm.weight in", "model.final_norm.weight in")
+    index.write_text(text)
+    shards = sorted(source.glob("model-*"))
+    shards[0].rename(tmp_path / "first")
+    shards[-1].rename(tmp_path / "last")
+    refused(source, errors.DamagedError, f"lacks {shards[0].name}, {shards[-1].name}")
+
+
+class Code:
+    """Runs when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
+def test_pickles_with_code(tmp_path: Path, refused, kind: str) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "model.pt"
+    if kind == "bare":
+        path.write_bytes(pickle.dumps({"a": Code(mark)}, 2))
+    else:
+        torch.save({"a": Code(mark)}, path, _use_new_zipfile_serialization=kind == "zip")
+    refused(path, errors.UnsafePickleError, "could run code", "mkdir")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {"a": {"b": torch.zeros(1)}}, {}])
+def test_pickles_of_other_things(tmp_path: Path, refused, content) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", errors.UnsafePickleError, "must hold")
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
+    source = make("source", format_)
+    path = tmp_path / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for file in source.iterdir():
+            archive.add(file, f"./{file.name}")
+    convert(path, tmp_path / "same", format_)
+    assert files(tmp_path / "same") == files(source)
+    shutil.rmtree(tmp_path / "same")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(path, errors.DamagedError, "archive.tar.gz cannot be unpacked")
+
+
+def test_archives_that_reach_outside(tmp_path: Path, refused) -> None:
+    (tmp_path / "evil").write_text("x")
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "evil", "../../evil")
+    refused(tmp_path / "archive.tar.gz", errors.DamagedError, "cannot be unpacked")
+
+
+def test_a_zip_that_is_no_state_dict(tmp_path: Path, refused) -> None:
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("a.txt", "a")
+    refused(tmp_path / "model.pt", errors.DamagedError, "cannot be read")
