@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.arrays import cast
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.files import whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
@@ -130,11 +131,11 @@ def save_parameters(
     """
     import orbax.checkpoint as ocp
 
-    path = Path(checkpoint_path).expanduser().absolute()
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists; pass force=True to replace it")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, dict(params), force=force)
+    with (
+        whole_folder(checkpoint_path, force=force) as folder,
+        ocp.PyTreeCheckpointer() as checkpointer,
+    ):
+        checkpointer.save(folder, dict(params), force=True)  # of the folder's empty self
 
 
 def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, Any]) -> Any:

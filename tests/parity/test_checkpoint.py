@@ -189,6 +189,10 @@ def test_torch_names_every_mismatch() -> None:
     assert "unexpected extra (24,)" in str(caught.value)
 
 
+def _interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_orbax_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     import jax
@@ -213,6 +217,12 @@ def test_orbax_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sampler.params is loaded
     recurrentgemma.save_parameters("relative", params, force=True)
     jax.tree.map(np.testing.assert_array_equal, recurrentgemma.load_parameters("relative"), params)
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.PyTreeCheckpointer.save", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recurrentgemma.save_parameters("relative", params, force=True)
+    jax.tree.map(np.testing.assert_array_equal, recurrentgemma.load_parameters("relative"), params)
+    assert [file.name for file in tmp_path.iterdir()] == ["relative"]
     with pytest.raises(ValueError, match="no checkpoint directory at"):
         recurrentgemma.load_parameters("absent")
     (tmp_path / "empty").mkdir()
