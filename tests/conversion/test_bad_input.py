@@ -17,7 +17,9 @@ from recurrentgemma.common.presets import Preset
 from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter
 from recurrentgemma_conversion import Format, Overrides, convert, detect
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import torch
+
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
 CONFIG = CONFIGS["griffin"]

@@ -16,7 +16,9 @@ from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import torch
+
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
 PAIRS = list(itertools.permutations(Format, 2))

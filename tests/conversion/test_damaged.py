@@ -13,7 +13,9 @@ from checkpoints import CONFIGS, files, write_orbax
 from recurrentgemma.common import errors
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import torch
+
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
 CONFIG = CONFIGS["griffin"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 
-pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
 CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_width=4)

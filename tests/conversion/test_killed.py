@@ -16,7 +16,7 @@ from checkpoints import files, write_checkpoint
 
 from recurrentgemma_conversion import Format, convert
 
-pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to be quick")
 
 MOMENTS = 20
