@@ -12,6 +12,7 @@ from recurrentgemma.jax.layers import SpecModule
 from recurrentgemma.jax.scan import wide_dtype
 
 MAX_WAVELENGTH = 10_000
+BLOCKS_PER_WINDOW = 4
 
 
 def apply_rope(x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
@@ -39,9 +40,9 @@ def local_attention(
 ) -> Float[Array, "b t n h"]:
     """Attention of T queries over S = H + T places, H of them history (0 or `window`).
 
-    The query at place H + t sees places H + t - window to H + t, those of its own document. A
-    sequence longer than the window goes in blocks of that length, each against its own block of
-    keys and the one before.
+    The query at place H + t sees places H + t - window to H + t, those of its own document. The
+    sequence goes in blocks of a fraction of the window, each against its own keys and those of the
+    blocks that the window reaches.
 
     Args:
       q_btnh: Queries.
@@ -51,26 +52,36 @@ def local_attention(
       window: How many places before its own a query sees.
     """
     length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
-    if length <= window:
+    block = -(-window // BLOCKS_PER_WINDOW)
+    reach = block * BLOCKS_PER_WINDOW
+    if history + length <= reach + block:  # no more keys than a block sees
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
         kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
     else:
-        before, after = window - history, -length % window
-        q_bgcnh = _blocks(q_btnh, 0, after, window)
-        document_bgc = _blocks(document_bt, 0, after, window)
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, window))
-        document_bgs = _and_previous(_blocks(document_bs, before, after, window))
-        history = window
+        before, after = reach - history, -length % block
+        q_bgcnh = _blocks(q_btnh, 0, after, block)
+        document_bgc = _blocks(document_bt, 0, after, block)
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, after, block))
+        history = reach
     lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgsh.shape[2])
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
     k_bgsh, v_bgsh = jnp.split(kv_bgsh, 2, -1)
     wide = wide_dtype(q_btnh.dtype)
-    logits_bgncs = jnp.einsum("bgcnh,bgsh->bgncs", q_bgcnh, k_bgsh, preferred_element_type=wide)
-    logits_bgncs = logits_bgncs * q_btnh.shape[-1] ** -0.5
-    logits_bgncs = jnp.where(mask_bgcs[:, :, None], logits_bgncs, jnp.finfo(wide).min)
-    weights_bgncs = jax.nn.softmax(logits_bgncs).astype(v_bgsh.dtype)
-    out_bgcnh = jnp.einsum("bgncs,bgsh->bgcnh", weights_bgncs, v_bgsh)
+    # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
+    logits_bgcns = jnp.einsum("bgcnh,bgsh->bgcns", q_bgcnh, k_bgsh, preferred_element_type=wide)
+    logits_bgcns = logits_bgcns * q_btnh.shape[-1] ** -0.5
+    logits_bgcns = jnp.where(mask_bgcs[:, :, :, None], logits_bgcns, jnp.finfo(wide).min)
+    largest_bgcn1 = jax.lax.stop_gradient(logits_bgcns.max(-1, keepdims=True))
+    weights_bgcns = jnp.exp(logits_bgcns - largest_bgcn1)
+    out_bgcnh = jnp.einsum(
+        "bgcns,bgsh->bgcnh",
+        weights_bgcns.astype(v_bgsh.dtype),
+        v_bgsh,
+        preferred_element_type=wide,
+    )
+    out_bgcnh = (out_bgcnh / weights_bgcns.sum(-1, keepdims=True)).astype(q_btnh.dtype)
     return out_bgcnh.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:])[:, :length]
 
 
@@ -83,8 +94,10 @@ def _blocks(x: Array, before: int, after: int, length: int) -> Array:
 
 
 def _and_previous(blocks: Array) -> Array:
-    """[B, 1 + G, C, ...] to [B, G, 2 C, ...]: each block after the first, behind its neighbour."""
-    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], 2)
+    """[B, R + G, C, ...] to [B, G, (R + 1) C, ...]: each block but the first R, behind R others."""
+    last = blocks.shape[1] - BLOCKS_PER_WINDOW
+    shifted = (blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1))
+    return jnp.concatenate(list(shifted), 2)
 
 
 class LocalAttentionBlock(SpecModule):

@@ -162,7 +162,10 @@ class Einsum(SpecModule):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "c b t m"]:
         x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
-        return jnp.einsum("btd,cdm->cbtm", x, w) + b
+        # One product a matrix: jnp.einsum would copy the weight to bring its axes together.
+        x_zd = x.reshape(-1, x.shape[-1])
+        x_czd = jnp.broadcast_to(x_zd, (w.shape[0], *x_zd.shape))
+        return jnp.matmul(x_czd, w).reshape(w.shape[0], *x.shape[:2], -1) + b
 
 
 class Embedder(SpecModule):

@@ -12,6 +12,7 @@ from recurrentgemma.torch.layers import SpecModule
 from recurrentgemma.torch.scan import wide_dtype
 
 MAX_WAVELENGTH = 10_000
+BLOCKS_PER_WINDOW = 4
 
 
 def apply_rope(
@@ -41,9 +42,9 @@ def local_attention(
 ) -> Float[Tensor, "b t n h"]:
     """Attention of T queries over S = H + T places, H of them history (0 or `window`).
 
-    The query at place H + t sees places H + t - window to H + t, those of its own document. A
-    sequence longer than the window goes in blocks of that length, each against its own block of
-    keys and the one before.
+    The query at place H + t sees places H + t - window to H + t, those of its own document. The
+    sequence goes in blocks of a fraction of the window, each against its own keys and those of the
+    blocks that the window reaches.
 
     Args:
       q_btnh: Queries.
@@ -53,16 +54,18 @@ def local_attention(
       window: How many places before its own a query sees.
     """
     length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
-    if length <= window:
+    block = -(-window // BLOCKS_PER_WINDOW)
+    reach = block * BLOCKS_PER_WINDOW
+    if history + length <= reach + block:  # no more keys than a block sees
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
         kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
     else:
-        before, after = window - history, -length % window
-        q_bgcnh = _blocks(q_btnh, 0, after, window)
-        document_bgc = _blocks(document_bt, 0, after, window)
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, window))
-        document_bgs = _and_previous(_blocks(document_bs, before, after, window))
-        history = window
+        before, after = reach - history, -length % block
+        q_bgcnh = _blocks(q_btnh, 0, after, block)
+        document_bgc = _blocks(document_bt, 0, after, block)
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, after, block))
+        history = reach
     lag_cs = (
         history
         + torch.arange(q_bgcnh.shape[2], device=q_btnh.device)[:, None]
@@ -90,8 +93,9 @@ def _blocks(x: Tensor, before: int, after: int, length: int) -> Tensor:
 
 
 def _and_previous(blocks: Tensor) -> Tensor:
-    """[B, 1 + G, C, ...] to [B, G, 2 C, ...]: each block after the first, behind its neighbour."""
-    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2)
+    """[B, R + G, C, ...] to [B, G, (R + 1) C, ...]: each block but the first R, behind R others."""
+    last = blocks.shape[1] - BLOCKS_PER_WINDOW
+    return torch.cat([blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1)], 2)
 
 
 class LocalAttentionBlock(SpecModule):

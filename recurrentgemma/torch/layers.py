@@ -148,7 +148,8 @@ class Einsum(SpecModule):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "c b t m"]:
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
-        return torch.matmul(x.flatten(0, 1), self.w).unflatten(1, x.shape[:2]) + self.b
+        x_czd = x.flatten(0, 1).expand(self.w.shape[0], -1, -1)
+        return torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w).unflatten(1, x.shape[:2])
 
 
 class Embedder(SpecModule):
@@ -166,9 +167,14 @@ class Embedder(SpecModule):
 
     def decode(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
+        x, embedding, cap = (
+            x.to(wide_dtype(x.dtype)),
+            self.input_embedding,
+            self.config.logits_soft_cap,
+        )
+        x = x / cap if cap else x  # before the product, where it costs less
         # In parts, since in a narrower dtype each is copied to the wide one.
-        x, embedding = x.to(wide_dtype(x.dtype)), self.input_embedding
         parts = [embedding] if embedding.dtype == x.dtype else embedding.split(_VOCABULARY_PART)
-        logits = torch.cat([nn.functional.linear(x, part.to(x.dtype)) for part in parts], -1)
-        cap = self.config.logits_soft_cap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
+        logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
+        return logits.tanh_() * cap if cap else logits

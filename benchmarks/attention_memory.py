@@ -1,0 +1,127 @@
+"""Peak memory of one local attention layer over 8192 tokens: it must not grow with T squared.
+
+    python benchmarks/attention_memory.py
+    python benchmarks/attention_memory.py --published ENVIRONMENT/bin/python
+
+Width 512, 8 heads, window 256, float32. Each measurement is a process of its own, which reports the
+most memory that it held beyond what it held before the first call: of the forward pass, and of it
+with the backward pass. Exits 1 where one of ours is above 0.5 GB. See `model.py` for --published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleaved import publish
+from model import config_of
+
+LENGTH, WIDTH = 8192, 512
+LIMIT = 0.5e9
+
+
+def block_arguments(package: Any, published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the package's LocalAttentionBlock takes."""
+    config = config_of(package)
+    if not published:
+        return (config, "blocks.2.attention_block"), {}
+    settings = {
+        "width": config.width,
+        "num_heads": config.num_heads,
+        "window_size": config.attention_window_size,
+        "final_w_init_variance_scale": 1.0,
+    }
+    return (), settings
+
+
+def run_jax(backward: bool, published: bool) -> None:
+    """The layer in `recurrentgemma.jax`."""
+    import jax
+    import jax.numpy as jnp
+
+    from recurrentgemma import jax as package
+
+    args, settings = block_arguments(package, published)
+    block = package.LocalAttentionBlock(*args, **settings)
+    positions = jnp.arange(LENGTH)[None]
+    params = jax.jit(block.init)(jax.random.key(0), jnp.ones((1, 8, WIDTH)), positions[:, :8])
+
+    def loss(params, x):
+        return jnp.square(block.apply(params, x, positions)[0]).sum()
+
+    run = jax.jit(jax.grad(loss) if backward else loss)
+    measure(lambda x: jax.block_until_ready(run(params, jnp.asarray(x))))
+
+
+def run_torch(backward: bool, published: bool) -> None:
+    """The layer in `recurrentgemma.torch`."""
+    import torch
+
+    from recurrentgemma import torch as package
+
+    args, settings = block_arguments(package, published)
+    block = package.LocalAttentionBlock(*args, **settings)
+    positions = torch.arange(LENGTH)[None]
+
+    def run(x: np.ndarray) -> None:
+        with torch.set_grad_enabled(backward):
+            loss = block(torch.from_numpy(x), positions)[0].square().sum()
+            if backward:
+                loss.backward()
+
+    measure(run)
+
+
+def measure(run: Any) -> None:
+    """Prints the bytes that a first call adds to the peak of the process."""
+    x = np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH), np.float32)
+    before = peak()
+    run(x)
+    print(json.dumps(peak() - before))
+
+
+def peak() -> int:
+    """The most bytes that the process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    """Measures each twin; 0 if both stay below the limit."""
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
+    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        framework, backward, published = arguments.worker
+        run = {"jax": run_jax, "torch": run_torch}[framework]
+        run(backward == "backward", published == "published")
+        return 0
+    pythons = {"ours": sys.executable}
+    if arguments.published:
+        pythons["published"] = arguments.published
+    table = Table("", "forward, MB", "forward and backward, MB")
+    results: dict[str, dict[str, int]] = {}
+    for whose, python in pythons.items():
+        for framework in ("jax", "torch"):
+            found = results[f"{whose} {framework}"] = {}
+            for what in ("forward", "backward"):
+                command = [python, __file__, "--worker", framework, what, whose]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found[what] = json.loads(done.stdout)
+            table.add_row(f"{whose} {framework}", *(f"{v / 1e6:,.0f}" for v in found.values()))
+    publish(table, {"peak_bytes": results}, arguments.output)
+    ours = (v for name, found in results.items() if name.startswith("ours") for v in found.values())
+    return int(max(ours) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

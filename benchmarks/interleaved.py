@@ -1,0 +1,138 @@
+"""Timing of contenders against each other: each in a process of its own, taking turns.
+
+A worker is a script that calls `serve` with its tasks. Only one runs at a time, and every round
+runs each of them once, so that a slow minute of the machine falls on all alike.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+Task = Callable[[], Any]
+Seconds = dict[str, dict[str, list[float]]]
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy")
+
+
+def serve(tasks: Mapping[str, Task]) -> None:
+    """Runs the tasks that standard input names and answers with the seconds that each took."""
+    print(json.dumps(sorted(tasks)), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        tasks[line.strip()]()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, command: Sequence[str], **environment: str) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.peak_bytes = 0
+        self.tasks: list[str] = self._answer()
+
+    def run(self, task: str) -> float:
+        """Seconds of one run."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(task + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self.peak_bytes = answer["peak_bytes"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{shlex.join(map(str, self._process.args))} ended early")  # pyright: ignore[reportArgumentType]
+        return json.loads(line)
+
+
+def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[Seconds, Seconds]:
+    """Seconds by contender and task: of each first call, and of `rounds` calls in turn.
+
+    Each timed call follows another of the same task, which brings its data into the caches.
+    """
+    tasks = sorted({task for worker in workers.values() for task in worker.tasks})
+    turns = [(name, task) for task in tasks for name in workers if task in workers[name].tasks]
+    first: Seconds = {name: {} for name in workers}
+    later: Seconds = {name: {} for name in workers}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("measuring", total=len(turns) * (rounds + 1))
+        for name, task in turns:
+            first[name][task] = [workers[name].run(task)]
+            progress.advance(bar)
+        for _ in range(rounds):
+            for name, task in turns:
+                workers[name].run(task)
+                later[name].setdefault(task, []).append(workers[name].run(task))
+                progress.advance(bar)
+    return first, later
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return f"{middle * 1e3:.3g} ({low * 1e3:.3g} to {high * 1e3:.3g})"
+
+
+def about() -> dict[str, Any]:
+    """Machine, versions and command."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "cpu": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def publish(table: Table, results: Mapping[str, Any], output: Path | None) -> None:
+    """Prints a table and writes it and the results to `output`, a name without suffix."""
+    Console(width=140).print(table)
+    if output is None:
+        return
+    everything = {**about(), **results}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+    with output.with_suffix(".txt").open("w") as file:
+        for key, value in about().items():
+            print(f"{key}: {value}", file=file)
+        Console(width=140, file=file).print(table)

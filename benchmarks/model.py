@@ -1,0 +1,254 @@
+"""Whole-model speed: prefill, decode and a training step against other implementations.
+
+    python benchmarks/model.py --output benchmarks/results/NAME
+    python benchmarks/model.py --published ENVIRONMENT/bin/python
+
+The workload has 23M parameters in float32 (width 512, R R A twice, window 256, vocabulary 8192):
+1024 tokens of prefill, single decode steps after it, and a training step of 2 x 512 tokens with
+plain SGD. Contenders take turns, each in a process of its own. `--published` names the Python of an
+environment of its own that holds the package `recurrentgemma` 1.0.1, which has our import name:
+
+    pip install torch jax flax orbax-checkpoint sentencepiece einops jaxtyping "typeguard<3" rich
+    pip install --no-deps recurrentgemma==1.0.1
+
+"forward" computes the logits of every token; "prefill" what sampling needs, the logits of the last
+token and the state, where a contender can. The training step recomputes nothing in the backward
+pass unless the contender's name says remat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleaved import Task, Worker, measure, publish, serve, spread
+
+SHAPE = {
+    "vocab_size": 8192,
+    "width": 512,
+    "mlp_expanded_width": 1536,
+    "num_heads": 8,
+    "attention_window_size": 256,
+    "logits_soft_cap": 30.0,
+    "embeddings_scale_by_sqrt_dim": True,
+}
+PATTERN = ("RECURRENT", "RECURRENT", "ATTENTION") * 2
+PROMPT, TRAIN = (1, 1024), (2, 512)
+RATE = 1e-3
+Tasks = dict[str, Task]
+
+
+def batch(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and their positions, [B, T]."""
+    tokens = np.random.default_rng(0).integers(SHAPE["vocab_size"], size=shape, dtype=np.int32)
+    return tokens, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+
+
+def config_of(package: Any, **settings: Any) -> Any:
+    """The workload's config; the published package and ours take the same arguments."""
+    kinds = tuple(package.TemporalBlockType[kind] for kind in PATTERN)
+    return package.GriffinConfig(**{**SHAPE, "block_types": kinds, **settings})
+
+
+def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
+    """Tasks of `recurrentgemma.jax`, ours or the published one."""
+    import jax
+    import jax.numpy as jnp
+
+    from recurrentgemma import jax as package
+
+    config = config_of(package, scan_type=package.ScanType[scan_type])
+    model = package.Griffin(config, gradient_checkpointing=remat)
+    tokens, positions = map(jnp.asarray, batch(PROMPT))
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :8], positions[:, :8])["params"]
+
+    def apply(params, tokens, positions, cache=None, **settings):
+        return model.apply({"params": params}, tokens, positions, cache, **settings)
+
+    forward = jax.jit(functools.partial(apply, return_cache=False))
+    prefill = jax.jit(functools.partial(apply, last_logits_only=True) if ours else apply)
+    decode = jax.jit(apply, donate_argnums=3)
+
+    def loss(params, tokens, positions):
+        logits = apply(params, tokens, positions, return_cache=False)[0][:, :-1]
+        is_next = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])
+        picked = jnp.where(is_next, logits, 0).sum(-1)
+        return (jax.nn.logsumexp(logits, -1) - picked).mean()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(params, tokens, positions):
+        value, grads = jax.value_and_grad(loss)(params, tokens, positions)
+        return value, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+
+    state = {
+        "params": jax.tree.map(jnp.copy, params),
+        "cache": prefill(params, tokens, positions)[1],
+        "position": positions[:, -1:],
+    }
+    train_tokens, train_positions = map(jnp.asarray, batch(TRAIN))
+
+    def decode_task():
+        state["position"] += 1
+        logits, state["cache"] = decode(params, tokens[:, :1], state["position"], state["cache"])
+        jax.block_until_ready(logits)
+
+    def train_task():
+        value, state["params"] = step(state["params"], train_tokens, train_positions)
+        jax.block_until_ready((value, state["params"]))
+
+    return {
+        "forward": lambda: jax.block_until_ready(forward(params, tokens, positions)),
+        "prefill": lambda: jax.block_until_ready(prefill(params, tokens, positions)),
+        "decode": decode_task,
+        "train": train_task,
+    }
+
+
+def torch_tasks(
+    model: Any,
+    forward: Callable[[Any], Any],
+    prefill: Callable[[Any], tuple[Any, Any]],
+    decode: Callable[[Any, Any, int], Any],
+) -> Tasks:
+    """Tasks of a torch module.
+
+    `forward(tokens)` gives logits, `prefill(tokens)` also the state, and
+    `decode(token, state, position)` the next state.
+    """
+    import torch
+
+    tokens, train_tokens = (torch.from_numpy(batch(shape)[0]).long() for shape in (PROMPT, TRAIN))
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    with torch.no_grad():
+        state = {"cache": prefill(tokens)[1], "position": PROMPT[1] - 1}
+
+    def decode_task():
+        state["position"] += 1
+        state["cache"] = decode(tokens[:, :1], state["cache"], state["position"])
+
+    def train_task():
+        logits = forward(train_tokens)[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, train_tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {
+        "forward": torch.no_grad()(lambda: forward(tokens)),
+        "prefill": torch.no_grad()(lambda: prefill(tokens)),
+        "decode": torch.no_grad()(decode_task),
+        "train": train_task,
+    }
+
+
+def griffin_torch(remat: bool, ours: bool) -> Tasks:
+    """Tasks of `recurrentgemma.torch`, ours or the published one."""
+    import torch
+
+    from recurrentgemma import torch as package
+
+    model = package.Griffin(config_of(package), gradient_checkpointing=remat)
+    last = {"last_logits_only": True} if ours else {}
+
+    def positions(tokens):
+        return torch.arange(tokens.shape[1]).expand(tokens.shape)
+
+    return torch_tasks(
+        model,
+        lambda tokens: model(tokens, positions(tokens), return_cache=False)[0],
+        lambda tokens: model(tokens, positions(tokens), **last),
+        lambda token, cache, position: model(token, torch.full((1, 1), position), cache)[1],
+    )
+
+
+def transformers_torch() -> Tasks:
+    """Tasks of `transformers`."""
+    import torch
+    import transformers
+
+    model = transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(
+            num_hidden_layers=len(PATTERN),
+            vocab_size=SHAPE["vocab_size"],
+            hidden_size=SHAPE["width"],
+            intermediate_size=2 * SHAPE["mlp_expanded_width"],
+            num_attention_heads=SHAPE["num_heads"],
+            attention_window_size=SHAPE["attention_window_size"],
+        )
+    )
+
+    def run(tokens, position=0, **settings):
+        places = torch.arange(position, position + tokens.shape[1])
+        return model(tokens, position_ids=places[None], **settings)
+
+    return torch_tasks(
+        model,
+        lambda tokens: run(tokens, use_cache=False).logits,
+        lambda tokens: (run(tokens, use_cache=True, logits_to_keep=1), None),
+        lambda token, _, position: run(token, position, use_cache=True) and None,
+    )
+
+
+OURS: dict[str, Callable[[], Tasks]] = {
+    "jax": lambda: griffin_jax(False, "AUTO", True),
+    "jax remat": lambda: griffin_jax(True, "AUTO", True),
+    "torch": lambda: griffin_torch(False, True),
+    "torch remat": lambda: griffin_torch(True, True),
+}
+PEERS: dict[str, Callable[[], Tasks]] = {"transformers": transformers_torch}
+PUBLISHED: dict[str, Callable[[], Tasks]] = {
+    "published jax": lambda: griffin_jax(False, "ASSOCIATIVE_NATIVE", False),
+    "published jax linear remat": lambda: griffin_jax(True, "AUTO", False),
+    "published torch": lambda: griffin_torch(False, False),
+}
+EVERY = OURS | PEERS | PUBLISHED
+
+
+def main() -> None:
+    """Measures every contender and prints medians, quartiles and ratios to the fastest peer."""
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
+    parser.add_argument("--only", nargs="+", help="contenders, by name")
+    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--worker", choices=EVERY, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(EVERY[arguments.worker]())
+        return
+    pythons: dict[str, str] = dict.fromkeys(OURS | PEERS, sys.executable)
+    if arguments.published:
+        pythons |= dict.fromkeys(PUBLISHED, arguments.published)
+    workers = {
+        name: Worker([python, __file__, "--worker", name])
+        for name, python in pythons.items()
+        if not arguments.only or name in arguments.only
+    }
+    first, later = measure(workers, arguments.rounds)
+    peaks = {name: worker.peak_bytes for name, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    tasks = ("forward", "prefill", "decode", "train")
+    table = Table("", *(f"{task}, ms" for task in tasks), "first forward / train, s", "peak GB")
+    for name, seconds in later.items():
+        calls = " / ".join(f"{first[name][task][0]:.1f}" for task in ("forward", "train"))
+        cells = (spread(seconds[task]) for task in tasks)
+        table.add_row(name, *cells, calls, f"{peaks[name] / 1e9:.2f}")
+    peers = [name for name in later if name not in OURS]
+    if peers:
+        fastest = {task: min(statistics.median(later[p][task]) for p in peers) for task in tasks}
+        for name in later.keys() & OURS.keys():
+            ratios = (f"{fastest[t] / statistics.median(later[name][t]):.2f} x" for t in tasks)
+            table.add_row(f"{name} against the fastest peer", *ratios, "", "")
+    publish(table, {"first": first, "seconds": later, "peak_bytes": peaks}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
