@@ -53,14 +53,19 @@ def whole_folder(
     with _locked(temporary):
         try:
             yield temporary
-            for directory, _, files in os.walk(temporary):
-                for name in (*files, "."):
-                    _sync(Path(directory) / name)
+            flush(temporary)
             temporary.chmod(0o755)
             _rename(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def flush(folder: Path) -> None:
+    """Puts all that is in a folder on the disk."""
+    for directory, _, files in os.walk(folder):
+        for name in (*files, "."):
+            _sync(Path(directory) / name)
 
 
 def require_room(folder: Path, size: int) -> None:
