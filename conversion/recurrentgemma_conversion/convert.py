@@ -130,14 +130,16 @@ def convert(
         specs = layer_spec(reader.config)
         dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
-        request = Request(reader.config, dtypes, _name(reader), shard_size)
+        read = None if pieces is None else Tokenizer(pieces)
+        request = Request(reader.config, dtypes, _name(reader), shard_size, read)
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
-            for companion in reader.companions if to is reader.format else ():
-                shutil.copyfile(companion, folder / companion.name)
+            if to is reader.format and tokenizer is None:
+                for companion in reader.companions:
+                    shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
                 shutil.copyfile(pieces, folder / TOKENIZER)
             if verify:

@@ -137,12 +137,14 @@ class Request(NamedTuple):
       dtypes: The dtype of each parameter, by path.
       name: What the weights are called, where a format gives them a name ("2b-it").
       shard_size: Bytes in a safetensors file, at most.
+      tokenizer: The tokenizer, where a format has files of its own for it.
     """
 
     config: GriffinConfig
     dtypes: Mapping[str, np.dtype]
     name: str
     shard_size: int = SHARD_SIZE
+    tokenizer: Tokenizer | None = None
 
 
 class Writer(abc.ABC):
