@@ -92,6 +92,7 @@ def convert(
     *,
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
+    ocdbt: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
@@ -109,6 +110,7 @@ def convert(
       to: The format of the result.
       dtype: What the parameters are cast to, to nearest, ties to even; as stored if None.
       shard_size: Bytes in a safetensors file, at most.
+      ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A sentencepiece model, where there is none beside the weights.
       overrides: What the source does not say of the model, or says otherwise.
       allow_nonfinite: Whether NaN and infinity are accepted.
@@ -131,7 +133,7 @@ def convert(
         dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         read = None if pieces is None else Tokenizer(pieces)
-        request = Request(reader.config, dtypes, _name(reader), shard_size, read)
+        request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt)
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
