@@ -1,6 +1,8 @@
 """What is wrong is named, all of it, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -247,6 +249,19 @@ def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     monkeypatch.setattr("tarfile.TarFile.extractall", None)
     refused(Path(archive), errors.DiskSpaceError, "too little room")
+
+
+@pytest.mark.parametrize("to", Format)
+def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> None:
+    def full(file, arrays) -> None:
+        file.write(b"some of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = make("source", Format.KAGGLE_TORCH)
+    for module in ("recurrentgemma.common.tensor_files", "recurrentgemma_conversion.kaggle_flax",
+                   "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
+        monkeypatch.setattr(f"{module}.write_pieces", full)
+    refused(source, errors.DiskSpaceError, "became full", to=to)
 
 
 @pytest.mark.parametrize(
