@@ -28,7 +28,7 @@ def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndar
       array: Of any strides.
       dtype: Each piece is cast to it, to nearest, ties to even; as it is if None.
     """
-    return (_flat(part, dtype) for part in _parts(array))
+    return (_flat(part, dtype) for (part,) in _parts(array))
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -53,13 +53,12 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 def count_nonfinite(array: np.ndarray, dtype: np.dtype | None = None) -> int:
     """How many values are NaN or infinite, once cast to `dtype` if that is given."""
-
-    def count(part: np.ndarray) -> int:
-        values = _flat(part, dtype)
-        mask = values.dtype.type(np.inf).view(f"u{values.itemsize}")
-        return int(np.count_nonzero((_bits(values) & mask) == mask))
-
-    return sum(map(count, _parts(_as_it_lies(array, array))))
+    infinity = (array.dtype if dtype is None else dtype).type(np.inf)
+    mask = infinity.view(f"u{infinity.itemsize}")
+    return sum(
+        int(np.count_nonzero((_bits(values) & mask) == mask))
+        for values in pieces(_as_it_lies(array, array), dtype)
+    )
 
 
 def same_bits(one: np.ndarray, other: np.ndarray, dtype: np.dtype | None = None) -> bool:
@@ -69,20 +68,21 @@ def same_bits(one: np.ndarray, other: np.ndarray, dtype: np.dtype | None = None)
     """
     if one.shape != other.shape or (one.dtype if dtype is None else dtype) != other.dtype:
         return False
-    pairs = zip(_parts(_as_it_lies(one, one)), _parts(_as_it_lies(other, one)), strict=True)
+    pairs = _parts(_as_it_lies(one, one), _as_it_lies(other, one))
     return all(np.array_equal(_bits(_flat(a, dtype)), _bits(_flat(b))) for a, b in pairs)
 
 
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Views of an array, one after the other in C order: for one shape the same cuts."""
-    if array.ndim > 2:
-        for row in array:
-            yield from _parts(row)
-    elif array.ndim == 0:
-        yield array
+def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Views of arrays of one shape, all cut alike, one after the other in C order."""
+    if all(array.flags.c_contiguous for array in arrays):
+        arrays = tuple(array.reshape(-1) for array in arrays)
+    if arrays[0].ndim > 2:
+        for rows in zip(*arrays, strict=True):
+            yield from _parts(*rows)
     else:
-        step = _STRIP if array.ndim == 2 else _VECTOR
-        yield from (array[i : i + step] for i in range(0, len(array), step))
+        step = _STRIP if arrays[0].ndim == 2 else _VECTOR
+        for i in range(0, len(arrays[0]), step):
+            yield tuple(array[i : i + step] for array in arrays)
 
 
 def _flat(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
