@@ -3,9 +3,11 @@
     python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
 
 For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
-what the imports took, and the rates of writing, of verifying and of both with all bytes flushed to
-the disk. `cp` of the same bytes is measured too, with and without flushing. It reads /proc, so it
-runs on Linux.
+what the imports took, and the rates of writing, of verifying, and of all of it with every byte
+flushed to the disk. Between safetensors, `cp` of the source runs just before each conversion, as it
+is and flushed, and two ratios say how the conversion compares: writing with `cp`, and all of it,
+verification included, with `cp` flushed. Where `cp` flushed is much slower than `cp`, the disk is
+the limit. The disk is idle when either starts. It reads /proc, so it runs on Linux.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,7 @@ from recurrentgemma_conversion import Format, Step, convert
 from recurrentgemma_conversion.formats import Request
 from recurrentgemma_conversion.native import NativeWriter
 
+SAFETENSORS = {Format.RECURRENTGEMMA, Format.HUGGINGFACE}
 INTERVAL = 0.005  # seconds between two looks at the memory
 
 
@@ -88,6 +92,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
 def copy(source: Path, destination: Path, *, flush: bool) -> float:
     """The bytes per second of `cp`."""
     size = sum(file.stat().st_size for file in source.iterdir())
+    os.sync()
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
     if flush:
@@ -122,9 +127,6 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
     tokenizer = write_tokenizer(folder, config.vocab_size)
     make(folder / "recurrentgemma", config)
     shutil.copy(tokenizer, folder / "recurrentgemma/tokenizer.model")
-    for flush in (False, True):
-        rate = copy(folder / "recurrentgemma", folder / "copy", flush=flush)
-        print(f"cp{', flushed' * flush}: {rate / 1e6:.0f} MB/s", flush=True)
     rows = []
     # First from ours, which makes the sources of the others.
     order = sorted(formats, key=lambda f: f is not Format.RECURRENTGEMMA)
@@ -134,16 +136,24 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
             destination = folder / (to if keep else "out")
             command = [sys.executable, __file__, "--child"]
             command += [str(folder / source), str(destination), to, str(tokenizer)]
+            compared = {}
+            if {source, to} <= SAFETENSORS:
+                compared = {
+                    name: copy(folder / source, folder / "copy", flush=name == "cp_flushed")
+                    for name in ("cp", "cp_flushed")
+                }
+            os.sync()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = {"source": source, "to": to} | json.loads(done.stdout)
+            row = {"source": source, "to": to} | json.loads(done.stdout) | compared
             rows.append(row)
-            print(
-                f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB, "
-                f"write {row['bytes'] / row['write'] / 1e6:5.0f} MB/s, "
-                f"verify {row['bytes'] / row['verify'] / 1e6:5.0f} MB/s, "
-                f"all {row['bytes'] / row['total'] / 1e6:5.0f} MB/s",
-                flush=True,
-            )
+            rates = {phase: row["bytes"] / row[phase] for phase in ("write", "verify", "total")}
+            line = f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB"
+            for name, rate in (rates | compared).items():
+                line += f", {name} {rate / 1e6:.0f} MB/s"
+            if compared:
+                line += f"; write / cp {rates['write'] / compared['cp']:.2f}"
+                line += f", total / cp flushed {rates['total'] / compared['cp_flushed']:.2f}"
+            print(line, flush=True)
             if not keep:
                 shutil.rmtree(destination)
     return rows

@@ -8,7 +8,7 @@ import numpy as np
 from cases import make_config, make_params
 
 from recurrentgemma.common.arrays import DTYPES
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma_conversion.convert import WRITERS
@@ -42,7 +42,7 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     params = parameters(config, dtype) | dict(changes or {})
     dtypes = {spec.path: DTYPES[dtype] for spec in layer_spec(config)}
-    request = Request(config, dtypes, "model")
+    request = Request(config, dtypes, "model", tokenizer=load_tokenizer())
     writer = WRITERS[format_](folder, request)
     for spec in layer_spec(config):
         writer.write(spec, params[spec.path])

@@ -27,8 +27,7 @@ def unpack(path: Path, folder: Path) -> None:
     """
     try:
         with tarfile.open(path) as archive:
-            for member in archive:
-                require_room(folder, member.size)
-                archive.extract(member, folder, filter="data")
+            require_room(folder, sum(member.size for member in archive))
+            archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DamagedError(f"{path} cannot be unpacked: {error}") from error

@@ -6,12 +6,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from recurrentgemma.common.arrays import DTYPES, cast, count_nonfinite, same_bits
+from recurrentgemma.common.arrays import DTYPES, count_nonfinite, same_bits
 from recurrentgemma.common.checkpoint import TOKENIZER
 from recurrentgemma.common.errors import (
     DestinationError,
@@ -19,8 +18,8 @@ from recurrentgemma.common.errors import (
     TokenizerError,
     VerificationError,
 )
-from recurrentgemma.common.files import whole_folder
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.files import flush, whole_folder
+from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.shards import SHARD_SIZE
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.formats import Format, Reader, Request, Writer, checkpoint_name
@@ -93,6 +92,7 @@ def convert(
     *,
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
+    ocdbt: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
@@ -110,6 +110,7 @@ def convert(
       to: The format of the result.
       dtype: What the parameters are cast to, to nearest, ties to even; as stored if None.
       shard_size: Bytes in a safetensors file, at most.
+      ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A sentencepiece model, where there is none beside the weights.
       overrides: What the source does not say of the model, or says otherwise.
       allow_nonfinite: Whether NaN and infinity are accepted.
@@ -131,18 +132,23 @@ def convert(
         specs = layer_spec(reader.config)
         dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
-        request = Request(reader.config, dtypes, _name(reader), shard_size)
+        read = None if pieces is None else Tokenizer(pieces)
+        request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt)
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
-            for companion in reader.companions if to is reader.format else ():
-                shutil.copyfile(companion, folder / companion.name)
+            if to is reader.format and tokenizer is None:
+                for companion in reader.companions:
+                    shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
                 shutil.copyfile(pieces, folder / TOKENIZER)
             if verify:
-                _verify(reader, folder, to, request, progress, total)
+                with ThreadPoolExecutor(1) as disk:
+                    flushed = disk.submit(flush, folder)  # as long as it takes to compare
+                    _verify(reader, folder, to, request, progress, total)
+                    flushed.result()
         return Summary(
             source_format=reader.format,
             format=to,
@@ -162,7 +168,7 @@ def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> di
     try:
         for spec in _Steps("write", reader, writer.request, progress, total):
             parameter = reader.read(spec)
-            count = _count_nonfinite(parameter, writer.request.dtypes[spec.path])
+            count = count_nonfinite(parameter, writer.request.dtypes[spec.path])
             if count:
                 nonfinite[spec.path] = count
             writer.write(spec, parameter)
@@ -171,19 +177,6 @@ def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> di
         writer.abandon()
         raise
     return nonfinite
-
-
-def _count_nonfinite(parameter: np.ndarray, dtype: np.dtype) -> int:
-    """How many values are NaN or infinite, or would be in the dtype they are cast to."""
-    count = count_nonfinite(parameter)
-    if count or dtype.itemsize >= parameter.itemsize:
-        return count
-    return sum(count_nonfinite(cast(part, dtype)) for part in _rows(parameter))
-
-
-def _rows(parameter: np.ndarray):
-    step = max(1, len(parameter) // max(1, parameter.nbytes >> 24))
-    return (parameter[i : i + step] for i in range(0, len(parameter), step))
 
 
 def _verify(
@@ -197,20 +190,13 @@ def _verify(
     written = READERS[to](weights, NO_OVERRIDES)
     if written.config != request.config:
         raise VerificationError(f"the config reads back as {written.config}")
-    wrong = []
-    for spec in _Steps("verify", reader, request, progress, total):
-        wrong += [] if _same(reader, written, spec, request) else [spec.path]
+    wrong = [
+        spec.path
+        for spec in _Steps("verify", reader, request, progress, total)
+        if not same_bits(reader.read(spec), written.read(spec), request.dtypes[spec.path])
+    ]
     if wrong:
         raise VerificationError(f"what was written reads back otherwise: {', '.join(wrong)}")
-
-
-def _same(reader: Reader, written: Reader, spec: ParamSpec, request: Request) -> bool:
-    meant, found = reader.read(spec), written.read(spec)
-    dtype = request.dtypes[spec.path]
-    if meant.dtype == dtype:
-        return same_bits(meant, found)
-    pairs = zip(_rows(meant), _rows(found), strict=True)
-    return all(same_bits(cast(a, dtype), b) for a, b in pairs)
 
 
 class _Steps:

@@ -13,6 +13,7 @@ from recurrentgemma.common.files import whole_folder
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
 
+_EXTRA = "'recurrentgemma[hub]'"
 # Not what else a repository may hold, such as other formats of the same weights.
 _HUGGINGFACE_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
@@ -62,8 +63,7 @@ def _from_huggingface(name: str, folder: Path) -> None:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        package = "huggingface_hub"
-        raise MissingExtraError("downloading from hf:", package, package) from error
+        raise MissingExtraError("downloading from hf:", "huggingface_hub", _EXTRA) from error
     page = f"https://huggingface.co/{name}"
     try:
         huggingface_hub.snapshot_download(name, local_dir=folder, allow_patterns=_HUGGINGFACE_FILES)
@@ -85,12 +85,11 @@ def _from_huggingface(name: str, folder: Path) -> None:
 
 def _from_kaggle(name: str, folder: Path) -> None:
     try:
-        import kagglehub  # pyright: ignore[reportMissingImports]  # of the extra `hub`
-        import kagglehub.config  # pyright: ignore[reportMissingImports]
-        from kagglehub import exceptions  # pyright: ignore[reportMissingImports]
+        import kagglehub
+        import kagglehub.config
+        from kagglehub import exceptions
     except ImportError as error:
-        package = "kagglehub"
-        raise MissingExtraError("downloading from kaggle:", package, package) from error
+        raise MissingExtraError("downloading from kaggle:", "kagglehub", _EXTRA) from error
     page = f"https://www.kaggle.com/models/{'/'.join(name.split('/')[:2])}"
     login = (
         "make a token at https://www.kaggle.com/settings, and put it in ~/.kaggle/kaggle.json "

@@ -137,12 +137,16 @@ class Request(NamedTuple):
       dtypes: The dtype of each parameter, by path.
       name: What the weights are called, where a format gives them a name ("2b-it").
       shard_size: Bytes in a safetensors file, at most.
+      tokenizer: The tokenizer, where a format has files of its own for it.
+      ocdbt: Whether an Orbax directory is to be a database, not a file for each array.
     """
 
     config: GriffinConfig
     dtypes: Mapping[str, np.dtype]
     name: str
     shard_size: int = SHARD_SIZE
+    tokenizer: Tokenizer | None = None
+    ocdbt: bool = False
 
 
 class Writer(abc.ABC):

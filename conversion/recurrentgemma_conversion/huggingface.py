@@ -16,6 +16,7 @@ from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.layouts import Stored
 from recurrentgemma.common.presets import ScanType
 from recurrentgemma.common.shards import Shards, ShardsWriter
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -25,6 +26,7 @@ from recurrentgemma_conversion.formats import (
     require_recurrent,
     stored_tensors,
 )
+from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
 from recurrentgemma_conversion.overrides import Overrides, resolve_config
 
 CONFIG = "config.json"
@@ -40,6 +42,8 @@ _FIXED = {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 _ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# As in the published vocabulary.
+SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -110,8 +114,18 @@ class HuggingFaceWriter(Writer):
 
     def finish(self) -> None:
         dtype = self.request.dtypes["embedder.input_embedding"].name
-        text = json.dumps(to_fields(self.request.config, dtype), indent=2, sort_keys=True)
-        (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        tokenizer = self.request.tokenizer
+        ids = SPECIAL if tokenizer is None else special_ids(tokenizer)
+        _write_json(self.folder / CONFIG, to_fields(self.request.config, dtype) | ids)
+        _write_json(self.folder / "generation_config.json", {"_from_model_config": True} | ids)
+        if tokenizer is not None:
+            write_tokenizer_files(self.folder, tokenizer)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens, by the names that configs have for them."""
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    return dict(zip(SPECIAL, ids, strict=True))
 
 
 def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
@@ -121,11 +135,9 @@ def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
         "model_type": MODEL_TYPE,
         "attention_dropout": 0.0,
         "attention_window_size": config.attention_window_size,
-        "block_types": [block.value for block in config.block_types],
-        "bos_token_id": 2,
+        "block_types": _pattern([block.value for block in config.block_types]),
         "dtype": dtype,
         "embeddings_scale_by_sqrt_dim": config.embeddings_scale_by_sqrt_dim,
-        "eos_token_id": 1,
         "final_w_init_variance_scale": 2.0 / config.num_layers,
         "head_dim": config.head_dim,
         "hidden_size": config.width,
@@ -134,17 +146,27 @@ def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
         "lru_width": config.lru_width,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
-        "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", **_ROPE},
+        "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": config.vocab_size,
         "w_init_variance_scale": 0.01,
         **_FIXED,
-        **_ROPE,  # here for transformers 4, above for transformers 5
+        **_ROPE,  # here and `torch_dtype` for transformers 4, as published
     }
     if config.scan_type is not ScanType.AUTO:
         fields["scan_type"] = config.scan_type.value  # ours: no other program reads it
     return fields
+
+
+def _pattern(blocks: list[str]) -> list[str]:
+    """The shortest list that repeats to this one, the last time in part, as published."""
+    lengths = range(1, len(blocks) + 1)
+    return next(blocks[:n] for n in lengths if blocks[n:] == blocks[: len(blocks) - n])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_fields(path: Path) -> dict[str, Any]:

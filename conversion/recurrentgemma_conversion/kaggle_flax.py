@@ -2,7 +2,7 @@
 
 Orbax stores each array as zarr, in files of its own or together in an OCDBT database. Files of
 uncompressed arrays, such as those written here, are mapped; others are read through TensorStore,
-one array at a time. What is written here is the layout of one file per array.
+one array at a time. Either layout is written, uncompressed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES, pieces
+from recurrentgemma.common.arrays import BFLOAT16, DTYPES, cast, pieces
 from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
@@ -37,6 +37,7 @@ from recurrentgemma_conversion.stated import stated_config
 DATABASE = "manifest.ocdbt"
 _ZARR = ".zarray"
 _ZARR_DTYPES = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "bfloat16": "bfloat16"}
+_CHUNK = 64 << 20  # bytes of an array that go into a database together
 _WRAPPER = "params."
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
@@ -104,7 +105,7 @@ class KaggleFlaxReader(Reader):
         store = (
             {
                 "driver": "ocdbt",
-                "base": f"file://{self.path.absolute()}/",
+                "base": _url(self.path),
                 "path": f"{folder.name}/",
             }
             if self._database
@@ -120,14 +121,12 @@ class KaggleFlaxReader(Reader):
         return value.view(BFLOAT16) if dtype == BFLOAT16 else value
 
 
-def import_tensorstore() -> Any:
+def import_tensorstore(what: str = "reading this Orbax checkpoint") -> Any:
     """TensorStore, which comes with Orbax."""
     try:
         import tensorstore
     except ImportError as error:
-        raise MissingExtraError(
-            "reading this Orbax checkpoint", "tensorstore", "'recurrentgemma[jax]'"
-        ) from error
+        raise MissingExtraError(what, "tensorstore", "'recurrentgemma[jax]'") from error
     return tensorstore
 
 
@@ -139,7 +138,7 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
     """The keys of an OCDBT database, each with what reads it."""
     ts = import_tensorstore()
     try:
-        spec = {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+        spec = {"driver": "ocdbt", "base": _url(path)}
         database = ts.KvStore.open(spec).result()
         keys = [key.decode() for key in database.list().result()]
     except (ValueError, OSError, RuntimeError) as error:
@@ -202,44 +201,92 @@ def _chunk_name(index: tuple[int, ...], metadata: Mapping[str, Any]) -> str:
 
 
 class KaggleFlaxWriter(Writer):
-    """Writes `NAME/`, an uncompressed file for each array, with our `config.json` beside it."""
+    """Writes `NAME/` with our `config.json` beside it.
+
+    Each array is an uncompressed file of its own, or all are in an OCDBT database if that is asked
+    for, which takes TensorStore.
+    """
 
     def __init__(self, folder: Path, request: Request) -> None:
         super().__init__(folder, request)
         self._root = folder / request.name
+        self._store = (_Database if request.ocdbt else _Folders)(self._root)
         self._root.mkdir()
 
     def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
-        dtype = self.request.dtypes[spec.path]
-        metadata = {
-            "chunks": spec.shape,
-            "compressor": None,
-            "dimension_separator": ".",
-            "dtype": next(zarr for zarr, name in _ZARR_DTYPES.items() if name == dtype.name),
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "shape": spec.shape,
-            "zarr_format": 2,
-        }
+        self._store.write(spec, parameter, self.request.dtypes[spec.path])
+
+    def abandon(self) -> None:
+        """Nothing is open between parameters."""
+
+    def finish(self) -> None:
+        paths = [spec.path for spec in layer_spec(self.request.config)]
+        metadata = orbax_metadata(paths, ocdbt=self.request.ocdbt)
+        _write_json(self._root / "_METADATA", metadata)
+        _write_json(self._root / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER})
+        (self._root / "commit_success.txt").write_text("Checkpoint commit was successful\n")
+        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
+
+
+class _Folders:
+    """Arrays in folders of their own, each one chunk."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def write(self, spec: ParamSpec, parameter: np.ndarray, dtype: np.dtype) -> None:
+        metadata = _zarr_metadata(spec.shape, spec.shape, dtype)
         array = self._root / spec.path
         array.mkdir()
         _write_json(array / _ZARR, metadata)
         with (array / _chunk_name((0,) * len(spec.shape), metadata)).open("xb") as file:
             write_pieces(file, pieces(parameter, dtype))
 
-    def abandon(self) -> None:
-        """Nothing is open between parameters."""
 
-    def finish(self) -> None:
-        specs = layer_spec(self.request.config)
-        _write_json(self._root / "_METADATA", orbax_metadata([spec.path for spec in specs]))
-        _write_json(self._root / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER})
-        (self._root / "commit_success.txt").write_text("Checkpoint commit was successful\n")
-        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
+class _Database:
+    """Arrays in an OCDBT database, cut along their first axis."""
+
+    def __init__(self, root: Path) -> None:
+        self._ts = import_tensorstore("writing OCDBT")
+        self._root = root
+        # All is flushed together, at the end.
+        self._context = self._ts.Context({"file_io_sync": False})
+
+    def write(self, spec: ParamSpec, parameter: np.ndarray, dtype: np.dtype) -> None:
+        row_bytes = math.prod(spec.shape[1:]) * dtype.itemsize
+        rows = min(len(parameter), max(1, _CHUNK // row_bytes))
+        request = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": _url(self._root), "path": f"{spec.path}/"},
+            "metadata": _zarr_metadata(spec.shape, (rows, *spec.shape[1:]), dtype),
+        }
+        array = self._ts.open(request, create=True, context=self._context).result()
+        for i in range(0, len(parameter), rows):
+            part = cast(parameter[i : i + rows], dtype)
+            array[i : i + len(part)].write(part).result()
 
 
-def orbax_metadata(paths: list[str]) -> dict[str, Any]:
+def _zarr_metadata(
+    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype
+) -> dict[str, Any]:
+    return {
+        "chunks": chunks,
+        "compressor": None,
+        "dimension_separator": ".",
+        "dtype": next(zarr for zarr, name in _ZARR_DTYPES.items() if name == dtype.name),
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": shape,
+        "zarr_format": 2,
+    }
+
+
+def _url(folder: Path) -> str:
+    return f"file://{folder.absolute()}/"
+
+
+def orbax_metadata(paths: list[str], *, ocdbt: bool) -> dict[str, Any]:
     """Orbax's `_METADATA`: which tree the arrays are the leaves of.
 
     They are of NumPy: Orbax would want to know on which devices JAX arrays were.
@@ -253,7 +300,7 @@ def orbax_metadata(paths: list[str]) -> dict[str, Any]:
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
-    return {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False}
+    return {"tree_metadata": tree, "use_ocdbt": ocdbt, "use_zarr3": False}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -132,8 +132,12 @@ class KaggleTorchWriter(Writer):
         self._records = {name: f"data/{i}" for i, name in enumerate(tensors)}
         self._file = (folder / f"{request.name}.pt").open("xb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._record("data.pkl", [np.frombuffer(_pickle(tensors), np.uint8)])
-        self._record("byteorder", [np.frombuffer(b"little", np.uint8)])
+        try:
+            self._record("data.pkl", [np.frombuffer(_pickle(tensors), np.uint8)])
+            self._record("byteorder", [np.frombuffer(b"little", np.uint8)])
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
         dtype = self.request.dtypes[spec.path]

@@ -40,6 +40,10 @@ def convert(
     shard_size: Annotated[
         str, typer.Option(help="Largest safetensors file, such as 500MB or 2GiB.", metavar="SIZE")
     ] = "5GB",
+    ocdbt: Annotated[
+        bool,
+        typer.Option("--ocdbt", help="Write kaggle-flax as a database, not a file for each array."),
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -90,6 +94,7 @@ def convert(
             to,
             dtype=dtype,
             shard_size=parse_size(shard_size),
+            ocdbt=ocdbt,
             tokenizer=tokenizer,
             overrides=overrides(
                 preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap

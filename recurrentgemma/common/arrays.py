@@ -17,14 +17,8 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-_EXPONENT = {
-    BFLOAT16: 0x7F80,
-    DTYPES["float16"]: 0x7C00,
-    DTYPES["float32"]: 0x7F80_0000,
-    DTYPES["float64"]: 0x7FF0_0000_0000_0000,
-}
-_PIECE = 1 << 19  # bytes: a piece and its cast or transpose stay in the cache
-_STRIP = 64  # columns of a matrix that is transposed, read together
+_VECTOR = 1 << 18  # values of a vector in a piece
+_STRIP = 64  # rows of a matrix in a piece: it stays in the cache while it is cast or turned
 
 
 def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
@@ -34,25 +28,7 @@ def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndar
       array: Of any strides.
       dtype: Each piece is cast to it, to nearest, ties to even; as it is if None.
     """
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1)
-        step = max(1, _PIECE // array.itemsize)
-        parts = (flat[i : i + step] for i in range(0, flat.size, step))
-    elif array.ndim > 2 or _is_row_wise(array):
-        parts = (part for row in array for part in pieces(row))
-    else:
-        # Rows of a transposed matrix. Its strip is copied as it lies, then turned in the cache:
-        # three times as fast as NumPy turning it out of memory.
-        parts = (
-            np.ascontiguousarray(np.ascontiguousarray(array[i : i + _STRIP].T).T).reshape(-1)
-            for i in range(0, len(array), _STRIP)
-        )
-    for part in parts:
-        yield part if dtype is None or part.dtype == dtype else cast(part, dtype)
-
-
-def _is_row_wise(array: np.ndarray) -> bool:
-    return array.ndim == 2 and array.strides[-1] == array.itemsize
+    return (_flat(part, dtype) for (part,) in _parts(array))
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -75,37 +51,54 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     return odd.astype(np.uint32).view(np.float32).astype(BFLOAT16)
 
 
-def count_nonfinite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite."""
-    mask = _EXPONENT[array.dtype]
+def count_nonfinite(array: np.ndarray, dtype: np.dtype | None = None) -> int:
+    """How many values are NaN or infinite, once cast to `dtype` if that is given."""
+    infinity = (array.dtype if dtype is None else dtype).type(np.inf)
+    mask = infinity.view(f"u{infinity.itemsize}")
     return sum(
-        int(np.count_nonzero((bits & bits.dtype.type(mask)) == mask))
-        for bits in map(_bits, pieces(_as_it_lies(array, array)))
+        int(np.count_nonzero((_bits(values) & mask) == mask))
+        for values in pieces(_as_it_lies(array, array), dtype)
     )
 
 
-def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays have the same shape, dtype and bits; NaNs compare by their bits."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+def same_bits(one: np.ndarray, other: np.ndarray, dtype: np.dtype | None = None) -> bool:
+    """Whether an array, cast to `dtype` if that is given, has the shape, dtype and bits of another.
+
+    NaNs compare by their bits.
+    """
+    if one.shape != other.shape or (one.dtype if dtype is None else dtype) != other.dtype:
         return False
-    pairs = zip(_blocks(_as_it_lies(one, one)), _blocks(_as_it_lies(other, one)), strict=True)
-    return all(np.array_equal(_bits(a), _bits(b)) for a, b in pairs)
+    pairs = _parts(_as_it_lies(one, one), _as_it_lies(other, one))
+    return all(np.array_equal(_bits(_flat(a, dtype)), _bits(_flat(b))) for a, b in pairs)
 
 
-def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in C order, contiguous: for one shape the same blocks whatever the strides."""
-    if array.ndim > 2:
-        for row in array:
-            yield from _blocks(row)
-    elif array.ndim < 2:
-        for i in range(0, len(array), _PIECE):
-            yield np.ascontiguousarray(array[i : i + _PIECE])
+def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Views of arrays of one shape, all cut alike, one after the other in C order."""
+    if all(array.flags.c_contiguous for array in arrays):
+        arrays = tuple(array.reshape(-1) for array in arrays)
+    if arrays[0].ndim > 2:
+        for rows in zip(*arrays, strict=True):
+            yield from _parts(*rows)
     else:
-        for i in range(0, len(array), _STRIP):
-            strip = array[i : i + _STRIP]
-            if not _is_row_wise(strip):
-                strip = np.ascontiguousarray(strip.T).T
-            yield np.ascontiguousarray(strip)
+        step = _STRIP if arrays[0].ndim == 2 else _VECTOR
+        for i in range(0, len(arrays[0]), step):
+            yield tuple(array[i : i + step] for array in arrays)
+
+
+def _flat(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """The values of an array of up to two axes in C order, cast to `dtype` if that is given."""
+    if array.ndim == 2 and array.strides[1] != array.itemsize:
+        array = _turned(_bits(array)).view(array.dtype)  # NumPy is slow to move types not its own
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat if dtype is None else cast(flat, dtype)
+
+
+def _turned(strip: np.ndarray) -> np.ndarray:
+    """Rows of a transposed matrix, contiguous: a square at a time, which stays in the cache."""
+    turned = np.empty(strip.shape, strip.dtype)
+    for i in range(0, strip.shape[1], _STRIP):
+        turned[:, i : i + _STRIP] = strip[:, i : i + _STRIP]
+    return turned
 
 
 def _as_it_lies(array: np.ndarray, model: np.ndarray) -> np.ndarray:

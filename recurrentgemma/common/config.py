@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -261,39 +262,56 @@ def shapes_of(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What shapes say of a configuration, from arrays named and shaped alike in both frameworks."""
+    """What shapes say of a configuration, from arrays named and shaped alike in both frameworks.
 
-    def shape(path: str, rank: int) -> tuple[int, ...]:
-        if path not in shapes:
-            raise ValueError(f"these are not the parameters of a Griffin model: no {path!r}")
-        if len(shapes[path]) != rank:
-            raise ValueError(f"{path!r} must have {rank} axes, got shape {shapes[path]}")
-        return shapes[path]
+    The first block that has an array says its size, so that some may be missing.
+    """
+    problems = []
 
-    vocab_size, width = shape("embedder.input_embedding", 2)
-    _, _, mlp_expanded_width = shape("blocks.0.mlp_block.ffw_up.w", 3)
-    lru_width, num_heads, block_types = width, None, []
-    while any(path.startswith(f"blocks.{len(block_types)}.") for path in shapes):
-        block = f"blocks.{len(block_types)}"
-        if any(path.startswith(f"{block}.recurrent_block.") for path in shapes):
-            block_types.append(TemporalBlockType.RECURRENT)
-            lru_width = shape(f"{block}.recurrent_block.rg_lru.a_param", 1)[0]
-            num_heads = shape(f"{block}.recurrent_block.rg_lru.a_gate.w", 3)[0]
+    def shape(rank: int, *paths: str) -> tuple[int, ...]:
+        found = next((path for path in paths if path in shapes), None)
+        if found is None:
+            problems.append(f"no {paths[0]!r}")
+        elif len(shapes[found]) != rank:
+            problems.append(f"{found!r} must have {rank} axes, got shape {shapes[found]}")
         else:
-            block_types.append(TemporalBlockType.ATTENTION)
-            # The one key head: (width, head_dim) in Flax, (head_dim, width) in PyTorch.
-            flax_path = f"{block}.attention_block.proj_k.kernel"
-            torch_path = f"{block}.attention_block.proj_k.weight"
-            proj_k = shape(flax_path if flax_path in shapes else torch_path, 2)
-            head_dim = math.prod(proj_k) // width
-            num_heads = num_heads or width // max(head_dim, 1)
+            return shapes[found]
+        return (1,) * rank
+
+    numbers = [re.match(r"blocks\.(\d{1,4})\.", path) for path in shapes]
+    count = max((int(match[1]) + 1 for match in numbers if match), default=0)
+    recurrent, attention = (
+        [i for i in range(count) if any(path.startswith(f"blocks.{i}.{kind}") for path in shapes)]
+        for kind in ("recurrent_block.", "attention_block.")
+    )
+    problems += [
+        f"no temporal block in 'blocks.{i}'" for i in range(count) if i not in recurrent + attention
+    ]
+    vocab_size, width = shape(2, "embedder.input_embedding")
+    mlp = [f"blocks.{i}.mlp_block.ffw_up.w" for i in range(max(count, 1))]
+    mlp_expanded_width = shape(3, *mlp)[2]
+    if recurrent:
+        rg_lru = [f"blocks.{i}.recurrent_block.rg_lru" for i in recurrent]
+        (lru_width,) = shape(1, *(f"{path}.a_param" for path in rg_lru))
+        num_heads = shape(3, *(f"{path}.a_gate.w" for path in rg_lru))[0]
+    else:
+        # The one key head: (width, head_dim) in Flax, (head_dim, width) in PyTorch.
+        keys = [f"blocks.{i}.attention_block.proj_k" for i in attention or [0]]
+        proj_k = shape(2, *(f"{path}.{leaf}" for path in keys for leaf in ("kernel", "weight")))
+        head_dim = math.prod(proj_k) // width
+        lru_width, num_heads = width, width // max(head_dim, 1)
+    if problems:
+        raise ValueError(f"these are not the parameters of a Griffin model: {', '.join(problems)}")
     return {
         "vocab_size": vocab_size,
         "width": width,
         "mlp_expanded_width": mlp_expanded_width,
         "num_heads": num_heads,
         "lru_width": lru_width,
-        "block_types": tuple(block_types),
+        "block_types": tuple(
+            TemporalBlockType.RECURRENT if i in recurrent else TemporalBlockType.ATTENTION
+            for i in range(count)
+        ),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ def whole_folder(
 
     Raises:
       DestinationError: `path` exists and `force` is not set, or its parent is no folder.
-      DiskSpaceError: There is no room for `size` bytes.
+      DiskSpaceError: There is no room for `size` bytes, or no longer.
     """
     folder = Path(path).expanduser().absolute()
     if (folder.exists() or folder.is_symlink()) and not force:
@@ -53,14 +54,21 @@ def whole_folder(
     with _locked(temporary):
         try:
             yield temporary
-            for directory, _, files in os.walk(temporary):
-                for name in (*files, "."):
-                    _sync(Path(directory) / name)
+            flush(temporary)
             temporary.chmod(0o755)
             _rename(temporary, folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise DiskSpaceError(f"the disk of {folder} became full") from error
             raise
+
+
+def flush(folder: Path) -> None:
+    """Puts all that is in a folder on the disk."""
+    for directory, _, files in os.walk(folder):
+        for name in (*files, "."):
+            _sync(Path(directory) / name)
 
 
 def require_room(folder: Path, size: int) -> None:

@@ -213,7 +213,8 @@ def test_mistakes(cli, tmp_path: Path, monkeypatch) -> None:
     for source, package in ((HF, "huggingface_hub"), (KAGGLE, "kagglehub")):
         done = cli("download", source)
         assert done.code == 2
-        assert f"pip install {package}" in done.err
+        assert f"needs {package}, which is not installed" in done.err
+        assert "pip install 'recurrentgemma[hub]'" in done.err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,8 @@
 """What is wrong is named, all of it, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -80,6 +82,25 @@ def test_all_differences_are_listed_without_a_config(make, refused, format_: For
         "missing final_norm.scale (24,)",
         "unexpected extra (24,)",
         "missing blocks.4.mlp_block.ffw_up.b (2, 1, 1, 32)",
+        overrides=OVERRIDES,
+    )
+
+
+def test_tensors_that_give_the_sizes_are_missing_and_there_is_no_config(make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    (source / "config.json").unlink()
+    whole = torch.load(source / "model.pt")
+    giving = ("blocks.0.mlp_block.ffw_up.w", "blocks.0.recurrent_block.rg_lru.a_param")
+    torch.save({n: v for n, v in whole.items() if n not in giving}, source / "model.pt")
+    missing = [f"missing {name}" for name in giving]
+    refused(source, errors.MismatchError, "2 differences", *missing, overrides=OVERRIDES)
+    giving = ("embedder.input_embedding", "mlp_block.ffw_up.w", "rg_lru.a_param")
+    torch.save({n: v for n, v in whole.items() if not n.endswith(giving)}, source / "model.pt")
+    refused(
+        source,
+        errors.ConfigError,
+        "no 'embedder.input_embedding', no 'blocks.0.mlp_block.ffw_up.w', "
+        "no 'blocks.0.recurrent_block.rg_lru.a_param'",
         overrides=OVERRIDES,
     )
 
@@ -221,6 +242,26 @@ def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr("recurrentgemma_conversion.formats.Reader.read", None)
     refused(source, errors.DiskSpaceError, "too little room", "GB are free")
+    archive = shutil.make_archive(str(source.with_name("archive")), "gztar", source)
+    # Room for its largest file, and not for all.
+    size = (source / "model.pt").stat().st_size
+    free = usage._replace(free=(16 << 20) + size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr("tarfile.TarFile.extractall", None)
+    refused(Path(archive), errors.DiskSpaceError, "too little room")
+
+
+@pytest.mark.parametrize("to", Format)
+def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> None:
+    def full(file, arrays) -> None:
+        file.write(b"some of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = make("source", Format.KAGGLE_TORCH)
+    for module in ("recurrentgemma.common.tensor_files", "recurrentgemma_conversion.kaggle_flax",
+                   "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
+        monkeypatch.setattr(f"{module}.write_pieces", full)
+    refused(source, errors.DiskSpaceError, "became full", to=to)
 
 
 @pytest.mark.parametrize(

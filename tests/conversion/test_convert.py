@@ -116,10 +116,19 @@ def test_written_state_dicts_are_plain(make, dtype: str) -> None:
             assert (entry.header_offset + 30 + len(entry.filename) + len(entry.extra)) % 64 == 0
 
 
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["zarr", "ocdbt"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_written_directories_load_with_plain_orbax(make, dtype: str) -> None:
+def test_written_directories_load_with_plain_orbax(
+    tmp_path: Path, make, monkeypatch, dtype: str, ocdbt: bool
+) -> None:
+    monkeypatch.setattr("recurrentgemma_conversion.kaggle_flax._CHUNK", 1000)  # several chunks
     config = CONFIGS["griffin"]
-    path = make("out", Format.KAGGLE_FLAX, config, dtype) / "model"
+    source = make("source", Format.HUGGINGFACE, config, dtype)
+    convert(source, tmp_path / "out", Format.KAGGLE_FLAX, ocdbt=ocdbt)
+    path = tmp_path / "out/model"
+    assert (path / "manifest.ocdbt").is_file() == ocdbt
+    convert(tmp_path / "out", tmp_path / "back", Format.HUGGINGFACE)
+    assert files(tmp_path / "back") == files(source)
     expected = parameters(config, dtype)
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(path)

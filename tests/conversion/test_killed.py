@@ -77,12 +77,12 @@ def test_killed(tmp_path: Path, run: Run, to: Format, force: bool) -> None:
     _, seconds = run(*args, force=force, after=None)
     shutil.rmtree(place)
     rng, killed, unfinished = random.Random(0), 0, 0
-    for moment in range(MOMENTS // 2):
+    for moment in range(MOMENTS):
         place.mkdir()
         if force:
             convert(tmp_path / "old", place / "out", Format.RECURRENTGEMMA)
         # Spread over the whole time; a forked child starts a little later than that says.
-        after = seconds * 1.1 * (moment + rng.random()) / (MOMENTS // 2)
+        after = seconds * 1.1 * (moment + rng.random()) / (MOMENTS)
         code, _ = run(*args, force=force, after=after)
         assert code in (0, -signal.SIGKILL)
         killed += code != 0

@@ -1,0 +1,177 @@
+"""What `transformers` finds beside the weights: configs and tokenizers."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece as spm
+from checkpoints import CONFIGS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.text import Tokenizer
+from recurrentgemma_conversion import Format, convert
+from recurrentgemma_conversion.huggingface import SPECIAL, from_fields, to_fields
+from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
+
+# Google's config.json of the 2B model has these, at these values.
+PUBLISHED = {
+    "architectures": ["RecurrentGemmaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_window_size": 2048,
+    "block_types": ["recurrent", "recurrent", "attention"],
+    "bos_token_id": 2,
+    "conv1d_width": 4,
+    "embeddings_scale_by_sqrt_dim": True,
+    "eos_token_id": 1,
+    "final_w_init_variance_scale": 2 / 26,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2560,
+    "intermediate_size": 15360,
+    "logits_soft_cap": 30.0,
+    "lru_width": 2560,
+    "model_type": "recurrent_gemma",
+    "num_attention_heads": 10,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 256000,
+    "w_init_variance_scale": 0.01,
+}
+
+
+def test_the_config_of_huggingface_says_what_the_published_one_says(tmp_path: Path) -> None:
+    config = GriffinConfig.from_preset("RECURRENT_GEMMA_2B_V1")
+    fields = to_fields(config, "bfloat16") | SPECIAL
+    assert {name: fields.get(name) for name in PUBLISHED} == PUBLISHED
+    assert from_fields(tmp_path, fields) == config
+    assert from_fields(tmp_path, PUBLISHED) == config
+    blocks = to_fields(CONFIGS["griffin"], "float32")["block_types"]
+    assert blocks == ["recurrent", "recurrent", "attention"]
+
+
+TEXTS = [
+    "",
+    "It is a truth universally acknowledged, that a single man",
+    " leading, trailing and  doubled   spaces ",
+    "lines\n\n\nand\ttabs\n",
+    "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "日本語, émigré and 🎉",
+]
+
+
+def bpe_tokenizer(path: Path) -> Path:
+    """A sentencepiece model of the kind that Gemma has."""
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for text in TEXTS if text] * 50),
+        model_prefix=str(path),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "\n", "\n\n"],
+        minloglevel=2,
+    )
+    return path.with_suffix(".model")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory):
+    """Our tokenizer of a kind and the one that transformers makes of what was written."""
+    transformers = pytest.importorskip("transformers")
+
+    @functools.cache
+    def make(kind: str):
+        folder = tmp_path_factory.mktemp(kind)
+        path = BUNDLED / TOKENIZER if kind == "unigram" else bpe_tokenizer(folder / "tokenizer")
+        ours = Tokenizer(path)
+        (folder / "out").mkdir()
+        write_tokenizer_files(folder / "out", ours)
+        return ours, transformers.AutoTokenizer.from_pretrained(folder / "out")
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@given(text=st.one_of(st.text(), st.text("abet \n<>é🎉▁", max_size=40)))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tokenizers_of_transformers_give_the_same_ids(tokenizers, kind: str, text: str) -> None:
+    ours, theirs = tokenizers(kind)
+    for part in (*TEXTS, text):
+        special = ("<pad>", "<eos>", "<bos>", "<unk>", "\0")
+        if not any(piece in part for piece in special):
+            ids = theirs(part)["input_ids"]
+            assert ids == ours.encode(part), part
+            if "_turn>" not in part:  # theirs leaves out both marks of a turn, ours its end
+                assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+def test_special_tokens_and_decoding(tokenizers) -> None:
+    for kind in ("unigram", "bpe"):
+        ours, theirs = tokenizers(kind)
+        ids = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+        assert ids == (ours.bos_id, ours.eos_id, ours.pad_id)
+        assert len(theirs) == ours.size
+        turn = [*ours.encode("Hi"), ours.end_of_turn_id]
+        assert theirs.decode(turn, skip_special_tokens=True) == "Hi"
+        padded = theirs(["Hi", "Hi there, you"], padding=True)["input_ids"]
+        assert padded[0][0] == ours.pad_id  # on the left, as generation wants it
+
+
+def test_a_converted_folder_is_whole_for_transformers(tmp_path: Path, make) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch.nn")
+    source = make("source", Format.RECURRENTGEMMA)
+    convert(source, tmp_path / "out", Format.HUGGINGFACE)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    tokens = tokenizer("In the beginning", return_tensors="pt")
+    out = model.generate(**tokens, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == tokens["input_ids"].shape[1] + 3
+    assert json.loads((source / "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+def test_files_of_another_tokenizer_are_not_kept(tmp_path: Path, make) -> None:
+    source = make("source", Format.HUGGINGFACE)
+    (source / "tokenizer_config.json").write_text('{"mine": true}')
+    convert(source, tmp_path / "kept", Format.HUGGINGFACE)
+    convert(source, tmp_path / "new", Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
+    for name, mine in (("kept", True), ("new", False)):
+        fields = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert ("mine" in fields) == mine
+
+
+def test_a_tokenizer_that_changes_text_is_left_to_sentencepiece(tmp_path: Path) -> None:
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[1:] * 50), model_prefix=str(tmp_path / "m"), vocab_size=60,
+        model_type="bpe", byte_fallback=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(tmp_path / "out", Tokenizer(tmp_path / "m.model"))
+    assert not list((tmp_path / "out").iterdir())

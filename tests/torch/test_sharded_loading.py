@@ -1,0 +1,45 @@
+"""A checkpoint split over processes: each has its part, and together they are the model."""
+
+import pytest
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+
+from recurrentgemma.torch import load_checkpoint
+
+TOKENS = np.arange(1, 13)[None]
+POSITIONS = np.arange(12)[None]
+
+
+def check(rank: int, world: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    whole = load_checkpoint(dtype=torch.float32)
+    sharded = load_checkpoint(dtype=torch.float32, sharding=mesh)
+    kept = 0
+    parameters = whole.state_dict()
+    for name, part in sharded.state_dict().items():
+        assert isinstance(part, DTensor)
+        local = part.to_local()
+        kept += local.untyped_storage().nbytes()
+        assert torch.equal(part.full_tensor(), parameters.pop(name))
+    assert not parameters
+    total = sum(p.nbytes for p in whole.parameters())
+    assert kept <= total / world * 1.01  # where a size is odd, one process has a row more
+    with torch.no_grad():
+        logits, _ = sharded(TOKENS, POSITIONS)
+        expected, _ = whole(TOKENS, POSITIONS)
+    assert torch.equal(logits, expected)
+    with pytest.raises(ValueError, match="either a device or a sharding"):
+        load_checkpoint(device="cpu", sharding=mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_sharded(tmp_path) -> None:
+    spawn(check, (2, str(tmp_path / "store")), nprocs=2)
