@@ -9,17 +9,19 @@ what lies between their operations stays in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from recurrentgemma.common.reference import RG_LRU_C
+from recurrentgemma.torch.gates import MAX_SQRT_GRADIENT
 
-MAX_SQRT_GRADIENT = 1000.0
 _LOOP_LENGTH = 16
-_PART_ELEMENTS = 2**16
+_MAX_CHUNK_LENGTH = 64
+_PART_ELEMENTS = 2**17
 
 
 def linear_scan(
@@ -43,7 +45,9 @@ def linear_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, a and h0."""
     wide = h0.dtype
-    dx, da, dh0 = _adjoint(dy.to(wide), dlast, _kept(a.to(wide), reset), h0, y, reverse)
+    dx, da = (a.new_empty(a.shape, dtype=wide) for _ in range(2))
+    a_kept = _kept(a.to(wide), reset)
+    dh0 = _adjoint(dy.to(wide), dlast, a_kept, h0, y, reverse, dx, da)
     return dx.to(dy.dtype), _kept(da, reset).to(a.dtype), dh0
 
 
@@ -51,16 +55,17 @@ def rg_lru_scan(
     x: Tensor, input_gate: Tensor, a_gate: Tensor, a_param: Tensor, segment_pos: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All states in x's dtype, and the last one; a_param is [B, D]."""
-    half_rate = _rate(a_param)[:, None] / 2
-    a, y = (x.new_empty(x.shape, dtype=h0.dtype) for _ in range(2))
-    for x_p, i_p, r_p, pos, a_p, y_p in _parts(x, input_gate, a_gate, segment_pos, a, y):
-        half_log_a = torch.sigmoid(r_p.to(h0.dtype)).mul_(half_rate)
-        multiplier = _decays(half_log_a, pos, out=a_p)
-        torch.mul(torch.sigmoid(i_p.to(h0.dtype)).mul_(x_p), multiplier, out=y_p)
-        if _any(padding := pos < 0):
-            y_p.masked_fill_(padding[..., None], 0)
-    last = _scan(y, a, h0, False, y)
-    return y.to(x.dtype), last.clone()
+    wide, rate = h0.dtype, _rate(a_param)
+    y = x.new_empty(x.shape, dtype=wide)
+    state = h0
+    for part, multiplier, a, spare in _parts(x.shape, h0, 3):
+        torch.sigmoid(a_gate[:, part].to(wide), out=multiplier)
+        _decays(multiplier, rate, segment_pos[:, part], a, spare)
+        h = torch.sigmoid(input_gate[:, part].to(wide), out=y[:, part])
+        h.mul_(x[:, part]).mul_(multiplier)
+        _clear_padding(segment_pos[:, part], h)
+        state = _scan(h, a, state, False, h)
+    return y.to(x.dtype), state.clone()
 
 
 def rg_lru_scan_backward(
@@ -75,35 +80,29 @@ def rg_lru_scan_backward(
     y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, input_gate, a_gate, a_param and h0."""
-    wide = h0.dtype
-    rate = _rate(a_param)[:, None]
-    r, a, multiplier = (x.new_empty(x.shape, dtype=wide) for _ in range(3))
-    for gate, pos, r_p, a_p, m_p in _parts(a_gate, segment_pos, r, a, multiplier):
-        torch.sigmoid(gate.to(wide), out=r_p)
-        m_p.copy_(_decays(r_p * (rate / 2), pos, out=a_p))
-    dh, da, dh0 = _adjoint(dy.to(wide), dlast, a, h0, y, reverse=False)
-
-    dx, dinput_gate, da_gate = (torch.empty_like(z) for z in (x, input_gate, a_gate))
+    wide, rate = h0.dtype, _rate(a_param)
+    dx, dinput_gate, da_gate = (z.new_empty(z.shape) for z in (x, input_gate, a_gate))
     drate = torch.zeros_like(h0)
-    for x_p, gate, pos, r_p, a_p, m_p, dh_p, da_p, dx_p, dgate_p, da_gate_p in _parts(
-        x, input_gate, segment_pos, r, a, multiplier, dh, da, dx, dinput_gate, da_gate
-    ):
-        i = torch.sigmoid(gate.to(wide))
-        dgated = dh_p * i
-        dmultiplier = dgated * x_p
-        dx_p.copy_(dgated.mul_(m_p))
-        dgate_p.copy_(torch.rsub(i, 1).mul_(dmultiplier).mul_(m_p))
-        # d(1 - a^2) is this over twice a clipped root, and d(a^2) / d(log a) = 2 a^2.
-        dsquare = m_p.reciprocal().clamp_(max=2 * MAX_SQRT_GRADIENT).mul_(dmultiplier)
-        dlog_a = da_p.addcmul_(a_p, dsquare, value=-1).mul_(a_p)
-        if _any(padding := pos < 0):
-            dlog_a.masked_fill_(padding[..., None], 0)
-            for gradient in (dx_p, dgate_p):
-                gradient.masked_fill_(padding[..., None], 0)
-        dlog_a.mul_(r_p)
-        drate += dlog_a.sum(1)
-        da_gate_p.copy_(torch.rsub(r_p, 1).mul_(rate).mul_(dlog_a))
-    return dx, dinput_gate, da_gate, drate * (-RG_LRU_C * torch.sigmoid(a_param)), dh0
+    dstate = dlast
+    for part, r, multiplier, a, i, dh, da in reversed(_parts(x.shape, h0, 6)):
+        pos = segment_pos[:, part]
+        torch.sigmoid(a_gate[:, part].to(wide), out=r)
+        _decays(multiplier.copy_(r), rate, pos, a, i)
+        before = y[:, part.start - 1] if part.start else h0
+        dstate = _adjoint(dy[:, part].to(wide), dstate, a, before, y[:, part], False, dh, da)
+
+        torch.sigmoid(input_gate[:, part].to(wide), out=i)
+        dgated = dh.mul_(i)
+        torch.mul(dgated, multiplier, out=dx[:, part])
+        dmultiplier = dgated.mul_(x[:, part])
+        torch.mul(i.neg_().add_(1).mul_(multiplier), dmultiplier, out=dinput_gate[:, part])
+        # The gradient of 1 - a^2, a clipped root's, is half of this; that of a^2 is 2 a^2 dlog_a.
+        dsquare = multiplier.reciprocal_().clamp_(max=2 * MAX_SQRT_GRADIENT).mul_(dmultiplier)
+        dlog_a = da.addcmul_(a, dsquare, value=-1).mul_(a)
+        _clear_padding(pos, dx[:, part], dinput_gate[:, part], dlog_a)
+        drate += dlog_a.mul_(r).sum(1)
+        torch.mul(r.neg_().add_(1).mul_(rate[:, None]), dlog_a, out=da_gate[:, part])
+    return dx, dinput_gate, da_gate, drate * (-RG_LRU_C * torch.sigmoid(a_param)), dstate
 
 
 def _kept(z: Tensor, reset: Tensor | None) -> Tensor:
@@ -114,40 +113,57 @@ def _rate(a_param: Tensor) -> Tensor:
     return -RG_LRU_C * softplus(a_param)
 
 
+def _parts(shape: torch.Size, h0: Tensor, num_scratch: int) -> list[tuple[Any, ...]]:
+    """Slices of the sequence that fit the cache, each with the same scratch tensors, [B, P, D]."""
+    batch, length, width = shape
+    steps = min(max(_PART_ELEMENTS // (batch * width), 1), length)
+    scratch = h0.new_empty(num_scratch, batch, steps, width)
+    starts = range(0, length, steps)
+    return [
+        (slice(start, start + steps), *scratch[:, :, : length - start].unbind()) for start in starts
+    ]
+
+
 def _any(mask: Tensor) -> bool:
-    """Whether a mask over steps is worth applying: always where to look would mean to wait."""
+    """Whether a mask over steps is worth applying: always, where to look means to wait."""
     return not mask.is_cpu or bool(mask.any())
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same steps of each, few enough for the cache."""
-    batch, _, width = tensors[0].shape
-    steps = max(_PART_ELEMENTS // (batch * width), 1)
-    return zip(*(z.split(steps, 1) for z in tensors), strict=True)
+def _clear_padding(position: Tensor, *tensors: Tensor) -> None:
+    padding = position < 0
+    if _any(padding):
+        for z in tensors:
+            z.masked_fill_(padding[..., None], 0)
 
 
-def _decays(half_log_a: Tensor, position: Tensor, *, out: Tensor) -> Tensor:
-    """Writes a and returns sqrt(1 - a^2): 0 and 1 at a start, 1 and 0 at padding.
+def _decays(r: Tensor, rate: Tensor, position: Tensor, a: Tensor, spare: Tensor) -> None:
+    """Writes a = exp(rate r) to `a` and sqrt(1 - a^2) to `r`.
 
-    With t = tanh(log_a / 2), a = (1 + t) / (1 - t) and 1 - a^2 = -4 t / (1 - t)^2: no digits are
-    lost where a is close to 1, as with expm1, at a third of its time.
+    They are 0 and 1 at a start, 1 and 0 at padding. With t = tanh(log_a / 2), a = (1 + t) / (1 - t)
+    and 1 - a^2 = -4 t / (1 - t)^2: as with expm1 no digits are lost where a is close to 1, in a
+    quarter of its time.
     """
-    if _any(special := position <= 0):
-        del special
+    half_log_a = r.mul_(rate[:, None] / 2)
+    if _any(position <= 0):
         half_log_a.masked_fill_((position == 0)[..., None], -torch.inf)
         half_log_a.masked_fill_((position < 0)[..., None], 0)
     t = half_log_a.tanh_()
-    scale = torch.rsub(t, 0.5, alpha=0.5)
-    multiplier = t.neg().sqrt_().div_(scale)
-    torch.div(t, scale, out=out).add_(1)
-    return multiplier
+    half_difference = torch.mul(t, -0.5, out=spare).add_(0.5)
+    torch.div(t, half_difference, out=a).add_(1)
+    t.neg_().sqrt_().div_(half_difference)
 
 
 def _adjoint(
-    dy: Tensor, dlast: Tensor, a: Tensor, h0: Tensor, y: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = dh_t h_{t-1}, and dh0 = a_0 dh_0."""
-    dh, da = torch.empty_like(a), torch.empty_like(a)
+    dy: Tensor,
+    dlast: Tensor,
+    a: Tensor,
+    h0: Tensor,
+    y: Tensor,
+    reverse: bool,
+    dh: Tensor,
+    da: Tensor,
+) -> Tensor:
+    """Writes dh_t = dy_t + a_{t+1} dh_{t+1} and da_t = dh_t h_{t-1}; returns dh0 = a_0 dh_0."""
     first, last = (-1, 0) if reverse else (0, -1)
     earlier, later = (slice(1, None), slice(None, -1))[:: 1 if reverse else -1]
     torch.add(dy[:, last], dlast, out=dh[:, last])
@@ -155,16 +171,12 @@ def _adjoint(
         _scan(dy[:, earlier], a[:, later], dh[:, last], not reverse, dh[:, earlier])
         torch.mul(dh[:, later], y[:, earlier], out=da[:, later])
     torch.mul(dh[:, first], h0, out=da[:, first])
-    return dh, da, a[:, first] * dh[:, first]
+    return a[:, first] * dh[:, first]
 
 
 def _steps(z: Tensor, dim: int, reverse: bool) -> tuple[Tensor, ...]:
     steps = z.unbind(dim)
     return steps[::-1] if reverse else steps
-
-
-def _chunk_length(batch: int) -> int:
-    return 64 if batch == 1 else 32
 
 
 def _scan(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Tensor:
@@ -174,7 +186,7 @@ def _scan(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Te
         for x_t, a_t, out_t in zip(*(_steps(z, 1, reverse) for z in (x, a, out)), strict=True):
             state = torch.addcmul(x_t, a_t, state, out=out_t)
         return state
-    chunk = min(_chunk_length(batch), length // 2)
+    chunk = min(_MAX_CHUNK_LENGTH, math.isqrt(2 * length))
     num_chunks = length // chunk
     # The chunked part comes first in the direction of the scan, the remainder after it.
     cut = length - num_chunks * chunk if reverse else num_chunks * chunk
