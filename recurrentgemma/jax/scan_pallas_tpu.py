@@ -59,17 +59,17 @@ class _Blocks:
         """The place in time of the i-th block visited."""
         return self.grid[2] - 1 - i if self.reverse else i
 
-    def before(self, i: Any) -> Any:
-        """The tile that holds the step before the i-th block, or any tile if none does."""
+    def after(self, i: Any) -> Any:
+        """The tile next to the i-th block visited on its far side, or any tile if none is."""
         if self.reverse:
-            return jnp.minimum((self.at(i) + 1) * self.tiles, pl.cdiv(self.shape[1], _TILE) - 1)
-        return jnp.maximum(self.at(i) * self.tiles - 1, 0)
+            return jnp.maximum(self.at(i) * self.tiles - 1, 0)
+        return jnp.minimum((self.at(i) + 1) * self.tiles, pl.cdiv(self.shape[1], _TILE) - 1)
 
     def sequence(self) -> pl.BlockSpec:
         return pl.BlockSpec((1, self.time, self.width), lambda b, d, i: (b, self.at(i), d))
 
     def edge(self) -> pl.BlockSpec:
-        return pl.BlockSpec((1, _TILE, self.width), lambda b, d, i: (b, self.before(i), d))
+        return pl.BlockSpec((1, _TILE, self.width), lambda b, d, i: (b, self.after(i), d))
 
     def state(self) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, self.width), lambda b, d, i: (b, 0, d))
