@@ -105,7 +105,7 @@ def linear_scan(
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
     if reset is not None and reset.shape != x.shape[:2]:
         raise ValueError(f"reset must have shape {x.shape[:2]}, got {reset.shape}")
-    position = None if reset is None else jnp.where(reset, 0, 1)
+    position = None if reset is None else 1 - reset.astype(jnp.int32)
     inputs = Inputs(x, (a,), (), position)
     return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
 
@@ -154,7 +154,7 @@ def rg_lru_scan(
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     rate = -8.0 * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
-    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos)
+    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
     return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
 
 
