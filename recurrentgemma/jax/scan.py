@@ -38,7 +38,7 @@ _XLA: dict[str, Scan] = {
 }
 _FEW_STEPS = scan_xla.UNROLLED_STEPS
 _PALLAS_PLATFORMS = ("tpu", "gpu")
-_PALLAS_DTYPES = (jnp.float32, jnp.bfloat16)
+_PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 class Choice(NamedTuple):
@@ -174,7 +174,7 @@ def choose_implementation(
         return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
     if platform == "cpu":
         return Choice("xla", "a loop in place reads and writes each element once")
-    if platform in _PALLAS_PLATFORMS and dtype in _PALLAS_DTYPES:
+    if platform in _PALLAS_PLATFORMS and jnp.dtype(dtype) in _PALLAS_DTYPES:
         return Choice("pallas", f"a {platform} kernel reads and writes each element once")
     return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
 
@@ -256,7 +256,7 @@ def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target
             f"implementation 'pallas' runs on {' and '.join(_PALLAS_PLATFORMS)}, got "
             f"{target.platform}, which runs {', '.join(_XLA)}"
         )
-    if dtype not in _PALLAS_DTYPES:
+    if jnp.dtype(dtype) not in _PALLAS_DTYPES:
         raise ValueError(
             "implementation 'pallas' takes float32 and bfloat16, got "
             f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
