@@ -27,6 +27,16 @@ SHAPES = [
     (1, 65, 2560),
     (3, 1000, 96),
 ]
+# The same for what is interpreted, which is slow: each T and D.
+INTERPRETED_SHAPES = [
+    (3, 1, 1),
+    (1, 2, 96),
+    (1, 7, 2560),
+    (3, 63, 128),
+    (1, 64, 500),
+    (3, 65, 96),
+    (1, 1000, 96),
+]
 
 
 class Implementation(NamedTuple):
@@ -51,6 +61,19 @@ class Implementation(NamedTuple):
 
     def rg_lru_scan_vjp(self, *args: Any, **kwargs: Any) -> tuple[tuple[np.ndarray, ...], ...]:
         return self.backend.rg_lru_scan_vjp(*args, implementation=self.name, **kwargs)
+
+
+def implementations_and_shapes() -> list[Any]:
+    """Test parameters: every implementation of both twins on each of its shapes."""
+    return [
+        pytest.param(*param.values, shape, id=f"{param.id}-{shape}", marks=param.marks)
+        for param in implementations()
+        for shape in (INTERPRETED_SHAPES if _is_interpreted(*param.values) else SHAPES)
+    ]
+
+
+def _is_interpreted(implementation: Implementation | None) -> bool:
+    return implementation is not None and implementation.dtype == "float32"
 
 
 def implementations(*twins: str) -> list[Any]:

@@ -38,7 +38,7 @@ _XLA: dict[str, Scan] = {
 }
 _FEW_STEPS = scan_xla.UNROLLED_STEPS
 _PALLAS_PLATFORMS = ("tpu", "gpu")
-_PALLAS_DTYPES = (jnp.float32, jnp.bfloat16)
+_PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 class Choice(NamedTuple):
@@ -105,7 +105,7 @@ def linear_scan(
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
     if reset is not None and reset.shape != x.shape[:2]:
         raise ValueError(f"reset must have shape {x.shape[:2]}, got {reset.shape}")
-    position = None if reset is None else jnp.where(reset, 0, 1)
+    position = None if reset is None else 1 - reset.astype(jnp.int32)
     inputs = Inputs(x, (a,), (), position)
     return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
 
@@ -154,7 +154,7 @@ def rg_lru_scan(
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     rate = -8.0 * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
-    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos)
+    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
     return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
 
 
@@ -174,7 +174,7 @@ def choose_implementation(
         return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
     if platform == "cpu":
         return Choice("xla", "a loop in place reads and writes each element once")
-    if platform in _PALLAS_PLATFORMS and dtype in _PALLAS_DTYPES:
+    if platform in _PALLAS_PLATFORMS and jnp.dtype(dtype) in _PALLAS_DTYPES:
         return Choice("pallas", f"a {platform} kernel reads and writes each element once")
     return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
 
@@ -256,7 +256,7 @@ def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target
             f"implementation 'pallas' runs on {' and '.join(_PALLAS_PLATFORMS)}, got "
             f"{target.platform}, which runs {', '.join(_XLA)}"
         )
-    if dtype not in _PALLAS_DTYPES:
+    if jnp.dtype(dtype) not in _PALLAS_DTYPES:
         raise ValueError(
             "implementation 'pallas' takes float32 and bfloat16, got "
             f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"

@@ -63,16 +63,14 @@ def in_place(x: Array, a: Array, state: Array, reverse: bool, adjoint: bool) -> 
 
     def step(i, out):
         t, before = (length - 1 - i, length - i) if reverse else (i, i - 1)
-        out_t = at(a, before if adjoint else t) * at(out, before) + at(x, t)
-        return lax.dynamic_update_index_in_dim(out, out_t, t, 1)
+        if adjoint:
+            carried = jnp.where(i == 0, state, at(a, before) * at(out, before))
+        else:
+            carried = at(a, t) * jnp.where(i == 0, state, at(out, before))
+        return lax.dynamic_update_index_in_dim(out, carried + at(x, t), t, 1)
 
-    first, last = (length - 1, 0) if reverse else (0, length - 1)
-    out = (
-        jnp.zeros_like(x)
-        .at[:, first]
-        .set((state if adjoint else a[:, first] * state) + x[:, first])
-    )
-    out = lax.fori_loop(1, length, step, out)
+    out = lax.fori_loop(0, length, step, jnp.zeros_like(x))
+    last = 0 if reverse else -1
     return out, a[:, last] * out[:, last] if adjoint else out[:, last]
 
 
@@ -104,15 +102,22 @@ class XLAScan(Scan):
         dlast: Array,
         reverse: bool,
     ) -> tuple[Inputs, Array]:
-        def gated(floats):
-            return gates.function(_widened(Inputs(*floats, inputs.position)), jnp.expm1)
+        wide = _widened(inputs)
+        # Summed over steps after the derivative: within it XLA compiles them to a slow loop.
+        channels = tuple(jnp.broadcast_to(channel, y.shape) for channel in wide.channels)
 
-        (_, a), pullback = jax.vjp(gated, inputs[:3])
+        def gated(floats):
+            return gates.function(Inputs(*floats, wide.position), jnp.expm1)
+
+        (_, a), pullback = jax.vjp(gated, (wide.x, wide.sequences, channels))
         dh, dh0 = self.recurrence(dy.astype(h0.dtype), a, dlast, not reverse, True)
         parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
         before = jnp.concatenate([part.astype(h0.dtype) for part in parts], 1)
-        (gradients,) = pullback((dh, dh * before))
-        return Inputs(*gradients, None), dh0
+        ((dx, dsequences, dchannels),) = pullback((dh, dh * before))
+        gradients = Inputs(dx, dsequences, tuple(d.sum((0, 1)) for d in dchannels), None)
+        return jax.tree.map(
+            lambda d, z: d.astype(z.dtype), gradients, inputs._replace(position=None)
+        ), dh0
 
 
 REFERENCE, IN_PLACE, ASSOCIATIVE = map(XLAScan, (loop, in_place, associative))

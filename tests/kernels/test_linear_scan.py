@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 from cases import bfloat16
-from scans import SHAPES, Implementation, implementations, linear_scan_grads, make_scan
+from scans import (
+    Implementation,
+    implementations,
+    implementations_and_shapes,
+    linear_scan_grads,
+    make_scan,
+)
 
 from backends import Backend
 from recurrentgemma.common import reference
@@ -29,7 +35,7 @@ def check(scan: Implementation, case, dtype: str, reverse: bool) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 class TestScan:
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize(("scan", "shape"), implementations_and_shapes())
     def test_states_and_gradients(self, scan: Implementation, shape, reverse: bool) -> None:
         check(scan, make_scan(*shape), scan.dtype, reverse)
 

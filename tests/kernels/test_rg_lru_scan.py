@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 from cases import bfloat16
-from scans import SHAPES, Implementation, implementations, make_rg_lru, rg_lru_scan_grads
+from scans import (
+    Implementation,
+    implementations,
+    implementations_and_shapes,
+    make_rg_lru,
+    rg_lru_scan_grads,
+)
 
 from backends import Backend
 from recurrentgemma.common import reference
@@ -29,7 +35,7 @@ def check(scan: Implementation, case, dtype: str) -> None:
 
 
 class TestRGLRUScan:
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize(("scan", "shape"), implementations_and_shapes())
     def test_states_and_gradients(self, scan: Implementation, shape) -> None:
         check(scan, make_rg_lru(*shape), scan.dtype)
 
