@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -487,13 +488,27 @@ class TorchBackend(Backend):
     def module(self) -> Any:
         return importlib.import_module("recurrentgemma.torch")
 
+    device = "cpu"
+
     def precision(self, dtype: str):
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def running(self, implementation: str = "auto", **_: Any):
+        """Where a recurrence runs: Triton's kernels on a GPU unless they are interpreted."""
+        compiled = implementation == "triton" and os.environ["TRITON_INTERPRET"] == "0"
+        self.device = "cuda" if compiled else "cpu"
+        try:
+            with np.errstate(over="ignore"):  # exp in an interpreted kernel
+                yield
+        finally:
+            self.device = "cpu"
 
     def array(self, value: np.ndarray, dtype: str) -> Any:
         import torch
 
-        return torch.tensor(np.ascontiguousarray(value)).to(getattr(torch, dtype))
+        array = torch.tensor(np.ascontiguousarray(value), device=self.device)
+        return array.to(getattr(torch, dtype))
 
     def _numpy(self, value: Any) -> np.ndarray:
         import torch
@@ -544,26 +559,29 @@ class TorchBackend(Backend):
         return self.module.Sampler(model, vocab, **kwargs)
 
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
-        args = self.scan_arguments(x, a, h0, reset, dtype)
-        return self.to_numpy(self.module.linear_scan(*args, **kwargs))
+        with self.running(**kwargs):
+            args = self.scan_arguments(x, a, h0, reset, dtype)
+            return self.to_numpy(self.module.linear_scan(*args, **kwargs))
 
     def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
         import torch
 
-        x, a, h0, reset = self.scan_arguments(x, a, h0, reset, dtype)
-        inputs = [value.requires_grad_() for value in (x, a, h0)]
-        outputs = self.module.linear_scan(x, a, h0, reset, **kwargs)
-        cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-        gradients = torch.autograd.grad(
-            outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
-        )
-        return self.to_numpy((outputs, gradients))
+        with self.running(**kwargs):
+            x, a, h0, reset = self.scan_arguments(x, a, h0, reset, dtype)
+            inputs = [value.requires_grad_() for value in (x, a, h0)]
+            outputs = self.module.linear_scan(x, a, h0, reset, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
 
     def rg_lru_scan(
         self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
     ):
-        args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
-        return self.to_numpy(self.module.rg_lru_scan(*args, **kwargs))
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            return self.to_numpy(self.module.rg_lru_scan(*args, **kwargs))
 
     def rg_lru_scan_vjp(
         self,
@@ -581,14 +599,15 @@ class TorchBackend(Backend):
     ):
         import torch
 
-        args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
-        inputs = [value.requires_grad_() for value in args if value.is_floating_point()]
-        outputs = self.module.rg_lru_scan(*args, **kwargs)
-        cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-        gradients = torch.autograd.grad(
-            outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
-        )
-        return self.to_numpy((outputs, gradients))
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            inputs = [value.requires_grad_() for value in args if value.is_floating_point()]
+            outputs = self.module.rg_lru_scan(*args, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
 
 
 class TorchNetwork(Network):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ def implementations_and_shapes() -> list[Any]:
 
 
 def _is_interpreted(implementation: Implementation | None) -> bool:
-    return implementation is not None and implementation.dtype == "float32"
+    return implementation is not None and implementation.name.startswith(("pallas", "triton"))
 
 
 def implementations(*twins: str) -> list[Any]:
@@ -85,7 +86,10 @@ def implementations(*twins: str) -> list[Any]:
             params.append(pytest.param(None, id=twin, marks=reason))
             continue
         for name in BACKENDS[twin].implementations():
-            params.append(pytest.param(Implementation(BACKENDS[twin], name), id=f"{twin}-{name}"))
+            absent = name == "triton" and importlib.util.find_spec("triton") is None
+            marks = [pytest.mark.skip(reason="triton is not installed")] if absent else []
+            implementation = Implementation(BACKENDS[twin], name)
+            params.append(pytest.param(implementation, id=f"{twin}-{name}", marks=marks))
     return params
 
 

@@ -19,7 +19,7 @@ from recurrentgemma.common.presets import ScanType
 from recurrentgemma.torch import scan_ops
 from recurrentgemma.torch.gates import rg_lru_gates, wide_dtype
 
-IMPLEMENTATIONS = ("auto", "reference", "native")
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 SCAN_TYPES = {
     ScanType.AUTO: "auto",
     ScanType.LINEAR_NATIVE: "native",
