@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,16 @@ class Backend(abc.ABC):
             None if reset is None else self.array(reset, "bool"),
         )
 
+    def rg_lru_arguments(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0, dtype: str
+    ) -> tuple[Any, ...]:
+        """Arrays for an RG-LRU scan: the state wide, or None."""
+        return (
+            *(self.array(value, dtype) for value in (x, input_gate, a_gate, a_param)),
+            self.array(segment_pos, "int32"),
+            None if h0 is None else self.array(h0, wide_dtype(dtype)),
+        )
+
     @staticmethod
     def _state_dtype(field: str, value: np.ndarray, dtype: str) -> str:
         if np.asarray(value).dtype.kind in "iu":
@@ -189,6 +200,50 @@ class Backend(abc.ABC):
     ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """States and the last; gradients of sum(dy * states) + sum(dlast * last) for x, a, h0."""
 
+    @abc.abstractmethod
+    def rg_lru_scan(
+        self,
+        x: np.ndarray,
+        input_gate: np.ndarray,
+        a_gate: np.ndarray,
+        a_param: np.ndarray,
+        segment_pos: np.ndarray,
+        h0: np.ndarray | None = None,
+        *,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All states and the last."""
+
+    @abc.abstractmethod
+    def rg_lru_scan_vjp(
+        self,
+        x: np.ndarray,
+        input_gate: np.ndarray,
+        a_gate: np.ndarray,
+        a_param: np.ndarray,
+        segment_pos: np.ndarray,
+        h0: np.ndarray,
+        *,
+        dy: np.ndarray,
+        dlast: np.ndarray,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """States and the last; gradients of sum(dy * states) + sum(dlast * last).
+
+        For x, input_gate, a_gate, a_param and h0.
+        """
+
+    def implementations(self) -> list[str]:
+        """Of the recurrences: those that run on this machine, interpreted or not."""
+        return list(importlib.import_module(f"recurrentgemma.{self.name}.scan").IMPLEMENTATIONS)
+
+    def widest(self, implementation: str) -> str:
+        """The widest dtype that an implementation computes in."""
+        del implementation
+        return "float64"
+
 
 # --------------------------------------------------------------------------------------------- JAX
 
@@ -245,6 +300,16 @@ class JaxBackend(Backend):
         model = self.module.Griffin(config)
         return self.module.Sampler(model, vocab, self._tree(params, "float32"), **kwargs)
 
+    def implementations(self):
+        names = super().implementations()
+        # Of the Pallas kernels each target's, interpreted.
+        return [name for name in names if name != "pallas"] + (
+            [f"pallas-{target}" for target in PALLAS_TARGETS] if "pallas" in names else []
+        )
+
+    def widest(self, implementation):
+        return "float32" if implementation.startswith("pallas") else "float64"
+
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
         with self.precision(dtype):
             args = self.scan_arguments(x, a, h0, reset, dtype)
@@ -256,14 +321,66 @@ class JaxBackend(Backend):
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
             return self.to_numpy(_jax_functions()[3](*args, cotangents, **kwargs))
 
+    def rg_lru_scan(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
+    ):
+        with self.precision(dtype):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            return self.to_numpy(_jax_functions()[4](*args, **kwargs))
+
+    def rg_lru_scan_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        dtype="float64",
+        **kwargs,
+    ):
+        with self.precision(dtype):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            return self.to_numpy(_jax_functions()[5](*args, cotangents, **kwargs))
+
+
+PALLAS_TARGETS = ("tpu", "gpu")
+
+
+@contextlib.contextmanager
+def jax_implementation(label: str = "auto"):
+    """Where an implementation can be traced; yields the package's name for it.
+
+    The label of a Pallas kernel has its target. It is interpreted on the CPU: a TPU's with memory
+    poisoned and a search for races.
+    """
+    name, _, target = label.partition("-")
+    if not target:
+        yield name
+        return
+    from jax.experimental.pallas import tpu as pltpu
+
+    from recurrentgemma.jax.scan import pallas_target
+
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pallas_target(target, interpret=params if target == "tpu" else True):
+        yield name
+
 
 @functools.cache
 def _jax_functions():
-    """Compiled once a shape, whichever test asks: apply, gradients, scan, scan with gradients."""
+    """Compiled once a shape, whichever test asks.
+
+    Apply, gradients; a scan, with gradients; an RG-LRU scan, with gradients.
+    """
     import jax
     import jax.numpy as jnp
 
-    from recurrentgemma.jax import linear_scan
+    from recurrentgemma.jax import linear_scan, rg_lru_scan
 
     def is_float(leaf) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -286,17 +403,33 @@ def _jax_functions():
 
         return jax.grad(loss, (0, 1))(params, [leaf for leaf in leaves if is_float(leaf)])
 
-    scan = jax.jit(linear_scan, static_argnames=("reverse", "implementation"))
+    @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+    def scan(*args, implementation="auto", **kwargs):
+        with jax_implementation(implementation) as name:
+            return linear_scan(*args, implementation=name, **kwargs)
 
     @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
     def scan_vjp(x, a, h0, reset, cotangents, **kwargs):
         def run(x, a, h0):
-            return linear_scan(x, a, h0, reset, **kwargs)
+            return scan(x, a, h0, reset, **kwargs)
 
         outputs, pullback = jax.vjp(run, x, a, h0)
         return outputs, pullback(cotangents)
 
-    return apply, grads, scan, scan_vjp
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def rg_lru(*args, implementation="auto"):
+        with jax_implementation(implementation) as name:
+            return rg_lru_scan(*args, implementation=name)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def rg_lru_vjp(x, input_gate, a_gate, a_param, segment_pos, h0, cotangents, **kwargs):
+        def run(x, input_gate, a_gate, a_param, h0):
+            return rg_lru(x, input_gate, a_gate, a_param, segment_pos, h0, **kwargs)
+
+        outputs, pullback = jax.vjp(run, x, input_gate, a_gate, a_param, h0)
+        return outputs, pullback(cotangents)
+
+    return apply, grads, scan, scan_vjp, rg_lru, rg_lru_vjp
 
 
 class JaxNetwork(Network):
@@ -355,13 +488,27 @@ class TorchBackend(Backend):
     def module(self) -> Any:
         return importlib.import_module("recurrentgemma.torch")
 
+    device = "cpu"
+
     def precision(self, dtype: str):
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def running(self, implementation: str = "auto", **_: Any):
+        """Where a recurrence runs: Triton's kernels on a GPU unless they are interpreted."""
+        compiled = implementation == "triton" and os.environ["TRITON_INTERPRET"] == "0"
+        self.device = "cuda" if compiled else "cpu"
+        try:
+            with np.errstate(over="ignore"):  # exp in an interpreted kernel
+                yield
+        finally:
+            self.device = "cpu"
 
     def array(self, value: np.ndarray, dtype: str) -> Any:
         import torch
 
-        return torch.tensor(np.ascontiguousarray(value)).to(getattr(torch, dtype))
+        array = torch.tensor(np.ascontiguousarray(value), device=self.device)
+        return array.to(getattr(torch, dtype))
 
     def _numpy(self, value: Any) -> np.ndarray:
         import torch
@@ -412,20 +559,55 @@ class TorchBackend(Backend):
         return self.module.Sampler(model, vocab, **kwargs)
 
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
-        args = self.scan_arguments(x, a, h0, reset, dtype)
-        return self.to_numpy(self.module.linear_scan(*args, **kwargs))
+        with self.running(**kwargs):
+            args = self.scan_arguments(x, a, h0, reset, dtype)
+            return self.to_numpy(self.module.linear_scan(*args, **kwargs))
 
     def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
         import torch
 
-        x, a, h0, reset = self.scan_arguments(x, a, h0, reset, dtype)
-        inputs = [value.requires_grad_() for value in (x, a, h0)]
-        outputs = self.module.linear_scan(x, a, h0, reset, **kwargs)
-        cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-        gradients = torch.autograd.grad(
-            outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
-        )
-        return self.to_numpy((outputs, gradients))
+        with self.running(**kwargs):
+            x, a, h0, reset = self.scan_arguments(x, a, h0, reset, dtype)
+            inputs = [value.requires_grad_() for value in (x, a, h0)]
+            outputs = self.module.linear_scan(x, a, h0, reset, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
+
+    def rg_lru_scan(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
+    ):
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            return self.to_numpy(self.module.rg_lru_scan(*args, **kwargs))
+
+    def rg_lru_scan_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        dtype="float64",
+        **kwargs,
+    ):
+        import torch
+
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            inputs = [value.requires_grad_() for value in args if value.is_floating_point()]
+            outputs = self.module.rg_lru_scan(*args, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
 
 
 class TorchNetwork(Network):

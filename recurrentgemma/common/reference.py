@@ -161,6 +161,25 @@ def conv_1d(
     return y, np.where(current[:, None], inputs[-past:], 0)
 
 
+def rg_lru_scan(
+    x: Float[Array, "*b t l"],
+    input_gate: Float[Array, "*b t l"],
+    a_gate: Float[Array, "*b t l"],
+    a_param: Float[Array, "l"],
+    segment_pos: Int[Array, "*b t"],
+    h0: Float[Array, "*b l"] | None = None,
+) -> tuple[Float[Array, "*b t l"], Float[Array, "*b l"]]:
+    """The RG-LRU past its linear maps: all h_t, and the last; the gates come before the sigmoid.
+
+    At padding (position -1) the state stays as it is.
+    """
+    start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
+    log_a = -RG_LRU_C * sigmoid(a_gate) * softplus(a_param)
+    multiplier = np.where(start, 1, np.sqrt(-np.expm1(2 * log_a)))
+    gated_x = np.where(padding, 0, multiplier * sigmoid(input_gate) * _f64(x))
+    return linear_scan(gated_x, np.where(padding, 1, np.exp(log_a)), h0, segment_pos == 0)
+
+
 def rg_lru(
     params: Params, x: Float[Array, "t l"], positions: Positions, h0: Float[Array, "l"]
 ) -> tuple[Float[Array, "t l"], Float[Array, "l"]]:
@@ -169,14 +188,11 @@ def rg_lru(
     r_t = sigmoid(a_gate(x_t)), i_t = sigmoid(input_gate(x_t)), log a_t = -c r_t softplus(a_param),
     h_t = a_t h_(t-1) + sqrt(1 - a_t^2) i_t x_t; where a document starts, h_t = i_t x_t.
     """
-    start = positions == 0
-    i, r = (
-        sigmoid(block_diagonal_linear(x, params[f"{gate}.w"], params[f"{gate}.b"]))
+    gates = (
+        block_diagonal_linear(x, params[f"{gate}.w"], params[f"{gate}.b"])
         for gate in ("input_gate", "a_gate")
     )
-    log_a = -RG_LRU_C * r * softplus(params["a_param"])
-    multiplier = np.where(start[:, None], 1, np.sqrt(-np.expm1(2 * log_a)))
-    return linear_scan(multiplier * i * _f64(x), np.exp(log_a), h0, start)
+    return rg_lru_scan(x, *gates, params["a_param"], positions, h0)
 
 
 def recurrent_block(

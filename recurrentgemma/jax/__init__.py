@@ -17,7 +17,7 @@ from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.jax.rg_lru import RGLRU
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
-from recurrentgemma.jax.scan import linear_scan
+from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan
 from recurrentgemma.jax.sharding import ShardingSpec
 
 __all__ = [
@@ -42,11 +42,13 @@ __all__ = [
     "ScanType",
     "ShardingSpec",
     "TemporalBlockType",
+    "choose_implementation",
     "init_params",
     "linear_scan",
     "load_checkpoint",
     "load_parameters",
     "load_tokenizer",
+    "rg_lru_scan",
     "save_checkpoint",
     "save_parameters",
 ]

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jax.nn import softplus
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.jax.layers import BlockDiagonalLinear, SpecModule
-from recurrentgemma.jax.scan import SCAN_TYPES, linear_scan, wide_dtype
-
-_MAX_SQRT_GRADIENT = 1000.0
-
-
-@jax.custom_jvp
-def bounded_sqrt(x: Array) -> Array:
-    """sqrt(x), its derivative clipped at 1000."""
-    return jnp.sqrt(x)
-
-
-@bounded_sqrt.defjvp
-def _bounded_sqrt_jvp(primals, tangents):
-    y = jnp.sqrt(primals[0])
-    return y, tangents[0] * jnp.minimum(0.5 / y, _MAX_SQRT_GRADIENT)
+from recurrentgemma.jax.scan import SCAN_TYPES, rg_lru_scan
 
 
 class RGLRU(SpecModule):
@@ -44,20 +27,13 @@ class RGLRU(SpecModule):
     ) -> tuple[Float[Array, "b t l"], Float[Array, "b l"]]:
         """Returns the outputs and the last state."""
         (x,) = promote_dtype(x, dtype=self.dtype)
-        wide = wide_dtype(x.dtype)
-        input_gate = jax.nn.sigmoid(self.child(BlockDiagonalLinear, "input_gate")(x).astype(wide))
-        a_gate = jax.nn.sigmoid(self.child(BlockDiagonalLinear, "a_gate")(x).astype(wide))
-        log_a = -8.0 * a_gate * softplus(self.parameter("a_param").astype(wide))
-        starts, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
-        multiplier = jnp.where(starts, 1.0, bounded_sqrt(-jnp.expm1(2.0 * log_a)))
-        a = jnp.where(padding, 1.0, jnp.exp(log_a))
-        gated_x = jnp.where(padding, 0.0, x.astype(wide) * input_gate * multiplier)
-        y, last = linear_scan(
-            gated_x,
-            a,
+        return rg_lru_scan(
+            x,
+            self.child(BlockDiagonalLinear, "input_gate")(x),
+            self.child(BlockDiagonalLinear, "a_gate")(x),
+            self.parameter("a_param"),
+            segment_pos,
             state,
-            segment_pos == 0,
             implementation=SCAN_TYPES[self.config.scan_type],
             sharding_spec=self.scan_sharding_spec,
         )
-        return y.astype(x.dtype), last

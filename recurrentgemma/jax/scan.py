@@ -1,30 +1,76 @@
-"""The linear recurrence h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
+"""The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
 
-On the CPU a loop over time updates the output in place, forward and backward, so that neither pass
-copies the sequence; elsewhere the associative scan is used.
+`linear_scan` is the recurrence itself; `rg_lru_scan` takes it from the gates on. Either is one
+differentiable operation, whichever implementation runs it and however it is split over devices: its
+backward pass is the adjoint recurrence, which keeps the arguments and the output, and computes the
+gates again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.presets import ScanType
-from recurrentgemma.jax.sharding import ShardingSpec, sharded_scan
+from recurrentgemma.jax import scan_xla
+from recurrentgemma.jax.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
+from recurrentgemma.jax.sharding import ShardedScan, ShardingSpec
 
-IMPLEMENTATIONS = ("auto", "reference", "xla", "associative")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
 SCAN_TYPES = {
     ScanType.AUTO: "auto",
     ScanType.LINEAR_NATIVE: "xla",
     ScanType.ASSOCIATIVE_NATIVE: "associative",
-    ScanType.LINEAR_PALLAS: "auto",  # until there is a Pallas kernel
+    ScanType.LINEAR_PALLAS: "pallas",
 }
+_XLA: dict[str, Scan] = {
+    "reference": scan_xla.REFERENCE,
+    "xla": scan_xla.IN_PLACE,
+    "associative": scan_xla.ASSOCIATIVE,
+}
+_FEW_STEPS = scan_xla.UNROLLED_STEPS
+_PALLAS_PLATFORMS = ("tpu", "gpu")
+_PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it."""
+
+    name: str
+    reason: str
+
+
+class _Target(NamedTuple):
+    platform: str
+    interpret: Any = False
+
+
+_target: contextvars.ContextVar[_Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
+    """What is traced inside is for this platform, whatever devices there are.
+
+    To compile ahead of time or, with `interpret`, to run a Pallas kernel on the CPU.
+
+    Args:
+      platform: "tpu" or "gpu".
+      interpret: What `pallas_call` takes under this name.
+    """
+    token = _target.set(_Target(platform, interpret))
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def linear_scan(
@@ -45,110 +91,181 @@ def linear_scan(
       h0: State before the first step, [B, D]; zeros if None.
       reset: Where the state is forgotten (a_t taken as 0), [B, T].
       reverse: Run from the last step to the first.
-      implementation: "auto", "reference" (`lax.scan`), "xla" (an in-place loop) or "associative".
+      implementation: "auto" (see `choose_implementation`), "reference" (`lax.scan`), "xla" (an
+        in-place loop), "associative" or "pallas" (TPU and GPU).
       sharding_spec: How the arrays are split over devices, if they are.
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes differ or the implementation is unknown.
+      ValueError: Shapes differ, or the implementation is unknown or not for this device or dtype.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
-        )
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
-    batch, length, width = x.shape
+    if reset is not None and reset.shape != x.shape[:2]:
+        raise ValueError(f"reset must have shape {x.shape[:2]}, got {reset.shape}")
+    position = None if reset is None else 1 - reset.astype(jnp.int32)
+    inputs = Inputs(x, (a,), (), position)
+    return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
+
+
+def rg_lru_scan(
+    x: Float[Array, "b t d"],
+    input_gate: Float[Array, "b t d"],
+    a_gate: Float[Array, "b t d"],
+    a_param: Float[Array, "d"],
+    segment_pos: Int[Array, "b t"],
+    h0: Float[Array, "b d"] | None = None,
+    *,
+    implementation: str = "auto",
+    sharding_spec: ShardingSpec | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
+
+    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
+    forgotten and the square root is 1; padding changes nothing. The arithmetic is float32, or
+    float64 beside float64; the gradient of the square root is clipped at 1000.
+
+    Args:
+      x: Inputs, [B, T, D].
+      input_gate: The input gate before the sigmoid, [B, T, D].
+      a_gate: The recurrence gate before the sigmoid, [B, T, D].
+      a_param: [D].
+      segment_pos: Position in the document, 0 at its start, -1 at padding, [B, T].
+      h0: State before the first step, [B, D]; zeros if None.
+      implementation: As of `linear_scan`.
+      sharding_spec: As of `linear_scan`.
+
+    Returns:
+      All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
+
+    Raises:
+      ValueError: Shapes differ, or the implementation is unknown or not for this device or dtype.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
+    for name, value, shape in (
+        ("input_gate", input_gate, x.shape),
+        ("a_gate", a_gate, x.shape),
+        ("a_param", a_param, x.shape[2:]),
+        ("segment_pos", segment_pos, x.shape[:2]),
+    ):
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    rate = -8.0 * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
+    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
+    return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
+
+
+def choose_implementation(
+    shape: tuple[int, int, int], dtype: Dtype, device: jax.Device | str | None = None
+) -> Choice:
+    """What "auto" means for arrays of this shape and dtype.
+
+    Args:
+      shape: [B, T, D].
+      dtype: That of x.
+      device: A device or a platform ("cpu", "gpu", "tpu"); the default one if None.
+    """
+    platform = _default_platform() if device is None else getattr(device, "platform", device)
+    _, length, _ = shape
+    if length <= _FEW_STEPS:
+        return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
+    if platform == "cpu":
+        return Choice("xla", "a loop in place reads and writes each element once")
+    if platform in _PALLAS_PLATFORMS and jnp.dtype(dtype) in _PALLAS_DTYPES:
+        return Choice("pallas", f"a {platform} kernel reads and writes each element once")
+    return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(
+    scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array
+) -> tuple[Array, Array]:
+    return scan.forward(gates, inputs, h0, reverse)
+
+
+def _scan_forward(scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array):
+    y, last = scan.forward(gates, inputs, h0, reverse)
+    kept = inputs if gates.needs_x else inputs._replace(x=None)
+    return (y, last), (kept, h0, y)
+
+
+def _scan_backward(scan: Scan, gates: Gates, reverse: bool, residuals: Any, gradients: Any):
+    inputs, h0, y = residuals
+    dy, dlast = gradients
+    if inputs.x is None:
+        inputs = inputs._replace(x=dy)
+    return scan.backward(gates, inputs, h0, y, dy, dlast, reverse)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _run(
+    gates: Gates,
+    inputs: Inputs,
+    h0: Array | None,
+    reverse: bool,
+    implementation: str,
+    spec: ShardingSpec | None,
+) -> tuple[Array, Array]:
+    batch, length, width = shape = inputs.x.shape
     if h0 is not None and h0.shape != (batch, width):
         raise ValueError(f"h0 must have shape {(batch, width)}, got {h0.shape}")
-    if reset is not None and reset.shape != (batch, length):
-        raise ValueError(f"reset must have shape {(batch, length)}, got {reset.shape}")
-    wide = wide_dtype(x.dtype)
-    if reset is not None:
-        a = jnp.where(reset[..., None], 0, a)
-    state = jnp.zeros((batch, width), wide) if h0 is None else h0.astype(wide)
-    if length == 0:
-        return x, state
-    if implementation == "auto":
-        implementation = "xla" if jax.default_backend() == "cpu" else "associative"
-    scan = {"reference": _loop, "xla": _in_place, "associative": _associative}[implementation]
-    if sharding_spec is not None:
-        scan = sharded_scan(scan, sharding_spec)
-    y, last = scan(x.astype(wide), a.astype(wide), state, reverse)
-    return y.astype(x.dtype), last
+    dtype = inputs.x.dtype
+    wide = wide_dtype(dtype)
+    scan = _implementation(implementation, shape, dtype, _device(inputs.x, spec))
+    h0 = jnp.zeros((batch, width), wide) if h0 is None else h0.astype(wide)
+    if batch * length * width == 0:
+        return inputs.x, h0
+    if spec is not None:
+        scan = ShardedScan(scan, spec)
+    return _scan(scan, gates, reverse, inputs, h0)
 
 
-def wide_dtype(dtype: Dtype) -> Dtype:
-    """The dtype of states and of sensitive arithmetic: float32, or float64 beside float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+def _device(x: Array, spec: ShardingSpec | None) -> _Target:
+    """Where the computation will run, as far as can be known."""
+    target = _target.get()
+    if target is not None:
+        return target
+    if spec is not None:
+        return _Target(spec.mesh.devices.flat[0].platform)
+    if not isinstance(x, jax.core.Tracer):
+        return _Target(next(iter(x.devices())).platform)
+    return _Target(_default_platform())
 
 
-def _loop(x: Array, a: Array, state: Array, reverse: bool) -> tuple[Array, Array]:
-    """The definition."""
-
-    def step(state, inputs):
-        x_t, a_t = inputs
-        state = a_t * state + x_t
-        return state, state
-
-    inputs = (x.swapaxes(0, 1), a.swapaxes(0, 1))
-    last, y = lax.scan(step, state, inputs, reverse=reverse)
-    return y.swapaxes(0, 1), last
+def _default_platform() -> str:
+    device = jax.config.jax_default_device or jax.default_backend()
+    return getattr(device, "platform", device)
 
 
-def _associative(x: Array, a: Array, state: Array, reverse: bool) -> tuple[Array, Array]:
-    """A logarithmic number of passes over the sequence."""
+def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: _Target) -> Scan:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    if name == "auto":
+        name = choose_implementation(shape, dtype, target.platform).name
+    if name != "pallas":
+        return _XLA[name]
+    if target.platform not in _PALLAS_PLATFORMS:
+        raise ValueError(
+            f"implementation 'pallas' runs on {' and '.join(_PALLAS_PLATFORMS)}, got "
+            f"{target.platform}, which runs {', '.join(_XLA)}"
+        )
+    if jnp.dtype(dtype) not in _PALLAS_DTYPES:
+        raise ValueError(
+            "implementation 'pallas' takes float32 and bfloat16, got "
+            f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
+        )
+    # Not at the top: importing Pallas takes a while, and the CPU does without.
+    if target.platform == "tpu":
+        from recurrentgemma.jax.scan_pallas_tpu import PallasTPUScan
 
-    def combine(earlier, later):
-        return earlier[0] * later[0], earlier[1] * later[0] + later[1]
+        return PallasTPUScan(target.interpret)
+    from recurrentgemma.jax.scan_pallas_gpu import PallasGPUScan
 
-    first = -1 if reverse else 0
-    x = x.at[:, first].add(a[:, first] * state)
-    _, y = lax.associative_scan(combine, (a, x), axis=1, reverse=reverse)
-    return y, y[:, 0 if reverse else -1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _in_place(x: Array, a: Array, state: Array, reverse: bool) -> tuple[Array, Array]:
-    """A loop over time that updates the output in place."""
-    length = x.shape[1]
-
-    def step(i, carry):
-        state, y = carry
-        t = length - 1 - i if reverse else i
-        state = _at(a, t) * state + _at(x, t)
-        return state, lax.dynamic_update_index_in_dim(y, state, t, 1)
-
-    last, y = lax.fori_loop(0, length, step, (state, jnp.zeros_like(x)), unroll=2)
-    return y, last
-
-
-def _in_place_forward(x: Array, a: Array, state: Array, reverse: bool):
-    outputs: Any = _in_place(x, a, state, reverse)
-    return outputs, (a, outputs[0], state)
-
-
-def _in_place_backward(reverse: bool, residuals: Any, gradients: Any):
-    """dx_t = dy_t + a_{t+1} dx_{t+1}; da_t = dx_t h_{t-1}; dh0 = a_0 dx_0."""
-    a, y, h0 = residuals
-    dy, dlast = gradients
-    length = y.shape[1]
-
-    def step(i, carry):
-        dh, dx = carry
-        t = i if reverse else length - 1 - i
-        dx_t = _at(dy, t) + dh
-        return _at(a, t) * dx_t, lax.dynamic_update_index_in_dim(dx, dx_t, t, 1)
-
-    dh0, dx = lax.fori_loop(0, length, step, (dlast, jnp.zeros_like(dy)), unroll=2)
-    parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
-    return dx, dx * jnp.concatenate(parts, 1), dh0
-
-
-def _at(x: Array, t) -> Array:
-    return lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
-
-
-_in_place.defvjp(_in_place_forward, _in_place_backward)
+    return PallasGPUScan(target.interpret)

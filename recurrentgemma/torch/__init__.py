@@ -12,7 +12,7 @@ from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
-from recurrentgemma.torch.scan import linear_scan
+from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan
 
 __all__ = [
     "RGLRU",
@@ -35,8 +35,10 @@ __all__ = [
     "SamplerOutput",
     "ScanType",
     "TemporalBlockType",
+    "choose_implementation",
     "linear_scan",
     "load_checkpoint",
     "load_tokenizer",
+    "rg_lru_scan",
     "save_checkpoint",
 ]

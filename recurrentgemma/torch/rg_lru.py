@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
-from recurrentgemma.torch.scan import SCAN_TYPES, linear_scan, wide_dtype
-
-_MAX_SQRT_GRADIENT = 1000.0
-
-
-class _BoundedSqrt(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.sqrt(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        del inputs
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (y,) = ctx.saved_tensors
-        return grad * (0.5 / y).clamp(max=_MAX_SQRT_GRADIENT)
-
-
-def bounded_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x), its derivative clipped at 1000."""
-    return _BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
+from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan
 
 
 class RGLRU(SpecModule):
@@ -60,19 +33,12 @@ class RGLRU(SpecModule):
         state: Float[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b l"]]:
         """Returns the outputs and the last state."""
-        wide = wide_dtype(x.dtype)
-        input_gate = torch.sigmoid(self.input_gate(x).to(wide))
-        a_gate = torch.sigmoid(self.a_gate(x).to(wide))
-        log_a = -8.0 * a_gate * softplus(self.a_param.to(wide))
-        starts, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
-        multiplier = torch.where(starts, 1.0, bounded_sqrt(-torch.expm1(2.0 * log_a)))
-        a = torch.where(padding, 1.0, torch.exp(log_a))
-        gated_x = torch.where(padding, 0.0, x.to(wide) * input_gate * multiplier)
-        y, last = linear_scan(
-            gated_x,
-            a,
+        return rg_lru_scan(
+            x,
+            self.input_gate(x),
+            self.a_gate(x),
+            self.a_param,
+            segment_pos,
             state,
-            segment_pos == 0,
             implementation=SCAN_TYPES[self.config.scan_type],
         )
-        return y.to(x.dtype), last

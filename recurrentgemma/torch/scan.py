@@ -1,22 +1,39 @@
-"""The linear recurrence h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
+"""The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
 
-On the CPU the sequence is cut into chunks that advance together: a first pass over each chunk from
-a zero state gives its last state and total decay, the states carried between chunks are the same
-recurrence over these, and a second pass from the right carry writes the outputs. The work is a few
-in-place operations on [B, T / C, D] instead of T on [B, D].
+`linear_scan` is the recurrence itself; `rg_lru_scan` takes it from the gates on. Either is one
+differentiable operation, whichever implementation runs it: its backward pass is the adjoint
+recurrence, which keeps the arguments and the output, and computes the gates again.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from recurrentgemma.common.presets import ScanType
+from recurrentgemma.torch import scan_ops
+from recurrentgemma.torch.gates import rg_lru_gates, wide_dtype
 
-IMPLEMENTATIONS = ("auto", "reference", "native")
-SCAN_TYPES = dict.fromkeys(ScanType, "auto")  # a JAX choice, as published
-_LOOP_LENGTH = 16
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+SCAN_TYPES = {
+    ScanType.AUTO: "auto",
+    ScanType.LINEAR_NATIVE: "native",
+    ScanType.ASSOCIATIVE_NATIVE: "native",
+    ScanType.LINEAR_PALLAS: "auto",  # PyTorch has no Pallas
+}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it."""
+
+    name: str
+    reason: str
 
 
 def linear_scan(
@@ -36,189 +53,160 @@ def linear_scan(
       h0: State before the first step, [B, D]; zeros if None.
       reset: Where the state is forgotten (a_t taken as 0), [B, T].
       reverse: Run from the last step to the first.
-      implementation: "auto", "reference" (a plain loop) or "native" (chunked).
+      implementation: "auto" (see `choose_implementation`), "reference" (a plain loop), "native"
+        (chunks that advance together) or "triton" (GPU).
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes differ or the implementation is unknown.
+      ValueError: Shapes, dtypes or devices differ, or the implementation is unknown or not for
+        this device.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
-        )
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(
             f"x and a must have one shape [B, T, D], got {tuple(x.shape)} and {tuple(a.shape)}"
         )
     batch, length, width = x.shape
-    if h0 is not None and h0.shape != (batch, width):
-        raise ValueError(f"h0 must have shape {(batch, width)}, got {tuple(h0.shape)}")
-    if reset is not None and reset.shape != (batch, length):
-        raise ValueError(f"reset must have shape {(batch, length)}, got {tuple(reset.shape)}")
-    wide = wide_dtype(x.dtype)
+    _check(x, "a", a, x.shape)
+    if h0 is not None:
+        _check(x, "h0", h0, (batch, width))
+    if reset is not None:
+        _check(x, "reset", reset, (batch, length), "bool")
+    implementation = _implementation(implementation, x)
+    state = _initial_state(x, h0)
+    if x.numel() == 0:
+        return x, state
+    if implementation != "reference":
+        return scan_ops.linear_scan(x, a, state, reset, reverse, implementation)
     if reset is not None:
         a = torch.where(reset[..., None], 0, a)
-    state = x.new_zeros(batch, width, dtype=wide) if h0 is None else h0.to(wide)
-    if length == 0:
-        return x, state
-    if implementation == "reference":
-        y, last = _loop(x.to(wide), a.to(wide), state, reverse)
-    else:
-        y, last = _LinearScan.apply(x.to(wide), a.to(wide), state, reverse)  # pyright: ignore[reportGeneralTypeIssues]
+    y, last = _loop(x.to(state.dtype), a.to(state.dtype), state, reverse)
     return y.to(x.dtype), last
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states and of sensitive arithmetic: float32, or float64 beside float64."""
-    return torch.promote_types(dtype, torch.float32)
+def rg_lru_scan(
+    x: Float[Tensor, "b t d"],
+    input_gate: Float[Tensor, "b t d"],
+    a_gate: Float[Tensor, "b t d"],
+    a_param: Float[Tensor, "d"],
+    segment_pos: Int[Tensor, "b t"],
+    h0: Float[Tensor, "b d"] | None = None,
+    *,
+    implementation: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
+    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
+
+    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
+    forgotten and the square root is 1; padding changes nothing. The arithmetic is float32, or
+    float64 beside float64; the gradient of the square root is clipped at 1000.
+
+    Args:
+      x: Inputs, [B, T, D].
+      input_gate: The input gate before the sigmoid, [B, T, D].
+      a_gate: The recurrence gate before the sigmoid, [B, T, D].
+      a_param: [D].
+      segment_pos: Position in the document, 0 at its start, -1 at padding, [B, T].
+      h0: State before the first step, [B, D]; zeros if None.
+      implementation: As of `linear_scan`.
+
+    Returns:
+      All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
+
+    Raises:
+      ValueError: Shapes, dtypes or devices differ, or the implementation is unknown or not for
+        this device.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, T, D], got {tuple(x.shape)}")
+    batch, length, width = x.shape
+    _check(x, "input_gate", input_gate, x.shape)
+    _check(x, "a_gate", a_gate, x.shape)
+    _check(x, "a_param", a_param, (width,))
+    _check(x, "segment_pos", segment_pos, (batch, length), "integer")
+    if h0 is not None:
+        _check(x, "h0", h0, (batch, width))
+    implementation = _implementation(implementation, x)
+    state = _initial_state(x, h0)
+    if x.numel() == 0:
+        return x, state
+    a_param = a_param.to(state.dtype).expand(batch, width)
+    if implementation != "reference":
+        return scan_ops.rg_lru_scan(
+            x, input_gate, a_gate, a_param, segment_pos, state, implementation
+        )
+    floats = (z.to(state.dtype) for z in (x, input_gate, a_gate))
+    y, last = _loop(*rg_lru_gates(*floats, a_param, segment_pos), state, False)
+    return y.to(x.dtype), last
+
+
+def choose_implementation(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Choice:
+    """What "auto" means for tensors of this shape and dtype.
+
+    Args:
+      shape: [B, T, D].
+      dtype: That of x.
+      device: A device; the default one if None.
+    """
+    del shape, dtype  # each implementation takes any; Triton's kernels adapt to both
+    kind = torch.get_default_device().type if device is None else torch.device(device).type
+    if kind == "cuda" and _HAS_TRITON:
+        return Choice("triton", "a kernel reads and writes each element once")
+    if kind == "cuda":
+        return Choice("native", "triton is not installed")
+    return Choice("native", f"PyTorch's own operations are the fastest there is on {kind}")
+
+
+def _implementation(name: str, x: Tensor) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    if name == "auto":
+        batch, length, width = x.shape
+        return choose_implementation((batch, length, width), x.dtype, x.device).name
+    if name == "triton":
+        if not _HAS_TRITON:
+            raise ValueError(
+                "implementation 'triton' needs the package triton, which is not installed; "
+                "without it there are reference, native"
+            )
+        if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"implementation 'triton' runs on cuda, got {x.device.type}, which runs "
+                "reference, native"
+            )
+    return name
+
+
+def _check(
+    x: Tensor, name: str, value: Tensor, shape: tuple[int, ...], kind: str = "floating"
+) -> None:
+    """Raises where `value` does not go with x."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+    is_bool, is_float = value.dtype == torch.bool, value.is_floating_point()
+    kinds = {"floating": is_float, "bool": is_bool, "integer": not is_bool and not is_float}
+    if not kinds[kind]:
+        raise ValueError(f"{name} must have a {kind} dtype, got {value.dtype}")
+
+
+def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
+    batch, _, width = x.shape
+    wide = wide_dtype(x.dtype)
+    return x.new_zeros(batch, width, dtype=wide) if h0 is None else h0.to(wide)
 
 
 def _loop(x: Tensor, a: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The definition."""
     outputs = []
-    for t in _steps(x.shape[1], reverse):
+    for t in range(x.shape[1])[:: -1 if reverse else 1]:
         state = a[:, t] * state + x[:, t]
         outputs.append(state)
     return torch.stack(outputs[::-1] if reverse else outputs, 1), state
-
-
-def _steps(length: int, reverse: bool) -> range:
-    return range(length - 1, -1, -1) if reverse else range(length)
-
-
-def _chunk_length(batch: int) -> int:
-    return 64 if batch == 1 else 32
-
-
-def _chunked(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Tensor:
-    """Writes all states to `out` and returns the last; no autograd."""
-    batch, length, _ = x.shape
-    chunk = min(_chunk_length(batch), max(length // 2, 1))
-    if length <= _LOOP_LENGTH:
-        for t in _steps(length, reverse):
-            state = torch.addcmul(x[:, t], a[:, t], state, out=out[:, t])
-        return state
-    num_chunks = length // chunk
-    # The chunked part comes first in the direction of the scan, the remainder after it.
-    cut = length - num_chunks * chunk if reverse else num_chunks * chunk
-    head, tail = (slice(cut, None), slice(None, cut)) if reverse else (
-        slice(None, cut), slice(cut, None))  # fmt: skip
-    x_bncd, a_bncd, out_bncd = (z[:, head].unflatten(1, (num_chunks, chunk)) for z in (x, a, out))
-    steps = _steps(chunk, reverse)
-    ends = x_bncd[:, :, steps[0]].clone()
-    decays = a_bncd[:, :, steps[0]].clone()
-    for c in steps[1:]:
-        torch.addcmul(x_bncd[:, :, c], a_bncd[:, :, c], ends, out=ends)
-        decays *= a_bncd[:, :, c]
-    carries = torch.empty_like(ends)
-    last = _chunked(ends, decays, state, reverse, carries)
-    if reverse:
-        h = torch.cat([carries[:, 1:], state[:, None]], 1)
-    else:
-        h = torch.cat([state[:, None], carries[:, :-1]], 1)
-    for c in steps:
-        h = torch.addcmul(x_bncd[:, :, c], a_bncd[:, :, c], h, out=out_bncd[:, :, c])
-    if num_chunks * chunk < length:
-        last = _chunked(x[:, tail], a[:, tail], last, reverse, out[:, tail])
-    return last
-
-
-# Operators of their own, opaque to torch.compile, which would otherwise unroll the loops. Not
-# `custom_op`: the autograd kernel that it adds does not run under torch.func transforms.
-_SCAN, _SCAN_BACKWARD = "recurrentgemma::linear_scan", "recurrentgemma::linear_scan_backward"
-torch.library.define(_SCAN, "(Tensor x, Tensor a, Tensor h0, bool reverse) -> (Tensor, Tensor)")
-torch.library.define(
-    _SCAN_BACKWARD,
-    "(Tensor dy, Tensor dlast, Tensor a, Tensor y, Tensor h0, bool reverse)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl(_SCAN, "default")
-def _scan(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x)
-    last = _chunked(x, a, h0, reverse, y)
-    return y, last.clone()
-
-
-@torch.library.register_fake(_SCAN)
-def _(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    del a, reverse
-    return torch.empty_like(x), torch.empty_like(h0)
-
-
-@torch.library.impl(_SCAN_BACKWARD, "default")
-def _scan_backward(
-    dy: Tensor, dlast: Tensor, a: Tensor, y: Tensor, h0: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_t = dy_t + a_{t+1} dx_{t+1}; da_t = dx_t h_{t-1}; dh0 = a_0 dx_0."""
-    dx, da = torch.empty_like(dy), torch.empty_like(a)
-    first, last = (-1, 0) if reverse else (0, -1)
-    earlier, later = (slice(1, None), slice(None, -1))[:: 1 if reverse else -1]
-    torch.add(dy[:, last], dlast, out=dx[:, last])
-    if dy.shape[1] > 1:
-        _chunked(dy[:, earlier], a[:, later], dx[:, last], not reverse, dx[:, earlier])
-        torch.mul(dx[:, later], y[:, earlier], out=da[:, later])
-    torch.mul(dx[:, first], h0, out=da[:, first])
-    return dx, da, a[:, first] * dx[:, first]
-
-
-@torch.library.register_fake(_SCAN_BACKWARD)
-def _(dy: Tensor, dlast: Tensor, a: Tensor, y: Tensor, h0: Tensor, reverse: bool):
-    del dlast, y, reverse
-    return torch.empty_like(dy), torch.empty_like(a), torch.empty_like(h0)
-
-
-def _fold_batch(op):
-    """A vmap rule: the mapped axis joins the batch."""
-
-    def rule(info, in_dims, *args):
-        folded = [
-            arg
-            if not isinstance(arg, Tensor)
-            else arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
-            if dim is None
-            else arg.movedim(dim, 0).flatten(0, 1)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        outputs = tuple(out.unflatten(0, (info.batch_size, -1)) for out in op(*folded))
-        return outputs, (0,) * len(outputs)
-
-    return rule
-
-
-_scan_op = torch.ops.recurrentgemma.linear_scan.default
-_scan_backward_op = torch.ops.recurrentgemma.linear_scan_backward.default
-torch.library.register_vmap(_SCAN, _fold_batch(_scan_op))
-torch.library.register_vmap(_SCAN_BACKWARD, _fold_batch(_scan_backward_op))
-
-
-class _LinearScan(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, a: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        return _scan_op(x, a, h0, reverse)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, a, h0, ctx.reverse = inputs
-        ctx.save_for_backward(a, output[0], h0)
-
-    @staticmethod
-    def backward(ctx, dy, dlast):  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, y, h0 = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *_scan_backward_op(dy, dlast, a, y, h0, ctx.reverse), None
-        # The gradient may itself be differentiated: the same in differentiable steps.
-        if ctx.reverse:
-            dy, a, y = dy.flip(1), a.flip(1), y.flip(1)
-        dx = (dy[:, -1] + dlast)[:, None]
-        if dy.shape[1] > 1:
-            earlier, _ = _LinearScan.apply(dy[:, :-1], a[:, 1:], dx[:, 0], True)  # pyright: ignore[reportGeneralTypeIssues]
-            dx = torch.cat([earlier, dx], 1)
-        da = dx * torch.cat([h0[:, None], y[:, :-1]], 1)
-        dh0 = a[:, 0] * dx[:, 0]
-        return (dx.flip(1), da.flip(1), dh0, None) if ctx.reverse else (dx, da, dh0, None)

@@ -1,0 +1,122 @@
+"""Registers and spills of the Triton kernels, compiled ahead of time: no GPU is needed.
+
+python benchmarks/triton_registers.py > benchmarks/results/triton_registers.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from recurrentgemma.torch import scan_triton, triton_kernels
+
+ARCHITECTURES = (75, 80, 90)
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+KERNELS = ("forward", "backward", "summarize", "summarize adjoint")
+WIDE = {"a_param", "h0", "dlast", "last", "ends", "totals", "da_param", "dh0"}
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Usage(NamedTuple):
+    """Registers a thread, and bytes a thread spilled to memory."""
+
+    registers: int
+    spilled: int
+
+
+def compile_kernel(
+    kernel: str, dtype: str, architecture: int, gated: bool, a_thread: int, steps: int
+) -> Usage:
+    """Compiles one kernel with all of its optional arguments.
+
+    Args:
+      kernel: Of `KERNELS`.
+      dtype: Of the sequences.
+      architecture: 90 for sm_90.
+      gated: For `rg_lru_scan`; else for `linear_scan`.
+      a_thread: Channels of a thread.
+      steps: Of a tile.
+    """
+    name, *adjoint = kernel.split()
+    function = getattr(triton_kernels, name)
+    constants: dict[str, Any] = {"REVERSE": False, "STEPS": steps, "CHANNELS": 32 * a_thread}
+    if name == "summarize":
+        constants["ADJOINT"] = bool(adjoint)
+    absent = {"input_gate", "a_param", "dinput_gate", "da_param"} if not gated else set()
+    absent |= {"x"} if name == "backward" and not gated else set()
+    absent |= {"input_gate"} if adjoint else set()
+    constants |= dict.fromkeys(absent & set(function.arg_names))
+    types = dict.fromkeys(function.arg_names, f"*{dtype}")
+    types |= dict.fromkeys(WIDE, "*fp32") | dict.fromkeys(("T", "D", "chunk"), "i32")
+    types |= {"position": "*i64" if gated else "*i8"} | dict.fromkeys(constants, "constexpr")
+    indices = {argument: (i,) for i, argument in enumerate(function.arg_names)}
+    source = ASTSource(
+        function,
+        {argument: types[argument] for argument in function.arg_names},
+        {indices[argument]: value for argument, value in constants.items()},
+        {
+            indices[argument]: [["tt.divisibility", 16]]
+            for argument in function.arg_names
+            if argument == "D" or types[argument].startswith("*")
+        },
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .* LOCAL:(\d+)", done.stdout)
+    assert found, done.stdout
+    registers, *memory = map(int, found.groups())
+    return Usage(registers, sum(memory))
+
+
+def tiles(kernel: str, dtype: str) -> list[tuple[int, int]]:
+    """Channels of a thread and steps of a tile, as `scan_triton.tiling` cuts long sequences."""
+    adjoint = kernel in ("backward", "summarize adjoint")
+    elements = scan_triton.BACKWARD_ELEMENTS if adjoint else scan_triton.FORWARD_ELEMENTS
+    cuts = {
+        scan_triton.tiling(
+            (1, 64, width), DTYPES[dtype], elements, scan_triton.Processors(count=1, lanes=32)
+        )[:2]
+        for width in (2**12, 2**11, 2**10, 2**9, 2**8, 2**7, 1)
+    }
+    return [(channels // 32, steps) for channels, steps in sorted(cuts, reverse=True)]
+
+
+def main() -> None:
+    """Prints a table, as Markdown."""
+    print(
+        f"# Registers of the Triton kernels\n\nTriton {triton.__version__}, one warp a program.\n"
+    )
+    columns = ["scan", "kernel", "dtype", "channels x steps a thread"]
+    columns += [f"sm_{architecture}" for architecture in ARCHITECTURES]
+    print("| " + " | ".join([*columns, "spilled bytes"]) + " |\n" + "|---" * 8 + "|")
+    for gated, kernel, dtype in itertools.product((False, True), KERNELS, DTYPES):
+        for a_thread, steps in tiles(kernel, dtype):
+            usages = [
+                compile_kernel(kernel, dtype, architecture, gated, a_thread, steps)
+                for architecture in ARCHITECTURES
+            ]
+            scan = "rg_lru_scan" if gated else "linear_scan"
+            cells = [scan, kernel, dtype, f"{a_thread} x {steps}"]
+            cells += [str(usage.registers) for usage in usages]
+            cells += ["/".join(str(usage.spilled) for usage in usages)]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The Pallas kernels beyond the shared suite: transforms, races, lowering, who may run them."""
+
+import functools
+
+import numpy as np
+import pytest
+from scans import RGLRUCase, ScanCase, make_rg_lru, make_scan
+
+from backends import BACKENDS, PALLAS_TARGETS, jax_implementation
+from tolerances import assert_close
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.jax import choose_implementation, linear_scan, rg_lru_scan
+from recurrentgemma.jax.scan import pallas_target
+
+TARGETS = [f"pallas-{target}" for target in PALLAS_TARGETS]
+OPERATIONS = ["linear_scan", "rg_lru_scan"]
+
+
+def arguments(operation: str, shape: tuple[int, int, int]):
+    """The operation with its integers bound, its float arguments, and the outputs' cotangents."""
+    backend = BACKENDS["jax"]
+    case: ScanCase | RGLRUCase
+    if operation == "linear_scan":
+        case = make_scan(*shape)
+        x, a, h0, reset = backend.scan_arguments(*case.inputs, "float32")
+
+        def run(x, a, h0, name):
+            return linear_scan(x, a, h0, reset, implementation=name)
+
+        floats = x, a, h0
+    else:
+        case = make_rg_lru(*shape)
+        *sequences, segment_pos, h0 = backend.rg_lru_arguments(*case.inputs, "float32")
+
+        def run(x, input_gate, a_gate, a_param, h0, name):
+            return rg_lru_scan(x, input_gate, a_gate, a_param, segment_pos, h0, implementation=name)
+
+        floats = *sequences, h0
+    cotangents = tuple(jnp.asarray(value, jnp.float32) for value in (case.dy, case.dlast))
+    return run, floats, cotangents
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap], ids=lambda f: f.__name__)
+def test_transforms(operation: str, target: str, transform) -> None:
+    """Values and gradients are those of XLA's implementation without the transform."""
+    run, floats, cotangents = arguments(operation, (2, 17, 130))
+    several = transform is jax.vmap
+    if several:  # a mapped axis of two cases, one of them twice the other
+        floats, cotangents = jax.tree.map(lambda z: jnp.stack([z, 2 * z]), (floats, cotangents))
+
+    def evaluate(label: str, transform):
+        with jax_implementation(label) as name:
+            outputs, pullback = jax.vjp(transform(functools.partial(run, name=name)), *floats)
+            return outputs, pullback(cotangents)
+
+    expected = jax.tree.leaves(evaluate("xla", jax.vmap if several else lambda f: f))
+    actual = jax.tree.leaves(evaluate(target, transform))
+    assert len(actual) == len(expected) == 2 + len(floats)
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(np.asarray(got), np.asarray(want), "gradient", "float32")
+
+
+def test_a_race_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two programs in parallel that write one block: what the suite's check would catch."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(x, y):
+        y[...] = x[...] + pl.program_id(0)
+
+    x = jnp.zeros((8, 128))
+    block = pl.BlockSpec((8, 128), lambda i: (0, 0))
+    jax.block_until_ready(
+        pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[block],
+            out_specs=block,
+            out_shape=x,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+            interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
+        )(x)
+    )
+    assert "RACE DETECTED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_lowers_for_an_accelerator(operation: str, platform: str, dtype: str) -> None:
+    run, floats, cotangents = arguments(operation, (2, 300, 130))
+    floats = [value.astype(dtype) for value in floats[:-1]] + [floats[-1]]
+    dy, dlast = cotangents
+
+    def evaluate(*floats):
+        outputs, pullback = jax.vjp(functools.partial(run, name="pallas"), *floats)
+        return outputs, pullback((dy.astype(dtype), dlast))
+
+    with pallas_target({"cuda": "gpu"}.get(platform, platform)):
+        lowered = jax.jit(evaluate).trace(*floats).lower(lowering_platforms=(platform,))
+    kernel = {"tpu": "tpu_custom_call", "cuda": "triton"}[platform]
+    assert kernel in lowered.as_text()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_only_where_there_is_a_kernel() -> None:
+    case = make_scan(1, 9, 4)
+    x, a, h0, _ = BACKENDS["jax"].scan_arguments(*case.inputs, "float32")
+    message = r"'pallas' runs on tpu and gpu, got cpu, which runs reference, xla, associative"
+    with pytest.raises(ValueError, match=message):
+        linear_scan(x, a, h0, implementation="pallas")
+    message = r"'pallas' takes float32 and bfloat16, got float16, which reference, xla, associative"
+    with pallas_target("tpu"), pytest.raises(ValueError, match=message):
+        linear_scan(x.astype("float16"), a, h0, implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "device", "name"),
+    [
+        ((1, 1, 4), "float32", "tpu", "reference"),
+        ((1, 8, 4), "float32", "cpu", "reference"),
+        ((1, 9, 4), "float32", "cpu", "xla"),
+        ((1, 9, 4), "float64", "cpu", "xla"),
+        ((1, 9, 4), "bfloat16", "tpu", "pallas"),
+        ((1, 9, 4), "float32", "gpu", "pallas"),
+        ((1, 9, 4), "float64", "gpu", "associative"),
+        ((1, 9, 4), "float32", "rocm", "associative"),
+        ((1, 9, 4), "float32", None, "xla"),
+    ],
+)
+def test_choice(shape, dtype, device, name) -> None:
+    choice = choose_implementation(shape, dtype, device)
+    assert choice.name == name
+    assert choice.reason
+    if device is None:
+        assert choose_implementation(shape, dtype, jax.devices("cpu")[0]) == choice

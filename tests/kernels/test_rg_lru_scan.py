@@ -1,0 +1,129 @@
+"""The fused RG-LRU recurrence: one suite that every implementation of both twins inherits."""
+
+import numpy as np
+import pytest
+from cases import bfloat16
+from scans import (
+    Implementation,
+    implementations,
+    implementations_and_shapes,
+    make_rg_lru,
+    rg_lru_scan_grads,
+)
+
+from backends import Backend
+from recurrentgemma.common import reference
+from tolerances import assert_close
+
+NAMES = ("x", "input_gate", "a_gate", "a_param", "h0")
+
+
+@pytest.fixture(scope="module", params=implementations())
+def scan(request: pytest.FixtureRequest) -> Implementation:
+    return request.param
+
+
+def check(scan: Implementation, case, dtype: str) -> None:
+    """States, the last of them, and the gradients of every input."""
+    states, gradients = scan.rg_lru_scan_vjp(
+        *case.inputs, dy=case.dy, dlast=case.dlast, dtype=dtype
+    )
+    for got, want in zip(states, reference.rg_lru_scan(*case.inputs), strict=True):
+        assert_close(got, want, "state", dtype)
+    for name, got, want in zip(NAMES, gradients, rg_lru_scan_grads(case), strict=True):
+        assert_close(got, want, "gradient", dtype, name=name)
+
+
+class TestRGLRUScan:
+    @pytest.mark.parametrize(("scan", "shape"), implementations_and_shapes())
+    def test_states_and_gradients(self, scan: Implementation, shape) -> None:
+        check(scan, make_rg_lru(*shape), scan.dtype)
+
+    def test_float32(self, scan: Implementation) -> None:
+        check(scan, make_rg_lru(3, 65, 96), "float32")
+
+    @pytest.mark.parametrize("dtype", ["float32", "widest"])
+    def test_decays_at_the_ends(self, scan: Implementation, dtype: str) -> None:
+        """Gates for which a is 0, 1 - 1e-7 and 1; the square root's gradient is clipped there."""
+        case = make_rg_lru(3, 65, 96, a_gates=(400.0, 10.0, -18.0, -200.0))
+        case.a_param[::2] = 30.0
+        check(scan, case, dtype.replace("widest", scan.dtype))
+
+    def test_no_initial_state(self, scan: Implementation) -> None:
+        inputs = make_rg_lru(3, 17, 96).inputs[:-1]
+        actual = scan.rg_lru_scan(*inputs, dtype=scan.dtype)
+        for got, want in zip(actual, reference.rg_lru_scan(*inputs), strict=True):
+            assert_close(got, want, "state", scan.dtype)
+
+    @pytest.mark.parametrize("shape", [(3, 7, 96), (1, 65, 96)], ids=str)
+    def test_bfloat16_keeps_a_float32_state(self, scan: Implementation, shape) -> None:
+        case = make_rg_lru(*shape)
+        rounded = {name: bfloat16(getattr(case, name)) for name in (*NAMES[:-1], "dy")}
+        case = case._replace(**rounded)
+        (y, last), gradients = scan.rg_lru_scan_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, dtype="bfloat16"
+        )
+        expected, expected_last = reference.rg_lru_scan(*case.inputs)
+        assert_close(last, expected_last, "state", "float32")
+        assert_close(y, expected, "scan", "bfloat16")
+        np.testing.assert_array_equal(y, bfloat16(y))
+        assert (last != bfloat16(last)).any()
+        for name, got, want in zip(NAMES, gradients, rg_lru_scan_grads(case), strict=True):
+            assert_close(got, want, "output", "bfloat16", name=name)
+
+    @pytest.mark.parametrize("shape", [(3, 0, 5), (0, 7, 5), (0, 0, 5)], ids=str)
+    def test_nothing_to_do(self, scan: Implementation, shape) -> None:
+        batch, length, _ = shape
+        case = make_rg_lru(3, 7, 5)
+        *sequences, a_param, segment_pos, h0 = case.inputs
+        sequences = [value[:batch, :length] for value in sequences]
+        inputs = (*sequences, a_param, segment_pos[:batch, :length], h0[:batch])
+        y, last = scan.rg_lru_scan(*inputs, dtype=scan.dtype)
+        assert y.shape == shape
+        np.testing.assert_array_equal(last, h0[:batch])
+        dlast = case.dlast[:batch]
+        _, gradients = scan.rg_lru_scan_vjp(*inputs, dy=y, dlast=dlast, dtype=scan.dtype)
+        assert [gradient.shape for gradient in gradients[:3]] == [shape] * 3
+        np.testing.assert_array_equal(gradients[3], np.zeros(5))
+        np.testing.assert_array_equal(gradients[4], dlast)
+
+    def test_padding_alone(self, scan: Implementation) -> None:
+        case = make_rg_lru(3, 7, 5)
+        case.segment_pos[:] = -1
+        y, last = scan.rg_lru_scan(*case.inputs, dtype=scan.dtype)
+        np.testing.assert_array_equal(last, case.h0)
+        np.testing.assert_array_equal(y, np.broadcast_to(case.h0[:, None], y.shape))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": (7, 4)}, r"x must have shape \[B, T, D\], got \(7, 4\)"),
+            ({"input_gate": (3, 7, 5)}, r"input_gate must have shape \(3, 7, 4\), got \(3, 7, 5\)"),
+            ({"a_gate": (3, 6, 4)}, r"a_gate must have shape \(3, 7, 4\), got \(3, 6, 4\)"),
+            ({"a_param": (5,)}, r"a_param must have shape \(4,\), got \(5,\)"),
+            ({"segment_pos": (3, 1)}, r"segment_pos must have shape \(3, 7\), got \(3, 1\)"),
+            ({"h0": (1, 4)}, r"h0 must have shape \(3, 4\), got \(1, 4\)"),
+        ],
+        ids=["x", "input_gate", "a_gate", "a_param", "segment_pos", "h0"],
+    )
+    def test_shapes(self, backend: Backend, changes, message: str) -> None:
+        shapes = {
+            "x": (3, 7, 4),
+            "input_gate": (3, 7, 4),
+            "a_gate": (3, 7, 4),
+            "a_param": (4,),
+            "segment_pos": (3, 7),
+            "h0": (3, 4),
+        }
+        inputs = {name: np.zeros(shape) for name, shape in (shapes | changes).items()}
+        with pytest.raises(ValueError, match=message):
+            backend.rg_lru_scan(**inputs)
+
+    def test_names(self, backend: Backend) -> None:
+        with pytest.raises(
+            ValueError, match=r"implementation must be one of .*reference.*, got 'quick'"
+        ):
+            backend.rg_lru_scan(*make_rg_lru(1, 2, 1).inputs, implementation="quick")

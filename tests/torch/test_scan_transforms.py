@@ -1,0 +1,100 @@
+"""The recurrence under torch's transforms: gradcheck, torch.func.grad and vmap."""
+
+from typing import Any
+
+import pytest
+from scans import Implementation, ScanCase, implementations, linear_scan_grads, make_scan
+
+from backends import BACKENDS
+from tolerances import assert_close
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+
+@pytest.fixture(scope="module", params=implementations("torch"))
+def torch_scan(request: pytest.FixtureRequest) -> Implementation:
+    return request.param
+
+
+def tensors(case: ScanCase) -> Any:
+    return BACKENDS["torch"].scan_arguments(*case.inputs, "float64")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_gradcheck(torch_scan: Implementation, length: int, reverse: bool) -> None:
+    import torch
+
+    from recurrentgemma.torch import linear_scan
+
+    x, a, h0, reset = tensors(make_scan(2, length, 1))
+
+    def run(x, a, h0):
+        return linear_scan(x, a, h0, reset, reverse=reverse, implementation=torch_scan.name)
+
+    inputs = [value.requires_grad_() for value in (x, a, h0)]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def torch_loss(scan: Implementation, case: ScanCase, reverse: bool):
+    from recurrentgemma.torch import linear_scan
+
+    dy, dlast = (BACKENDS["torch"].array(value, "float64") for value in (case.dy, case.dlast))
+
+    def loss(x, a, h0, reset):
+        y, last = linear_scan(x, a, h0, reset, reverse=reverse, implementation=scan.name)
+        return (y * dy).sum() + (last * dlast).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("length", [7, 65])
+def test_func_grad(torch_scan: Implementation, length: int, reverse: bool) -> None:
+    import torch
+
+    case = make_scan(3, length, 5)
+    loss = torch_loss(torch_scan, case, reverse)
+    actual = torch.func.grad(loss, (0, 1, 2))(*tensors(case))
+    for got, want in zip(actual, linear_scan_grads(case, reverse), strict=True):
+        assert_close(got.numpy(), want, "gradient", "float64")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("length", [7, 65])
+def test_vmap(torch_scan: Implementation, length: int, reverse: bool) -> None:
+    """Over cases that share the decays, mapped axes first and last; and its gradients."""
+    import torch
+
+    from recurrentgemma.torch import linear_scan
+
+    case = make_scan(3, length, 5)
+    x, a, h0, reset = tensors(case)
+    several = torch.stack([x, 2 * x, x.flip(0)], -1)
+    starts = torch.stack([h0, h0 + 1, h0.flip(0)], 0)
+
+    def run(x, a, h0, reset):
+        return linear_scan(x, a, h0, reset, reverse=reverse, implementation=torch_scan.name)
+
+    dims = (-1, None, 0, None)
+    actual = torch.vmap(run, dims)(several, a, starts, reset)
+    expected = [run(several[..., i], a, starts[i], reset) for i in range(3)]
+    for got, want in zip(actual, zip(*expected, strict=True), strict=True):
+        assert_close(got.numpy(), torch.stack(want).numpy(), "state", "float64")
+
+    loss = torch_loss(torch_scan, case, reverse)
+    each = [
+        torch.func.grad(loss, (0, 1, 2))(several[..., i], a, starts[i], reset) for i in range(3)
+    ]
+    expected = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    gradients = torch.vmap(torch.func.grad(loss, (0, 1, 2)), dims)(several, a, starts, reset)
+    for got, want in zip(gradients, expected, strict=True):
+        assert_close(got.numpy(), want.numpy(), "gradient", "float64")
+
+    def total(x, a, h0, reset):
+        return torch.vmap(loss, dims)(x, a, h0, reset).sum()
+
+    dx, da, dh0 = torch.func.grad(total, (0, 1, 2))(several, a, starts, reset)
+    assert_close(dx.movedim(-1, 0).numpy(), expected[0].numpy(), "gradient", "float64")
+    assert_close(da.numpy(), expected[1].sum(0).numpy(), "gradient", "float64")
+    assert_close(dh0.numpy(), expected[2].numpy(), "gradient", "float64")
