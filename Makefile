@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tiny lock clean
+.PHONY: help demo test lint tpu tiny lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: $(STAMP)-dev ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
+	$(BIN)/python -m pytest -n $(JOBS) tests/jax/test_ahead_of_time.py
 
 tiny: $(STAMP)-full ## train the bundled model anew
 	$(BIN)/python scripts/train_tiny.py
@@ -56,6 +59,11 @@ $(STAMP)-test: EXTRAS := full,test
 $(STAMP)-dev: EXTRAS := full,test,dev
 $(STAMP)-full $(STAMP)-test $(STAMP)-dev: $(INPUTS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+# The TPU's compiler, 210 MB, at the version that the installed JAX asks for.
+$(STAMP)-tpu: $(STAMP)-test
+	$(PIP) install -c constraints.txt "jax[tpu]"
 	@touch $@
 
 $(POETRY_VENV)/.installed:

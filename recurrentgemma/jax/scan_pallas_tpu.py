@@ -100,10 +100,13 @@ class _Blocks:
         channels = tuple(channel[None] for channel in inputs.channels)
         return inputs._replace(channels=channels, position=position)
 
-    def steps(self, k: Any) -> Array:
-        """The steps of tile k of the current block, [_TILE, width]."""
-        start = self.at(pl.program_id(2)) * self.time + k * _TILE
-        return start + lax.broadcasted_iota(jnp.int32, (_TILE, self.width), 0)
+    def start(self) -> Any:
+        """The first step of the current block; not in a loop, where its place is not known."""
+        return self.at(pl.program_id(2)) * self.time
+
+    def steps(self, start: Any, k: Any) -> Array:
+        """The steps of tile k of a block, [_TILE, width]."""
+        return start + k * _TILE + lax.broadcasted_iota(jnp.int32, (_TILE, self.width), 0)
 
     def scan(self, tile: Callable[[Any, Array], Array], state: Array) -> Array:
         """`tile(k, state)` over the tiles of the current block in the direction of time."""
@@ -118,7 +121,7 @@ def _rows(k: Any) -> pl.Slice:
     return pl.ds(pl.multiple_of(k * _TILE, _TILE), _TILE)
 
 
-def _inputs_of_tile(refs: Inputs, blocks: _Blocks, k: Any) -> Inputs:
+def _inputs_of_tile(refs: Inputs, blocks: _Blocks, start: Any, k: Any) -> Inputs:
     """Tile k in float32, the steps past the end as padding."""
 
     def load(ref):
@@ -136,7 +139,7 @@ def _inputs_of_tile(refs: Inputs, blocks: _Blocks, k: Any) -> Inputs:
             position = jnp.where(row == i, refs.position[0, 0, k * _TILE + i], position)
         position = jnp.concatenate([position] * (blocks.width // _LANES), 1)
     elif blocks.ragged:
-        position = jnp.where(blocks.steps(k) < blocks.shape[1], 1, -1)
+        position = jnp.where(blocks.steps(start, k) < blocks.shape[1], 1, -1)
     return Inputs(x, sequences, channels, position)
 
 
@@ -160,14 +163,14 @@ def _expm1_jvp(primals, tangents):
 
 
 def _forward_kernel(gates: Gates, blocks: _Blocks, inputs: Inputs, h0, y, last, state) -> None:
-    i = pl.program_id(2)
+    i, start = pl.program_id(2), blocks.start()
 
     @pl.when(i == 0)
     def _():
         state[...] = h0[0]
 
     def tile(k, h):
-        x, a = gates.function(_inputs_of_tile(inputs, blocks, k), _expm1_with_slope)
+        x, a = gates.function(_inputs_of_tile(inputs, blocks, start, k), _expm1_with_slope)
         outputs = [h] * _TILE
         for row in reversed(range(_TILE)) if blocks.reverse else range(_TILE):
             h = a[row : row + 1] * h + x[row : row + 1]
@@ -196,7 +199,7 @@ def _backward_kernel(
     state,
     sums,
 ) -> None:
-    i = pl.program_id(2)
+    i, start = pl.program_id(2), blocks.start()
     length = blocks.shape[1]
 
     @pl.when(i == 0)
@@ -217,11 +220,11 @@ def _backward_kernel(
         inside = y[0, _rows(other), :].astype(jnp.float32)[outside]
         beyond = jnp.where(end, edge[0].astype(jnp.float32)[outside], inside)
         parts = [beyond, here[:-1]] if blocks.reverse else [here[1:], beyond]
-        return jnp.where(blocks.steps(k) == first, h0[0], jnp.concatenate(parts))
+        return jnp.where(blocks.steps(start, k) == first, h0[0], jnp.concatenate(parts))
 
     def tile(k, carry):
-        tile_inputs = _inputs_of_tile(inputs, blocks, k)
-        valid = blocks.steps(k) < length if blocks.ragged else None
+        tile_inputs = _inputs_of_tile(inputs, blocks, start, k)
+        valid = blocks.steps(start, k) < length if blocks.ragged else None
 
         def gated(floats):
             return gates.function(Inputs(*floats, tile_inputs.position), _expm1_with_slope)

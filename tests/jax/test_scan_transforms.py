@@ -1,4 +1,7 @@
-"""The recurrence under JAX's transforms: jit, vmap and their gradients."""
+"""The recurrence under JAX's transforms: jit, vmap and their gradients.
+
+Not the Pallas kernels: those are in test_pallas.py.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from tolerances import assert_close
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
 
-@pytest.fixture(scope="module", params=implementations("jax"))
+@pytest.fixture(
+    scope="module", params=[p for p in implementations("jax") if "pallas" not in str(p.id)]
+)
 def jax_scan(request: pytest.FixtureRequest) -> Implementation:
     return request.param
 

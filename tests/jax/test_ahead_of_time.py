@@ -1,0 +1,127 @@
+"""The Pallas kernels compiled for accelerators that need not be there.
+
+For TPUs with the `libtpu` wheel (`make tpu`), for the H200 with JAX's CUDA 12 plugin; each skips
+where its compiler is not installed. One process a target: the compiler reads it once.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+
+TPUS = {  # the accelerator type, the topology
+    "v3": ("v3-8", "v3:2x2"),
+    "v4": ("v4-8", "v4:2x2x1"),
+    "v5e": ("v5litepod-4", "v5e:2x2"),
+    "v5p": ("v5p-8", "v5p:2x2x1"),
+    "v6e": ("v6e-4", "v6e:2x2"),
+}
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 threads_per_warp: 32 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
+  threads_per_block_limit: 1024 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 clock_rate_ghz: 1.98 memory_bandwidth: 4800000000000
+  device_memory_size: 150000000000
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+SHAPES = [(8, 4096, 2560), (1, 8192, 2560), (3, 1000, 500), (3, 7, 96), (1, 1, 2560)]
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from recurrentgemma.jax import linear_scan, rg_lru_scan
+from recurrentgemma.jax.scan import pallas_target
+
+platform, topology, options, shapes = json.loads(sys.argv[1])
+device = topologies.get_topology_desc(topology, platform=platform, **options).devices[0]
+sharding = SingleDeviceSharding(device)
+
+def array(*shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+def compiles(function, floats, others):
+    def backward(floats, others, cotangents):
+        return jax.vjp(lambda *floats: function(floats, others), *floats)[1](cotangents)
+
+    with pallas_target(device.platform):
+        jax.jit(function).lower(floats, others).compile()
+        outputs = jax.eval_shape(function, floats, others)
+        cotangents = tuple(array(*out.shape, dtype=out.dtype) for out in outputs)
+        lowered = jax.jit(backward).lower(floats, others, cotangents)
+        assert "custom_call" in lowered.as_text()
+        lowered.compile()
+
+compiled = 0
+for batch, length, width in shapes:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = array(batch, length, width, dtype=dtype)
+        h0 = array(batch, width, dtype=jnp.float32)
+        a_param = array(width, dtype=dtype)
+        reset = array(batch, length, dtype=bool)
+        position = array(batch, length, dtype=jnp.int32)
+        for reverse in (False, True):
+            compiles(
+                lambda floats, reset: linear_scan(
+                    *floats, reset, reverse=reverse, implementation="pallas"
+                ),
+                (x, x, h0),
+                reset,
+            )
+        compiles(
+            lambda floats, position: rg_lru_scan(
+                *floats[:-1], position, floats[-1], implementation="pallas"
+            ),
+            (x, x, x, a_param, h0),
+            position,
+        )
+        compiled += 6
+print(compiled, "programs for", device.device_kind)
+"""
+
+
+def compile_for(platform: str, topology: str, options: dict, env: dict[str, str]) -> str:
+    arguments = json.dumps([platform, topology, options, SHAPES])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("generation", TPUS)
+def test_tpu(generation: str) -> None:
+    kind, topology = TPUS[generation]
+    env = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": kind,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    assert compile_for("tpu", topology, {}, env).startswith("60 programs for TPU")
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda12_plugin"), reason="JAX's CUDA plugin is not installed"
+)
+def test_h200() -> None:
+    options = {"target_config": H200, "topology": "1x1x1"}
+    assert "60 programs for NVIDIA H200" in compile_for("cuda", "", options, {})
