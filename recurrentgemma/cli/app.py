@@ -9,10 +9,13 @@ import typer
 import typer.main
 
 import recurrentgemma
+from recurrentgemma.cli.bench import bench
+from recurrentgemma.cli.chat import chat
 from recurrentgemma.cli.convert import convert
 from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.sample import sample
+from recurrentgemma.cli.score import score
 
 app = typer.Typer(
     name="recurrentgemma",
@@ -23,9 +26,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(sample)
+app.command()(chat)
+app.command()(score)
 app.command()(inspect)
 app.command()(convert)
 app.command()(download)
+app.command()(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
+    from recurrentgemma.common.layer_spec import ParamSpec
     from recurrentgemma.common.sampler import BaseSampler
     from recurrentgemma.common.sampling import Sampling
     from recurrentgemma.common.text import Tokenizer
@@ -35,6 +36,7 @@ class Loaded(NamedTuple):
     dtype: DType
 
 
+_BLOCK = 1 << 20  # values
 _MODULES = {Framework.TORCH: ("torch",), Framework.JAX: ("jax", "flax")}
 
 
@@ -112,3 +114,58 @@ def _load_jax(
     model, params = load_checkpoint(path, dtype=jax.numpy.dtype(dtype))
     sampler = Sampler(model, tokenizer.vocab, params, is_it_model=chat, sampling=sampling)
     return Loaded(sampler, device, dtype)
+
+
+def random_sampler(framework: Framework, preset: str, dtype: DType | None) -> Loaded:
+    """A sampler on random weights of a published size, with the bundled tokenizer."""
+    make = _random_torch if framework is Framework.TORCH else _random_jax
+    return make(preset, dtype)
+
+
+def _random_values(spec: ParamSpec, dtype: DType) -> Any:
+    """Initial values in the Flax layout; a large parameter repeats a random block."""
+    import numpy as np
+
+    from recurrentgemma.common.arrays import DTYPES
+    from recurrentgemma.common.layer_spec import sample_param
+
+    if spec.size <= _BLOCK:
+        return sample_param(spec, 0).astype(DTYPES[dtype])
+    block = spec.init.sample(np.random.default_rng(0), (_BLOCK,))
+    return np.resize(block.astype(DTYPES[dtype]), spec.shape)
+
+
+def _random_torch(preset: str, dtype: DType | None) -> Loaded:
+    import torch
+
+    from recurrentgemma.common.checkpoint import load_tokenizer
+    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.torch import Griffin, GriffinConfig, Sampler
+    from recurrentgemma.torch.checkpoint import _tensor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or _default_dtype(device)
+    model = Griffin(GriffinConfig.from_preset(preset), device="meta")
+    state = {
+        spec.torch.name: _tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
+        for spec in layer_spec(model.config)
+    }
+    model.load_state_dict(state, assign=True)
+    return Loaded(Sampler(model, load_tokenizer()), device, dtype)
+
+
+def _random_jax(preset: str, dtype: DType | None) -> Loaded:
+    import jax
+
+    from recurrentgemma.common.checkpoint import load_tokenizer
+    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.jax import Griffin, GriffinConfig, Sampler
+    from recurrentgemma.jax.griffin import set_path
+
+    device = jax.default_backend()
+    dtype = dtype or _default_dtype(device)
+    model = Griffin(GriffinConfig.from_preset(preset), param_dtype=jax.numpy.dtype(dtype))
+    params: dict[str, Any] = {}
+    for spec in layer_spec(model.config):
+        set_path(params, spec.path, jax.numpy.asarray(_random_values(spec, dtype)))
+    return Loaded(Sampler(model, load_tokenizer(), params), device, dtype)

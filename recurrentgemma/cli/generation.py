@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.cli.console import working
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.generation import LogProbs, Stream
 
 
 class Run(NamedTuple):
@@ -19,12 +21,16 @@ class Run(NamedTuple):
       text: Their text.
       first_token_s: Seconds to the first token: reading the prompt, and what JAX compiles.
       tokens_per_second: The rate after that; None of fewer than two tokens.
+      finish_reason: Why the text ended.
+      logprobs: Log-probabilities in each place, if asked for.
     """
 
     tokens: list[int]
     text: str
     first_token_s: float
     tokens_per_second: float | None
+    finish_reason: str
+    logprobs: list[LogProbs]
 
     @property
     def speed(self) -> str:
@@ -34,33 +40,37 @@ class Run(NamedTuple):
         return f"{number}{rate}, first after {self.first_token_s:.2f} s"
 
 
-def generate(steps: Iterator[tuple[int, str]], before: str | None) -> Run:
+def generate(stream: Stream, before: str | None) -> Run:
     """Runs a sampler's stream, writing its text to stdout as it comes.
 
     Nothing is written until the first token is there, since the spinner would wipe it away.
 
     Args:
-      steps: What `Sampler.stream` returned.
+      stream: What `Sampler.stream` returned.
       before: What to write before the text; None writes nothing at all.
     """
     started = time.perf_counter()
     with working("Reading the prompt"):
-        first = list(itertools.islice(steps, 1))
+        first = list(itertools.islice(stream, 1))
     first_token_s = time.perf_counter() - started
     _write(before)
     times: list[float] = []
     tokens: list[int] = []
     pieces: list[str] = []
-    for token, piece in itertools.chain(first, steps):
+    logprobs: list[Any] = []
+    for token, piece in itertools.chain(first, stream):
         times.append(time.perf_counter())
         tokens.append(token)
         pieces.append(piece)
+        if stream.logprobs is not None:
+            logprobs.append(stream.logprobs)
         if before is not None:
             _write(piece)
     if before is not None:
         _write("\n")
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    return Run(tokens, "".join(pieces), first_token_s, rate)
+    text = "".join(pieces)
+    return Run(tokens, text, first_token_s, rate, stream.finish_reason, logprobs)
 
 
 def _write(text: str | None) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+from recurrentgemma.cli.batch import logprob_fields, run_batch, sample_fields
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
 from recurrentgemma.cli.generation import generate
+from recurrentgemma.cli.sampling_options import (
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopId,
+    Temperature,
+    TopK,
+    TopP,
+    strategy,
+)
 
-if TYPE_CHECKING:
-    from recurrentgemma.common.sampling import Sampling
-
-_SEEDS = 2**32  # more than 32 bits JAX would cut off
+_STATES, _BATCHES = "States", "Many prompts"
 
 
 def sample(
@@ -43,31 +51,22 @@ def sample(
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
     ] = 100,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw from softmax(logits / T); 0 takes the likeliest token. "
-            "Default: 0, or 1 beside --top-k or --top-p.",
-            metavar="T",
-            show_default=False,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Draw from the K likeliest tokens.", metavar="K", show_default=False),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw from the fewest tokens that have probability P together.",
-            metavar="P",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    stop_id: StopId = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "-n", min=1, help="Continue N times.", metavar="N")
+    ] = 1,
+    logprobs: Annotated[
         int | None,
         typer.Option(
-            help="Same seed, same draws. Default: a fresh one, which is reported.",
+            min=0,
+            help="With --json: log-probabilities of each token and of the N likeliest.",
             metavar="N",
             show_default=False,
         ),
@@ -88,77 +87,171 @@ def sample(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
     ] = False,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from a saved state; PROMPT, if any, is added to it.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_STATES,
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save the state after the last token, for either framework.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_STATES,
+        ),
+    ] = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help='Prompts instead: a JSON string a line, or an object with a string "prompt".',
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_BATCHES,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Their results, a JSON object a line. One that is there is gone on with.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_BATCHES,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts at a time.", metavar="N", rich_help_panel=_BATCHES)
+    ] = 8,
+    keep_going: Annotated[
+        bool,
+        typer.Option(
+            "--keep-going",
+            help="Write an error for a line that is no prompt, and go on.",
+            rich_help_panel=_BATCHES,
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Continue a prompt, token by token.
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
     from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma.common.jsonl import ResultFile
     from recurrentgemma_conversion import open_checkpoint
 
-    sampling, seed = _sampling(temperature, top_k, top_p, seed)
+    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
     framework = choose_framework(framework)
     path = checkpoint or BUNDLED
     with open_checkpoint(path) as opened:
         tokenizer = opened.load_tokenizer()
     if chat and tokenizer.end_of_turn_id is None:
         raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
-    text = _prompt(prompt)
+    if save_state is not None and save_state.exists() and not force:
+        raise ValueError(f"{save_state} exists; --force replaces it")
+    results = None if output is None else ResultFile(output, force=force)
+    text = "" if input_ else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(framework, path, tokenizer, sampling, dtype, chat)
     load_s = time.perf_counter() - started
-    steps = loaded.sampler.stream(text, max_new_tokens, rng=seed)
-    shown = text + "\n" * chat if echo else ""
-    run = generate(steps, None if as_json else shown)
-    timings = {
-        "load_s": load_s,
-        "first_token_s": run.first_token_s,
-        "tokens_per_second": run.tokens_per_second,
+    sampler = loaded.sampler
+    options: dict[str, Any] = {
+        "total_generation_steps": max_new_tokens,
+        "stop_strings": stop or (),
+        "stop_ids": stop_id or (),
+        "num_logprobs": logprobs,
     }
-    if as_json:
-        stops = {tokenizer.eos_id: "eos"} | (
-            {tokenizer.end_of_turn_id: "end_of_turn"} if chat else {}
-        )
-        report = {
-            "prompt": text,
-            "text": run.text,
-            "tokens": run.tokens,
-            "finish_reason": stops.get(run.tokens[-1] if run.tokens else -1, "length"),
-            "framework": framework,
-            "device": loaded.device,
-            "dtype": loaded.dtype,
-            "seed": seed,
-            "timings": timings,
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
+    if input_ is not None:
+        assert results is not None
+        with results:
+            errors = run_batch(
+                sampler,
+                input_,
+                results,
+                batch_size=batch_size,
+                keep_going=keep_going,
+                seed=seed,
+                options=options | {"num_samples": num_samples},
+            )
+        if errors:
+            sys.stderr.write(f"{errors} of the lines have an error\n")
+            raise typer.Exit(1)
+        return
+    report: dict[str, Any] = {"prompt": text}
+    about = {
+        "framework": framework,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "seed": seed,
+    }
+    shown = text + "\n" * chat if echo else ""
+    if num_samples > 1:
+        out = sampler([text], rng=seed, num_samples=num_samples, **options)
+        report["samples"] = [sample_fields(out, row) for row in range(num_samples)]
+        speed = f"{num_samples} samples"
+        timings = {"load_s": load_s, "total_s": time.perf_counter() - started - load_s}
+        if not as_json:
+            sys.stdout.write("\n---\n".join(shown + new for new in out.text) + "\n")
     else:
-        about = f"{framework}, {loaded.dtype} on {loaded.device}"
-        about += f", seed {seed}" if seed is not None else ""
-        sys.stderr.write(f"{run.speed}, loaded in {load_s:.2f} s\n{about}\n")
+        source = text
+        if load_state is not None:
+            source = sampler.load_state(load_state)
+            source = sampler.prefill(text, source) if text else source
+        stream = sampler.stream(source, rng=seed, **options)
+        run = generate(stream, None if as_json else shown)
+        report |= {"text": run.text, "tokens": run.tokens, "finish_reason": run.finish_reason}
+        if logprobs is not None:
+            report["logprobs"] = [logprob_fields(place) for place in run.logprobs]
+        speed = run.speed
+        timings = {
+            "load_s": load_s,
+            "first_token_s": run.first_token_s,
+            "tokens_per_second": run.tokens_per_second,
+        }
+        if save_state is not None:
+            sampler.save_state(save_state, stream.state, force=force)
+    if as_json:
+        sys.stdout.write(json.dumps(report | about | {"timings": timings}) + "\n")
+    else:
+        line = f"{framework}, {loaded.dtype} on {loaded.device}"
+        line += f", seed {seed}" if seed is not None else ""
+        sys.stderr.write(f"{speed}, loaded in {load_s:.2f} s\n{line}\n")
 
 
-def _sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
-) -> tuple[Sampling, int | None]:
-    """The strategy that the options ask for, and the seed of its draws if it makes any."""
-    from recurrentgemma.common.sampling import Categorical, Greedy
+def _require_sense(
+    prompt: str | None,
+    chat: bool,
+    source: Path | None,
+    output: Path | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    num_samples: int,
+) -> None:
+    """Raises `ValueError` for options that do not go together."""
+    if (source is None) != (output is None):
+        raise ValueError("--input and --output go together")
+    if source is not None and (prompt is not None or load_state or save_state):
+        raise ValueError("--input takes the place of PROMPT, --load-state and --save-state")
+    if (load_state or save_state) and num_samples > 1:
+        raise ValueError("a state goes on in one way: --num-samples must be 1")
+    if load_state and chat:
+        raise ValueError("--load-state goes on with the text as it is; for a conversation: "
+                         "recurrentgemma chat --load")  # fmt: skip
 
-    if seed is not None and not 0 <= seed < _SEEDS:
-        raise ValueError(f"--seed must be at least 0 and below {_SEEDS}, got {seed}")
-    # Also where greedy, so that a wrong value is never passed over.
-    categorical = Categorical(temperature or 1.0, top_k, 1.0 if top_p is None else top_p)
-    if temperature == 0 or (temperature is None and top_k is None and top_p is None):
-        return Greedy(), seed
-    return categorical, secrets.randbelow(_SEEDS) if seed is None else seed
 
-
-def _prompt(argument: str | None) -> str:
+def _prompt(argument: str | None, needed: bool) -> str:
     """The prompt, from the argument or from stdin."""
-    if argument is None or argument == "-":
+    if argument == "-" or (argument is None and needed):
         return read_stdin()
     try:
-        argument.encode()
+        (argument or "").encode()
     except UnicodeEncodeError as error:  # from bytes that Python could not decode
         raise ValueError("the prompt must be UTF-8 text") from error
-    return argument
+    return argument or ""

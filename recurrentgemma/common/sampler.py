@@ -1,55 +1,31 @@
-"""What both samplers share: checks, the generation loop, and how its results are put together."""
+"""What both samplers share: what they can be asked, the checks, and the results put together."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import sentencepiece as spm
 
+from recurrentgemma.common.arrays import BFLOAT16
+from recurrentgemma.common.chunks import chunk_lengths
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.sampling import Categorical, Greedy, Sampling
-from recurrentgemma.common.text import StreamDecoder, Tokenizer, apply_it_formatter, pad_left
+from recurrentgemma.common.generation import Engine, Generation, Request, Stream
+from recurrentgemma.common.output import SamplerOutput, logprobs_of_row
+from recurrentgemma.common.sampling import Categorical, Greedy, Sampling, row_keys
+from recurrentgemma.common.scoring import Score
+from recurrentgemma.common.state import Arrays, State, StateError, check_state, empty_state
+from recurrentgemma.common.state_files import StoredState, read_state, write_state
+from recurrentgemma.common.stops import Stops, checked_ids, checked_strings
+from recurrentgemma.common.text import Tokenizer, apply_it_formatter, pad_left
 
-PREFILL_CHUNK = 2048
 _Array = TypeVar("_Array")
 
 
-class SamplerOutput(NamedTuple, Generic[_Array]):
-    """What a sampler returns, one entry a row.
-
-    Attributes:
-      text: The generated text, with `echo` behind the prompt's.
-      tokens: The generated token ids with the one that stopped the row, with `echo` behind the
-        prompt's.
-      logits: Row i scores `tokens[i]` (zeros for a prompt's first token, which nothing scores);
-        None unless asked for.
-    """
-
-    text: list[str]
-    tokens: list[_Array]
-    logits: list[_Array] | None
-
-
-class Step(NamedTuple):
-    """One generated token a row.
-
-    Attributes:
-      tokens: Token ids, [B].
-      active: The rows that they count for: those that had not ended before, [B].
-      logits: What the tokens were drawn from, [B, V], on the device.
-      last: Whether no step follows.
-    """
-
-    tokens: np.ndarray
-    active: np.ndarray
-    logits: Any
-    last: bool
-
-
-class BaseSampler(abc.ABC, Generic[_Array]):
+class BaseSampler(Engine, Generic[_Array]):
     """Text from a model. The twins add what runs on their framework.
 
     Attributes:
@@ -57,9 +33,15 @@ class BaseSampler(abc.ABC, Generic[_Array]):
       tokenizer: The vocabulary with its special tokens.
       sampling: How tokens are chosen.
       is_it_model: Whether prompts are put into the chat template and `<end_of_turn>` ends a row.
+      prefill_chunks: The lengths of the chunks in which prompts are read, so that memory does not
+        grow with the prompt, each a multiple of the next. Where programs are compiled no others
+        occur.
+      score_chunks: Likewise where there are logits in every place, [T, V].
     """
 
-    # Whether prompt lengths are rounded up so that only a few are ever compiled.
+    prefill_chunks: Sequence[int] = (2048, 256, 32)
+    score_chunks: Sequence[int] = (256, 32)
+    # Whether prompts are padded to whole chunks, so that only a few lengths are ever compiled.
     _buckets = False
 
     def __init__(
@@ -84,91 +66,236 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         echo: bool = False,
         return_logits: bool = False,
         end_sampling_at_eos_token: bool = True,
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        stop_strings: str | Iterable[str] = (),
+        stop_ids: Iterable[int] = (),
+        num_logprobs: int | None = None,
     ) -> SamplerOutput[_Array]:
         """Continues each prompt.
 
         Args:
           input_strings: Prompts; they may differ in length and be empty.
           total_generation_steps: At most this many tokens a row.
-          rng: Seed of the draws: an integer or the framework's own; fresh if None. A row's draws do
-            not depend on the other rows.
+          rng: Seed of the draws: an integer, one a prompt, or the framework's own; fresh if None. A
+            row's draws depend on its seed and on the positions of its tokens, not on other rows: of
+            one integer each row makes a seed of its own, and of a list of them each prompt's is the
+            same wherever the prompt stands.
           echo: Whether to return the prompts too.
           return_logits: Whether to return logits.
           end_sampling_at_eos_token: Whether a row ends at EOS (and, of an instruction-tuned model,
             at `<end_of_turn>`).
+          sampling: How tokens are chosen, instead of the sampler's own way.
+          num_samples: How many rows to return for each prompt, one after the other; the prompt is
+            read once.
+          stop_strings: Where a row's text ends, before the first of them that occurs.
+          stop_ids: Tokens that end a row.
+          num_logprobs: How many of the likeliest tokens to report with their log-probabilities
+            beside the chosen one's; None reports none.
 
         Raises:
           ValueError: The prompts are no sequence of strings, hold tokens outside the vocabulary, or
-            the number of steps is no integer of at least 0.
+            something else asked for is out of range.
         """
         prompts = self._encode(input_strings)
-        steps = _checked_steps(total_generation_steps)
+        samples = _checked("num_samples", num_samples, least=1)
+        request = self._request(
+            total_generation_steps,
+            (rng, len(prompts), samples),
+            (end_sampling_at_eos_token, stop_strings, stop_ids),
+            sampling,
+            num_logprobs,
+        )
         if not prompts:
             return SamplerOutput([], [], [] if return_logits else None)
-        prompt_logits, last_logits, cache = self._prefill(
-            prompts, all_logits=echo and return_logits
-        )
-        stop_ids = self._stop_ids(end_sampling_at_eos_token)
-        draws = self._seed(rng, len(prompts))
-        generated: list[list[int]] = [[] for _ in prompts]
-        step_logits: list[Any] = []
-        for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
-            for row in np.flatnonzero(step.active):
-                generated[row].append(int(step.tokens[row]))
-            if return_logits:
-                step_logits.append(step.logits)
-        logits: list[Any] | None = None
-        if return_logits:
-            scores = self._concatenate([last_logits[None][:0], *(z[None] for z in step_logits)])
-            logits = [scores[: len(new), row] for row, new in enumerate(generated)]
-            if echo:
-                of_prompts = self._prompt_scores(prompts, prompt_logits)
-                pairs = zip(of_prompts, logits, strict=True)
-                logits = [self._concatenate(pair) for pair in pairs]
-        if echo:
-            generated = [prompt + new for prompt, new in zip(prompts, generated, strict=True)]
-        return SamplerOutput(
-            text=[self.tokenizer.decode(row) for row in generated],
-            tokens=[self._array(row) for row in generated],
+        prompt_logits = [self._prompt_logits(row) for row in prompts if echo and return_logits]
+        state = empty_state(self.config, len(prompts)).extended(prompts)
+        out = self._complete(self._repeated(state, samples), request, return_logits)
+        if not echo:
+            return out
+        prompts = [row for row in prompts for _ in range(samples)]
+        text = map(self.tokenizer.decode, prompts)
+        logits = out.logits
+        if logits is not None:
+            prompt_logits = [row for row in prompt_logits for _ in range(samples)]
+            logits = [self._concatenate(pair) for pair in zip(prompt_logits, logits, strict=True)]
+        tokens = zip(map(self._array, prompts), out.tokens, strict=True)
+        return out._replace(
+            text=[prompt + new for prompt, new in zip(text, out.text, strict=True)],
+            tokens=[self._concatenate(pair) for pair in tokens],
             logits=logits,
         )
 
+    def generate(
+        self,
+        state: State,
+        total_generation_steps: int,
+        *,
+        rng: Any = None,
+        return_logits: bool = False,
+        end_sampling_at_eos_token: bool = True,
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        stop_strings: str | Iterable[str] = (),
+        stop_ids: Iterable[int] = (),
+        num_logprobs: int | None = None,
+    ) -> SamplerOutput[_Array]:
+        """Continues the texts of a state, which stays as it is; the output has the state after.
+
+        The arguments are those of a call, and so is what comes out: the continuation of a state is
+        that of the prompt it was made of.
+
+        Raises:
+          StateError: It is the state of another model, or of nothing.
+          ValueError: Something asked for is out of range.
+        """
+        self._require_own(state)
+        samples = _checked("num_samples", num_samples, least=1)
+        request = self._request(
+            total_generation_steps,
+            (rng, state.num_rows, samples),
+            (end_sampling_at_eos_token, stop_strings, stop_ids),
+            sampling,
+            num_logprobs,
+        )
+        return self._complete(self._repeated(state, samples), request, return_logits, True)
+
     def stream(
         self,
-        input_string: str,
+        input_string: str | State,
         total_generation_steps: int,
         *,
         rng: Any = None,
         end_sampling_at_eos_token: bool = True,
-    ) -> Iterator[tuple[int, str]]:
-        """Continues one prompt, a token at a time.
+        sampling: Sampling | None = None,
+        stop_strings: str | Iterable[str] = (),
+        stop_ids: Iterable[int] = (),
+        num_logprobs: int | None = None,
+    ) -> Stream:
+        """Continues one prompt, or the one text of a state, a token at a time.
 
-        Yields:
-          Each token id with the text that became certain with it, which is never half a character
-          and may be empty; together the texts are what `__call__` returns.
+        The arguments are those of a call.
+
+        Returns:
+          An iterator over each token id with the text that became certain with it; see `Stream`.
+
+        Raises:
+          StateError: The state is of another model, or has not one row.
+          ValueError: Something asked for is out of range.
         """
-        prompts = self._encode([input_string])
-        steps = _checked_steps(total_generation_steps)
-        return self._stream(prompts, steps, rng, self._stop_ids(end_sampling_at_eos_token))
+        if isinstance(input_string, State):
+            state = self._require_own(input_string)
+            if state.num_rows != 1:
+                raise StateError(f"a stream goes on from a state of one row, got {state.num_rows}")
+        else:
+            state = empty_state(self.config, 1).extended(self._encode([input_string]))
+        request = self._request(
+            total_generation_steps,
+            (rng, 1, 1),
+            (end_sampling_at_eos_token, stop_strings, stop_ids),
+            sampling,
+            num_logprobs,
+        )
+        return Stream(Generation(self, state, request))
 
-    def _stream(
-        self, prompts: list[list[int]], steps: int, rng: Any, stop_ids: frozenset[int]
-    ) -> Iterator[tuple[int, str]]:
-        if not steps:
-            return
-        decoder = StreamDecoder(self.tokenizer)
-        _, last_logits, cache = self._prefill(prompts, all_logits=False)
-        draws = self._seed(rng, 1)
-        for step in self._generate(prompts, steps, stop_ids, last_logits, cache, draws):
-            token = int(step.tokens[0])
-            text = decoder.add(token)
-            yield token, text + decoder.flush() if step.last else text
+    def prefill(self, text: str | Sequence[str], state: State | None = None) -> State:
+        """Reads text, to be continued any number of times.
 
-    def _encode(self, input_strings: Sequence[str]) -> list[list[int]]:
+        Args:
+          text: One text or, for a state of several rows, one a row.
+          state: What the text is added to, as it stands; if None the text is a prompt.
+
+        Raises:
+          StateError: The state is of another model, or has another number of rows.
+          ValueError: The texts are no strings, or hold tokens outside the vocabulary.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if state is None:
+            tokens = self._encode(texts)
+            state = empty_state(self.config, len(tokens))
+        else:
+            tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
+            if len(tokens) != self._require_own(state).num_rows:
+                raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
+        return self._read_state(state.extended(tokens))
+
+    def score(self, texts: Sequence[str]) -> list[Score]:
+        """The log-probability of every token of each text; no template is put around it.
+
+        Raises:
+          ValueError: The texts are no sequence of strings, or hold tokens outside the vocabulary.
+        """
+        return [
+            Score(
+                tokens[1:],
+                np.concatenate([np.zeros(0, np.float32), *(s for _, s in self._scored(tokens))]),
+            )
+            for tokens in self._encode(texts, as_prompts=False)
+        ]
+
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        state: State,
+        *,
+        notes: Mapping[str, str] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Writes a state to one safetensors file, which either framework reads.
+
+        Args:
+          path: The file.
+          state: The state; arrays are stored in their own dtypes.
+          notes: Kept beside it.
+          force: Whether to replace what is at `path`.
+
+        Raises:
+          StateError: It is the state of another model.
+          DestinationError: `path` exists and `force` is not set, or cannot be written.
+        """
+        self._require_own(state)
+        arrays = None
+        if state.cache is not None:
+            arrays = {
+                block: {
+                    field: value.astype(BFLOAT16) if _is_bfloat16(fields, field) else value
+                    for field, value in self._to_numpy(state.cache)[block].items()
+                }
+                for block, fields in state.cache.items()
+            }
+        stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
+        write_state(path, self.config, stored, force=force)
+
+    def load_state(self, path: str | os.PathLike[str]) -> State:
+        """Reads a state file, in the dtype of this model's own state.
+
+        Raises:
+          StateError: It is no state file, not whole, or of another model.
+        """
+        return self.load_state_and_notes(path)[0]
+
+    def load_state_and_notes(self, path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
+        """Reads a state file with what was kept beside it; see `load_state`."""
+        stored = read_state(path, self.config)
+        cache = None
+        if stored.arrays is not None:
+            wide = {
+                block: {f: v.astype(np.float32) if v.dtype == BFLOAT16 else v for f, v in a.items()}
+                for block, a in stored.arrays.items()
+            }
+            try:
+                check_state(self.config, wide, len(stored.lengths))
+            except ValueError as error:
+                raise StateError(f"{path}: {error}") from error
+            cache = self._from_numpy(wide)
+        state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
+        return state, stored.notes
+
+    def _encode(self, input_strings: Sequence[str], as_prompts: bool = True) -> list[list[int]]:
         strings = [] if input_strings is None else list(input_strings)
         if isinstance(input_strings, str | None) or not all(isinstance(s, str) for s in strings):
             raise ValueError(f"input_strings must be a sequence of strings, got {input_strings!r}")
-        texts = map(apply_it_formatter, strings) if self.is_it_model else strings
+        texts = map(apply_it_formatter, strings) if self.is_it_model and as_prompts else strings
         prompts = [self.tokenizer.encode(text) for text in texts]
         for row, prompt in enumerate(prompts):
             outside = [token for token in prompt if token >= self.config.vocab_size]
@@ -179,79 +306,170 @@ class BaseSampler(abc.ABC, Generic[_Array]):
                 )
         return prompts
 
-    def _stop_ids(self, end_sampling_at_eos_token: bool) -> frozenset[int]:
-        if not end_sampling_at_eos_token:
-            return frozenset()
-        stops = {self.tokenizer.eos_id}
-        if self.is_it_model and self.tokenizer.end_of_turn_id is not None:
-            stops.add(self.tokenizer.end_of_turn_id)
-        return frozenset(stops)
+    def _request(
+        self,
+        steps: int,
+        seeds: tuple[Any, int, int],
+        stops: tuple[bool, str | Iterable[str], Iterable[int]],
+        sampling: Sampling | None,
+        num_logprobs: int | None,
+    ) -> Request:
+        sampling = self.sampling if sampling is None else sampling
+        if not isinstance(sampling, Greedy | Categorical):
+            raise ValueError(f"sampling must be Greedy or Categorical, got {sampling!r}")
+        if num_logprobs is not None:
+            num_logprobs = _checked("num_logprobs", num_logprobs, 0, self.config.vocab_size)
+        rng, num_texts, num_samples = seeds
+        drawn = isinstance(sampling, Categorical) or rng is not None
+        at_eos, strings, ids = stops
+        reasons = dict.fromkeys(checked_ids(ids, self.config.vocab_size), "stop_id")
+        if at_eos:
+            reasons[self.tokenizer.eos_id] = "eos"
+            if self.is_it_model and self.tokenizer.end_of_turn_id is not None:
+                reasons[self.tokenizer.end_of_turn_id] = "end_of_turn"
+        return Request(
+            steps=_checked("total_generation_steps", steps, least=0),
+            sampling=sampling,
+            keys=row_keys(self._seed(rng), num_texts, num_samples) if drawn else [],
+            stops=Stops(reasons, checked_strings(strings)),
+            num_logprobs=num_logprobs,
+        )
 
-    def _prefill(self, prompts: list[list[int]], *, all_logits: bool) -> tuple[list[Any], Any, Any]:
-        """Reads the prompts; logits of all their places by chunk, of the last place, the state."""
-        lengths = prefill_lengths(max(map(len, prompts)), buckets=self._buckets)
-        tokens, segment_pos = pad_left(prompts, self.tokenizer.pad_id, sum(lengths))
-        cache, logits, prompt_logits, start = None, None, [], 0
+    def _complete(
+        self, state: State, request: Request, return_logits: bool, return_state: bool = False
+    ) -> SamplerOutput[_Array]:
+        generation = Generation(self, state, request)
+        rows = range(state.num_rows)
+        tokens: list[list[int]] = [[] for _ in rows]
+        texts: list[list[str]] = [[] for _ in rows]
+        all_logits, all_logprobs = [], []
+        for step in generation:
+            for row in np.flatnonzero(step.active):
+                tokens[row].append(int(step.tokens[row]))
+                texts[row].append(step.texts[row])
+            if return_logits:
+                all_logits.append(step.logits[None])
+            if step.logprobs is not None:
+                all_logprobs.append(step.logprobs)
+        logits = logprobs = None
+        if return_logits:
+            empty = self._on_device(np.zeros((0, len(rows), self.config.vocab_size), np.float32))
+            joined = self._concatenate([empty, *all_logits])
+            logits = [joined[: len(tokens[row]), row] for row in rows]
+        if request.num_logprobs is not None:
+            logprobs = [logprobs_of_row(all_logprobs, row, len(tokens[row])) for row in rows]
+        return SamplerOutput(
+            text=["".join(parts) for parts in texts],
+            tokens=[self._array(row) for row in tokens],
+            logits=logits,
+            logprobs=logprobs,
+            finish_reasons=[text.finish_reason for text in generation.texts],
+            state=generation.state if return_state else None,
+        )
+
+    def _require_own(self, state: State) -> State:
+        if not isinstance(state, State):
+            raise StateError(f"a State is expected, got {type(state).__name__}")
+        differences = [
+            f"{name}={value!r}, the model's is {self.config.to_dict()[name]!r}"
+            for name, value in state.config.to_dict().items()
+            if name != "scan_type" and value != self.config.to_dict()[name]
+        ]
+        if differences:
+            raise StateError(f"this is the state of another model: {'; '.join(differences)}")
+        return state
+
+    def _repeated(self, state: State, samples: int) -> State:
+        """The state with each row several times, read once."""
+        if samples == 1:
+            return state
+        state = self._read_state(state)
+        rows = np.repeat(np.arange(state.num_rows), samples)
+        return State(
+            self.config,
+            None if state.cache is None else self._take(state.cache, rows),
+            tuple(state.lengths[row] for row in rows),
+            tuple(state.pending[row] for row in rows),
+            state.seen[rows],
+        )
+
+    def _read_state(self, state: State) -> State:
+        """The state with all but the last of its pending tokens read."""
+        run, last, lengths = self._read(state)
+        pending = tuple((int(token),) for token in last)
+        return State(self.config, self._snapshot(run), tuple(lengths.tolist()), pending, state.seen)
+
+    def _read(self, state: State) -> tuple[Any, np.ndarray, np.ndarray]:
+        rows = [tokens[:-1] for tokens in state.pending]
+        lengths = chunk_lengths(max(map(len, rows)), self.prefill_chunks, pad=self._buckets)
+        tokens, segment_pos = pad_left(
+            rows, self.tokenizer.pad_id, sum(lengths), starts=state.lengths
+        )
+        cache = self._begin(state)
+        start = 0
         for length in lengths:
             chunk = slice(start, start + length)
-            logits, cache = self._forward(
-                tokens[:, chunk], segment_pos[:, chunk], cache, all_logits
-            )
-            if all_logits:
-                prompt_logits.append(logits)
+            cache = self._prefill(cache, tokens[:, chunk], segment_pos[:, chunk])
             start += length
-        assert logits is not None
-        return prompt_logits, logits[:, -1], cache
+        last = np.array([row[-1] for row in state.pending], np.int32)
+        read = np.array(state.lengths, np.int32) + np.array(list(map(len, rows)), np.int32)
+        return self._run(cache), last, read
 
-    def _prompt_scores(self, prompts: list[list[int]], chunks: list[Any]) -> list[Any]:
-        """Per row, what scored each token of its prompt, [T, V]: zeros for the first."""
-        scores = []
-        for row, prompt in enumerate(prompts):
-            places = self._concatenate([chunk[row] for chunk in chunks])[-len(prompt) :]
-            scores.append(self._concatenate([0 * places[:1], places[:-1]]))
-        return scores
+    def _scored(self, tokens: list[int]) -> Iterable[tuple[Any, np.ndarray]]:
+        """By chunk, the logits [T, V] and the log-probabilities [T] of all tokens but the first."""
+        inputs, targets = tokens[:-1], tokens[1:]
+        lengths = chunk_lengths(len(inputs), self.score_chunks, pad=self._buckets)
+        padded, segment_pos = pad_left([inputs], self.tokenizer.pad_id, sum(lengths))
+        goals, _ = pad_left([targets], self.tokenizer.pad_id, sum(lengths))
+        cache = self._begin(empty_state(self.config, 1))
+        start, padding = 0, sum(lengths) - len(inputs)
+        for length in lengths:
+            chunk = slice(start, start + length)
+            logits, logprobs, cache = self._score(
+                cache, padded[:, chunk], segment_pos[:, chunk], goals[:, chunk]
+            )
+            new = slice(max(padding - start, 0), None)
+            yield logits[0, new], np.asarray(logprobs)[0, new]
+            start += length
 
-    def _generate(
-        self,
-        prompts: list[list[int]],
-        steps: int,
-        stop_ids: frozenset[int],
-        logits: Any,
-        cache: Any,
-        draws: Any,
-    ) -> Iterator[Step]:
-        """Yields a step at a time until every row has ended.
-
-        A row that has ended is fed padding, which changes nothing.
-        """
-        active = np.ones(len(prompts), bool)
-        position = np.array([len(prompt) for prompt in prompts], np.int32)
-        for step in range(steps):
-            chosen = self._draw(logits, draws, step)
-            still_active = active & ~np.isin(chosen, list(stop_ids))
-            last = step + 1 == steps or not still_active.any()
-            yield Step(chosen, active, logits, last)
-            if last:
-                return
-            active = still_active
-            tokens = np.where(active, chosen, self.tokenizer.pad_id).astype(np.int32)
-            segment_pos = np.where(active, position + step, -1).astype(np.int32)
-            logits, cache = self._forward(tokens[:, None], segment_pos[:, None], cache, False)
-            logits = logits[:, -1]
+    def _prompt_logits(self, prompt: list[int]) -> Any:
+        """What scored each token of a prompt, [T, V]: zeros for the first."""
+        first = self._on_device(np.zeros((1, self.config.vocab_size), np.float32))
+        return self._concatenate([first, *(logits for logits, _ in self._scored(prompt))])
 
     @abc.abstractmethod
-    def _forward(
-        self, tokens: np.ndarray, segment_pos: np.ndarray, cache: Any, all_logits: bool
-    ) -> tuple[Any, Any]:
-        """Logits of all places or of the last, [B, T or 1, V], and the state."""
+    def _seed(self, rng: Any) -> Any:
+        """Integers from the framework's own source of randomness or, of None, fresh ones."""
 
     @abc.abstractmethod
-    def _seed(self, rng: Any, num_rows: int) -> Any:
-        """The source of random draws: one stream a row."""
+    def _begin(self, state: State) -> Any:
+        """A cache like the state's, or of its rows before the first token, that may be changed."""
 
     @abc.abstractmethod
-    def _draw(self, logits: Any, draws: Any, step: int) -> np.ndarray:
-        """Tokens [B] from logits [B, V]."""
+    def _prefill(self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray) -> Any:
+        """The cache after a chunk, [B, T]; the one given may be gone."""
+
+    @abc.abstractmethod
+    def _run(self, cache: Any) -> Any:
+        """What `_feed` takes, from a cache that may be changed."""
+
+    @abc.abstractmethod
+    def _score(
+        self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
+    ) -> tuple[Any, Any, Any]:
+        """Logits [B, T, V], the targets' log-probabilities [B, T], and the cache."""
+
+    @abc.abstractmethod
+    def _take(self, cache: Any, rows: np.ndarray) -> Any:
+        """A cache of copies of these rows."""
+
+    @abc.abstractmethod
+    def _to_numpy(self, cache: Any) -> Arrays:
+        """The cache as NumPy arrays, bfloat16 as float32."""
+
+    @abc.abstractmethod
+    def _from_numpy(self, arrays: Arrays) -> Any:
+        """The inverse, in the dtype of the model's own state."""
 
     @abc.abstractmethod
     def _array(self, tokens: list[int]) -> _Array:
@@ -262,19 +480,14 @@ class BaseSampler(abc.ABC, Generic[_Array]):
         """Arrays joined along their first axis."""
 
 
-def prefill_lengths(longest: int, *, buckets: bool) -> list[int]:
-    """Lengths of the chunks in which prompts are read.
-
-    Full chunks come last, so that with `buckets` only the first has a length of its own, rounded up
-    to a power of two: few lengths occur, and each is compiled once.
-    """
-    full, rest = divmod(longest, PREFILL_CHUNK)
-    if buckets and rest:
-        rest = max(16, 1 << (rest - 1).bit_length())
-    return [rest] * (rest > 0) + [PREFILL_CHUNK] * full
+def _is_bfloat16(fields: Any, field: str) -> bool:
+    return str(getattr(fields, field).dtype).endswith("bfloat16")
 
 
-def _checked_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
-        raise ValueError(f"total_generation_steps must be an integer of at least 0, got {steps!r}")
-    return int(steps)
+def _checked(name: str, value: Any, least: int, most: int | None = None) -> int:
+    within = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or (
+        most is not None and value > most
+    ):  # fmt: skip
+        raise ValueError(f"{name} must be an integer {within}, got {value!r}")
+    return int(value)

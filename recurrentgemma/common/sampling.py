@@ -1,14 +1,35 @@
-"""How the next token is chosen: frozen, hashable strategies that both twins carry out."""
+"""How the next token is chosen: frozen, hashable strategies that both twins carry out.
+
+Each row draws from a random stream of its own: one number a token, a function of the row's seed and
+the token's position alone. So a row's draws depend neither on its neighbours nor on where in the
+batch it stands, and the same seed draws the same in both frameworks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most likely token; of equals the one with the lowest id."""
+    """The most likely token; of equals the one with the lowest id.
+
+    Attributes:
+      repetition_penalty: As in `Categorical`.
+
+    Raises:
+      ValueError: A value is out of range.
+    """
+
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_penalty(self.repetition_penalty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +41,10 @@ class Categorical:
       top_k: Keep the k most likely tokens, of equals the lowest ids first; None keeps all.
       top_p: Of what `top_k` keeps, keep the fewest most likely tokens whose probabilities reach p,
         in (0, 1].
+      min_p: Keep the tokens at least this many times as likely as the likeliest, in [0, 1].
+      repetition_penalty: What the logits of tokens already in the text are divided by where they
+        are positive, else multiplied by, before all else; 1 changes nothing (arXiv 1909.05858,
+        section 4.1).
 
     Raises:
       ValueError: A value is out of range.
@@ -28,17 +53,70 @@ class Categorical:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be above 0 and finite, got {self.temperature} "
                 "(for the most likely token use Greedy)"
             )
-        if self.top_k is not None and (isinstance(self.top_k, float) or self.top_k < 1):
+        if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be a positive integer, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        _check_penalty(self.repetition_penalty)
 
 
 Sampling = Greedy | Categorical
+
+
+def row_keys(seeds: int | Sequence[int], num_texts: int, num_samples: int = 1) -> list[np.ndarray]:
+    """The key of each row's random stream.
+
+    Args:
+      seeds: One integer for all, of which each row makes its own, or one a text: alone with its own
+        seed a text draws what it draws in a batch.
+      num_texts: Number of texts.
+      num_samples: Rows of each text, which draw differently.
+
+    Raises:
+      ValueError: A seed is no integer, or there is not one a text.
+    """
+    if _is_integer(seeds):
+        pairs = [(seeds, row) for row in range(num_texts * num_samples)]
+    elif isinstance(seeds, Sequence | np.ndarray) and all(map(_is_integer, seeds)):
+        if len(seeds) != num_texts:
+            raise ValueError(f"rng must have one seed a text, {num_texts}, got {len(seeds)}")
+        pairs = [(seed, sample) for seed in seeds for sample in range(num_samples)]
+    else:
+        raise ValueError(f"rng must be an integer or one a text, got {seeds!r}")
+    return [
+        np.random.SeedSequence([abs(int(seed)), int(seed < 0), row]).generate_state(2, np.uint64)
+        for seed, row in pairs
+    ]
+
+
+def uniform(keys: Sequence[np.ndarray], positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    """A number in (0, 1] a row, [B] float32, from each row's key and a counter."""
+    raw = [
+        np.random.Philox(key=key, counter=int(position)).random_raw()
+        for key, position in zip(keys, positions, strict=True)
+    ]
+    return ((np.array(raw, np.uint64) >> np.uint64(40)) + 1).astype(np.float32) * 2**-24
+
+
+def _check_penalty(penalty: Any) -> None:
+    if not _is_number(penalty) or not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0 and finite, got {penalty}")
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float | np.floating)

@@ -1,8 +1,9 @@
-"""The state of a model as plain arrays: what both twins export, import and check alike."""
+"""The state of a model: what it has read, and the plain arrays that both twins exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,64 @@ from recurrentgemma.common.layer_spec import CONV1D_WIDTH
 from recurrentgemma.common.presets import TemporalBlockType
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
+
+
+class StateError(ValueError):
+    """A state that cannot be used: of another model, not whole, or no state at all."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """Where a text stands, to be continued any number of times: nothing changes it.
+
+    Its size does not depend on the length of the text. What was read last is kept as tokens, one at
+    least, since whoever continues needs what the model says after them.
+
+    Attributes:
+      config: The model that it is a state of.
+      cache: The model's state after `lengths` tokens of each row; None before the first.
+      lengths: How many tokens of each row `cache` holds.
+      pending: The tokens of each row that follow.
+      seen: Which tokens occur in each row so far, [B, V], for the repetition penalty.
+    """
+
+    config: GriffinConfig
+    cache: Any
+    lengths: tuple[int, ...]
+    pending: tuple[tuple[int, ...], ...]
+    seen: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """Number of texts, B."""
+        return len(self.pending)
+
+    @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """The length of each row's text in tokens."""
+        pairs = zip(self.lengths, self.pending, strict=True)
+        return tuple(length + len(tokens) for length, tokens in pairs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's state."""
+        blocks = (self.cache or {}).values()
+        return sum(value.nbytes for block in blocks for value in block)
+
+    def extended(self, tokens: Sequence[Sequence[int]]) -> State:
+        """The state with tokens added to each row, not yet read."""
+        seen = self.seen.copy()
+        for row, new in enumerate(tokens):
+            seen[row, np.asarray(new, np.int64)] = True
+        pairs = zip(self.pending, tokens, strict=True)
+        pending = tuple((*old, *new) for old, new in pairs)
+        return dataclasses.replace(self, pending=pending, seen=seen)
+
+
+def empty_state(config: GriffinConfig, num_rows: int) -> State:
+    """The state before the first token."""
+    seen = np.zeros((num_rows, config.vocab_size), bool)
+    return State(config, None, (0,) * num_rows, ((),) * num_rows, seen)
 
 
 def state_shapes(config: GriffinConfig) -> dict[str, tuple[int, ...]]:

@@ -76,8 +76,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._context, self._printed = 0, 0  # a token's text may depend on the one before it
+        self._tokens: list[int] = []  # the last printed one, and those after it
+        self._printed = 0  # a token's text may depend on the one before it
 
     def add(self, token: int) -> str:
         """The text that is certain after one more token, maybe none."""
@@ -91,19 +91,20 @@ class StreamDecoder:
         return self._advance(self._pending())
 
     def _pending(self) -> str:
-        before = self._tokenizer.decode(self._tokens[self._context : self._printed])
-        return self._tokenizer.decode(self._tokens[self._context :])[len(before) :]
+        before = self._tokenizer.decode(self._tokens[: self._printed])
+        return self._tokenizer.decode(self._tokens)[len(before) :]
 
     def _advance(self, text: str) -> str:
-        if self._printed < len(self._tokens):
-            self._context, self._printed = self._printed, len(self._tokens)
-        else:
-            self._context = self._printed
+        self._tokens = self._tokens[self._printed :]
+        self._printed = len(self._tokens)
         return text
 
 
 def pad_left(
-    prompts: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    length: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as one batch, padded on the left, and their positions (-1 where padded).
 
@@ -111,6 +112,7 @@ def pad_left(
       prompts: Token ids of each row.
       pad_id: What padding is filled with.
       length: Length of the batch, at least the longest prompt's; that if None.
+      starts: The position of each row's first token; 0 if None.
 
     Returns:
       tokens and segment_pos, [B, T] int32.
@@ -124,5 +126,6 @@ def pad_left(
     for row, prompt in enumerate(prompts):
         if prompt:
             tokens[row, -len(prompt) :] = prompt
-            segment_pos[row, -len(prompt) :] = np.arange(len(prompt))
+            start = 0 if starts is None else starts[row]
+            segment_pos[row, -len(prompt) :] = np.arange(start, start + len(prompt))
     return tokens, segment_pos

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,18 @@ import numpy as np
 import sentencepiece as spm
 from flax.typing import Dtype
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from recurrentgemma.common.config import shapes_of
+from recurrentgemma.common.generation import Request
 from recurrentgemma.common.layer_spec import layer_spec, require_match
-from recurrentgemma.common.sampler import BaseSampler, SamplerOutput
+from recurrentgemma.common.output import SamplerOutput
+from recurrentgemma.common.sampler import BaseSampler
+from recurrentgemma.common.state import Arrays, State
 from recurrentgemma.common.text import Tokenizer
-from recurrentgemma.jax.cache import Cache
+from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.griffin import Griffin, Params
-from recurrentgemma.jax.sampling import Sampling, draw
+from recurrentgemma.jax.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]
 
@@ -64,6 +68,8 @@ class Sampler(BaseSampler[Array]):
         self.model = model
         self.params = params
         self._jit_compile = jit_compile
+        functions: Any = _compiled if jit_compile else _functions
+        self._functions: _Functions = functions(model)
 
     @property
     def params(self) -> Params:
@@ -76,29 +82,93 @@ class Sampler(BaseSampler[Array]):
         expected = {spec.path: spec.shape for spec in layer_spec(self.config)}
         require_match(expected, shapes_of(params))
         self._params = params
+        self._ready: set[int] = set()
 
-    def _forward(
-        self, tokens: np.ndarray, segment_pos: np.ndarray, cache: Cache | None, all_logits: bool
-    ) -> tuple[Array, Cache]:
-        if cache is None:  # so that a first chunk compiles as any other
-            cache = self.model.init_cache(len(tokens), self._compute_dtype())
-        forward = _compiled_forward if self._jit_compile else _forward
-        return forward(self.model, self.params, tokens, segment_pos, cache, not all_logits)
+    def _read(self, state: State) -> tuple[Cache, np.ndarray, np.ndarray]:
+        if self._jit_compile:
+            self._compile_prefill(state.num_rows)
+        return super()._read(state)
+
+    def _compile_prefill(self, num_rows: int) -> None:
+        """Compiles every length of chunk at the first prompt, so that no later prompt has to."""
+        if num_rows in self._ready:
+            return
+        cache = self._empty_cache(num_rows)
+        for length in self.prefill_chunks:
+            place = np.zeros((num_rows, length), np.int32)
+            prefill: Any = self._functions.prefill
+            prefill.lower(self.params, cache, place, place).compile()
+        self._ready.add(num_rows)
+
+    def _empty_cache(self, num_rows: int) -> Cache:
+        return jax.device_put(
+            self.model.init_cache(num_rows, self._compute_dtype()), self._placement()
+        )
+
+    def _placement(self) -> jax.sharding.Sharding:
+        """Where a state goes: with the parameters, so that all steps find it where one left it."""
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        return sharding
 
     def _compute_dtype(self) -> Dtype:
         return self.model.dtype or jnp.result_type(*jax.tree.leaves(self.params))
 
-    def _seed(self, rng: Array | int | None, num_rows: int) -> Array:
-        if rng is None or isinstance(rng, int | np.integer):
-            entropy = None if rng is None else [abs(int(rng)), int(rng < 0)]
-            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-            rng = jax.random.key(seed)
-        key = rng
-        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_rows))
+    def _begin(self, state: State) -> Cache:
+        if state.cache is None:
+            return self._empty_cache(state.num_rows)
+        return self._take(state.cache, np.arange(state.num_rows))
 
-    def _draw(self, logits: Array, draws: Array, step: int) -> np.ndarray:
-        choose = _compiled_draw if self._jit_compile else draw
-        return np.asarray(choose(self.sampling, logits, draws, step))
+    def _prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
+        return self._functions.prefill(self.params, cache, tokens, segment_pos)
+
+    def _run(self, cache: Cache) -> Cache:
+        return cache
+
+    def _feed(self, run: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> tuple[Array, Cache]:
+        return self._functions.feed(self.params, run, tokens, segment_pos)
+
+    def _score(
+        self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
+    ) -> tuple[Array, Array, Cache]:
+        return self._functions.score(self.params, cache, tokens, segment_pos, targets)
+
+    def _choose(
+        self,
+        request: Request,
+        logits: Array,
+        number: np.ndarray,
+        seen: Array | None,
+        fed: np.ndarray,
+    ) -> tuple[Choice, Array | None]:
+        function = _compiled_choose if self._jit_compile else _choose
+        return function(request.sampling, logits, number, seen, fed, request.num_logprobs)
+
+    def _snapshot(self, run: Cache) -> Cache:
+        return self._take(run, np.arange(len(next(iter(run.values()))[0])))
+
+    def _take(self, cache: Cache, rows: np.ndarray) -> Cache:
+        return self._functions.take(cache, rows)
+
+    def _on_device(self, values: np.ndarray) -> Array:
+        return jax.device_put(values, self._placement())
+
+    def _to_numpy(self, cache: Cache) -> Arrays:
+        return cache_to_numpy(cache)
+
+    def _from_numpy(self, arrays: Arrays) -> Cache:
+        cache = cache_from_numpy(self.config, arrays, self._compute_dtype())
+        return jax.device_put(cache, self._placement())
+
+    def _seed(self, rng: Any) -> Any:
+        if rng is None:
+            return np.random.SeedSequence().entropy
+        if isinstance(rng, Array):
+            is_key = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+            data = np.asarray(jax.random.key_data(rng) if is_key else rng)
+            return int.from_bytes(data.tobytes(), "little")
+        return rng
 
     def _array(self, tokens: list[int]) -> Array:
         return jnp.asarray(tokens, jnp.int32)
@@ -107,19 +177,63 @@ class Sampler(BaseSampler[Array]):
         return jnp.concatenate(list(parts))
 
 
-def _forward(
-    model: Griffin,
-    params: Params,
-    tokens: Array | np.ndarray,
-    segment_pos: Array | np.ndarray,
-    cache: Cache,
-    last_logits_only: bool,
-) -> tuple[Array, Cache]:
-    inputs: dict[str, Any] = {"tokens": tokens, "segment_pos": segment_pos, "cache": cache}
-    result: Any = model.apply({"params": params}, **inputs, last_logits_only=last_logits_only)
-    return result
+class _Functions(NamedTuple):
+    """What runs on the device; a cache that goes in is used up, but for `take`'s."""
+
+    prefill: Callable[..., Cache]
+    feed: Callable[..., tuple[Array, Cache]]
+    score: Callable[..., tuple[Array, Array, Cache]]
+    take: Callable[..., Cache]
 
 
-# Shared by all samplers: another of the same model and shapes compiles nothing.
-_compiled_forward = jax.jit(_forward, static_argnames=("model", "last_logits_only"))
-_compiled_draw = jax.jit(draw, static_argnames=("sampling",))
+def _functions(model: Griffin) -> _Functions:
+    def apply(params: Params, **kwargs: Any) -> tuple[Any, Any]:
+        result: Any = model.apply({"params": params}, **kwargs)
+        return result
+
+    def prefill(params, cache, tokens, segment_pos):
+        return apply(
+            params, tokens=tokens, segment_pos=segment_pos, cache=cache, return_logits=False
+        )[1]
+
+    def feed(params, cache, tokens, segment_pos):
+        logits, cache = apply(
+            params, tokens=tokens[:, None], segment_pos=segment_pos[:, None], cache=cache
+        )
+        return logits[:, 0], cache
+
+    def score(params, cache, tokens, segment_pos, targets):
+        logits, cache = apply(params, tokens=tokens, segment_pos=segment_pos, cache=cache)
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return logits, jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], cache
+
+    def take(cache, rows):
+        return jax.tree.map(lambda value: value[rows], cache)
+
+    return _Functions(prefill, feed, score, take)
+
+
+@functools.lru_cache
+def _compiled(model: Griffin) -> _Functions:
+    """Shared by all samplers: another of the same model and shapes compiles nothing."""
+    prefill, feed, score, take = _functions(model)
+    compiled = functools.partial(jax.jit, donate_argnames=("cache",))
+    return _Functions(compiled(prefill), compiled(feed), compiled(score), jax.jit(take))
+
+
+def _choose(
+    sampling: Sampling,
+    logits: Array,
+    number: Array | np.ndarray,
+    seen: Array | None,
+    fed: Array | np.ndarray,
+    num_logprobs: int | None,
+) -> tuple[Choice, Array | None]:
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(fed)), fed].set(True)
+    return choose(sampling, logits, jnp.asarray(number), seen, num_logprobs), seen
+
+
+_compiled_choose = jax.jit(
+    _choose, static_argnames=("sampling", "num_logprobs"), donate_argnames=("seen",)
+)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.sampler import BaseSampler, SamplerOutput
+from recurrentgemma.common.generation import Request
+from recurrentgemma.common.output import SamplerOutput
+from recurrentgemma.common.sampler import BaseSampler
+from recurrentgemma.common.state import Arrays, State
 from recurrentgemma.common.text import Tokenizer
-from recurrentgemma.torch.cache import Cache
+from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
+from recurrentgemma.torch.decode import CapturedStep, Run
 from recurrentgemma.torch.griffin import Griffin
-from recurrentgemma.torch.sampling import Sampling, draw
+from recurrentgemma.torch.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]
 
@@ -33,6 +38,7 @@ class Sampler(BaseSampler[Tensor]):
         is_it_model: bool = False,
         *,
         sampling: Sampling | None = None,
+        jit_compile: bool = False,
     ) -> None:
         """Prepares to sample.
 
@@ -44,38 +50,95 @@ class Sampler(BaseSampler[Tensor]):
           is_it_model: Whether the model is instruction-tuned: prompts are put into the chat
             template, and `<end_of_turn>` ends a row.
           sampling: How tokens are chosen.
+          jit_compile: Whether to compile the decode step with `torch.compile`: the first token of a
+            batch size takes long, every later one less.
         """
         super().__init__(model.config, vocab, sampling, greedy_sampling, is_it_model)
         self.model = model
+        self._step = torch.compile(model, dynamic=False) if jit_compile else model
+        self._captured: dict[int, CapturedStep] = {}
+
+    def _begin(self, state: State) -> Cache:
+        if state.cache is None:
+            return self.model.init_cache(state.num_rows)
+        return self._take(state.cache, np.arange(state.num_rows))
 
     @torch.no_grad()
-    def _forward(
-        self, tokens: np.ndarray, segment_pos: np.ndarray, cache: Cache | None, all_logits: bool
-    ) -> tuple[Tensor, Cache]:
-        return self.model(
-            tokens=tokens, segment_pos=segment_pos, cache=cache, last_logits_only=not all_logits
-        )
+    def _prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
+        inputs = {"tokens": tokens, "segment_pos": segment_pos}
+        return self.model(**inputs, cache=cache, return_logits=False)[1]
 
-    def _seed(self, rng: torch.Generator | int | None, num_rows: int) -> list[torch.Generator]:
-        if not isinstance(rng, int | np.integer):
+    def _run(self, cache: Cache) -> Run:
+        return Run(cache)
+
+    @torch.no_grad()
+    def _feed(self, run: Run, tokens: np.ndarray, segment_pos: np.ndarray) -> tuple[Tensor, Run]:
+        inputs = [torch.from_numpy(z[:, None]) for z in (tokens, segment_pos)]
+        if self._device.type == "cuda":
+            if len(tokens) not in self._captured:
+                self._captured[len(tokens)] = CapturedStep(self.model, len(tokens))
+            return self._captured[len(tokens)](run, *inputs), run
+        logits, run.cache = self._step(tokens=inputs[0], segment_pos=inputs[1], cache=run.cache)
+        return logits[:, 0], run
+
+    @torch.no_grad()
+    def _score(
+        self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
+    ) -> tuple[Tensor, Tensor, Cache]:
+        logits, cache = self.model(tokens=tokens, segment_pos=segment_pos, cache=cache)
+        goals = self._on_device(targets).long()
+        logprobs = logits.float().log_softmax(-1).gather(-1, goals[..., None])[..., 0]
+        return logits, logprobs.cpu(), cache
+
+    @torch.no_grad()
+    def _choose(
+        self,
+        request: Request,
+        logits: Tensor,
+        number: np.ndarray,
+        seen: Tensor | None,
+        fed: np.ndarray,
+    ) -> tuple[Choice, Tensor | None]:
+        if seen is not None:
+            seen[torch.arange(len(fed)), torch.from_numpy(fed).long()] = True
+        numbers = self._on_device(number)
+        choice = choose(request.sampling, logits, numbers, seen, request.num_logprobs)
+        return choice._make(None if part is None else part.cpu() for part in choice), seen
+
+    def _snapshot(self, run: Run) -> Cache:
+        return _map(torch.clone, run.cache)
+
+    def _take(self, cache: Cache, rows: np.ndarray) -> Cache:
+        index = torch.from_numpy(rows).to(self._device)
+        return _map(lambda value: value[index], cache)
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.copy()).to(self._device)
+
+    def _to_numpy(self, cache: Cache) -> Arrays:
+        return cache_to_numpy(cache)
+
+    def _from_numpy(self, arrays: Arrays) -> Cache:
+        dtype = self.model.embedder.input_embedding.dtype
+        return cache_from_numpy(self.config, arrays, dtype, self._device)
+
+    def _seed(self, rng: Any) -> Any:
+        if rng is None or isinstance(rng, torch.Generator):
             # A generator, or torch's global one, gives the seed and moves on.
-            rng = int(torch.randint(2**62, (), generator=rng))
-        rng = int(rng)
-        device = self.model.embedder.input_embedding.device
-        generators = []
-        for row in range(num_rows):
-            seed = np.random.SeedSequence([abs(rng), int(rng < 0), row])
-            state = int(seed.generate_state(1, np.uint64)[0])
-            generators.append(torch.Generator(device).manual_seed(state >> 1))
-        return generators
+            device = "cpu" if rng is None else rng.device
+            return int(torch.randint(2**62, (), generator=rng, device=device))
+        return rng
 
-    @torch.no_grad()
-    def _draw(self, logits: Tensor, draws: list[torch.Generator], step: int) -> np.ndarray:
-        del step  # generators move on by themselves
-        return draw(self.sampling, logits, draws).cpu().numpy()
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedder.input_embedding.device
 
     def _array(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int32)
 
     def _concatenate(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))
+
+
+def _map(function, cache: Cache) -> Cache:
+    return {name: type(block)(*map(function, block)) for name, block in cache.items()}

@@ -1,61 +1,30 @@
 """Sampling, for both samplers; each known failure of the published ones has a test."""
 
-import importlib
 from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece as spm
+from samplers import (
+    CONFIG,
+    PROMPTS,
+    STEPS,
+    SUBMODULES,
+    generate,
+    lists,
+    make_sampler,
+    without_eos,
+)
 
-from recurrentgemma.common.checkpoint import BUNDLED
+from recurrentgemma.common.chunks import chunk_lengths
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.sampler import PREFILL_CHUNK, prefill_lengths
 from recurrentgemma.common.sampling import Categorical, Greedy
 from recurrentgemma.common.text import apply_it_formatter
-
-SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
-PROMPTS = ["In the beginning", "", "x", "It is a truth universally acknowledged, that a man"]
-STEPS = 12
-CONFIG = GriffinConfig(
-    vocab_size=2048,
-    width=32,
-    mlp_expanded_width=48,
-    num_heads=2,
-    block_types=("recurrent", "recurrent", "attention"),  # pyright: ignore[reportArgumentType]
-    embeddings_scale_by_sqrt_dim=True,
-    attention_window_size=8,
-    logits_soft_cap=30.0,
-)
 
 
 @pytest.fixture(params=["jax", "torch"])
 def twin(request) -> str:
     pytest.importorskip(SUBMODULES[request.param], reason=f"{request.param} is not installed")
     return request.param
-
-
-def make_sampler(twin: str, *, config: GriffinConfig = CONFIG, vocab=None, **kwargs):
-    module = importlib.import_module(f"recurrentgemma.{twin}")
-    if vocab is None:
-        vocab = spm.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
-    if twin == "jax":
-        params = module.init_params(config, seed=3)
-        return module.Sampler(model=module.Griffin(config), vocab=vocab, params=params, **kwargs)
-    model = module.Griffin(config)
-    model.reset_parameters(seed=3)
-    return module.Sampler(model=model, vocab=vocab, **kwargs)
-
-
-def lists(tokens) -> list[list[int]]:
-    return [np.asarray(row).tolist() for row in tokens]
-
-
-def generate(sampler, prompts=PROMPTS, steps=STEPS, **kwargs) -> list[list[int]]:
-    return lists(sampler(prompts, steps, **kwargs).tokens)
-
-
-def without_eos(sampler, prompts=PROMPTS, steps=STEPS) -> list[list[int]]:
-    return generate(sampler, prompts, steps, end_sampling_at_eos_token=False)
 
 
 def test_both_twins_generate_the_same() -> None:
@@ -157,39 +126,35 @@ def test_streaming_yields_the_same_text(twin: str) -> None:
     assert list(sampler.stream("x", 0)) == []
 
 
-def test_a_long_prompt_is_read_in_chunks(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_read_in_chunks(twin: str) -> None:
     sampler = make_sampler(twin)
     prompt = "And it came to pass " * 12
     whole = without_eos(sampler, [prompt, "x"])
-    monkeypatch.setattr("recurrentgemma.common.sampler.PREFILL_CHUNK", 16)
-    assert without_eos(sampler, [prompt, "x"]) == whole
-    echoed = sampler([prompt, "x"], 2, echo=True, return_logits=True)
-    monkeypatch.undo()
-    expected = sampler([prompt, "x"], 2, echo=True, return_logits=True)
+    kwargs: dict[str, Any] = {"echo": True, "return_logits": True}
+    expected = sampler([prompt, "x"], 2, **kwargs)
+    for chunks in ((16,), (32, 8), (24, 12, 3), (1,)):
+        sampler = make_sampler(twin)
+        sampler.prefill_chunks = sampler.score_chunks = chunks
+        assert without_eos(sampler, [prompt, "x"]) == whole
+    echoed = sampler([prompt, "x"], 2, **kwargs)
     for one, other in zip(echoed.logits, expected.logits, strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-5)
 
 
 def test_chunk_lengths() -> None:
-    assert prefill_lengths(5, buckets=False) == [5]
-    assert prefill_lengths(5, buckets=True) == [16]
-    assert prefill_lengths(17, buckets=True) == [32]
-    assert prefill_lengths(PREFILL_CHUNK, buckets=True) == [PREFILL_CHUNK]
-    assert prefill_lengths(2 * PREFILL_CHUNK + 3, buckets=False) == [3] + 2 * [PREFILL_CHUNK]
-
-
-def test_new_lengths_and_step_counts_compile_nothing() -> None:
-    pytest.importorskip("jax.numpy", reason="jax is not installed")
-    from recurrentgemma.jax import sampler as module
-
-    sampler = make_sampler("jax")
-    sampler(["In the beginning"], 3)
-    forward: Any = module._compiled_forward
-    compiled = forward._cache_size()
-    for steps in (1, 2, 7):
-        for prompt in ("", "x", "He said", "And it came to pass in"):
-            make_sampler("jax")([prompt], steps, end_sampling_at_eos_token=False)
-    assert forward._cache_size() == compiled
+    sizes = (2048, 256, 32)
+    assert chunk_lengths(0, sizes, pad=True) == chunk_lengths(0, sizes, pad=False) == []
+    assert chunk_lengths(5, sizes, pad=False) == [5]
+    assert chunk_lengths(5, sizes, pad=True) == [32]
+    assert chunk_lengths(33, sizes, pad=True) == [32, 32]
+    assert chunk_lengths(250, sizes, pad=True) == [256]
+    assert chunk_lengths(600, sizes, pad=True) == [32, 32, 32, 256, 256]
+    assert chunk_lengths(2 * 2048 + 3, sizes, pad=True) == [32, 2048, 2048]
+    assert chunk_lengths(2 * 2048 + 3, sizes, pad=False) == [3, 2048, 2048]
+    for length in range(0, 5000, 37):
+        chunks = chunk_lengths(length, sizes, pad=True)
+        assert length <= sum(chunks) < length + 32
+        assert len(chunks) <= 2 + 7 + 7
 
 
 @pytest.mark.parametrize("rng", ["integer", "own"])
@@ -224,94 +189,6 @@ def test_the_published_switch_draws() -> None:
         assert make_sampler(twin).sampling == Greedy()
         options: dict[str, Any] = {switch: False}
         assert make_sampler(twin, **options).sampling == Categorical()
-
-
-def draw_many(twin: str, sampling: Categorical, logits: np.ndarray, count: int, dtype: str):
-    """`count` independent draws from one row of logits."""
-    sampler = make_sampler(twin, sampling=sampling)
-    if twin == "jax":
-        import jax.numpy as jnp
-
-        rows = jnp.broadcast_to(jnp.asarray(logits, dtype), (count, len(logits)))
-    else:
-        import torch
-
-        rows = torch.tensor(logits).to(getattr(torch, dtype)).expand(count, -1)
-    return sampler._draw(rows, sampler._seed(0, count), 0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_draws_follow_the_softmax(twin: str, dtype: str) -> None:
-    """Chi-square over 4096 tokens in groups, the same seed every run."""
-    size, count = 4096, 2048
-    uniform = draw_many(twin, Categorical(), np.zeros(size), count, dtype)
-    observed = np.histogram(uniform, bins=8, range=(0, size))[0]
-    assert ((observed - count / 8) ** 2 / (count / 8)).sum() < 24.3  # p = 0.001, 7 degrees
-    logits = np.linspace(0, 3, size).round(1)
-    for temperature in (1.0, 0.5):
-        drawn = draw_many(twin, Categorical(temperature), logits, count, dtype)
-        rounded = np.asarray(logits, np.float32)
-        if dtype == "bfloat16":
-            bits = rounded.view(np.uint32)
-            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
-        p = np.exp(rounded / temperature)
-        expected = count * (p / p.sum()).reshape(8, -1).sum(1)
-        observed = np.histogram(drawn, bins=8, range=(0, size))[0]
-        assert ((observed - expected) ** 2 / expected).sum() < 24.3
-
-
-def kept(twin: str, sampling: Categorical, probabilities: list[float]) -> list[int]:
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
-    logits = np.log(np.asarray([probabilities], np.float32))
-    if twin == "jax":
-        import jax.numpy as jnp
-
-        logits = jnp.asarray(logits)
-    else:
-        import torch
-
-        logits = torch.from_numpy(logits)
-    values, ids = module.cut_off(sampling, logits)
-    finite = np.isfinite(np.asarray(values[0]))
-    return (
-        sorted(np.asarray(ids[0])[finite].tolist()) if ids is not None else list(range(len(finite)))
-    )
-
-
-def test_cut_offs_keep_the_right_tokens(twin: str) -> None:
-    p = [0.1, 0.3, 0.2, 0.3, 0.1]
-    assert kept(twin, Categorical(), p) == [0, 1, 2, 3, 4]
-    assert kept(twin, Categorical(top_k=1), p) == [1]  # of equals the lowest id
-    assert kept(twin, Categorical(top_k=3), p) == [1, 2, 3]
-    assert kept(twin, Categorical(top_k=99), p) == [0, 1, 2, 3, 4]
-    assert kept(twin, Categorical(top_p=0.25), p) == [1]
-    assert kept(twin, Categorical(top_p=0.55), p) == [1, 3]
-    assert kept(twin, Categorical(top_p=0.75), p) == [1, 2, 3]
-    assert kept(twin, Categorical(top_p=1e-9), p) == [1]
-    # top_p counts within what top_k keeps: 0.5, 0.5.
-    assert kept(twin, Categorical(top_k=2, top_p=0.4), p) == [1]
-
-
-def test_draws_respect_cut_offs(twin: str) -> None:
-    logits = np.log(np.asarray([0.1, 0.3, 0.2, 0.3, 0.1]))
-    drawn = draw_many(twin, Categorical(top_k=3), logits, 512, "float32")
-    assert set(drawn.tolist()) == {1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"top_k": 0}, "top_k must be a positive integer, got 0"),
-        ({"top_k": 1.5}, "top_k must be a positive integer"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
-    ],
-)
-def test_bad_strategies(kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Categorical(**kwargs)
 
 
 def test_bad_requests(twin: str) -> None:

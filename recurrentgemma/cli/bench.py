@@ -1,0 +1,169 @@
+"""`recurrentgemma bench`: how fast a model reads and writes, and in how much memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import (
+    DType,
+    Framework,
+    Loaded,
+    choose_framework,
+    load_sampler,
+    random_sampler,
+)
+from recurrentgemma.common.presets import Preset, member
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.sampler import BaseSampler
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def bench(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder. Default: the bundled model.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With --random, a published size: {', '.join(p.name for p in Preset)}.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights, for which no checkpoint is needed.")
+    ] = False,
+    framework: Annotated[
+        Framework | None,
+        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=2, help="Length of each prompt.", metavar="N")
+    ] = 2048,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to generate a row.", metavar="N")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows.", metavar="N")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Print the rates of reading a prompt and of decoding, and the memory it took.
+
+    The times are those of a second run, after one in which everything was compiled.
+    """
+    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.common.sampling import Greedy
+
+    if random != (preset is not None):
+        raise ValueError("--preset NAME and --random go together: a preset has no weights")
+    framework = choose_framework(framework)
+    with working(f"Loading with {framework}"):
+        if preset is not None:
+            name = member(Preset, preset.upper()).name
+            loaded = random_sampler(framework, name, dtype)
+        else:
+            from recurrentgemma.common.checkpoint import BUNDLED
+            from recurrentgemma_conversion import open_checkpoint
+
+            path = checkpoint or BUNDLED
+            name = path.name
+            with open_checkpoint(path) as opened:
+                tokenizer = opened.load_tokenizer()
+            loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
+    report: dict[str, Any] = {
+        "model": name,
+        "framework": framework,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+    }
+    with working("Running"):
+        report |= measure(loaded, batch_size, prompt_tokens, new_tokens)
+    specs = layer_spec(loaded.sampler.config)
+    size = sum(spec.size for spec in specs) * {DType.FLOAT32: 4, DType.BFLOAT16: 2}[loaded.dtype]
+    report["weight_bytes"] = size
+    report["weight_bytes_per_second"] = size * report["decode_tokens_per_second"] / batch_size
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+        return
+    rows = {
+        "model": f"{name}, {framework}, {loaded.dtype} on {loaded.device}, {size / 1e9:.2f} GB",
+        "prefill": f"{report['prefill_tokens_per_second']:,.1f} tokens/s "
+        f"({batch_size} × {prompt_tokens} tokens)",
+        "first token": f"after {report['first_token_s']:.3f} s",
+        "decode": f"{report['decode_tokens_per_second']:,.1f} tokens/s, "
+        f"{report['weight_bytes_per_second'] / 1e9:.1f} GB/s of weights",
+        "peak memory": f"{report['peak_memory_bytes'] / 1e6:,.0f} MB",
+    }
+    for label, value in rows.items():
+        sys.stdout.write(f"{label:12} {value}\n")
+
+
+def measure(
+    loaded: Loaded, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, float]:
+    """Times of the second of two runs, and the most memory held."""
+    _run(loaded.sampler, batch_size, prompt_tokens, 2)
+    first, rest = _run(loaded.sampler, batch_size, prompt_tokens, new_tokens)
+    step = rest / (new_tokens - 1)
+    return {
+        "first_token_s": first,
+        # All but the prompt's last token, which the first step reads.
+        "prefill_tokens_per_second": batch_size * (prompt_tokens - 1) / max(first - step, 1e-9),
+        "decode_tokens_per_second": batch_size / step,
+        "peak_memory_bytes": _peak_memory(loaded.device),
+    }
+
+
+def _run(
+    sampler: BaseSampler[Any], batch_size: int, prompt_tokens: int, new_tokens: int
+) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last."""
+    import numpy as np
+
+    from recurrentgemma.common.generation import Generation
+    from recurrentgemma.common.state import empty_state
+
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(sampler.config.vocab_size, size=(batch_size, prompt_tokens))
+    state = empty_state(sampler.config, batch_size).extended(prompts.tolist())
+    request = sampler._request(new_tokens, (None, batch_size, 1), (False, (), ()), None, None)
+    started = time.perf_counter()
+    steps = iter(Generation(sampler, state, request))
+    next(steps)
+    first = time.perf_counter()
+    for _ in steps:
+        pass
+    return first - started, time.perf_counter() - first
+
+
+def _peak_memory(device: str) -> int:
+    """Bytes: of the device where it counts them, or else of the process."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if device == "cuda" and torch is not None:
+        return torch.cuda.max_memory_allocated()
+    if device != "cpu" and jax is not None:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

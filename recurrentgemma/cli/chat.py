@@ -1,0 +1,160 @@
+"""`recurrentgemma chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.errors import mistake
+from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+from recurrentgemma.cli.sampling_options import (
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    strategy,
+)
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.conversation import Conversation
+
+COMMANDS = """\
+/save FILE   keep the conversation in a file
+/load FILE   go on with one that was kept
+/undo        take back the last turn
+/reset       begin anew
+/quit        end, as Ctrl-D does
+Ctrl-C stops an answer.
+"""
+
+
+def chat(
+    framework: Annotated[
+        Framework | None,
+        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder. Default: the bundled model, which was not tuned to chat.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(help="Go on with this one.", metavar="FILE", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
+    ] = 1024,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+    ] = None,
+) -> None:
+    """Talk with an instruction-tuned model. /help lists what else may be typed.
+
+    The conversation is kept in the model's state: each turn reads only what is new.
+    """
+    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma.common.conversation import Conversation
+    from recurrentgemma_conversion import open_checkpoint
+
+    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    framework = choose_framework(framework)
+    path = checkpoint or BUNDLED
+    with open_checkpoint(path) as opened:
+        tokenizer = opened.load_tokenizer()
+    with working(f"Loading {path.name} with {framework}"):
+        loaded = load_sampler(framework, path, tokenizer, sampling, dtype, True)
+    conversation = Conversation(loaded.sampler)
+    if load is not None:
+        conversation.load(load)
+    options = {
+        "total_generation_steps": max_new_tokens,
+        "stop_strings": stop or (),
+        "rng": seed,
+    }
+    if sys.stdin.isatty():
+        sys.stderr.write(f"{framework}, {loaded.dtype} on {loaded.device}. /help for help.\n")
+    for line in _lines():
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            _command(conversation, line)
+        elif line:
+            _answer(conversation, line, options)
+
+
+def _lines() -> Any:
+    """What the user types, a line at a time; an editable one in a terminal."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # makes `input` editable
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # clears the line, as a shell does
+            sys.stdout.write("\n")
+            continue
+        yield line.strip()
+
+
+def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
+    answer = conversation.send(text, **options)
+    try:
+        for piece in answer:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" [stopped]")
+    finally:
+        answer.close()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    """Does what a line that begins with / says; a mistake is told, and the chat goes on."""
+    name, _, argument = line.partition(" ")
+    try:
+        if name == "/help":
+            sys.stdout.write(COMMANDS)
+        elif name in ("/save", "/load") and not argument:
+            raise ValueError(f"{name} needs a file")
+        elif name == "/save":
+            conversation.save(Path(argument).expanduser())
+            sys.stdout.write(f"saved to {argument}\n")
+        elif name == "/load":
+            conversation.load(Path(argument).expanduser())
+            sys.stdout.write(f"{len(conversation.turns)} turns\n")
+        elif name == "/undo":
+            turn = conversation.undo()
+            sys.stdout.write("nothing to undo\n" if turn is None else f"undone: {turn.user}\n")
+        elif name == "/reset":
+            conversation.reset()
+            sys.stdout.write("begun anew\n")
+        else:
+            raise ValueError(f"there is no {name}; /help lists what there is")
+    except Exception as error:
+        message = mistake(error)
+        if message is None:
+            raise
+        sys.stdout.write(f"{message}\n")
+    sys.stdout.flush()

@@ -1,0 +1,106 @@
+"""Options that say how tokens are chosen and where a text ends."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.sampling import Sampling
+
+SEEDS = 2**32
+_PANEL = "How tokens are chosen"
+
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw from softmax(logits / T); 0 takes the likeliest token. "
+        "Default: 0, or 1 beside --top-k, --top-p or --min-p.",
+        metavar="T",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw from the K likeliest tokens.",
+        metavar="K",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw from the fewest tokens that have probability P together.",
+        metavar="P",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw from the tokens at least P times as likely as the likeliest.",
+        metavar="P",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        help="Above 1 makes tokens that are already in the text less likely.",
+        metavar="R",
+        rich_help_panel=_PANEL,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Same seed, same draws. Default: a fresh one, which is reported.",
+        metavar="N",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="End the text before this string. Repeatable.", metavar="TEXT", show_default=False
+    ),
+]
+StopId = Annotated[
+    list[int] | None,
+    typer.Option(help="End the text at this token id. Repeatable.", metavar="ID",
+                 show_default=False),
+]  # fmt: skip
+
+
+def strategy(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    seed: int | None,
+) -> tuple[Sampling, int | None]:
+    """The strategy that the options ask for, and the seed of its draws if it makes any."""
+    from recurrentgemma.common.sampling import Categorical, Greedy
+
+    if seed is not None and not 0 <= seed < SEEDS:
+        raise ValueError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")
+    # Also where greedy, so that a wrong value is never passed over.
+    categorical = Categorical(
+        temperature or 1.0,
+        top_k,
+        1.0 if top_p is None else top_p,
+        0.0 if min_p is None else min_p,
+        repetition_penalty,
+    )
+    if temperature == 0 or {temperature, top_k, top_p, min_p} == {None}:
+        return Greedy(repetition_penalty), seed
+    return categorical, secrets.randbelow(SEEDS) if seed is None else seed

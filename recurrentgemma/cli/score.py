@@ -1,0 +1,86 @@
+"""`recurrentgemma score`: how likely a model finds a text."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+
+
+def score(
+    file: Annotated[Path, typer.Argument(help="A UTF-8 text.", metavar="FILE")],
+    framework: Annotated[
+        Framework | None,
+        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder. Default: the bundled model.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+    ] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Print a line a token before the summary.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with every token.")
+    ] = False,
+) -> None:
+    """Print the perplexity of a text and its log-probability, natural and a token."""
+    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma.common.sampling import Greedy
+    from recurrentgemma_conversion import open_checkpoint
+
+    data = file.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
+        ) from error
+    framework = choose_framework(framework)
+    path = checkpoint or BUNDLED
+    with open_checkpoint(path) as opened:
+        tokenizer = opened.load_tokenizer()
+    with working(f"Loading {path.name} with {framework}"):
+        loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
+    with working(f"Reading {file.name}"):
+        (result,) = loaded.sampler.score([text])
+    pieces = [tokenizer.vocab.id_to_piece(token) for token in result.tokens]
+    perplexity = None if math.isnan(result.perplexity) else result.perplexity
+    bits = -result.total / math.log(2) / len(data) if data else None
+    if as_json:
+        report = {
+            "file": str(file),
+            "tokens": result.tokens,
+            "pieces": pieces,
+            "logprobs": result.logprobs.tolist(),
+            "logprob": result.total,
+            "perplexity": perplexity,
+            "bits_per_byte": bits,
+            "framework": framework,
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+        }
+        sys.stdout.write(json.dumps(report) + "\n")
+        return
+    if per_token:
+        for piece, logprob in zip(pieces, result.logprobs, strict=True):
+            sys.stdout.write(f"{logprob:9.4f}  {piece}\n")
+    summary = f"{len(pieces)} tokens, log-probability {result.total:.4f}"
+    if perplexity is not None and bits is not None:
+        summary += f", perplexity {perplexity:.4f}, {bits:.4f} bits a byte"
+    sys.stdout.write(summary + "\n")

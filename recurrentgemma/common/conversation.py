@@ -1,0 +1,174 @@
+"""A conversation with an instruction-tuned model, kept in the model's state."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recurrentgemma.common.state import State, StateError, empty_state
+from recurrentgemma.common.text import END_OF_TURN, apply_it_formatter
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from recurrentgemma.common.sampler import BaseSampler
+
+_NOTE = "conversation"
+
+
+class Turn(NamedTuple):
+    """What was said and answered.
+
+    Attributes:
+      user: The user's words.
+      model: The model's, as far as they went.
+      tokens: All tokens that the turn added, those of the template with them.
+    """
+
+    user: str
+    model: str
+    tokens: tuple[int, ...]
+
+
+class Conversation:
+    """Turns of a conversation; each reads only what is new, in the template as published.
+
+        chat = Conversation(sampler)
+        for text in chat.send("Who are you?"):
+            print(text, end="", flush=True)
+
+    In a notebook the object shows itself. Leaving the loop early, or Ctrl-C, ends the answer and
+    keeps what there is of it.
+
+    Attributes:
+      sampler: What answers; `sampler.sampling` says how.
+      turns: The turns so far.
+      state: The model's state after them; None before the first.
+    """
+
+    def __init__(self, sampler: BaseSampler[Any]) -> None:
+        """Begins a conversation.
+
+        Raises:
+          ValueError: The tokenizer has no `<end_of_turn>`: the model was not tuned to chat.
+        """
+        if sampler.tokenizer.end_of_turn_id is None:
+            raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
+        self.sampler = sampler
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was said."""
+        self.turns: list[Turn] = []
+        self.state: State | None = None
+        self._earlier: list[State | None] = []  # before each turn
+
+    def send(self, text: str, total_generation_steps: int = 1024, **options: Any) -> Generator[str]:
+        """Says something; yields the answer as it comes.
+
+        Args:
+          text: The user's words.
+          total_generation_steps: At most this many tokens of an answer.
+          **options: Those of `Sampler.stream`.
+
+        Raises:
+          ValueError: An option is out of range; nothing was said then.
+        """
+        tokens = self._opening(text)
+        start = self._extended(tokens)
+        end = self.sampler.tokenizer.end_of_turn_id
+        assert end is not None
+        stop_ids = {end, *options.pop("stop_ids", ())}
+        stream = self.sampler.stream(start, total_generation_steps, stop_ids=stop_ids, **options)
+        return self._answer(text, tokens, stream)
+
+    def ask(self, text: str, total_generation_steps: int = 1024, **options: Any) -> str:
+        """The whole answer of `send`."""
+        return "".join(self.send(text, total_generation_steps, **options))
+
+    def undo(self) -> Turn | None:
+        """Takes back the last turn and returns it; None if there is none."""
+        if not self.turns:
+            return None
+        turn, self.state = self.turns.pop(), self._earlier.pop()
+        if self.state is None and self.turns:  # loaded: read again what came before
+            self.state = self._extended([t for turn in self.turns for t in turn.tokens], True)
+        return turn
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Writes the conversation with its state to one file, which either framework loads.
+
+        Raises:
+          ValueError: Nothing was said yet.
+          DestinationError: `path` exists and `force` is not set, or cannot be written.
+        """
+        if self.state is None:
+            raise ValueError("there is nothing to save: nothing was said yet")
+        notes = {_NOTE: json.dumps(self.turns)}
+        self.sampler.save_state(path, self.state, notes=notes, force=force)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on with a conversation that was saved.
+
+        Raises:
+          StateError: It is no conversation with this model, or not whole; nothing changed then.
+        """
+        state, notes = self.sampler.load_state_and_notes(path)
+        try:
+            turns = [
+                Turn(user, model, tuple(map(int, tokens)))
+                for user, model, tokens in json.loads(notes[_NOTE])
+            ]
+        except (KeyError, ValueError, TypeError) as error:
+            raise StateError(f"{path} is a state, but of no conversation") from error
+        self.turns, self.state, self._earlier = turns, state, [None] * len(turns)
+
+    def _opening(self, text: str) -> list[int]:
+        """The tokens from where the conversation stands to where the model speaks."""
+        tokenizer, opening = self.sampler.tokenizer, apply_it_formatter(text)
+        if self.state is None:
+            return self.sampler._encode([opening], as_prompts=False)[0]
+        closed = self.state.pending[0][-1] == tokenizer.end_of_turn_id
+        between = "\n" if closed else f"{END_OF_TURN}\n"
+        return self.sampler._encode([between + opening], as_prompts=False)[0][1:]
+
+    def _extended(self, tokens: list[int], anew: bool = False) -> State:
+        state = None if anew else self.state
+        return (state or empty_state(self.sampler.config, 1)).extended([tokens])
+
+    def _answer(self, text: str, tokens: list[int], stream: Any) -> Generator[str]:
+        pieces: list[str] = []
+        answered: list[int] = []
+        try:
+            for token, piece in stream:
+                pieces.append(piece)
+                answered.append(token)
+                if piece:
+                    yield piece
+        finally:
+            self._earlier.append(self.state)
+            self.state = stream.state
+            self.turns.append(Turn(text, "".join(pieces), (*tokens, *answered)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        del console, options
+        for turn in self.turns:
+            yield Text("user", style="bold cyan")
+            yield Padding(Text(turn.user), (0, 0, 1, 2))
+            yield Text("model", style="bold green")
+            yield Padding(Text(turn.model), (0, 0, 1, 2))
+
+    def _repr_html_(self) -> str:
+        said = (
+            f"<p><b>{who}</b></p><blockquote style='white-space: pre-wrap'>"
+            f"{html.escape(words)}</blockquote>"
+            for turn in self.turns
+            for who, words in (("user", turn.user), ("model", turn.model))
+        )
+        return f"<div>{''.join(said)}</div>"

@@ -1,0 +1,173 @@
+"""States on disk: one safetensors file that either framework reads.
+
+The model's arrays keep their names and dtypes, "seen" is packed to bits, and the header says what
+model it is a state of and which tokens come next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.state import Arrays, StateError, state_shapes
+
+_FORMAT, _VERSION = "recurrentgemma-state", "1"
+_STORED = {
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float32": ("F32", np.dtype(np.float32)),
+    "float64": ("F64", np.dtype(np.float64)),
+    "int32": ("I32", np.dtype(np.int32)),
+    "uint8": ("U8", np.dtype(np.uint8)),
+}
+_DTYPES = dict(_STORED.values())
+
+
+class StoredState(NamedTuple):
+    """What a state file holds.
+
+    Attributes:
+      arrays: The model's state; None before the first token.
+      lengths: As in `State`.
+      pending: As in `State`.
+      seen: As in `State`.
+      notes: What whoever saved it wanted kept beside it.
+    """
+
+    arrays: Arrays | None
+    lengths: tuple[int, ...]
+    pending: tuple[tuple[int, ...], ...]
+    seen: np.ndarray
+    notes: dict[str, str]
+
+
+def write_state(
+    path: str | os.PathLike[str], config: GriffinConfig, state: StoredState, *, force: bool = False
+) -> None:
+    """Writes a state file: whole, or not at all.
+
+    Raises:
+      DestinationError: `path` exists and `force` is not set, or cannot be written.
+    """
+    tensors = {"seen": np.packbits(state.seen, axis=1)}
+    for block, fields in (state.arrays or {}).items():
+        tensors |= {f"{block}.{field}": value for field, value in fields.items()}
+    stored = {}
+    for name, value in tensors.items():
+        dtype, _ = _STORED[value.dtype.name]
+        stored[name] = {"dtype": dtype, "shape": value.shape, "data": value.tobytes()}
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "config": json.dumps(config.to_dict()),
+        "lengths": json.dumps(state.lengths),
+        "pending": json.dumps(state.pending),
+        "notes": json.dumps(state.notes),
+    }
+    for tensor in stored.values():
+        tensor["dtype"] = _LIBRARY_NAMES[tensor["dtype"]]
+    with whole_file(path, force=force) as temporary:
+        temporary.write_bytes(safetensors.serialize(stored, header))
+
+
+_LIBRARY_NAMES = {stored: name for name, (stored, _) in _STORED.items()}
+
+
+def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredState:
+    """Reads a state file.
+
+    Raises:
+      StateError: It is no state file, not whole, or of another model (every difference is named).
+      OSError: It cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        tensors = {name: _array(tensor) for name, tensor in safetensors.deserialize(data)}
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if header["format"] != _FORMAT:
+            raise StateError(f"{path} is no state: its header says {header['format']!r}")
+        if header["version"] != _VERSION:
+            raise StateError(
+                f"{path} is a state of version {header['version']}, {_VERSION} is expected"
+            )
+        stored_config, lengths, pending, notes = (
+            json.loads(header[name]) for name in ("config", "lengths", "pending", "notes")
+        )
+    except StateError:
+        raise
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise StateError(f"{path} is no complete state file: {error}") from error
+    _require_same_model(path, stored_config, config)
+    packed = tensors.pop("seen", np.zeros((0, 0), np.uint8))
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for name in state_shapes(config):
+        if name in tensors:
+            block, _, field = name.rpartition(".")
+            arrays.setdefault(block, {})[field] = tensors[name]
+    batch = len(lengths)
+    if packed.shape != (batch, -(-config.vocab_size // 8)) or len(pending) != batch:
+        raise StateError(f"{path} is no complete state file: its tables differ in length")
+    seen = np.unpackbits(packed, axis=1, count=config.vocab_size).astype(bool)
+    return StoredState(arrays or None, tuple(lengths), tuple(map(tuple, pending)), seen, notes)
+
+
+def _array(tensor: Mapping[str, Any]) -> np.ndarray:
+    flat = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])
+    return flat.reshape(tensor["shape"])
+
+
+def _require_same_model(
+    path: str | os.PathLike[str], stored: Mapping[str, Any], config: GriffinConfig
+) -> None:
+    expected = config.to_dict()
+    differences = [
+        f"{name} is {stored.get(name)!r}, the model has {value!r}"
+        for name, value in expected.items()
+        if name != "scan_type" and stored.get(name) != value
+    ]
+    if differences:
+        raise StateError(f"{path} is the state of another model: {'; '.join(differences)}")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling to write to; once the block ends well it takes the name `path`.
+
+    Args:
+      path: The file to make.
+      force: Whether to replace what is at `path`.
+
+    Raises:
+      DestinationError: `path` exists and `force` is not set, or cannot be written.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists() and not force:
+        raise DestinationError(f"{target} exists; pass force=True to replace it")
+    try:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
+        )
+    except OSError as error:
+        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except OSError as error:
+        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""When a row's text ends: at token ids, or at strings that are never printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from recurrentgemma.common.text import StreamDecoder, Tokenizer
+
+
+class Stops(NamedTuple):
+    """What ends a row.
+
+    Attributes:
+      ids: Token ids, with the reason that each gives.
+      strings: Strings; the text ends before the first that occurs.
+    """
+
+    ids: dict[int, str]
+    strings: tuple[str, ...]
+
+
+def checked_strings(strings: Any) -> tuple[str, ...]:
+    """Stop strings, from one or several.
+
+    Raises:
+      ValueError: One is empty or no string.
+    """
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop_strings must be strings that are not empty, got {string!r}")
+    return strings
+
+
+def checked_ids(ids: Iterable[Any], vocab_size: int) -> tuple[int, ...]:
+    """Stop ids.
+
+    Raises:
+      ValueError: One is no token of the vocabulary.
+    """
+    ids = tuple(ids)
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not (
+            0 <= token < vocab_size
+        ):  # fmt: skip
+            raise ValueError(
+                f"stop_ids must be tokens of the vocabulary of {vocab_size}, got {token!r}"
+            )
+    return tuple(int(token) for token in ids)
+
+
+class RowText:
+    """The text of one row as its tokens come: only what is certain, and nothing past its end.
+
+    Attributes:
+      finish_reason: Why the row ended; "length" as long as nothing else ended it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Stops) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = stops
+        self._held = ""
+        self.finish_reason = "length"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop was reached."""
+        return self.finish_reason != "length"
+
+    def add(self, token: int, last: bool = False) -> str:
+        """The text that became certain with one more token; with the `last`, all that remains."""
+        text = self._held + self._decoder.add(token)
+        if token in self._stops.ids:
+            self.finish_reason = self._stops.ids[token]
+        if last or self.stopped:
+            text += self._decoder.flush()
+        places = [text.find(string) for string in self._stops.strings]
+        if found := [place for place in places if place >= 0]:
+            self.finish_reason, self._held = "stop_string", ""
+            return text[: min(found)]
+        held = 0 if last or self.stopped else _beginning(text, self._stops.strings)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _beginning(text: str, strings: Sequence[str]) -> int:
+    """The length of the longest end of a text with which one of the strings may begin."""
+    longest = max(map(len, strings), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-length:]) for string in strings):
+            return length
+    return 0

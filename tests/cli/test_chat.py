@@ -1,0 +1,182 @@
+"""`recurrentgemma chat`, `score` and `bench`, and the states of `sample`."""
+
+import json
+import math
+
+import pytest
+
+
+@pytest.fixture
+def chat(cli, checkpoint):
+    def run(*lines: str, args=()):
+        text = "".join(line + "\n" for line in lines)
+        return cli("chat", "--checkpoint", checkpoint, "--max-new-tokens", "6", *args,
+                   stdin=text.encode())  # fmt: skip
+
+    return run
+
+
+def test_a_conversation(chat, framework, tmp_path, cli, checkpoint):
+    args = ("--framework", framework)
+    path = tmp_path / "chat"
+    done = chat("Hello", "And?", f"/save {path}", "/quit", "never read", args=args)
+    assert (done.code, done.err) == (0, "")
+    # The first answer is what `sample --chat` says.
+    alone = cli("sample", "Hello", "--chat", "--no-echo", "--checkpoint", checkpoint,
+                "--max-new-tokens", "6", *args)  # fmt: skip
+    assert done.out.startswith(alone.out)
+    assert done.out.endswith(f"saved to {path}\n")
+    # Undone and said again it is the same; loaded, it goes on.
+    again = chat("Hello", "Other", "/undo", "And?", args=args)
+    assert "undone: Other\n" in again.out
+    second = done.out.removeprefix(alone.out).removesuffix(f"saved to {path}\n")
+    assert again.out.endswith(second)
+    on = chat("More", args=(*args, "--load", str(path)))
+    assert chat(f"/load {path}", "More", args=args).out == "2 turns\n" + on.out
+    reset = chat("Other", "/reset", "Hello", args=args)
+    assert reset.out.endswith("begun anew\n" + alone.out)
+
+
+def test_mistakes_do_not_end_a_chat(chat, tmp_path):
+    (tmp_path / "there").write_text("x")
+    done = chat("/undo", "/save", "/load /nowhere", f"/load {tmp_path}/there", "/fly", "/help", "")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0] == "nothing to undo"
+    assert lines[1] == "/save needs a file"
+    assert lines[2] == "/nowhere: No such file or directory"
+    assert "there is no complete state file" in lines[3]
+    assert lines[4] == "there is no /fly; /help lists what there is"
+    assert "/reset" in done.out
+    done = chat("Hello", f"/save {tmp_path}/there")
+    assert "exists" in done.out
+    assert (tmp_path / "there").read_text() == "x"
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
+    from recurrentgemma.common.generation import Stream
+
+    following = Stream.__next__
+    calls = []
+
+    def interrupted(stream):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return following(stream)
+
+    monkeypatch.setattr(Stream, "__next__", interrupted)
+    done = chat("Hello", "And?", "/undo", "/undo", "/undo")
+    assert done.code == 0
+    assert done.out.count("[stopped]\n") == 1
+    assert done.out.endswith("undone: And?\nundone: Hello\nnothing to undo\n")
+
+
+def test_chat_without_turns(cli, checkpoint, monkeypatch):
+    monkeypatch.setattr("recurrentgemma.common.text.END_OF_TURN", "<no such piece>")
+    done = cli("chat", "--checkpoint", checkpoint)
+    assert (done.code, done.out) == (2, "")
+    assert "was not tuned to chat" in done.err
+
+
+def test_states(cli, checkpoint, framework, tmp_path):
+    def sample(*args: str):
+        return cli("sample", "--checkpoint", checkpoint, "--framework", framework, *args)
+
+    path = str(tmp_path / "state")
+    whole = sample("It was", "--json", "--max-new-tokens", "9").json["tokens"]
+    first = sample("It was", "--json", "--max-new-tokens", "4", "--save-state", path).json
+    rest = sample("--json", "--max-new-tokens", "5", "--load-state", path).json
+    assert first["tokens"] + rest["tokens"] == whole
+    added = sample("more", "--json", "--max-new-tokens", "5", "--load-state", path).json
+    assert added["prompt"] == "more"
+    done = sample("x", "--save-state", path)
+    assert (done.code, done.out) == (2, "")
+    assert "exists; --force replaces it" in done.err
+    assert sample("x", "--save-state", path, "--force").code == 0
+
+
+def test_samples_stops_and_log_probabilities(cli, checkpoint):
+    def sample(*args: str):
+        return cli("sample", "It was", "--checkpoint", checkpoint, "--max-new-tokens", "8", *args)
+
+    done = sample("--json", "-n", "3", "--temperature", "1.5", "--seed", "1").json
+    assert len({tuple(one["tokens"]) for one in done["samples"]}) == 3
+    text = sample("-n", "2", "--temperature", "1.5", "--seed", "1", "--no-echo").out
+    assert text == "\n---\n".join(one["text"] for one in done["samples"][:2]) + "\n"
+    plain = sample("--json").json
+    stopped = sample("--json", "--stop-id", str(plain["tokens"][3])).json
+    assert stopped["finish_reason"] == "stop_id"
+    assert stopped["tokens"] == plain["tokens"][: plain["tokens"].index(plain["tokens"][3]) + 1]
+    stop = plain["text"][4:7]
+    stopped = sample("--json", "--stop", "\0", "--stop", stop).json
+    assert stopped["finish_reason"] == "stop_string"
+    assert stopped["text"] == plain["text"][: plain["text"].index(stop)]
+    places = sample("--json", "--logprobs", "2").json["logprobs"]
+    assert [place["top_tokens"][0] for place in places] == plain["tokens"]  # greedy
+    assert all(place["chosen"] == place["top"][0] >= place["top"][1] for place in places)
+
+
+def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
+    path = tmp_path / "text"
+    path.write_text("It was a truth – é")
+    args = ("score", path, "--checkpoint", checkpoint, "--framework", framework)
+    report = cli(*args, "--json").json
+    assert report["tokens"] == tokenizer.encode("It was a truth – é")[1:]
+    assert len(report["logprobs"]) == len(report["pieces"]) == len(report["tokens"])
+    assert report["logprob"] == pytest.approx(sum(report["logprobs"]))
+    mean = report["logprob"] / len(report["tokens"])
+    assert report["perplexity"] == pytest.approx(math.exp(-mean))
+    size = len(path.read_bytes())
+    assert report["bits_per_byte"] == pytest.approx(-report["logprob"] / math.log(2) / size)
+    done = cli(*args, "--per-token")
+    *lines, summary = done.out.splitlines()
+    assert len(lines) == len(report["tokens"])
+    assert summary.startswith(f"{len(lines)} tokens, log-probability {report['logprob']:.4f}, ")
+    path.write_text("")
+    assert cli(*args, "--json").json["perplexity"] is None
+    path.write_bytes(b"caf\xe9")
+    assert "must be UTF-8 text, got byte 0xe9 at 3" in cli(*args).err
+    assert "/nowhere: No such file" in cli("score", "/nowhere").err
+
+
+def test_bench(cli, checkpoint, framework):
+    args = ("bench", "--framework", framework, "--prompt-tokens", "40", "--new-tokens", "4")
+    report = cli(*args, "--checkpoint", checkpoint, "--batch-size", "2", "--json").json
+    assert (report["batch_size"], report["prompt_tokens"], report["new_tokens"]) == (2, 40, 4)
+    for name in ("first_token_s", "prefill_tokens_per_second", "decode_tokens_per_second",
+                 "peak_memory_bytes", "weight_bytes", "weight_bytes_per_second"):  # fmt: skip
+        assert report[name] > 0
+    done = cli(*args, "--checkpoint", checkpoint)
+    assert [line.split("  ")[0] for line in done.out.splitlines()] == [
+        "model", "prefill", "first token", "decode", "peak memory"]  # fmt: skip
+    for wrong in (("--random",), ("--preset", "HAWK_PAPER_7B")):
+        done = cli(*args, *wrong)
+        assert (done.code, done.out) == (2, "")
+        assert "--preset NAME and --random go together" in done.err
+
+
+def test_bench_of_random_weights(cli, framework, monkeypatch):
+    from recurrentgemma.common import presets
+
+    small = presets.Preset.HAWK_PAPER_7B.config_dict | {
+        "width": 32, "mlp_expanded_width": 48, "num_heads": 2, "lru_width": 16,
+        "block_types": presets.Preset.HAWK_PAPER_7B.config_dict["block_types"][:2]}  # fmt: skip
+    monkeypatch.setitem(presets._PRESETS, presets.Preset.HAWK_PAPER_7B, small)
+    report = cli(
+        "bench",
+        "--preset",
+        "hawk_paper_7b",
+        "--random",
+        "--framework",
+        framework,
+        "--prompt-tokens",
+        "5",
+        "--new-tokens",
+        "2",
+        "--dtype",
+        "bfloat16",
+        "--json",
+    )
+    assert json.loads(report.out)["model"] == "HAWK_PAPER_7B"
+    assert report.json["weight_bytes"] > 256_000 * 32 * 2

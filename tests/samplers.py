@@ -1,0 +1,52 @@
+"""Samplers of both twins on one small model with random weights."""
+
+import importlib
+
+import numpy as np
+import sentencepiece as spm
+
+from recurrentgemma.common.checkpoint import BUNDLED
+from recurrentgemma.common.config import GriffinConfig
+
+SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
+PROMPTS = ["In the beginning", "", "x", "It is a truth universally acknowledged, that a man"]
+STEPS = 12
+CONFIG = GriffinConfig(
+    vocab_size=2048,
+    width=32,
+    mlp_expanded_width=48,
+    num_heads=2,
+    block_types=("recurrent", "recurrent", "attention"),  # pyright: ignore[reportArgumentType]
+    embeddings_scale_by_sqrt_dim=True,
+    attention_window_size=8,
+    logits_soft_cap=30.0,
+)
+
+
+def make_sampler(
+    twin: str, *, config: GriffinConfig = CONFIG, vocab=None, dtype: str = "float32", **kwargs
+):
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if vocab is None:
+        vocab = spm.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
+    if twin == "jax":
+        params = module.init_params(config, 3, dtype)
+        model = module.Griffin(config, param_dtype=dtype)
+        return module.Sampler(model=model, vocab=vocab, params=params, **kwargs)
+    import torch
+
+    model = module.Griffin(config, dtype=getattr(torch, dtype))
+    model.reset_parameters(seed=3)
+    return module.Sampler(model=model, vocab=vocab, **kwargs)
+
+
+def lists(tokens) -> list[list[int]]:
+    return [np.asarray(row).tolist() for row in tokens]
+
+
+def generate(sampler, prompts=PROMPTS, steps=STEPS, **kwargs) -> list[list[int]]:
+    return lists(sampler(prompts, steps, **kwargs).tokens)
+
+
+def without_eos(sampler, prompts=PROMPTS, steps=STEPS) -> list[list[int]]:
+    return generate(sampler, prompts, steps, end_sampling_at_eos_token=False)

@@ -1,0 +1,182 @@
+"""Conversations: the template exactly, only what is new is read, undo, files, an answer cut off."""
+
+import numpy as np
+import pytest
+from samplers import make_sampler
+
+from recurrentgemma.common.conversation import Conversation
+from recurrentgemma.common.state import StateError
+from recurrentgemma.common.text import apply_it_formatter
+
+STEPS = 8
+
+
+@pytest.fixture
+def sampler(twin: str):
+    return make_sampler(twin, is_it_model=True)
+
+
+def all_tokens(conversation: Conversation) -> list[int]:
+    return [token for turn in conversation.turns for token in turn.tokens]
+
+
+def spoken(sampler, text: str) -> list[int]:
+    return [sampler.tokenizer.vocab.piece_to_id(piece) for piece in
+            sampler.tokenizer.vocab.encode(text, out_type=str)]  # fmt: skip
+
+
+def answering(sampler, answers: list[list[int]]) -> None:
+    """Makes the sampler say these tokens, one list an answer."""
+    said = iter([token for answer in answers for token in answer])
+    choose = sampler._choose
+
+    def chosen(*args):
+        choice, seen = choose(*args)
+        return choice._replace(tokens=np.array([next(said)])), seen
+
+    sampler._choose = chosen
+
+
+def test_the_template_is_the_published_one(sampler) -> None:
+    end = sampler.tokenizer.end_of_turn_id
+    answering(sampler, [[*spoken(sampler, "I am."), end], [*spoken(sampler, "No"), end]])
+    conversation = Conversation(sampler)
+    assert conversation.ask("Who are you?", 50) == "I am."
+    assert conversation.ask("Sure?\nReally?", 50) == "No"
+    text = (
+        "<start_of_turn>user\nWho are you?<end_of_turn>\n<start_of_turn>model\nI am.<end_of_turn>\n"
+        "<start_of_turn>user\nSure?\nReally?<end_of_turn>\n<start_of_turn>model\nNo<end_of_turn>"
+    )
+    assert all_tokens(conversation) == sampler.tokenizer.encode(text)
+    assert conversation.state is not None
+    assert conversation.state.num_tokens == (len(sampler.tokenizer.encode(text)),)
+
+
+def test_an_answer_cut_short_is_closed_by_the_next_turn(sampler) -> None:
+    answering(sampler, [spoken(sampler, "I am"), spoken(sampler, "No.")])
+    conversation = Conversation(sampler)
+    conversation.ask("Who?", len(spoken(sampler, "I am")))
+    conversation.ask("What?", len(spoken(sampler, "No.")))
+    text = (
+        "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\nI am<end_of_turn>\n"
+        "<start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\nNo."
+    )
+    assert all_tokens(conversation) == sampler.tokenizer.encode(text)
+
+
+def test_each_turn_reads_only_what_is_new(sampler) -> None:
+    """And says what a model that reads everything again would say."""
+    read = []
+    prefill = sampler._prefill
+    sampler._prefill = lambda cache, tokens, pos: (
+        read.append(int((pos >= 0).sum())) or prefill(cache, tokens, pos)
+    )
+    conversation = Conversation(sampler)
+    conversation.ask("In the beginning. " * 20, STEPS)
+    first = sum(read)
+    read.clear()
+    conversation.ask("And?", STEPS)
+    # The last token said, the turn's template and its words, but the last.
+    assert sum(read) == len(conversation.turns[1].tokens) - STEPS < first / 3
+    tokens = all_tokens(conversation)
+    expected = np.concatenate([np.asarray(scores) for scores, _ in sampler._scored(tokens)])
+    np.testing.assert_array_equal(expected[-STEPS:].argmax(-1), tokens[-STEPS:])
+
+
+def test_undo_and_reset(sampler) -> None:
+    conversation = Conversation(sampler)
+    assert conversation.undo() is None
+    conversation.ask("One", STEPS)
+    kept = all_tokens(conversation)
+    answer = conversation.ask("Two", STEPS)
+    turn = conversation.undo()
+    assert turn is not None
+    assert (turn.user, turn.model) == ("Two", answer)
+    assert all_tokens(conversation) == kept
+    assert conversation.ask("Two", STEPS) == answer
+    conversation.reset()
+    assert (conversation.turns, conversation.state) == ([], None)
+    conversation.ask("One", STEPS)
+    assert all_tokens(conversation) == kept
+
+
+def test_files(twin: str, sampler, tmp_path) -> None:
+    conversation = Conversation(sampler)
+    with pytest.raises(ValueError, match="there is nothing to save"):
+        conversation.save(tmp_path / "chat")
+    conversation.ask("“Öne”", STEPS)
+    conversation.ask("Two", STEPS)
+    conversation.save(tmp_path / "chat")
+    again = Conversation(make_sampler(twin, is_it_model=True))
+    again.load(tmp_path / "chat")
+    assert again.turns == conversation.turns
+    assert again.ask("Three", STEPS) == conversation.ask("Three", STEPS)
+    # What came before a loaded turn is read again.
+    for _ in range(2):
+        again.undo()
+        conversation.undo()
+    assert again.ask("Other", STEPS) == conversation.ask("Other", STEPS)
+    assert again.turns == conversation.turns
+    sampler.save_state(tmp_path / "state", sampler.prefill("x"))
+    with pytest.raises(StateError, match="is a state, but of no conversation"):
+        again.load(tmp_path / "state")
+    assert again.turns == conversation.turns
+
+
+def test_ctrl_c_stops_the_answer_alone(sampler) -> None:
+    conversation = Conversation(sampler)
+    whole = conversation.ask("One", 12)
+    conversation.reset()
+    feed, calls = sampler._feed, []
+
+    def interrupted(*args):
+        result = feed(*args)
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return result
+
+    sampler._feed = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("One", 12)
+    assert len(conversation.turns) == 1
+    assert whole.startswith(conversation.turns[0].model)
+    assert conversation.turns[0].tokens[-5:] != ()
+    conversation.ask("Two", 12)
+    assert len(conversation.turns) == 2
+    opening = sampler.tokenizer.encode(apply_it_formatter("One"))
+    assert all_tokens(conversation)[: len(opening)] == opening
+
+
+def test_a_loop_left_early_keeps_what_was_said(sampler) -> None:
+    conversation = Conversation(sampler)
+    answer = conversation.send("One", 12)
+    first = next(answer)
+    answer.close()
+    assert [turn.model for turn in conversation.turns] == [first]
+
+
+def test_bad_options_say_nothing(sampler) -> None:
+    conversation = Conversation(sampler)
+    with pytest.raises(ValueError, match="stop_strings must be"):
+        conversation.send("x", 5, stop_strings=[""])
+    assert (conversation.turns, conversation.state) == ([], None)
+    sampler.tokenizer.end_of_turn_id = None
+    with pytest.raises(ValueError, match="no <end_of_turn>: the model was not tuned to chat"):
+        Conversation(sampler)
+
+
+def test_display(sampler) -> None:
+    from rich.console import Console
+
+    conversation = Conversation(sampler)
+    answer = conversation.ask("<b>[bold]1 & 2", STEPS)
+    page = conversation._repr_html_()
+    assert "&lt;b&gt;[bold]1 &amp; 2" in page
+    assert "<b>[bold]" not in page
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(conversation)
+    console.file.close()
+    text = console.export_text()
+    assert "<b>[bold]1 & 2" in text
+    assert answer.split("\n")[0].strip()[:20] in text

@@ -1,0 +1,293 @@
+"""Several samples, stops, log-probabilities, streams and their end, scores, in both twins."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, without_eos
+
+from recurrentgemma.common.sampling import Categorical, Greedy
+from recurrentgemma.common.text import StreamDecoder
+
+HOT = Categorical(temperature=1.5)
+FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
+
+
+@pytest.mark.usefixtures("unchecked_types")  # thousands of steps
+def test_greedy_batches_of_ragged_prompts_over_every_split(twin: str) -> None:
+    """A batch of 8 equals each alone, 256 tokens, however prompts are cut into chunks."""
+    prompts = [*PROMPTS, "And", "He said to them, ", "Emma Woodhouse, handsome, clever", "ab " * 30]
+    sampler = make_sampler(twin)
+    batch = without_eos(sampler, prompts, 256)
+    assert [len(row) for row in batch] == [256] * 8
+    for prompt, row in zip(prompts, batch, strict=True):
+        assert without_eos(sampler, [prompt], 256) == [row]
+    for chunks in ((1,), (8,), (40, 5)):
+        sampler = make_sampler(twin)
+        sampler.prefill_chunks = chunks
+        assert without_eos(sampler, prompts, 256) == batch
+    if twin == "torch":
+        pytest.importorskip(SUBMODULES["jax"], reason="parity needs both frameworks")
+        assert without_eos(make_sampler("jax"), prompts, 256) == batch
+
+
+# ------------------------------------------------------------------------------------ draws
+
+
+def test_draws_do_not_depend_on_place_or_neighbours(twin: str) -> None:
+    sampler = make_sampler(twin, sampling=HOT)
+    seeds = [11, 12, 13, 14]
+    batch = generate(sampler, rng=seeds, **FREE)
+    turned = generate(sampler, PROMPTS[::-1], rng=seeds[::-1], **FREE)
+    assert turned[::-1] == batch
+    for prompt, seed, row in zip(PROMPTS, seeds, batch, strict=True):
+        assert generate(sampler, [prompt], rng=[seed], **FREE) == [row]
+
+
+def test_both_twins_draw_the_same_text() -> None:
+    for submodule in SUBMODULES.values():
+        pytest.importorskip(submodule, reason="parity needs both frameworks")
+    strategy = Categorical(0.9, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.2)
+    one, other = (make_sampler(twin, sampling=strategy) for twin in ("jax", "torch"))
+    assert generate(one, rng=5, **FREE) == generate(other, rng=5, **FREE)
+
+
+def test_several_samples_of_a_prompt(twin: str) -> None:
+    sampler = make_sampler(twin, sampling=HOT)
+    read = []
+    original = sampler._prefill
+    sampler._prefill = lambda cache, tokens, pos: (
+        read.append(len(tokens)) or original(cache, tokens, pos)
+    )
+    out = sampler(PROMPTS[:2], STEPS, rng=[3, 4], num_samples=3, echo=True, **FREE)
+    assert read == [2] * len(read)  # rows: each prompt is read once
+    rows = lists(out.tokens)
+    assert len({tuple(row) for row in rows}) == 6
+    assert [text.startswith(PROMPTS[0]) for text in out.text[:3]] == [True] * 3
+    # A sample is the same without the other prompt, and the first without the other samples.
+    alone = sampler(PROMPTS[1:2], STEPS, rng=[4], num_samples=3, echo=True, **FREE)
+    assert lists(alone.tokens) == rows[3:]
+    first = sampler(PROMPTS[1:2], STEPS, rng=[4], echo=True, **FREE)
+    assert lists(first.tokens) == rows[3:4]
+
+
+def test_a_call_may_sample_in_its_own_way(twin: str) -> None:
+    sampler = make_sampler(twin)
+    hot = make_sampler(twin, sampling=HOT)
+    assert generate(sampler, rng=1, sampling=HOT, **FREE) == generate(hot, rng=1, **FREE)
+    assert generate(hot, sampling=Greedy(), **FREE) == without_eos(sampler)
+
+
+def test_repetition_penalty_counts_prompt_and_text(twin: str) -> None:
+    sampler = make_sampler(twin)
+    for prompt in ("x", "In the beginning"):
+        (out,) = generate(sampler, [prompt], 24, sampling=Greedy(1e6), **FREE)
+        assert len(set(out)) == 24
+        assert not set(out) & set(sampler.tokenizer.encode(prompt))
+    state = sampler.prefill("x")
+    first = sampler.generate(state, 12, sampling=Greedy(1e6), **FREE)
+    second = sampler.generate(first.state, 12, sampling=Greedy(1e6), **FREE)
+    whole = generate(sampler, ["x"], 24, sampling=Greedy(1e6), **FREE)[0]
+    assert lists(first.tokens)[0] + lists(second.tokens)[0] == whole
+
+
+# ------------------------------------------------------------------------------------ stops
+
+
+def test_stop_ids_end_each_row(twin: str) -> None:
+    sampler = make_sampler(twin)
+    free = without_eos(sampler)
+    stop = free[0][3]
+    out = sampler(PROMPTS, STEPS, stop_ids=[stop], **FREE)
+    for row, tokens, reason in zip(free, lists(out.tokens), out.finish_reasons, strict=True):
+        assert tokens == (row[: row.index(stop) + 1] if stop in row else row)
+        assert reason == ("stop_id" if stop in row else "length")
+
+
+def test_stop_strings_end_the_text_before_them(twin: str) -> None:
+    sampler = make_sampler(twin)
+    (text,) = sampler(["x"], 40, **FREE).text
+    for start, length in ((5, 1), (9, 4), (len(text) // 2, 9)):
+        stop = text[start : start + length]
+        out = sampler(["x", "In the"], 40, stop_strings=["\0never", stop], **FREE)
+        assert out.text[0] == text[: text.index(stop)]
+        assert out.finish_reasons[0] == "stop_string"
+        stream = sampler.stream("x", 40, stop_strings=stop, **FREE)
+        assert "".join(piece for _, piece in stream) == out.text[0]
+        assert stream.finish_reason == "stop_string"
+    # What only began like a stop string is printed after all.
+    assert sampler(["x"], 40, stop_strings=text[-3:] + "\0", **FREE).text == [text]
+
+
+def test_nothing_that_may_become_a_stop_string_is_printed(twin: str) -> None:
+    sampler = make_sampler(twin)
+    (text,) = sampler(["x"], 40, **FREE).text
+    stop = text[10:30]
+    printed = ""
+    for _, piece in sampler.stream("x", 40, stop_strings=[stop], **FREE):
+        printed += piece
+        assert not any(printed.endswith(stop[:n]) for n in range(1, len(stop) + 1)) or (
+            text[: len(printed) + len(stop)].count(stop) == 0
+        )
+    assert printed == text[: text.index(stop)]
+
+
+def test_texts_with_bytes_are_streamed_whole(twin: str) -> None:
+    """Every token a byte of a character: text comes only when a character is whole."""
+    sampler = make_sampler(twin)
+    vocab = sampler.tokenizer.vocab
+    data = "héé🐎–x".encode()
+    tokens = iter([vocab.piece_to_id(f"<0x{byte:02X}>") for byte in data])
+    choose = sampler._choose
+
+    def chosen(*args):
+        choice, seen = choose(*args)
+        return choice._replace(tokens=np.array([next(tokens)])), seen
+
+    sampler._choose = chosen
+    pieces = [piece for _, piece in sampler.stream("x", len(data), stop_strings="\0", **FREE)]
+    assert pieces == ["h", "", "é", "", "é", "", "", "", "🐎", "", "", "–", "x"]
+
+
+def test_the_decoder_keeps_no_history() -> None:
+    tokenizer = make_sampler_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    tokens = tokenizer.vocab.encode("And it came to pass in those days, " * 50)
+    text = "".join(decoder.add(token) for token in tokens)
+    assert text == tokenizer.decode(tokens)
+    assert len(decoder._tokens) == 1
+
+
+def make_sampler_tokenizer():
+    from recurrentgemma.common.checkpoint import load_tokenizer
+
+    return load_tokenizer()
+
+
+# ------------------------------------------------------------------------------------ log-probs
+
+
+def test_log_probabilities_are_those_of_the_logits(twin: str) -> None:
+    sampler = make_sampler(twin, sampling=HOT)
+    out = sampler(PROMPTS, STEPS, rng=2, num_logprobs=3, return_logits=True, **FREE)
+    for tokens, scores, logprobs in zip(out.tokens, out.logits, out.logprobs, strict=True):
+        logits = np.asarray(scores, np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        chosen = expected[np.arange(STEPS), np.asarray(tokens)]
+        np.testing.assert_allclose(logprobs.chosen, chosen, atol=1e-5)
+        order = np.argsort(-expected, -1, kind="stable")[:, :3]
+        np.testing.assert_allclose(logprobs.top, np.take_along_axis(expected, order, -1), atol=1e-5)
+        assert logprobs.top_tokens.shape == (STEPS, 3)
+    stream = sampler.stream(PROMPTS[0], STEPS, rng=2, num_logprobs=3, **FREE)
+    for place, _ in enumerate(stream):
+        np.testing.assert_allclose(stream.logprobs.chosen, out.logprobs[0].chosen[place], atol=1e-5)
+    assert sampler(["x"], 1).logprobs is None
+    assert sampler(["x"], 0, num_logprobs=2).logprobs[0].top.shape == (0, 0)
+    assert sampler(["x"], 2, num_logprobs=0, **FREE).logprobs[0].top.shape == (2, 0)
+
+
+def test_scores_are_the_log_probabilities_of_the_text(twin: str) -> None:
+    sampler = make_sampler(twin)
+    texts = ["In the beginning God", "", "x", "And it came to pass. " * 20]
+    scores = sampler.score(texts)
+    for text, score in zip(texts, scores, strict=True):
+        tokens = sampler.tokenizer.encode(text)
+        assert score.tokens == tokens[1:]
+        out = sampler([text], 0, echo=True, return_logits=True)
+        logits = np.asarray(out.logits[0], np.float64)[1:]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = expected[np.arange(len(logits)), tokens[1:]]
+        np.testing.assert_allclose(score.logprobs, expected, atol=1e-5)
+        if tokens[1:]:
+            np.testing.assert_allclose(score.perplexity, np.exp(-expected.mean()), rtol=1e-5)
+    assert np.isnan(scores[1].perplexity)
+    # A greedy continuation scores as it was generated.
+    out = sampler(["In the"], 8, num_logprobs=0, **FREE)
+    tokens = sampler.tokenizer.encode("In the") + lists(out.tokens)[0]
+    again = np.concatenate([part for _, part in sampler._scored(tokens)])
+    np.testing.assert_allclose(again[-8:], out.logprobs[0].chosen, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ cancelling
+
+
+def test_a_stream_left_early_goes_on_from_its_state(twin: str) -> None:
+    sampler = make_sampler(twin)
+    (whole,) = without_eos(sampler, ["In the beginning"], 20)
+    stream = sampler.stream("In the beginning", 20, **FREE)
+    first = [next(stream)[0] for _ in range(7)]
+    early = stream.state
+    more = [next(stream)[0] for _ in range(2)]
+    stream.close()
+    assert list(stream) == []
+    assert first + more == whole[:9]
+    for state, rest in ((early, whole[7:]), (stream.state, whole[9:])):
+        for _ in range(2):  # a state may be continued any number of times
+            out = sampler.generate(state, len(rest), **FREE)
+            assert lists(out.tokens) == [rest]
+    untouched = sampler.stream("In the beginning", 20, **FREE).state
+    assert lists(sampler.generate(untouched, 20, **FREE).tokens) == [whole]
+
+
+@pytest.mark.parametrize("where", ["_prefill", "_feed", "_choose"])
+def test_ctrl_c_leaves_everything_usable(twin: str, where: str) -> None:
+    """Wherever it strikes, even when a step has already used up the state before it."""
+    sampler = make_sampler(twin)
+    (whole,) = without_eos(sampler, ["In the beginning"], 12)
+    method, calls = getattr(sampler, where), []
+
+    def interrupted(*args):
+        result = method(*args)
+        calls.append(None)
+        if len(calls) == (1 if where == "_prefill" else 5):
+            raise KeyboardInterrupt
+        return result
+
+    setattr(sampler, where, interrupted)
+    stream = sampler.stream("In the beginning", 12, **FREE)
+    got = []
+    with pytest.raises(KeyboardInterrupt):
+        got.extend(token for token, _ in stream)
+    setattr(sampler, where, method)
+    assert got == whole[: 0 if where == "_prefill" else 4]
+    rest = sampler.generate(stream.state, 12 - len(got), **FREE)
+    assert got + lists(rest.tokens)[0] == whole
+    assert without_eos(sampler, ["In the beginning"], 12) == [whole]
+
+
+def test_two_streams_take_turns(twin: str) -> None:
+    sampler = make_sampler(twin)
+    one, other = (sampler.stream(prompt, 10, **FREE) for prompt in PROMPTS[:2])
+    turns = [(next(one)[0], next(other)[0]) for _ in range(10)]
+    assert [list(row) for row in zip(*turns, strict=True)] == without_eos(sampler, PROMPTS[:2], 10)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"stop_strings": [""]}, "stop_strings must be strings that are not empty, got ''"),
+        ({"stop_strings": ""}, "stop_strings must be strings that are not empty, got ''"),
+        ({"stop_strings": ["a", 3]}, "stop_strings must be strings that are not empty, got 3"),
+        ({"stop_ids": [2048]}, "stop_ids must be tokens of the vocabulary of 2048, got 2048"),
+        ({"stop_ids": [-1]}, "stop_ids must be tokens of the vocabulary of 2048, got -1"),
+        ({"stop_ids": [True]}, "stop_ids must be tokens"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+        ({"num_logprobs": -1}, "num_logprobs must be an integer from 0 to 2048, got -1"),
+        ({"num_logprobs": 2049}, "num_logprobs must be an integer from 0 to 2048, got 2049"),
+        ({"rng": "seed"}, "rng must be an integer or one a text, got 'seed'"),
+        ({"rng": [1, 2, 3]}, "rng must have one seed a text, 1, got 3"),
+        ({"sampling": "greedy"}, "sampling must be Greedy or Categorical, got 'greedy'"),
+    ],
+)
+def test_bad_requests(twin: str, kwargs: dict, message: str) -> None:
+    sampler = make_sampler(twin)
+    with pytest.raises(ValueError, match=message):
+        sampler(["x"], 3, **kwargs)
+    if "num_samples" not in kwargs:
+        with pytest.raises(ValueError, match=message):
+            sampler.stream("x", 3, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        sampler.generate(sampler.prefill("x"), 3, **kwargs)

@@ -1,0 +1,223 @@
+"""The sampling methods by themselves: which tokens they keep, and how often each is drawn."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from recurrentgemma.common.sampling import Categorical, Greedy, row_keys, uniform
+
+SIZE, COUNT, GROUPS = 4096, 4096, 64
+CRITICAL = 103.4  # of chi-square with 63 degrees of freedom, p = 0.001
+
+
+def array(twin: str, values, dtype: str = "float32"):
+    if twin == "jax":
+        import jax.numpy as jnp
+
+        return jnp.asarray(values, dtype)
+    import torch
+
+    return torch.tensor(np.asarray(values)).to(getattr(torch, dtype))
+
+
+def draw_many(twin: str, sampling, logits: np.ndarray, count: int, dtype: str = "float32"):
+    """`count` independent draws from one row of logits, the same every run."""
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    numbers = uniform(row_keys(0, count), np.arange(count))
+    drawn = []
+    for part in np.split(numbers, max(1, count // 1024)):
+        rows = array(twin, np.tile(logits, (len(part), 1)), dtype)
+        drawn.append(np.asarray(module.draw(sampling, rows, array(twin, part))))
+    return np.concatenate(drawn)
+
+
+def rounded(logits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return logits.astype(np.float32).astype(np.float64)
+    import ml_dtypes
+
+    return logits.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("shape", ["uniform", "shuffled"])
+def test_draws_follow_the_softmax(twin: str, dtype: str, temperature: float, shape: str) -> None:
+    """Chi-square over 4096 tokens in groups of 64."""
+    logits = np.zeros(SIZE) if shape == "uniform" else np.linspace(0, 3, SIZE)
+    if shape == "shuffled":
+        logits = np.random.default_rng(0).permutation(logits)
+    drawn = draw_many(twin, Categorical(temperature), logits, COUNT, dtype)
+    weights = np.exp(rounded(logits, dtype) / temperature)
+    expected = COUNT * (weights / weights.sum()).reshape(GROUPS, -1).sum(1)
+    observed = np.bincount(drawn // (SIZE // GROUPS), minlength=GROUPS)
+    assert ((observed - expected) ** 2 / expected).sum() < CRITICAL
+
+
+@pytest.mark.parametrize("sampling", [Categorical(top_p=0.999999), Categorical(top_k=SIZE)])
+def test_sorted_draws_follow_the_softmax_too(twin: str, sampling: Categorical) -> None:
+    logits = np.random.default_rng(0).permutation(np.linspace(0, 3, SIZE))
+    drawn = draw_many(twin, sampling, logits, COUNT)
+    weights = np.exp(logits)
+    expected = COUNT * (weights / weights.sum()).reshape(GROUPS, -1).sum(1)
+    observed = np.bincount(drawn // (SIZE // GROUPS), minlength=GROUPS)
+    assert ((observed - expected) ** 2 / expected).sum() < CRITICAL
+
+
+def test_both_twins_draw_the_same() -> None:
+    pytest.importorskip("jax.numpy", reason="parity needs both frameworks")
+    pytest.importorskip("torch.nn", reason="parity needs both frameworks")
+    logits = np.random.default_rng(0).normal(size=300)
+    for sampling in (Categorical(), Categorical(0.7, top_k=40, top_p=0.9, min_p=0.01)):
+        one, other = (draw_many(twin, sampling, logits, 1024) for twin in ("jax", "torch"))
+        np.testing.assert_array_equal(one, other)
+
+
+def kept(twin: str, sampling: Categorical, probabilities) -> list[int]:
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.asarray([probabilities], np.float32))
+    values, ids = module.cut_off(sampling, array(twin, logits))
+    finite = np.isfinite(np.asarray(values[0]))
+    ids = np.arange(len(finite)) if ids is None else np.asarray(ids[0])
+    return sorted(ids[finite].tolist())
+
+
+def test_cut_offs_keep_the_right_tokens(twin: str) -> None:
+    p = [0.1, 0.3, 0.2, 0.3, 0.1]
+    assert kept(twin, Categorical(), p) == [0, 1, 2, 3, 4]
+    assert kept(twin, Categorical(top_p=1.0, min_p=0.0), p) == [0, 1, 2, 3, 4]
+    assert kept(twin, Categorical(top_k=1), p) == [1]  # of equals the lowest id
+    assert kept(twin, Categorical(top_k=3), p) == [1, 2, 3]
+    assert kept(twin, Categorical(top_k=4), p) == [0, 1, 2, 3]
+    assert kept(twin, Categorical(top_k=99), p) == [0, 1, 2, 3, 4]
+    assert kept(twin, Categorical(top_p=0.25), p) == [1]
+    assert kept(twin, Categorical(top_p=0.55), p) == [1, 3]
+    assert kept(twin, Categorical(top_p=0.75), p) == [1, 2, 3]
+    assert kept(twin, Categorical(top_p=0.85), p) == [0, 1, 2, 3]
+    assert kept(twin, Categorical(top_p=1e-9), p) == [1]
+    assert kept(twin, Categorical(min_p=0.5), p) == [1, 2, 3]
+    assert kept(twin, Categorical(min_p=1.0), p) == [1, 3]
+    # top_p counts within what top_k keeps: 0.5, 0.5.
+    assert kept(twin, Categorical(top_k=2, top_p=0.4), p) == [1]
+    assert kept(twin, Categorical(top_k=3, min_p=0.9), p) == [1, 3]
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 100])
+def test_top_k_among_equals(twin: str, k: int) -> None:
+    """Few distinct values, so that nearly every cut goes through equals."""
+    values = np.random.default_rng(k).integers(1, 4, size=100)
+    expected = sorted(sorted(range(100), key=lambda i: (-values[i], i))[:k])
+    assert kept(twin, Categorical(top_k=k), values / values.sum()) == expected
+
+
+def test_top_p_of_one_keeps_the_least_likely(twin: str) -> None:
+    logits = np.zeros(SIZE)
+    logits[1:] = -15.0
+    p = np.exp(logits) / np.exp(logits).sum()
+    assert kept(twin, Categorical(top_p=1.0), p) == list(range(SIZE))
+    assert kept(twin, Categorical(top_p=1.0, top_k=SIZE), p) == list(range(SIZE))
+
+
+def test_draws_respect_cut_offs(twin: str) -> None:
+    logits = np.log(np.asarray([0.1, 0.3, 0.2, 0.3, 0.1]))
+    drawn = draw_many(twin, Categorical(top_k=3), logits, 1024)
+    assert set(drawn.tolist()) == {1, 2, 3}
+    drawn = draw_many(twin, Categorical(min_p=0.9), logits, 1024)
+    assert set(drawn.tolist()) == {1, 3}
+
+
+def test_extreme_numbers_choose_possible_tokens(twin: str) -> None:
+    """At the ends of (0, 1] and with impossible tokens at both ends of the vocabulary."""
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    logits = np.random.default_rng(0).normal(size=(2, SIZE)).astype(np.float32)
+    logits[:, :9] = logits[:, -9:] = -np.inf
+    numbers = array(twin, [2.0**-24, 1.0])
+    for sampling in (Categorical(), Categorical(top_p=0.999), Categorical(1e-30)):
+        for token in np.asarray(module.draw(sampling, array(twin, logits), numbers)):
+            assert 9 <= token < SIZE - 9
+
+
+def test_repetition_penalty(twin: str) -> None:
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    logits = array(twin, [[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
+    seen = array(twin, [[True, False, False], [True, False, False]], "bool")
+    numbers = array(twin, [1.0, 1.0])
+
+    def draw(penalty: float) -> list[int]:
+        drawn = module.draw(Greedy(penalty), logits, numbers, seen)
+        return np.asarray(drawn).tolist()
+
+    assert draw(1.0) == [0, 0]
+    assert draw(1.3) == [0, 0]
+    assert draw(1.4) == [1, 0]  # 2 / 1.4 < 1.5
+    assert draw(1.6) == [1, 1]  # -1 * 1.6 < -1.5
+
+
+def test_log_probabilities(twin: str) -> None:
+    """They are the model's, whatever the strategy."""
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    logits[1, 7] = logits[1, 9] = 9.0  # equals in order of id
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    strategy = Categorical(temperature=0.3, top_k=5)
+    numbers = array(twin, [0.1, 0.5, 0.9])
+    choice = module.choose(strategy, array(twin, logits), numbers, None, 4)
+    tokens = np.asarray(choice.tokens)
+    np.testing.assert_allclose(choice.logprobs, expected[np.arange(3), tokens], rtol=1e-5)
+    order = np.argsort(-expected, axis=-1, kind="stable")[:, :4]
+    np.testing.assert_array_equal(choice.top_tokens, order)
+    np.testing.assert_allclose(
+        choice.top_logprobs, np.take_along_axis(expected, order, -1), rtol=1e-5
+    )
+    assert module.choose(strategy, array(twin, logits), numbers)[1:] == (None, None, None)
+
+
+def test_random_streams() -> None:
+    alone = uniform(row_keys([7], 1), [3])
+    batch = uniform(row_keys([5, 7, 9], 3), [1, 3, 2])
+    assert batch[1] == alone[0]
+    # The row and the position count, and so does each sample.
+    keys = row_keys(0, 2, 2)
+    numbers = [uniform(keys, [step] * 4) for step in range(50)]
+    assert len(np.unique(numbers)) == 200
+    assert (np.array(numbers) > 0).all()
+    assert (np.array(numbers) <= 1).all()
+    many = uniform(row_keys(1, 1) * 8192, np.arange(8192))
+    observed = np.histogram(many, bins=GROUPS, range=(0, 1))[0]
+    assert ((observed - 128) ** 2 / 128).sum() < CRITICAL
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": -1}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"temperature": float("inf")}, "temperature must be above 0 and finite"),
+        ({"temperature": "hot"}, "temperature must be above 0 and finite, got hot"),
+        ({"top_k": 0}, "top_k must be a positive integer, got 0"),
+        ({"top_k": 1.5}, "top_k must be a positive integer"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"min_p": 1.1}, r"min_p must be in \[0, 1\], got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0"),
+    ],
+)
+def test_bad_strategies(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Categorical(**kwargs)
+
+
+def test_bad_seeds() -> None:
+    with pytest.raises(ValueError, match="rng must be an integer or one a text, got 'x'"):
+        row_keys("x", 1)  # pyright: ignore[reportArgumentType]
+    for bad in (1.5, True, [1, "2"]):
+        with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
+            row_keys(bad, 2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="rng must have one seed a text, 2, got 3"):
+        row_keys([1, 2, 3], 2)
+    with pytest.raises(ValueError, match="repetition_penalty must be above 0"):
+        Greedy(float("nan"))
