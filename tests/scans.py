@@ -109,7 +109,7 @@ class ScanCase(NamedTuple):
     dlast: np.ndarray
 
     @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
+    def inputs(self) -> Any:
         return self[:4]
 
 
@@ -171,7 +171,7 @@ class RGLRUCase(NamedTuple):
     dlast: np.ndarray
 
     @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
+    def inputs(self) -> Any:
         return self[:6]
 
 
