@@ -113,7 +113,7 @@ class ScanCase(NamedTuple):
     dlast: np.ndarray
 
     @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
+    def inputs(self) -> Any:
         return self[:4]
 
 
@@ -175,7 +175,7 @@ class RGLRUCase(NamedTuple):
     dlast: np.ndarray
 
     @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
+    def inputs(self) -> Any:
         return self[:6]
 
 

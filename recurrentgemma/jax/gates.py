@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ Expm1 = Callable[[Array], Array]
 
 
 class Inputs(NamedTuple):
-    """A scan's arguments but for its state.
+    """A scan's arguments but for its state; also their gradients, blocks or partitions.
 
     Attributes:
       x: What enters the recurrence, [B, T, D].
@@ -48,10 +48,10 @@ class Inputs(NamedTuple):
       position: 0 where the state is forgotten, below 0 where nothing changes, [B, T]; or None.
     """
 
-    x: Array
-    sequences: tuple[Array, ...]
-    channels: tuple[Array, ...]
-    position: Array | None
+    x: Any
+    sequences: tuple[Any, ...]
+    channels: tuple[Any, ...]
+    position: Any
 
 
 class Gates(NamedTuple):

@@ -200,7 +200,7 @@ def _backward_kernel(
         outputs = []
         for step, dy_t, before in loaded:
 
-            def gated(floats, position=step.position):
+            def gated(floats: Any, position=step.position):
                 return gates.function(Inputs(*floats, position), jnp.expm1)
 
             (_, a), pullback = jax.vjp(gated, step[:3])

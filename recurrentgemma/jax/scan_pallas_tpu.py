@@ -226,7 +226,7 @@ def _backward_kernel(
         tile_inputs = _inputs_of_tile(inputs, blocks, start, k)
         valid = blocks.steps(start, k) < length if blocks.ragged else None
 
-        def gated(floats):
+        def gated(floats: Any):
             return gates.function(Inputs(*floats, tile_inputs.position), _expm1_with_slope)
 
         (_, a), pullback = jax.vjp(gated, tile_inputs[:3])

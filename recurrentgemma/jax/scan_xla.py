@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class XLAScan(Scan):
         # Summed over steps after the derivative: within it XLA compiles them to a slow loop.
         channels = tuple(jnp.broadcast_to(channel, y.shape) for channel in wide.channels)
 
-        def gated(floats):
+        def gated(floats: Any):
             return gates.function(Inputs(*floats, wide.position), jnp.expm1)
 
         (_, a), pullback = jax.vjp(gated, (wide.x, wide.sequences, channels))

@@ -28,18 +28,18 @@ def arguments(operation: str, shape: tuple[int, int, int]):
         case = make_scan(*shape)
         x, a, h0, reset = backend.scan_arguments(*case.inputs, "float32")
 
-        def run(x, a, h0, name):
+        def run_linear(x, a, h0, name):
             return linear_scan(x, a, h0, reset, implementation=name)
 
-        floats = x, a, h0
+        run, floats = run_linear, (x, a, h0)
     else:
         case = make_rg_lru(*shape)
         *sequences, segment_pos, h0 = backend.rg_lru_arguments(*case.inputs, "float32")
 
-        def run(x, input_gate, a_gate, a_param, h0, name):
+        def run_rg_lru(x, input_gate, a_gate, a_param, h0, name):
             return rg_lru_scan(x, input_gate, a_gate, a_param, segment_pos, h0, implementation=name)
 
-        floats = *sequences, h0
+        run, floats = run_rg_lru, (*sequences, h0)
     cotangents = tuple(jnp.asarray(value, jnp.float32) for value in (case.dy, case.dlast))
     return run, floats, cotangents
 
