@@ -23,6 +23,7 @@ from recurrentgemma.jax.scan import wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
 EPS = 1e-6
+MANY_TOKENS = 64
 
 
 def initializer(init: Init):
@@ -157,15 +158,21 @@ class Conv1D(SpecModule):
 
 
 class Einsum(SpecModule):
-    """y_c = x W_c + b_c over the c matrices of the weight: [B, T, D] to [C, B, T, M]."""
+    """y_c = x W_c + b_c for each of the C matrices of the weight."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "c b t m"]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t m"], ...]:
         x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
-        # One product a matrix: jnp.einsum would copy the weight to bring its axes together.
         x_zd = x.reshape(-1, x.shape[-1])
-        x_czd = jnp.broadcast_to(x_zd, (w.shape[0], *x_zd.shape))
-        return jnp.matmul(x_czd, w).reshape(w.shape[0], *x.shape[:2], -1) + b
+        # Of few tokens one batched product, since separate ones take copies of the matrices; of
+        # many separate products, which are faster. As jnp.einsum both would copy the weight.
+        if len(x_zd) < MANY_TOKENS:
+            y_czm = jnp.matmul(jnp.broadcast_to(x_zd, (len(w), *x_zd.shape)), w)
+        else:
+            y_czm = [x_zd @ w_dm for w_dm in w]
+        return tuple(
+            y_zm.reshape(*x.shape[:2], -1) + b_11m for y_zm, b_11m in zip(y_czm, b, strict=True)
+        )
 
 
 class Embedder(SpecModule):
@@ -182,6 +189,8 @@ class Embedder(SpecModule):
     def decode(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=wide_dtype(x.dtype))
+        # Of matrices, since XLA transposes all logits for the gradient of an einsum over b and t.
+        x_zd, wide = x.reshape(-1, x.shape[-1]), wide_dtype(x.dtype)
+        logits = jnp.matmul(x_zd, w.T, preferred_element_type=wide).reshape(*x.shape[:2], -1)
         cap = self.config.logits_soft_cap
         return jnp.tanh(logits / cap) * cap if cap else logits

@@ -138,7 +138,7 @@ class Conv1D(SpecModule):
 
 
 class Einsum(SpecModule):
-    """y_c = x W_c + b_c over the c matrices of the weight: [B, T, D] to [C, B, T, M]."""
+    """y_c = x W_c + b_c for each of the C matrices of the weight."""
 
     def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
         super().__init__(config, prefix)
@@ -146,10 +146,11 @@ class Einsum(SpecModule):
         self.b = self.parameter("b", device, dtype)
         self.reset_parameters()
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "c b t m"]:
+    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t m"], ...]:
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
         x_czd = x.flatten(0, 1).expand(self.w.shape[0], -1, -1)
-        return torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w).unflatten(1, x.shape[:2])
+        y_czm = torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w)
+        return y_czm.unflatten(1, x.shape[:2]).unbind()
 
 
 class Embedder(SpecModule):
