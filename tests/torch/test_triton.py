@@ -43,6 +43,27 @@ def test_compiles_without_spills(architecture: int, gated: bool) -> None:
     assert all(0 < int(usage[-2]) <= 255 for usage in usages)
 
 
+def test_float16_keeps_a_float32_state() -> None:
+    """Of the narrow dtypes the one that the interpreter rounds to; bfloat16 differs in no line."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import torch
+
+    from recurrentgemma.torch import rg_lru_scan
+
+    x, i, r = (torch.randn(1, 17, 5).half().requires_grad_() for _ in range(3))
+    a_param, positions = torch.randn(5).half().requires_grad_(), torch.arange(17)[None]
+    results = []
+    for name in ("native", "triton"):
+        y, last = rg_lru_scan(x, i, r, a_param, positions, implementation=name)
+        loss = y.float().square().sum() + last.sum()
+        results.append([y, last, *torch.autograd.grad(loss, (x, i, r, a_param))])
+    assert results[1][0].dtype == torch.float16
+    assert results[1][1].dtype == torch.float32
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=1e-6)
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=2**-9, atol=2**-9)
+
+
 def test_choice() -> None:
     import torch
 
