@@ -72,7 +72,7 @@ def linear_scan(
     if h0 is not None:
         _check(x, "h0", h0, (batch, width))
     if reset is not None:
-        _check(x, "reset", reset, (batch, length), "bool")
+        _check(x, "reset", reset, (batch, length), "a bool")
     implementation = _implementation(implementation, x)
     state = _initial_state(x, h0)
     if x.numel() == 0:
@@ -123,7 +123,7 @@ def rg_lru_scan(
     _check(x, "input_gate", input_gate, x.shape)
     _check(x, "a_gate", a_gate, x.shape)
     _check(x, "a_param", a_param, (width,))
-    _check(x, "segment_pos", segment_pos, (batch, length), "integer")
+    _check(x, "segment_pos", segment_pos, (batch, length), "an integer")
     if h0 is not None:
         _check(x, "h0", h0, (batch, width))
     implementation = _implementation(implementation, x)
@@ -184,7 +184,7 @@ def _implementation(name: str, x: Tensor) -> str:
 
 
 def _check(
-    x: Tensor, name: str, value: Tensor, shape: tuple[int, ...], kind: str = "floating"
+    x: Tensor, name: str, value: Tensor, shape: tuple[int, ...], kind: str = "a floating"
 ) -> None:
     """Raises where `value` does not go with x."""
     if value.shape != shape:
@@ -192,9 +192,9 @@ def _check(
     if value.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
     is_bool, is_float = value.dtype == torch.bool, value.is_floating_point()
-    kinds = {"floating": is_float, "bool": is_bool, "integer": not is_bool and not is_float}
+    kinds = {"a floating": is_float, "a bool": is_bool, "an integer": not is_bool and not is_float}
     if not kinds[kind]:
-        raise ValueError(f"{name} must have a {kind} dtype, got {value.dtype}")
+        raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
 
 
 def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:

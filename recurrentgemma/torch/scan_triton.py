@@ -8,7 +8,7 @@ between chunks are the same recurrence over these, and a second pass computes al
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -116,7 +116,7 @@ def rg_lru_scan_backward(
     segment_pos: Tensor,
     h0: Tensor,
     y: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, input_gate, a_gate, a_param and h0."""
     return _backward(dy, dlast, x, input_gate, a_gate, a_param, segment_pos, h0, y, False)
 
@@ -124,22 +124,19 @@ def rg_lru_scan_backward(
 def _forward(x, input_gate, decay, a_param, position, h0, reverse) -> tuple[Tensor, Tensor]:
     tensors = x, input_gate, decay, a_param, position, h0
     x, input_gate, decay, a_param, position, h0 = map(_contiguous, tensors)
-    batch, length, width = x.shape
     cut = tiling(x.shape, x.itemsize, FORWARD_ELEMENTS, _processors(x.device))
     ends = None
     if cut.num_chunks > 1:
         totals, ends = _summarize(x, input_gate, decay, a_param, position, h0, reverse, cut)
         ends, _ = linear_scan(ends, totals, h0, None, False)
     y, last = torch.empty_like(x), torch.empty_like(h0)
-    with torch.cuda.device_of(x):
-        kernels.forward[_grid(batch, width, cut)](
-            *(x, input_gate, decay, a_param, position, h0, ends, y, last),
-            *(length, width, cut.chunk),
-            REVERSE=reverse,
-            STEPS=cut.steps,
-            CHANNELS=cut.channels,
-            num_warps=1,
-        )
+    _launch(
+        kernels.forward,
+        x,
+        cut,
+        *(x, input_gate, decay, a_param, position, h0, ends, y, last),
+        REVERSE=reverse,
+    )
     return y, last
 
 
@@ -148,7 +145,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
     tensors = dy, dlast, x, input_gate, decay, a_param, position, h0, y
     dy, dlast, x, input_gate, decay, a_param, position, h0, y = map(_contiguous, tensors)
-    batch, length, width = dy.shape
+    batch, _, width = dy.shape
     cut = tiling(dy.shape, dy.itemsize, BACKWARD_ELEMENTS, _processors(dy.device))
     ends = None
     if cut.num_chunks > 1:
@@ -159,47 +156,56 @@ def _backward(
     dx, ddecay, dh0 = torch.empty_like(dy), torch.empty_like(decay), torch.empty_like(h0)
     dinput_gate = None if input_gate is None else torch.empty_like(input_gate)
     da_param = None if a_param is None else h0.new_empty(batch, cut.num_chunks, width)
-    with torch.cuda.device_of(dy):
-        kernels.backward[_grid(batch, width, cut)](
-            *(dy, dlast, ends, x, input_gate, decay, a_param, position, h0, y),
-            *(dx, dinput_gate, ddecay, da_param, dh0),
-            *(length, width, cut.chunk),
-            REVERSE=reverse,
-            STEPS=cut.steps,
-            CHANNELS=cut.channels,
-            num_warps=1,
-        )
+    _launch(
+        kernels.backward,
+        dy,
+        cut,
+        *(dy, dlast, ends, x, input_gate, decay, a_param, position, h0, y),
+        *(dx, dinput_gate, ddecay, da_param, dh0),
+        REVERSE=reverse,
+    )
     return dx, dinput_gate, ddecay, None if da_param is None else da_param.sum(1), dh0
 
 
 def _summarize(
     value, input_gate, decay, a_param, position, h0, reverse, cut, adjoint=False
 ) -> tuple[Tensor, Tensor]:
-    batch, length, width = value.shape
+    batch, _, width = value.shape
     cut_short = cut._replace(num_chunks=cut.num_chunks - 1)
     totals, ends = (h0.new_empty(batch, cut_short.num_chunks, width) for _ in range(2))
-    with torch.cuda.device_of(value):
-        kernels.summarize[_grid(batch, width, cut_short)](
-            *(value, input_gate, decay, a_param, position, totals, ends),
-            *(length, width, cut.chunk),
-            REVERSE=reverse,
-            ADJOINT=adjoint,
-            STEPS=cut.steps,
-            CHANNELS=cut.channels,
-            num_warps=1,
-        )
+    _launch(
+        kernels.summarize,
+        value,
+        cut_short,
+        *(value, input_gate, decay, a_param, position, totals, ends),
+        REVERSE=reverse,
+        ADJOINT=adjoint,
+    )
     return totals, ends
 
 
-def _grid(batch: int, width: int, cut: Tiling) -> tuple[int]:
-    return (batch * cut.num_chunks * triton.cdiv(width, cut.channels),)
+def _launch(
+    kernel: Any, like: Tensor, cut: Tiling, *arguments: Tensor | None, **constants: bool
+) -> None:
+    """On the device and for the sequences [B, T, D] of `like`."""
+    batch, length, width = like.shape
+    grid = (batch * cut.num_chunks * triton.cdiv(width, cut.channels),)
+    with torch.cuda.device_of(like):
+        kernel[grid](
+            *arguments,
+            *(length, width, cut.chunk),
+            STEPS=cut.steps,
+            CHANNELS=cut.channels,
+            num_warps=1,
+            **constants,
+        )
 
 
 def _position(reset: Tensor | None) -> Tensor | None:
     return None if reset is None else (~reset).to(torch.int8)
 
 
-def _contiguous(z: Tensor | None) -> Tensor | None:
+def _contiguous(z: Tensor | None) -> Any:
     return None if z is None else z.contiguous()
 
 

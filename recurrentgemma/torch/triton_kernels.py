@@ -10,6 +10,10 @@ A program has `CHANNELS` channels of one row and one chunk of `chunk` steps, a m
 The arithmetic is in the dtype of the states.
 """
 
+# A row is there if its pointer is: Triton resolves both when it compiles.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
 import math
 
 import triton

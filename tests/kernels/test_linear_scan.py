@@ -68,6 +68,8 @@ class TestScan:
     def test_bfloat16_keeps_a_float32_state(
         self, scan: Implementation, shape, reverse: bool
     ) -> None:
+        if scan.name == "triton":
+            pytest.skip("interpreted, Triton truncates to bfloat16; see tests/torch/test_triton.py")
         case = make_scan(*shape)
         case = case._replace(x=bfloat16(case.x), a=bfloat16(case.a), dy=bfloat16(case.dy))
         (y, last), gradients = scan.linear_scan_vjp(

@@ -57,6 +57,8 @@ class TestRGLRUScan:
 
     @pytest.mark.parametrize("shape", [(3, 7, 96), (1, 65, 96)], ids=str)
     def test_bfloat16_keeps_a_float32_state(self, scan: Implementation, shape) -> None:
+        if scan.name == "triton":
+            pytest.skip("interpreted, Triton truncates to bfloat16; see tests/torch/test_triton.py")
         case = make_rg_lru(*shape)
         rounded = {name: bfloat16(getattr(case, name)) for name in (*NAMES[:-1], "dy")}
         case = case._replace(**rounded)

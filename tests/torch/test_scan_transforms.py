@@ -3,7 +3,14 @@
 from typing import Any
 
 import pytest
-from scans import Implementation, ScanCase, implementations, linear_scan_grads, make_scan
+from scans import (
+    Implementation,
+    ScanCase,
+    implementations,
+    linear_scan_grads,
+    make_rg_lru,
+    make_scan,
+)
 
 from backends import BACKENDS
 from tolerances import assert_close
@@ -27,6 +34,8 @@ def test_gradcheck(torch_scan: Implementation, length: int, reverse: bool) -> No
 
     from recurrentgemma.torch import linear_scan
 
+    if torch_scan.name == "triton" and length > 5:
+        pytest.skip("interpreted kernels are slow")
     x, a, h0, reset = tensors(make_scan(2, length, 1))
 
     def run(x, a, h0):
@@ -34,6 +43,54 @@ def test_gradcheck(torch_scan: Implementation, length: int, reverse: bool) -> No
 
     inputs = [value.requires_grad_() for value in (x, a, h0)]
     assert torch.autograd.gradcheck(run, inputs)
+    if torch_scan.name != "triton":
+        assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_rg_lru_gradcheck(torch_scan: Implementation, length: int) -> None:
+    import torch
+
+    from recurrentgemma.torch import rg_lru_scan
+
+    if torch_scan.name == "triton":
+        pytest.skip("interpreted kernels are slow")
+    case = make_rg_lru(2, length, 2)
+    *inputs, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, "float64")
+
+    def run(x, input_gate, a_gate, a_param, h0):
+        return rg_lru_scan(
+            x, input_gate, a_gate, a_param, segment_pos, h0, implementation=torch_scan.name
+        )
+
+    inputs = [value.requires_grad_() for value in (*inputs, h0)]
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_rg_lru_vmap_of_func_grad(torch_scan: Implementation, length: int) -> None:
+    """Over inputs and parameters, against each gradient alone."""
+    import torch
+
+    from recurrentgemma.torch import rg_lru_scan
+
+    if torch_scan.name == "triton" and length > 1:
+        pytest.skip("interpreted kernels are slow")
+    case = make_rg_lru(2, length, 3)
+    x, i, r, p, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, "float64")
+
+    def loss(x, a_param):
+        y, last = rg_lru_scan(x, i, r, a_param, segment_pos, h0, implementation=torch_scan.name)
+        return y.square().sum() + last.sum()
+
+    grad = torch.func.grad(loss, (0, 1))
+    for dims in ((0, None), (0, 0)):
+        params = torch.stack([p, p + 1]) if dims[1] == 0 else p
+        actual = torch.vmap(grad, dims)(torch.stack([x, 2 * x]), params)
+        each = [grad((1 + k) * x, params[k] if dims[1] == 0 else p) for k in range(2)]
+        for got, want in zip(actual, zip(*each, strict=True), strict=True):
+            assert_close(got.numpy(), torch.stack(want).numpy(), "gradient", "float64")
 
 
 def torch_loss(scan: Implementation, case: ScanCase, reverse: bool):
