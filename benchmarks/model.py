@@ -225,7 +225,7 @@ def main() -> None:
         return
     pythons: dict[str, str] = dict.fromkeys(OURS | PEERS, sys.executable)
     if arguments.published:
-        pythons |= dict.fromkeys(PUBLISHED, arguments.published)
+        pythons |= dict.fromkeys(PUBLISHED, str(arguments.published))
     workers = {
         name: Worker([python, __file__, "--worker", name])
         for name, python in pythons.items()

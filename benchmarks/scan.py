@@ -114,7 +114,7 @@ def jax_tasks(shape: Shape, dtype: str, device: str) -> Tasks:
             x, a, implementation=name
         )[0]
         functions["fused", f"jax {name}"] = lambda *arrays, name=name: scan.rg_lru_scan(
-            *arrays, positions, implementation=name
+            *arrays, segment_pos=positions, implementation=name
         )[0]
     tasks: Tasks = {}
     for (operation, name), function in functions.items():
@@ -164,7 +164,7 @@ def torch_tasks(shape: Shape, dtype: str, device: str) -> Tasks:
             x, a, implementation=name
         )[0]
         functions["fused", f"torch {name}"] = lambda *arrays, name=name: scan.rg_lru_scan(
-            *arrays, positions, implementation=name
+            *arrays, segment_pos=positions, implementation=name
         )[0]
 
     def wait():

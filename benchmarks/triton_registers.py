@@ -90,7 +90,7 @@ def tiles(kernel: str, dtype: str) -> list[tuple[int, int]]:
     elements = scan_triton.BACKWARD_ELEMENTS if adjoint else scan_triton.FORWARD_ELEMENTS
     cuts = {
         scan_triton.tiling(
-            (1, 64, width), DTYPES[dtype], elements, scan_triton.Processors(count=1, lanes=32)
+            (1, 64, width), DTYPES[dtype], elements, scan_triton.Processors(number=1, lanes=32)
         )[:2]
         for width in (2**12, 2**11, 2**10, 2**9, 2**8, 2**7, 1)
     }

@@ -146,7 +146,7 @@ def linear_scan_grads(
     """Gradients for x, a and h0 of sum(dy * y) + sum(dlast * last): the adjoint recurrence."""
     order = range(case.x.shape[1])
     order = list(reversed(order) if reverse else order)
-    y, _ = reference.linear_scan(*case.inputs, reverse)
+    y, _ = reference.linear_scan(*case.inputs, reverse=reverse)
     dx, da = np.zeros_like(case.x), np.zeros_like(case.a)
     dh = case.dlast.copy()
     for i in reversed(range(len(order))):

@@ -188,11 +188,11 @@ def rg_lru(
     r_t = sigmoid(a_gate(x_t)), i_t = sigmoid(input_gate(x_t)), log a_t = -c r_t softplus(a_param),
     h_t = a_t h_(t-1) + sqrt(1 - a_t^2) i_t x_t; where a document starts, h_t = i_t x_t.
     """
-    gates = (
+    input_gate, a_gate = (
         block_diagonal_linear(x, params[f"{gate}.w"], params[f"{gate}.b"])
         for gate in ("input_gate", "a_gate")
     )
-    return rg_lru_scan(x, *gates, params["a_param"], positions, h0)
+    return rg_lru_scan(x, input_gate, a_gate, params["a_param"], positions, h0)
 
 
 def recurrent_block(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.presets import ScanType
@@ -159,7 +160,7 @@ def rg_lru_scan(
 
 
 def choose_implementation(
-    shape: tuple[int, int, int], dtype: Dtype, device: jax.Device | str | None = None
+    shape: tuple[int, int, int], dtype: Dtype, device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Choice:
     """What "auto" means for arrays of this shape and dtype.
 
@@ -232,13 +233,13 @@ def _device(x: Array, spec: ShardingSpec | None) -> _Target:
         return target
     if spec is not None:
         return _Target(spec.mesh.devices.flat[0].platform)
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, core.Tracer):
         return _Target(next(iter(x.devices())).platform)
     return _Target(_default_platform())
 
 
 def _default_platform() -> str:
-    device = jax.config.jax_default_device or jax.default_backend()
+    device = jax.config.values["jax_default_device"] or jax.default_backend()
     return getattr(device, "platform", device)
 
 

@@ -201,7 +201,7 @@ def _backward_kernel(
         for step, dy_t, before in loaded:
 
             def gated(floats: Any, position=step.position):
-                return gates.function(Inputs(*floats, position), jnp.expm1)
+                return gates.function(Inputs(*floats, position=position), jnp.expm1)
 
             (_, a), pullback = jax.vjp(gated, step[:3])
             dh = dy_t + dh0
@@ -251,7 +251,8 @@ class PallasGPUScan(Scan):
         dlast: Array,
         reverse: bool,
     ) -> tuple[Inputs, Array]:
-        chunks = _Chunks(y.shape, not reverse)
+        batch, length, width = y.shape
+        chunks = _Chunks((batch, length, width), not reverse)
         inputs = inputs if gates.needs_x else inputs._replace(x=None)
         states = dlast[:, None]
         if chunks.grid[1] > 1:

@@ -117,7 +117,7 @@ class _Blocks:
         return lax.fori_loop(0, self.tiles, visit, state)
 
 
-def _rows(k: Any) -> pl.Slice:
+def _rows(k: Any) -> slice | pl.Slice:
     return pl.ds(pl.multiple_of(k * _TILE, _TILE), _TILE)
 
 
@@ -227,7 +227,7 @@ def _backward_kernel(
         valid = blocks.steps(start, k) < length if blocks.ragged else None
 
         def gated(floats: Any):
-            return gates.function(Inputs(*floats, tile_inputs.position), _expm1_with_slope)
+            return gates.function(Inputs(*floats, position=tile_inputs.position), _expm1_with_slope)
 
         (_, a), pullback = jax.vjp(gated, tile_inputs[:3])
         dh = dy[0, _rows(k), :].astype(jnp.float32)
@@ -286,7 +286,8 @@ class PallasTPUScan(Scan):
         dlast: Array,
         reverse: bool,
     ) -> tuple[Inputs, Array]:
-        blocks = _Blocks(y.shape, not reverse)
+        batch, length, width = y.shape
+        blocks = _Blocks((batch, length, width), not reverse)
         prepared = blocks.prepared(inputs if gates.needs_x else inputs._replace(x=None))
         sequence, state = blocks.sequence(), blocks.state()
         partial_sums = tuple(h0[:, None] for _ in inputs.channels)

@@ -108,7 +108,7 @@ class XLAScan(Scan):
         channels = tuple(jnp.broadcast_to(channel, y.shape) for channel in wide.channels)
 
         def gated(floats: Any):
-            return gates.function(Inputs(*floats, wide.position), jnp.expm1)
+            return gates.function(Inputs(*floats, position=wide.position), jnp.expm1)
 
         (_, a), pullback = jax.vjp(gated, (wide.x, wide.sequences, channels))
         dh, dh0 = self.recurrence(dy.astype(h0.dtype), a, dlast, not reverse, True)

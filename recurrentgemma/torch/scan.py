@@ -135,8 +135,9 @@ def rg_lru_scan(
         return scan_ops.rg_lru_scan(
             x, input_gate, a_gate, a_param, segment_pos, state, implementation
         )
-    floats = (z.to(state.dtype) for z in (x, input_gate, a_gate))
-    y, last = _loop(*rg_lru_gates(*floats, a_param, segment_pos), state, False)
+    x_wide, input_gate, a_gate = (z.to(state.dtype) for z in (x, input_gate, a_gate))
+    gated_x, a = rg_lru_gates(x_wide, input_gate, a_gate, a_param, segment_pos)
+    y, last = _loop(gated_x, a, state, False)
     return y.to(x.dtype), last
 
 

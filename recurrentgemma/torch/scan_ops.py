@@ -123,7 +123,8 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlast):  # pyright: ignore[reportIncompatibleMethodOverride]
         scan = _differentiable_backward if torch.is_grad_enabled() else _linear_scan_backward
-        gradients = scan(dy, dlast, *ctx.saved_tensors, ctx.reverse, ctx.implementation)
+        a, h0, reset, y = ctx.saved_tensors
+        gradients = scan(dy, dlast, a, h0, reset, y, ctx.reverse, ctx.implementation)
         return *gradients, None, None, None
 
 
@@ -170,9 +171,10 @@ class _RGLRUScan(torch.autograd.Function):
             *inputs, segment_pos, h0, y = ctx.saved_tensors
 
             def gates(*inputs):
-                return rg_lru_gates(*(z.to(h0.dtype) for z in inputs), segment_pos)
+                wide = (z.to(h0.dtype) for z in inputs)
+                return rg_lru_gates(*wide, segment_pos=segment_pos)
 
-            (_, a), pullback = torch.func.vjp(gates, *inputs)
+            (_, a), pullback = torch.func.vjp(gates, *inputs)  # pyright: ignore[reportAssignmentType]
             dh, da, dh0 = _differentiable_backward(
                 dy.to(h0.dtype), dlast, a, h0, None, y, False, ctx.implementation
             )

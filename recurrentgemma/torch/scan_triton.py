@@ -44,12 +44,12 @@ class Tiling(NamedTuple):
 class Processors(NamedTuple):
     """What a device has."""
 
-    count: int
+    number: int
     lanes: int
 
 
 # The time of an interpreted program depends on its steps, and hardly on its channels.
-INTERPRETER = Processors(count=4, lanes=1024)
+INTERPRETER = Processors(number=4, lanes=1024)
 
 
 def tiling(shape: tuple[int, ...], itemsize: int, elements: int, processors: Processors) -> Tiling:
@@ -62,7 +62,7 @@ def tiling(shape: tuple[int, ...], itemsize: int, elements: int, processors: Pro
       processors: Of the device.
     """
     batch, length, width = shape
-    enough = processors.count * _WARPS_PER_PROCESSOR
+    enough = processors.number * _WARPS_PER_PROCESSOR
     a_thread = max(_LOAD_BYTES // itemsize, 1)
     while a_thread > 1 and batch * triton.cdiv(width, a_thread * processors.lanes) < enough:
         a_thread //= 2
@@ -74,7 +74,7 @@ def tiling(shape: tuple[int, ...], itemsize: int, elements: int, processors: Pro
     if length >= _MIN_CHUNKED_LENGTH and 2 * programs <= enough:
         chunk = max(length * programs // enough, _MIN_CHUNK)
     chunk = triton.cdiv(chunk, steps) * steps
-    return Tiling(channels, steps, chunk, triton.cdiv(length, chunk))
+    return Tiling(channels, int(steps), int(chunk), int(triton.cdiv(length, chunk)))
 
 
 def linear_scan(

@@ -26,7 +26,7 @@ def arguments(operation: str, shape: tuple[int, int, int]):
     case: ScanCase | RGLRUCase
     if operation == "linear_scan":
         case = make_scan(*shape)
-        x, a, h0, reset = backend.scan_arguments(*case.inputs, "float32")
+        x, a, h0, reset = backend.scan_arguments(*case.inputs, dtype="float32")
 
         def run_linear(x, a, h0, name):
             return linear_scan(x, a, h0, reset, implementation=name)
@@ -34,7 +34,7 @@ def arguments(operation: str, shape: tuple[int, int, int]):
         run, floats = run_linear, (x, a, h0)
     else:
         case = make_rg_lru(*shape)
-        *sequences, segment_pos, h0 = backend.rg_lru_arguments(*case.inputs, "float32")
+        *sequences, segment_pos, h0 = backend.rg_lru_arguments(*case.inputs, dtype="float32")
 
         def run_rg_lru(x, input_gate, a_gate, a_param, h0, name):
             return rg_lru_scan(x, input_gate, a_gate, a_param, segment_pos, h0, implementation=name)
@@ -114,7 +114,7 @@ def test_lowers_for_an_accelerator(operation: str, platform: str, dtype: str) ->
 @pytest.mark.usefixtures("unchecked_types")
 def test_only_where_there_is_a_kernel() -> None:
     case = make_scan(1, 9, 4)
-    x, a, h0, _ = BACKENDS["jax"].scan_arguments(*case.inputs, "float32")
+    x, a, h0, _ = BACKENDS["jax"].scan_arguments(*case.inputs, dtype="float32")
     message = r"'pallas' runs on tpu and gpu, got cpu, which runs reference, xla, associative"
     with pytest.raises(ValueError, match=message):
         linear_scan(x, a, h0, implementation="pallas")

@@ -29,7 +29,7 @@ def test_jit_vmap_and_gradients(jax_scan: Implementation, reverse: bool) -> None
 
     case = make_scan(3, 9, 5)
     with jax.enable_x64(True):
-        x, a, h0, reset = BACKENDS["jax"].scan_arguments(*case.inputs, "float64")
+        x, a, h0, reset = BACKENDS["jax"].scan_arguments(*case.inputs, dtype="float64")
 
         def run(x, a, h0, reset):
             return linear_scan(x, a, h0, reset, reverse=reverse, implementation=jax_scan.name)

@@ -26,7 +26,7 @@ def check(scan: Implementation, case, dtype: str, reverse: bool) -> None:
     states, gradients = scan.linear_scan_vjp(
         *case.inputs, dy=case.dy, dlast=case.dlast, dtype=dtype, reverse=reverse
     )
-    for got, want in zip(states, reference.linear_scan(*case.inputs, reverse), strict=True):
+    for got, want in zip(states, reference.linear_scan(*case.inputs, reverse=reverse), strict=True):
         assert_close(got, want, "state", dtype)
     expected = linear_scan_grads(case, reverse)
     for name, got, want in zip(("x", "a", "h0"), gradients, expected, strict=True):
@@ -75,7 +75,7 @@ class TestScan:
         (y, last), gradients = scan.linear_scan_vjp(
             *case.inputs, dy=case.dy, dlast=case.dlast, dtype="bfloat16", reverse=reverse
         )
-        expected, expected_last = reference.linear_scan(*case.inputs, reverse)
+        expected, expected_last = reference.linear_scan(*case.inputs, reverse=reverse)
         assert_close(last, expected_last, "state", "float32")
         assert_close(y, expected, "scan", "bfloat16")
         np.testing.assert_array_equal(y, bfloat16(y))

@@ -1,5 +1,7 @@
 """The fused RG-LRU recurrence: one suite that every implementation of both twins inherits."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from cases import bfloat16
@@ -120,7 +122,9 @@ class TestErrors:
             "segment_pos": (3, 7),
             "h0": (3, 4),
         }
-        inputs = {name: np.zeros(shape) for name, shape in (shapes | changes).items()}
+        inputs: dict[str, Any] = {
+            name: np.zeros(shape) for name, shape in (shapes | changes).items()
+        }
         with pytest.raises(ValueError, match=message):
             backend.rg_lru_scan(**inputs)
 

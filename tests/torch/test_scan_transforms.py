@@ -24,7 +24,7 @@ def torch_scan(request: pytest.FixtureRequest) -> Implementation:
 
 
 def tensors(case: ScanCase) -> Any:
-    return BACKENDS["torch"].scan_arguments(*case.inputs, "float64")
+    return BACKENDS["torch"].scan_arguments(*case.inputs, dtype="float64")
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -56,7 +56,7 @@ def test_rg_lru_gradcheck(torch_scan: Implementation, length: int) -> None:
     if torch_scan.name == "triton":
         pytest.skip("interpreted kernels are slow")
     case = make_rg_lru(2, length, 2)
-    *inputs, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, "float64")
+    *inputs, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, dtype="float64")
 
     def run(x, input_gate, a_gate, a_param, h0):
         return rg_lru_scan(
@@ -78,7 +78,7 @@ def test_rg_lru_vmap_of_func_grad(torch_scan: Implementation, length: int) -> No
     if torch_scan.name == "triton" and length > 1:
         pytest.skip("interpreted kernels are slow")
     case = make_rg_lru(2, length, 3)
-    x, i, r, p, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, "float64")
+    x, i, r, p, segment_pos, h0 = BACKENDS["torch"].rg_lru_arguments(*case.inputs, dtype="float64")
 
     def loss(x, a_param):
         y, last = rg_lru_scan(x, i, r, a_param, segment_pos, h0, implementation=torch_scan.name)
