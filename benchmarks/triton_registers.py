@@ -72,7 +72,7 @@ def compile_kernel(
         },
     )
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    compiled = triton.compile(source, target=target, options=scan_triton.COMPILER_OPTIONS)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -18,6 +18,8 @@ from recurrentgemma.torch import triton_kernels as kernels
 
 _LOAD_BYTES = 16  # of a thread's widest load
 _MAX_STEPS = 8  # unrolled, so that compilation takes seconds
+# All registers that a thread can have: ptxas else stops earlier, and spills.
+COMPILER_OPTIONS = {"num_warps": 1, "maxnreg": 255}
 # Of a thread's part of a tile: as many as there are registers for.
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 16
 _WARPS_PER_PROCESSOR = 8  # at a warp a program
@@ -196,7 +198,7 @@ def _launch(
             *(length, width, cut.chunk),
             STEPS=cut.steps,
             CHANNELS=cut.channels,
-            num_warps=1,
+            **COMPILER_OPTIONS,
             **constants,
         )
 
