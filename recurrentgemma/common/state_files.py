@@ -110,6 +110,30 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
     return StoredState(arrays or None, tuple(lengths), tuple(map(tuple, pending)), seen, notes)
 
 
+def narrowed(arrays: Arrays, cache: Any) -> Arrays:
+    """A framework's cache as arrays of its own dtypes, from `arrays` with bfloat16 as float32."""
+    return {
+        block: {
+            field: value.astype(BFLOAT16)
+            if str(getattr(cache[block], field).dtype).endswith("bfloat16")
+            else value
+            for field, value in fields.items()
+        }
+        for block, fields in arrays.items()
+    }
+
+
+def widened(arrays: Arrays) -> Arrays:
+    """The arrays with bfloat16 as float32."""
+    return {
+        block: {
+            field: value.astype(np.float32) if value.dtype == BFLOAT16 else value
+            for field, value in fields.items()
+        }
+        for block, fields in arrays.items()
+    }
+
+
 def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

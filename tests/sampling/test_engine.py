@@ -1,6 +1,7 @@
 """The engine under the samplers: what is compiled, what a finished row costs, what stays flat."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +123,15 @@ def test_compiled_or_not() -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     sampler = make_sampler("jax", jit_compile=False)
     assert without_eos(sampler, ["x"], 3) == without_eos(make_sampler("jax"), ["x"], 3)
+
+
+def test_the_compilation_cache_on_disk_is_used() -> None:
+    """What is compiled at the first call is there for the next process; tests set the folder."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    assert folder is not None
+    make_sampler("jax")(["x"], 2)
+    names = {path.name.split("-")[0] for path in Path(folder).iterdir()}
+    assert {"jit_prefill", "jit_feed", "jit__choose"} <= names
