@@ -155,7 +155,6 @@ def sample(
         raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None and save_state.exists() and not force:
         raise ValueError(f"{save_state} exists; --force replaces it")
-    results = None if output is None else ResultFile(output, force=force)
     text = "" if input_ else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
     with working(f"Loading {path.name} with {framework}"):
@@ -168,9 +167,8 @@ def sample(
         "stop_ids": stop_id or (),
         "num_logprobs": logprobs,
     }
-    if input_ is not None:
-        assert results is not None
-        with results:
+    if input_ is not None and output is not None:
+        with ResultFile(output, force=force) as results:
             errors = run_batch(
                 sampler,
                 input_,

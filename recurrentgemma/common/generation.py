@@ -117,6 +117,7 @@ class Generation:
         active = np.ones(origin.num_rows, bool)
         number = np.ones(origin.num_rows, np.float32)
         for step in range(request.steps):
+            self._run = None
             # A row that has ended is fed padding, which changes nothing.
             fed = np.where(active, tokens, engine.tokenizer.pad_id).astype(np.int32)
             logits, run = engine._feed(run, fed, np.where(active, position, -1).astype(np.int32))
@@ -137,7 +138,6 @@ class Generation:
             active[rows] = [not self.texts[row].stopped for row in rows]
             if not active.any():
                 return
-            self._run = None
 
     @property
     def state(self) -> State:

@@ -83,19 +83,23 @@ class ResultFile:
         self.finished: list[dict[str, Any]] = []
         try:
             self._file = path.open("ab+")
-            if force:
-                self._file.truncate(0)
-            self._file.seek(0)
-            whole = 0
-            for number, data in enumerate(self._file, 1):
-                if not data.endswith(b"\n"):
-                    break
-                self.finished.append(_result(path, number, data))
-                whole += len(data)
-            if self._file.seekable():
-                self._file.truncate(whole)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            self._recover(force)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _recover(self, force: bool) -> None:
+        whole = 0
+        self._file.seek(0)
+        for number, data in enumerate([] if force else self._file, 1):
+            if not data.endswith(b"\n"):
+                break
+            self.finished.append(_result(self.path, number, data))
+            whole += len(data)
+        self._file.truncate(whole)
 
     def write(self, result: dict[str, Any]) -> None:
         """Adds a result.
@@ -103,7 +107,7 @@ class ResultFile:
         Raises:
           OutputError: The disk is full, say; all results before it are kept.
         """
-        data = (json.dumps(result, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(result) + "\n").encode()
         try:
             self._file.write(data)
             self._file.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -10,39 +9,33 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import sentencepiece as spm
 
-from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.chunks import chunk_lengths
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.generation import Engine, Generation, Request, Stream
+from recurrentgemma.common.generation import Generation, Request, Stream
 from recurrentgemma.common.output import SamplerOutput, logprobs_of_row
+from recurrentgemma.common.reader import Reader
 from recurrentgemma.common.sampling import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.scoring import Score
-from recurrentgemma.common.state import Arrays, State, StateError, check_state, empty_state
-from recurrentgemma.common.state_files import StoredState, read_state, write_state
+from recurrentgemma.common.state import State, StateError, check_state, empty_state
+from recurrentgemma.common.state_files import (
+    StoredState,
+    narrowed,
+    read_state,
+    widened,
+    write_state,
+)
 from recurrentgemma.common.stops import Stops, checked_ids, checked_strings
-from recurrentgemma.common.text import Tokenizer, apply_it_formatter, pad_left
+from recurrentgemma.common.text import Tokenizer, apply_it_formatter
 
 _Array = TypeVar("_Array")
 
 
-class BaseSampler(Engine, Generic[_Array]):
-    """Text from a model. The twins add what runs on their framework.
+class BaseSampler(Reader, Generic[_Array]):
+    """Text from a model: what it can be asked. The twins add what runs on their framework.
 
     Attributes:
-      config: The model's configuration.
-      tokenizer: The vocabulary with its special tokens.
       sampling: How tokens are chosen.
       is_it_model: Whether prompts are put into the chat template and `<end_of_turn>` ends a row.
-      prefill_chunks: The lengths of the chunks in which prompts are read, so that memory does not
-        grow with the prompt, each a multiple of the next. Where programs are compiled no others
-        occur.
-      score_chunks: Likewise where there are logits in every place, [T, V].
     """
-
-    prefill_chunks: Sequence[int] = (2048, 256, 32)
-    score_chunks: Sequence[int] = (256, 32)
-    # Whether prompts are padded to whole chunks, so that only a few lengths are ever compiled.
-    _buckets = False
 
     def __init__(
         self,
@@ -118,11 +111,10 @@ class BaseSampler(Engine, Generic[_Array]):
         logits = out.logits
         if logits is not None:
             prompt_logits = [row for row in prompt_logits for _ in range(samples)]
-            logits = [self._concatenate(pair) for pair in zip(prompt_logits, logits, strict=True)]
-        tokens = zip(map(self._array, prompts), out.tokens, strict=True)
+            logits = self._joined(prompt_logits, logits)
         return out._replace(
             text=[prompt + new for prompt, new in zip(text, out.text, strict=True)],
-            tokens=[self._concatenate(pair) for pair in tokens],
+            tokens=self._joined([np.array(row, np.int32) for row in prompts], out.tokens),
             logits=logits,
         )
 
@@ -254,15 +246,8 @@ class BaseSampler(Engine, Generic[_Array]):
           DestinationError: `path` exists and `force` is not set, or cannot be written.
         """
         self._require_own(state)
-        arrays = None
-        if state.cache is not None:
-            arrays = {
-                block: {
-                    field: value.astype(BFLOAT16) if _is_bfloat16(fields, field) else value
-                    for field, value in self._to_numpy(state.cache)[block].items()
-                }
-                for block, fields in state.cache.items()
-            }
+        cache = state.cache
+        arrays = None if cache is None else narrowed(self._to_numpy(cache), cache)
         stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
         write_state(path, self.config, stored, force=force)
 
@@ -279,10 +264,7 @@ class BaseSampler(Engine, Generic[_Array]):
         stored = read_state(path, self.config)
         cache = None
         if stored.arrays is not None:
-            wide = {
-                block: {f: v.astype(np.float32) if v.dtype == BFLOAT16 else v for f, v in a.items()}
-                for block, a in stored.arrays.items()
-            }
+            wide = widened(stored.arrays)
             try:
                 check_state(self.config, wide, len(stored.lengths))
             except ValueError as error:
@@ -348,19 +330,20 @@ class BaseSampler(Engine, Generic[_Array]):
                 tokens[row].append(int(step.tokens[row]))
                 texts[row].append(step.texts[row])
             if return_logits:
-                all_logits.append(step.logits[None])
+                all_logits.append(self._on_host(step.logits))
             if step.logprobs is not None:
                 all_logprobs.append(step.logprobs)
         logits = logprobs = None
         if return_logits:
-            empty = self._on_device(np.zeros((0, len(rows), self.config.vocab_size), np.float32))
-            joined = self._concatenate([empty, *all_logits])
-            logits = [joined[: len(tokens[row]), row] for row in rows]
+            empty = np.zeros((0, self.config.vocab_size), np.float32)
+            of_rows = [[empty, *(z[row, None] for z in all_logits[: len(tokens[row])])]
+                       for row in rows]  # fmt: skip
+            logits = [self._on_device(np.concatenate(parts)) for parts in of_rows]
         if request.num_logprobs is not None:
             logprobs = [logprobs_of_row(all_logprobs, row, len(tokens[row])) for row in rows]
         return SamplerOutput(
             text=["".join(parts) for parts in texts],
-            tokens=[self._array(row) for row in tokens],
+            tokens=[self._on_device(np.array(row, np.int32)) for row in tokens],
             logits=logits,
             logprobs=logprobs,
             finish_reasons=[text.finish_reason for text in generation.texts],
@@ -379,109 +362,9 @@ class BaseSampler(Engine, Generic[_Array]):
             raise StateError(f"this is the state of another model: {'; '.join(differences)}")
         return state
 
-    def _repeated(self, state: State, samples: int) -> State:
-        """The state with each row several times, read once."""
-        if samples == 1:
-            return state
-        state = self._read_state(state)
-        rows = np.repeat(np.arange(state.num_rows), samples)
-        return State(
-            self.config,
-            None if state.cache is None else self._take(state.cache, rows),
-            tuple(state.lengths[row] for row in rows),
-            tuple(state.pending[row] for row in rows),
-            state.seen[rows],
-        )
-
-    def _read_state(self, state: State) -> State:
-        """The state with all but the last of its pending tokens read."""
-        run, last, lengths = self._read(state)
-        pending = tuple((int(token),) for token in last)
-        return State(self.config, self._snapshot(run), tuple(lengths.tolist()), pending, state.seen)
-
-    def _read(self, state: State) -> tuple[Any, np.ndarray, np.ndarray]:
-        rows = [tokens[:-1] for tokens in state.pending]
-        lengths = chunk_lengths(max(map(len, rows)), self.prefill_chunks, pad=self._buckets)
-        tokens, segment_pos = pad_left(
-            rows, self.tokenizer.pad_id, sum(lengths), starts=state.lengths
-        )
-        cache = self._begin(state)
-        start = 0
-        for length in lengths:
-            chunk = slice(start, start + length)
-            cache = self._prefill(cache, tokens[:, chunk], segment_pos[:, chunk])
-            start += length
-        last = np.array([row[-1] for row in state.pending], np.int32)
-        read = np.array(state.lengths, np.int32) + np.array(list(map(len, rows)), np.int32)
-        return self._run(cache), last, read
-
-    def _scored(self, tokens: list[int]) -> Iterable[tuple[Any, np.ndarray]]:
-        """By chunk, the logits [T, V] and the log-probabilities [T] of all tokens but the first."""
-        inputs, targets = tokens[:-1], tokens[1:]
-        lengths = chunk_lengths(len(inputs), self.score_chunks, pad=self._buckets)
-        padded, segment_pos = pad_left([inputs], self.tokenizer.pad_id, sum(lengths))
-        goals, _ = pad_left([targets], self.tokenizer.pad_id, sum(lengths))
-        cache = self._begin(empty_state(self.config, 1))
-        start, padding = 0, sum(lengths) - len(inputs)
-        for length in lengths:
-            chunk = slice(start, start + length)
-            logits, logprobs, cache = self._score(
-                cache, padded[:, chunk], segment_pos[:, chunk], goals[:, chunk]
-            )
-            new = slice(max(padding - start, 0), None)
-            yield logits[0, new], np.asarray(logprobs)[0, new]
-            start += length
-
-    def _prompt_logits(self, prompt: list[int]) -> Any:
-        """What scored each token of a prompt, [T, V]: zeros for the first."""
-        first = self._on_device(np.zeros((1, self.config.vocab_size), np.float32))
-        return self._concatenate([first, *(logits for logits, _ in self._scored(prompt))])
-
-    @abc.abstractmethod
-    def _seed(self, rng: Any) -> Any:
-        """Integers from the framework's own source of randomness or, of None, fresh ones."""
-
-    @abc.abstractmethod
-    def _begin(self, state: State) -> Any:
-        """A cache like the state's, or of its rows before the first token, that may be changed."""
-
-    @abc.abstractmethod
-    def _prefill(self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray) -> Any:
-        """The cache after a chunk, [B, T]; the one given may be gone."""
-
-    @abc.abstractmethod
-    def _run(self, cache: Any) -> Any:
-        """What `_feed` takes, from a cache that may be changed."""
-
-    @abc.abstractmethod
-    def _score(
-        self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
-    ) -> tuple[Any, Any, Any]:
-        """Logits [B, T, V], the targets' log-probabilities [B, T], and the cache."""
-
-    @abc.abstractmethod
-    def _take(self, cache: Any, rows: np.ndarray) -> Any:
-        """A cache of copies of these rows."""
-
-    @abc.abstractmethod
-    def _to_numpy(self, cache: Any) -> Arrays:
-        """The cache as NumPy arrays, bfloat16 as float32."""
-
-    @abc.abstractmethod
-    def _from_numpy(self, arrays: Arrays) -> Any:
-        """The inverse, in the dtype of the model's own state."""
-
-    @abc.abstractmethod
-    def _array(self, tokens: list[int]) -> _Array:
-        """Token ids as the framework's array."""
-
-    @abc.abstractmethod
-    def _concatenate(self, parts: Sequence[Any]) -> Any:
-        """Arrays joined along their first axis."""
-
-
-def _is_bfloat16(fields: Any, field: str) -> bool:
-    return str(getattr(fields, field).dtype).endswith("bfloat16")
+    def _joined(self, before: Sequence[np.ndarray], after: Sequence[Any]) -> list[Any]:
+        pairs = zip(before, map(self._on_host, after), strict=True)
+        return [self._on_device(np.concatenate(pair)) for pair in pairs]
 
 
 def _checked(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -14,23 +14,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
+from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DestinationError
 from recurrentgemma.common.state import Arrays, StateError, state_shapes
 
 _FORMAT, _VERSION = "recurrentgemma-state", "1"
-_STORED = {
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-    "float32": ("F32", np.dtype(np.float32)),
-    "float64": ("F64", np.dtype(np.float64)),
-    "int32": ("I32", np.dtype(np.int32)),
-    "uint8": ("U8", np.dtype(np.uint8)),
+_DTYPES = {
+    "BF16": BFLOAT16,
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
 }
-_DTYPES = dict(_STORED.values())
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class StoredState(NamedTuple):
@@ -62,10 +61,6 @@ def write_state(
     tensors = {"seen": np.packbits(state.seen, axis=1)}
     for block, fields in (state.arrays or {}).items():
         tensors |= {f"{block}.{field}": value for field, value in fields.items()}
-    stored = {}
-    for name, value in tensors.items():
-        dtype, _ = _STORED[value.dtype.name]
-        stored[name] = {"dtype": dtype, "shape": value.shape, "data": value.tobytes()}
     header = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -74,13 +69,8 @@ def write_state(
         "pending": json.dumps(state.pending),
         "notes": json.dumps(state.notes),
     }
-    for tensor in stored.values():
-        tensor["dtype"] = _LIBRARY_NAMES[tensor["dtype"]]
     with whole_file(path, force=force) as temporary:
-        temporary.write_bytes(safetensors.serialize(stored, header))
-
-
-_LIBRARY_NAMES = {stored: name for name, (stored, _) in _STORED.items()}
+        temporary.write_bytes(_serialized(tensors, header))
 
 
 def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredState:
@@ -92,8 +82,7 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
     """
     data = Path(path).read_bytes()
     try:
-        tensors = {name: _array(tensor) for name, tensor in safetensors.deserialize(data)}
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        tensors, header = _deserialized(data)
         if header["format"] != _FORMAT:
             raise StateError(f"{path} is no state: its header says {header['format']!r}")
         if header["version"] != _VERSION:
@@ -105,7 +94,7 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
         )
     except StateError:
         raise
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(f"{path} is no complete state file: {error}") from error
     _require_same_model(path, stored_config, config)
     packed = tensors.pop("seen", np.zeros((0, 0), np.uint8))
@@ -121,9 +110,58 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
     return StoredState(arrays or None, tuple(lengths), tuple(map(tuple, pending)), seen, notes)
 
 
-def _array(tensor: Mapping[str, Any]) -> np.ndarray:
-    flat = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])
-    return flat.reshape(tensor["shape"])
+def narrowed(arrays: Arrays, cache: Any) -> Arrays:
+    """A framework's cache as arrays of its own dtypes, from `arrays` with bfloat16 as float32."""
+    return {
+        block: {
+            field: value.astype(BFLOAT16)
+            if str(getattr(cache[block], field).dtype).endswith("bfloat16")
+            else value
+            for field, value in fields.items()
+        }
+        for block, fields in arrays.items()
+    }
+
+
+def widened(arrays: Arrays) -> Arrays:
+    """The arrays with bfloat16 as float32."""
+    return {
+        block: {
+            field: value.astype(np.float32) if value.dtype == BFLOAT16 else value
+            for field, value in fields.items()
+        }
+        for block, fields in arrays.items()
+    }
+
+
+def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, value in tensors.items():
+        begin, end = end, end + value.nbytes
+        offsets = {"shape": value.shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[value.dtype], **offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts = [len(text).to_bytes(8, "little"), text]
+    return b"".join([*parts, *(value.tobytes() for value in tensors.values())])
+
+
+def _deserialized(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata in the bytes of a safetensors file."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = header.pop("__metadata__")
+    tensors, ends = {}, [0]
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        array = np.frombuffer(data[start + begin : start + end], _DTYPES[entry["dtype"]])
+        tensors[name] = array.reshape(entry["shape"])
+        ends.append(end)
+    if start + max(ends) != len(data):
+        raise ValueError(f"{start + max(ends)} bytes are expected, got {len(data)}")
+    return tensors, metadata
 
 
 def _require_same_model(

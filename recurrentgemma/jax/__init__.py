@@ -2,7 +2,9 @@
 
 from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.state import State
 from recurrentgemma.jax.attention import LocalAttentionBlock
 from recurrentgemma.jax.blocks import MLPBlock, RecurrentBlock, ResidualBlock
 from recurrentgemma.jax.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
@@ -26,6 +28,7 @@ __all__ = [
     "BlockDiagonalLinear",
     "Categorical",
     "Conv1D",
+    "Conversation",
     "Greedy",
     "Griffin",
     "GriffinConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "SamplerOutput",
     "ScanType",
     "ShardingSpec",
+    "State",
     "TemporalBlockType",
     "choose_implementation",
     "init_params",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -154,6 +154,9 @@ class Sampler(BaseSampler[Array]):
     def _on_device(self, values: np.ndarray) -> Array:
         return jax.device_put(values, self._placement())
 
+    def _on_host(self, values: Array) -> np.ndarray:
+        return np.asarray(values)
+
     def _to_numpy(self, cache: Cache) -> Arrays:
         return cache_to_numpy(cache)
 
@@ -169,12 +172,6 @@ class Sampler(BaseSampler[Array]):
             data = np.asarray(jax.random.key_data(rng) if is_key else rng)
             return int.from_bytes(data.tobytes(), "little")
         return rng
-
-    def _array(self, tokens: list[int]) -> Array:
-        return jnp.asarray(tokens, jnp.int32)
-
-    def _concatenate(self, parts: Sequence[Array]) -> Array:
-        return jnp.concatenate(list(parts))
 
 
 class _Functions(NamedTuple):

@@ -2,7 +2,9 @@
 
 from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.state import State
 from recurrentgemma.torch.attention import LocalAttentionBlock
 from recurrentgemma.torch.blocks import MLPBlock, RecurrentBlock, ResidualBlock
 from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
@@ -20,6 +22,7 @@ __all__ = [
     "BlockDiagonalLinear",
     "Categorical",
     "Conv1D",
+    "Conversation",
     "Greedy",
     "Griffin",
     "GriffinConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "Sampler",
     "SamplerOutput",
     "ScanType",
+    "State",
     "TemporalBlockType",
     "choose_implementation",
     "linear_scan",

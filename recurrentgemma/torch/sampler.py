@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +114,9 @@ class Sampler(BaseSampler[Tensor]):
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.copy()).to(self._device)
 
+    def _on_host(self, values: Tensor) -> np.ndarray:
+        return values.cpu().numpy()
+
     def _to_numpy(self, cache: Cache) -> Arrays:
         return cache_to_numpy(cache)
 
@@ -132,12 +134,6 @@ class Sampler(BaseSampler[Tensor]):
     @property
     def _device(self) -> torch.device:
         return self.model.embedder.input_embedding.device
-
-    def _array(self, tokens: list[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int32)
-
-    def _concatenate(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
 
 
 def _map(function, cache: Cache) -> Cache:

@@ -28,8 +28,8 @@ def batch(cli, checkpoint, prompts, tmp_path):
         path = tmp_path / output
         done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6", "--input",
                    prompts, "--output", path, *args)  # fmt: skip
-        text = path.read_text() if path.exists() else ""
-        return done, [json.loads(line) for line in text.splitlines()]
+        lines = path.read_text().split("\n") if path.exists() else []
+        return done, [json.loads(line) for line in lines if line.startswith("{")]
 
     return run
 

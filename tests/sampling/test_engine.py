@@ -1,0 +1,137 @@
+"""The engine under the samplers: what is compiled, what a finished row costs, what stays flat."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samplers import CONFIG, PROMPTS, lists, make_sampler, without_eos
+
+from recurrentgemma.common.generation import Generation
+from recurrentgemma.common.state import empty_state
+
+FREE = {"end_sampling_at_eos_token": False}
+
+
+def test_nothing_compiles_after_the_first_call() -> None:
+    """For any of 50 prompt lengths up to 4096, any number of steps, and another sampler."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    compiled = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        del duration
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    def complete(sampler, length: int, steps: int) -> None:
+        tokens = rng.integers(5, CONFIG.vocab_size, size=length).tolist()
+        state = empty_state(CONFIG, 1).extended([tokens])
+        sampler._complete(state, sampler._request(steps, (None, 1, 1), (False, (), ()), None, None),
+                          return_logits=False)  # fmt: skip
+
+    rng = np.random.default_rng(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        complete(make_sampler("jax"), 3, 2)
+        again = make_sampler("jax")  # its own parameters compile
+        compiled.clear()
+        for length in (*rng.integers(1, 4097, size=48), 1, 4096):
+            complete(again, int(length), int(rng.integers(1, 5)))
+        assert compiled == []
+        # Sanity: something that was never compiled is noticed.
+        jax.jit(lambda x: x + 3)(np.ones(17)).block_until_ready()
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_logits_are_computed_only_where_they_are_needed(twin: str) -> None:
+    sampler = make_sampler(twin)
+    shapes = []
+    feed = sampler._feed
+
+    def noting(*args):
+        logits, run = feed(*args)
+        shapes.append(tuple(logits.shape))
+        return logits, run
+
+    sampler._feed = noting
+    sampler(["And it came to pass " * 20, "x"], 3, **FREE)
+    assert shapes == [(2, CONFIG.vocab_size)] * 3
+
+
+def test_a_finished_row_changes_nothing(twin: str) -> None:
+    sampler = make_sampler(twin)
+    free = without_eos(sampler, PROMPTS, 20)
+    stop = free[0][3]
+    end = free[0].index(stop) + 1
+    fed = []
+    feed = sampler._feed
+
+    def noting(run, tokens, segment_pos):
+        fed.append((tokens.tolist(), segment_pos.tolist()))
+        return feed(run, tokens, segment_pos)
+
+    sampler._feed = noting
+    out = sampler.generate(sampler.prefill(PROMPTS), 20, stop_ids=[stop], **FREE)
+    assert lists(out.tokens)[0] == free[0][:end]
+    for step, (tokens, segment_pos) in enumerate(fed):
+        ended = step >= end
+        assert (segment_pos[0] == -1) == ended
+        if ended:
+            assert tokens[0] == sampler.tokenizer.pad_id
+    assert any(len(row) == 20 for row in lists(out.tokens))
+    alone = sampler.generate(sampler.prefill(PROMPTS[0]), 20, stop_ids=[stop], **FREE)
+    assert out.state.num_tokens[0] == alone.state.num_tokens[0]
+    assert out.state.pending[0] == alone.state.pending[0] == (stop,)
+    batch, single = (sampler._to_numpy(state.cache) for state in (out.state, alone.state))
+    for block, fields in single.items():
+        for field, value in fields.items():
+            np.testing.assert_allclose(batch[block][field][:1], value, atol=1e-5)
+
+
+def test_everything_stops_when_all_rows_have(twin: str) -> None:
+    sampler = make_sampler(twin)
+    free = without_eos(sampler, ["x"], 20)[0]
+    request = sampler._request(20, (None, 1, 1), (False, (), [free[2]]), None, None)
+    state = empty_state(CONFIG, 1).extended([sampler.tokenizer.encode("x")])
+    steps = list(Generation(sampler, state, request))
+    assert len(steps) == free.index(free[2]) + 1
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_long_stream_stays_flat(twin: str) -> None:
+    """benchmarks/long_stream.py does this for a million tokens."""
+    sampler = make_sampler(twin)
+    stream = sampler.stream("x", 2500, **FREE)
+    sizes, memory = {}, {}
+    tracemalloc.start()
+    try:
+        for step, _ in enumerate(stream):
+            if step in (500, 2400):
+                sizes[step] = stream.state.nbytes
+                memory[step] = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert sizes[500] == sizes[2400]
+    assert memory[2400] - memory[500] < 64_000  # 4 bytes a token, and what Python keeps at hand
+
+
+def test_compiled_or_not() -> None:
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    sampler = make_sampler("jax", jit_compile=False)
+    assert without_eos(sampler, ["x"], 3) == without_eos(make_sampler("jax"), ["x"], 3)
+
+
+def test_the_compilation_cache_on_disk_is_used() -> None:
+    """What is compiled at the first call is there for the next process; tests set the folder."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    assert folder is not None
+    make_sampler("jax")(["x"], 2)
+    names = {path.name.split("-")[0] for path in Path(folder).iterdir()}
+    assert {"jit_prefill", "jit_feed", "jit__choose"} <= names
