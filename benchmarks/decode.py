@@ -181,7 +181,8 @@ def main() -> int:
         return size / (time.perf_counter() - start)
 
     for contender in contenders.values():
-        contender.decode(), contender.prefill()
+        contender.decode()
+        contender.prefill()
     rounds: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         row: dict[str, Any] = {}
