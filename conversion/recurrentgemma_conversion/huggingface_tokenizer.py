@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recurrentgemma.common.errors import TokenizerError
 from recurrentgemma.common.text import END_OF_TURN, START_OF_TURN, Tokenizer
 
 _UNIGRAM, _BPE = 1, 2  # sentencepiece's model types
@@ -143,7 +144,13 @@ def _parse(proto: bytes) -> _Model:
     for field, value in _fields(proto):
         if field == 1:
             piece = {1: b"", 2: struct.pack("<f", 0), 3: _NORMAL} | dict(_fields(value))
-            pieces.append(_Piece(piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
+            try:
+                text = piece[1].decode()
+            except UnicodeDecodeError as error:
+                raise TokenizerError(
+                    f"the tokenizer's piece {len(pieces)} must be UTF-8, got {piece[1]!r}"
+                ) from error
+            pieces.append(_Piece(text, struct.unpack("<f", piece[2])[0], piece[3]))
         elif field == 2:
             trainer = dict(_fields(value))
         elif field == 3:

@@ -171,7 +171,8 @@ class Einsum(SpecModule):
         else:
             y_czm = [x_zd @ w_dm for w_dm in w]
         return tuple(
-            y_zm.reshape(*x.shape[:2], -1) + b_11m for y_zm, b_11m in zip(y_czm, b, strict=True)
+            y_zm.reshape(*x.shape[:2], w.shape[-1]) + b_11m
+            for y_zm, b_11m in zip(y_czm, b, strict=True)
         )
 
 
@@ -191,6 +192,7 @@ class Embedder(SpecModule):
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
         # Of matrices, since XLA transposes all logits for the gradient of an einsum over b and t.
         x_zd, wide = x.reshape(-1, x.shape[-1]), wide_dtype(x.dtype)
-        logits = jnp.matmul(x_zd, w.T, preferred_element_type=wide).reshape(*x.shape[:2], -1)
+        logits = jnp.matmul(x_zd, w.T, preferred_element_type=wide)
+        logits = logits.reshape(*x.shape[:2], len(w))
         cap = self.config.logits_soft_cap
         return jnp.tanh(logits / cap) * cap if cap else logits

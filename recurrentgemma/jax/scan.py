@@ -160,7 +160,9 @@ def rg_lru_scan(
 
 
 def choose_implementation(
-    shape: tuple[int, int, int], dtype: Dtype, device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    shape: tuple[int, int, int],
+    dtype: Dtype,
+    device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Choice:
     """What "auto" means for arrays of this shape and dtype.
 
