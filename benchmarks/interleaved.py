@@ -26,6 +26,8 @@ from rich.table import Table
 
 Task = Callable[[], Any]
 Seconds = dict[str, dict[str, list[float]]]
+# What changes speed, and is not in the command.
+ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "XLA_FLAGS")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy")
 
 
@@ -118,6 +120,7 @@ def about() -> dict[str, Any]:
             continue
     return {
         "command": shlex.join(["python", *sys.argv]),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "cpu": f"{model}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "versions": versions,
