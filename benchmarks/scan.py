@@ -5,7 +5,7 @@
 
 Each output is first compared with the definition in float64. Then contenders take turns, forward
 and backward, each framework in a process of its own. On the CPU the floor is a loop in C with
-OpenMP, whose output is memory fresh from the system ("C") or used before ("C, same output"). On a
+OpenMP, whose output is newly allocated ("C") or used before ("C, same output"). On a
 GPU the scans of flash-linear-attention and accelerated-scan join in where they are installed, and
 the floor is the bytes that must move at the rate of a copy measured in the same run.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
-import mmap
 import statistics
 import subprocess
 import sys
@@ -219,18 +218,16 @@ def c_tasks(shape: Shape, dtype: str, device: str) -> Tasks:
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in arrays)
         function(*pointers, *map(ctypes.c_long, shape))
 
-    def fresh() -> np.ndarray:
-        # As the frameworks get it for large arrays; NumPy would ask for huge pages.
-        return np.frombuffer(mmap.mmap(-1, x.nbytes), np.float32).reshape(shape)
-
     x, a = inputs("scan", shape)
     y, dx, da = (np.zeros_like(x) for _ in range(3))
     call(floor.forward, x, a, y)
     check("C", y.astype(np.float64), expected("scan", [x, a]), dtype)
     return {
-        "scan forward|C": lambda: call(floor.forward, x, a, fresh()),
+        "scan forward|C": lambda: call(floor.forward, x, a, np.empty_like(x)),
         "scan forward|C, same output": lambda: call(floor.forward, x, a, y),
-        "scan backward|C": lambda: call(floor.backward, x, a, y, fresh(), fresh()),
+        "scan backward|C": lambda: call(
+            floor.backward, x, a, y, np.empty_like(x), np.empty_like(x)
+        ),
         "scan backward|C, same output": lambda: call(floor.backward, x, a, y, dx, da),
     }
 
@@ -283,7 +280,10 @@ def main() -> None:
     for text in shapes:
         options = ["--device", arguments.device, "--dtype", arguments.dtype, "--shapes", text]
         workers = {
-            name: Worker([sys.executable, __file__, "--worker", name, *options])
+            # Memory as the frameworks get it: NumPy would ask for huge pages.
+            name: Worker(
+                [sys.executable, __file__, "--worker", name, *options], NUMPY_MADVISE_HUGEPAGE="0"
+            )
             for name in builders
         }
         _, later = measure(workers, arguments.rounds)
