@@ -144,3 +144,37 @@ def _recover(folder: Path) -> None:
             with _locked(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling to write to; once the block ends well it takes the name `path`.
+
+    Args:
+      path: The file to make.
+      force: Whether to replace what is at `path`.
+
+    Raises:
+      DestinationError: `path` exists and `force` is not set, or cannot be written.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists() and not force:
+        raise DestinationError(f"{target} exists; pass force=True to replace it")
+    try:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
+        )
+    except OSError as error:
+        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except OSError as error:
+        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 _E = TypeVar("_E", bound=enum.Enum)
 
@@ -13,6 +13,13 @@ class TemporalBlockType(enum.Enum):
 
     ATTENTION = "attention"
     RECURRENT = "recurrent"
+
+
+class Choice(NamedTuple):
+    """An implementation of the recurrence, and why it."""
+
+    name: str
+    reason: str
 
 
 class ScanType(enum.Enum):

@@ -56,6 +56,7 @@ from recurrentgemma.common.presets import TemporalBlockType
 RMS_EPS = 1e-6
 ROPE_BASE = 10_000.0
 RG_LRU_C = 8.0
+MAX_SQRT_GRADIENT = 1000.0
 
 Array = np.ndarray
 Params = Mapping[str, np.ndarray]

@@ -6,11 +6,9 @@ model it is a state of and which tokens come next.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.files import whole_file
 from recurrentgemma.common.state import Arrays, StateError, state_shapes
 
 _FORMAT, _VERSION = "recurrentgemma-state", "1"
@@ -175,37 +173,3 @@ def _require_same_model(
     ]
     if differences:
         raise StateError(f"{path} is the state of another model: {'; '.join(differences)}")
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling to write to; once the block ends well it takes the name `path`.
-
-    Args:
-      path: The file to make.
-      force: Whether to replace what is at `path`.
-
-    Raises:
-      DestinationError: `path` exists and `force` is not set, or cannot be written.
-    """
-    target = Path(path).expanduser().absolute()
-    if target.exists() and not force:
-        raise DestinationError(f"{target} exists; pass force=True to replace it")
-    try:
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
-        )
-    except OSError as error:
-        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except OSError as error:
-        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

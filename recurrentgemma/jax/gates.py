@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array
 
-_MAX_SQRT_GRADIENT = 1000.0
+from recurrentgemma.common.reference import MAX_SQRT_GRADIENT
 
 
 def wide_dtype(dtype: Dtype) -> Dtype:
@@ -32,7 +32,7 @@ def bounded_sqrt(x: Array) -> Array:
 @bounded_sqrt.defjvp
 def _bounded_sqrt_jvp(primals, tangents):
     y = jnp.sqrt(primals[0])
-    return y, tangents[0] * jnp.minimum(0.5 / y, _MAX_SQRT_GRADIENT)
+    return y, tangents[0] * jnp.minimum(0.5 / y, MAX_SQRT_GRADIENT)
 
 
 Expm1 = Callable[[Array], Array]

@@ -20,7 +20,8 @@ from flax.typing import Dtype
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.presets import ScanType
+from recurrentgemma.common.presets import Choice, ScanType
+from recurrentgemma.common.reference import RG_LRU_C
 from recurrentgemma.jax import scan_xla
 from recurrentgemma.jax.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.sharding import ShardedScan, ShardingSpec
@@ -40,13 +41,6 @@ _XLA: dict[str, Scan] = {
 _FEW_STEPS = scan_xla.UNROLLED_STEPS
 _PALLAS_PLATFORMS = ("tpu", "gpu")
 _PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-
-
-class Choice(NamedTuple):
-    """An implementation, and why it."""
-
-    name: str
-    reason: str
 
 
 class _Target(NamedTuple):
@@ -154,7 +148,7 @@ def rg_lru_scan(
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
-    rate = -8.0 * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
+    rate = -RG_LRU_C * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
     inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
     return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
 

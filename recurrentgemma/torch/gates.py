@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.reference import RG_LRU_C
-
-MAX_SQRT_GRADIENT = 1000.0
+from recurrentgemma.common.reference import MAX_SQRT_GRADIENT, RG_LRU_C
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.presets import ScanType
+from recurrentgemma.common.presets import Choice, ScanType
 from recurrentgemma.torch import scan_ops
 from recurrentgemma.torch.gates import rg_lru_gates, wide_dtype
 
@@ -27,13 +26,6 @@ SCAN_TYPES = {
     ScanType.LINEAR_PALLAS: "auto",  # PyTorch has no Pallas
 }
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-class Choice(NamedTuple):
-    """An implementation, and why it."""
-
-    name: str
-    reason: str
 
 
 def linear_scan(

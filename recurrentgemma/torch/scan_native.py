@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.reference import RG_LRU_C
-from recurrentgemma.torch.gates import MAX_SQRT_GRADIENT
+from recurrentgemma.common.reference import MAX_SQRT_GRADIENT, RG_LRU_C
 
 _LOOP_LENGTH = 16
 _MAX_CHUNK_LENGTH = 64
