@@ -7,13 +7,14 @@ from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.lora import LoraOptions
 from recurrentgemma.common.memory import parameter_bytes, training_bytes
 from recurrentgemma.common.optimization import OptimizerOptions
+from recurrentgemma.common.presets import TemporalBlockType
 
 CONFIG = GriffinConfig(
     vocab_size=64,
     width=32,
     mlp_expanded_width=48,
     num_heads=4,
-    block_types=("recurrent", "attention"),
+    block_types=(TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION),
     lru_width=40,
     attention_window_size=8,
     embeddings_scale_by_sqrt_dim=True,
@@ -36,13 +37,14 @@ def test_training(framework, optimizer, dtype, lora):
 
         model = Griffin(CONFIG, dtype=getattr(torch, dtype))
         state = training.create_train_state(model, optimizer=options, lora=lora)
+        arrays = dict(training.state_arrays(state))
     else:
         from recurrentgemma.jax import Griffin, init_params, training
 
         params = init_params(CONFIG, 0, dtype)
         model = Griffin(CONFIG, dtype=dtype, param_dtype=dtype)
         state = training.create_train_state(model, params, optimizer=options, lora=lora)
-    arrays = dict(training.state_arrays(state))
+        arrays = dict(training.state_arrays(state))
     arrays.pop("step")
     trained = sum(a.nbytes for name, a in arrays.items() if name.startswith("parameters."))
     others = sum(a.nbytes for name, a in arrays.items() if not name.startswith("parameters."))
