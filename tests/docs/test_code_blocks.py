@@ -33,19 +33,18 @@ class Block(NamedTuple):
     language: str
     code: str
     reason: str | None
+    follows: bool  # the block before, with nothing in between
 
 
 def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
-    return [
-        Block(
-            text.count("\n", 0, match.start("code")),
-            match["language"],
-            textwrap.dedent(match["code"]),
-            match["reason"],
-        )
-        for match in FENCE.finditer(text)
-    ]
+    text, end, found = page.read_text(), 0, []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("code"))
+        code = textwrap.dedent(match["code"])
+        follows = end > 0 and not text[end : match.start()].strip()
+        found.append(Block(line, match["language"], code, match["reason"], follows))
+        end = match.end()
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -54,9 +53,13 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     names: dict = {"__name__": "__main__"}
+    output = None
     for block in blocks(page):
+        if block.language == "text" and block.follows and output is not None:  # a transcript
+            assert output.strip() == block.code.strip()
         if block.reason is not None or block.language in SHOWN_ONLY:
             continue
+        output = None
         if block.language == "python":
             code = compile("\n" * block.line + block.code, str(page), "exec")
             exec(code, names)
@@ -70,6 +73,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                 stdin=subprocess.DEVNULL,
             )
             assert done.returncode == 0, f"{page.name}:{block.line}: {done.stderr}"
+            output = done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
