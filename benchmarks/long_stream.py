@@ -3,10 +3,9 @@
     python benchmarks/long_stream.py [--tokens 1000000] [--frameworks jax torch]
 
 Each framework streams in a process of its own, through a model of 0.2M parameters with a window of
-64: it reads text in stretches of 2000 words, each on the state that the one before has left, and at
-4k tokens and at each tenth of the way generates 500 tokens from there. Prints a row at each of these,
-and exits 1 where the last row's state, memory or median times are above 1.1 times those at 4k (times:
-1.25 times).
+64: it reads text in stretches of 2000 words, each on the state that the one before has left. At 4k
+tokens and at each tenth of the way it generates 500 from there and prints a row. It exits with 1
+where the last row's state, memory or median times are above 1.1 times those at 4k (times: 1.25).
 """
 
 import argparse
