@@ -89,9 +89,9 @@ class BlockDiagonalLinear(SpecModule):
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "b t l"]) -> Float[Tensor, "b t l"]:
-        x_bthi = x.unflatten(-1, (self.config.num_heads, -1))
-        y_bthj = torch.einsum("bthi,hij->bthj", x_bthi, self.w) + self.b
-        return y_bthj.flatten(-2)
+        x_hzi = x.flatten(0, 1).unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)
+        y_hzj = torch.baddbmm(self.b[:, None], x_hzi, self.w)
+        return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
 class Conv1D(SpecModule):
