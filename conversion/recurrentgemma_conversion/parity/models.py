@@ -14,6 +14,7 @@ import numpy as np
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MissingExtraError
 from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.state import state_shapes
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 Arrays = dict[str, np.ndarray]
@@ -111,7 +112,7 @@ class JaxModel(Model):
             return self._model.init_cache(batch_size)
 
     def arrays_of(self, state):
-        return _flat(state, np.asarray)
+        return _flat(self.config, state, np.asarray)
 
     def parameters(self):
         return self._by_path(self._params)
@@ -202,7 +203,7 @@ class TorchModel(Model):
         return self._model.init_cache(batch_size)
 
     def arrays_of(self, state):
-        return _flat(state, _torch_array)
+        return _flat(self.config, state, _torch_array)
 
     def parameters(self):
         return self._by_path({k: v.detach() for k, v in self._model.state_dict().items()})
@@ -233,12 +234,9 @@ def _torch_array(tensor: Any) -> np.ndarray:
     return _array(tensor)
 
 
-def _flat(state: Mapping[str, Any], array: Any) -> Arrays:
-    return {
-        f"{block}.{field}": array(value)
-        for block, fields in state.items()
-        for field, value in fields._asdict().items()
-    }
+def _flat(config: GriffinConfig, state: Mapping[str, Any], array: Any) -> Arrays:
+    paths = (path.rpartition(".") for path in state_shapes(config))
+    return {f"{block}.{field}": array(getattr(state[block], field)) for block, _, field in paths}
 
 
 _MODULES = {"jax": ("jax", "flax"), "torch": ("torch",), "transformers": ("torch", "transformers")}
