@@ -1,4 +1,4 @@
-"""Forty small faults, each of which makes one twin another model."""
+"""Small faults, each of which makes one twin another model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applies each of `faults.FAULTS` to a copy of the package: which test, and which `parity` run, see it?
+"""Applies each of `faults.FAULTS` to a copy of the package: which test sees it, and does `parity`?
 
     make mutation
 
@@ -23,6 +23,7 @@ from typing import Any
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
+TWINS = ("recurrentgemma/jax", "recurrentgemma/torch")
 TREES = ("recurrentgemma", "conversion", "tests", "pyproject.toml")
 TESTS = (
     "test_modules.py",
@@ -45,7 +46,7 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         checkpoint = write_checkpoint(Path(folder) / "checkpoint")
-        for fault in (None, *FAULTS):
+        for fault in (*FAULTS, None):
             name = "no fault" if fault is None else fault.name
             if args.only not in name:
                 continue
@@ -74,20 +75,23 @@ def main() -> int:
 
 
 def sources_hash() -> str:
-    """Of everything that the outcome depends on, but the faults."""
+    """Of what the outcome depends on, but the faults."""
     digest = hashlib.sha256()
-    for tree in TREES[:3]:
-        for file in sorted((ROOT / tree).rglob("*.py")):
-            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    files = [*ROOT.glob("tests/*.py"), *(ROOT / "tests" / "parity" / name for name in TESTS)]
+    for tree in ("recurrentgemma/common", *TWINS, "conversion"):
+        files += (ROOT / tree).rglob("*.py")
+    for file in sorted(files):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def write_checkpoint(path: Path) -> Path:
-    """A small model without zeros, five blocks of both kinds, a scale that bfloat16 rounds."""
+    """A small model without zeros, a block of each kind, a scale that bfloat16 rounds."""
     code = (
-        "import sys; from pathlib import Path; from checkpoints import write_checkpoint; "
-        "from recurrentgemma_conversion import Format; "
-        "write_checkpoint(Path(sys.argv[1]), Format.RECURRENTGEMMA, dtype='bfloat16')"
+        "import sys; from pathlib import Path; from cases import make_config; "
+        "from checkpoints import write_checkpoint; from recurrentgemma_conversion import Format; "
+        "config = make_config('RA', width=40, lru_width=24, attention_window_size=5); "
+        "write_checkpoint(Path(sys.argv[1]), Format.RECURRENTGEMMA, config, 'bfloat16')"
     )
     run(ROOT, "-c", code, str(path), check=True)
     return path
@@ -175,9 +179,9 @@ def table(results: list[tuple[Fault, dict[str, Any]]], missed: list[str]) -> str
     lines = [
         "# Faults, and what sees them",
         "",
-        "Written by `make mutation`: each fault of `scripts/faults.py` alone in one twin. The test is the",
-        "first that fails; `parity` is run on a small model, and what it first finds beyond its budget is",
-        "named, with the pass.",
+        "Written by `make mutation`: each fault of `scripts/faults.py` alone in one twin. The test",
+        "is the first that fails; `parity` runs on a small model in the given dtype, and what it",
+        "first finds beyond its budget is named, with the pass.",
         "",
         f"{len(results) - len(missed)} of {len(results)} are seen by both.",
         "",

@@ -32,15 +32,18 @@ def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(title)}[/]")
+    levels = list(dict.fromkeys([report.dtype, report.wide]))
     rows, length = batch.tokens.shape
     chunks = " + ".join(str(n) for n in batch.chunks if n > 1)
     console.print(
         f"{rows} rows of {length} tokens: in one pass, in chunks ({chunks}), "
-        f"and {batch.num_steps} step by step\n"
+        f"and {batch.num_steps} step by step.\n"
+        "Differences are relative to a tensor's RMS. The columns of dtypes have the part\n"
+        f"that they take of their budget in it, which is {_budgets(levels)}.\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("largest of all passes", no_wrap=True, overflow="ellipsis")
-    for name in ("max", "RMS", "ulps", "of budget", report.wide):
+    table.add_column("worst of all passes", no_wrap=True, overflow="ellipsis")
+    for name in ("max", "RMS", "ulps", *levels):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, lines in groupby(_lines(report.rows, every), lambda line: line[1].kind):
         if kind != "activation":
@@ -51,8 +54,7 @@ def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
                 f"{error.largest:.1e}",
                 f"{error.rms:.1e}",
                 _short(error.ulps(report.dtype)),
-                _percent(row.error.share),
-                _percent(row.wide.share),
+                *(_percent(e.share) for e in (error, row.wide)[: len(levels)]),
             )
             style = None if row.within else "red"
             table.add_row(escape(name if row.within else f"{name}  BEYOND"), *cells, style=style)
@@ -90,6 +92,11 @@ def summary(report: Report) -> Iterable[str]:
     else:
         where = f", {first.case}" if first.case else ""
         yield f"[bold red]beyond the budget, first in {first.name}{where}[/]"
+
+
+def _budgets(levels: Sequence[str]) -> str:
+    kinds = ("1e-10" if level == "float64" else "measured" for level in levels)
+    return " and ".join(dict.fromkeys(kinds))
 
 
 def _lines(rows: Sequence[Row], every: bool) -> Iterable[tuple[str, Row]]:
