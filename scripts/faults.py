@@ -168,8 +168,8 @@ FAULTS = (
     Fault(
         "attention: scores times H^-0.49",
         "jax/attention.py",
-        "q_btnh.shape[-1] ** -0.5",
-        "q_btnh.shape[-1] ** -0.49",
+        "q_bgcnh.shape[-1] ** -0.5",
+        "q_bgcnh.shape[-1] ** -0.49",
     ),
     Fault("RoPE: on the wrong half", _A, "rotated, passed = x.chunk", "passed, rotated = x.chunk"),
     Fault(
@@ -209,5 +209,18 @@ FAULTS = (
         _A,
         "torch.where(starts, num_new, cache.num_tokens + num_new)",
         "cache.num_tokens + num_new",
+    ),
+    # A step of decoding
+    Fault(
+        "decoding: the convolution's state does not move on",
+        _L,
+        "state, extended[:, 1:])",
+        "state, extended[:, :-1])",
+    ),
+    Fault(
+        "decoding: the ring's ages off by one",
+        _A,
+        "(segment_pos - 1 - slot) % window + 1",
+        "(segment_pos - slot) % window + 1",
     ),
 )
