@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
+import jax.numpy as jnp
+
 import recurrentgemma.jax
 import recurrentgemma.torch
 
@@ -33,9 +35,17 @@ ALLOWED = {
     "a Flax module has no parameters, and gets its place in the tree from Flax": [
         *(f"{module}({name})" for module in (*MODULES, "Griffin") for name in ("name", "parent")),
         *(f"{module}(prefix)" for module in MODULES),  # a default, since Flax's fields have theirs
+        "Griffin.setup",
         "Sampler(params)",
         "Sampler.params",
+        "TrainState(base)",
+        "TrainState.replace*",
+        "create_train_state(params)",
         "init_params*",
+        "load_adapters(params)",
+        "loss_fn(adapters)",
+        "loss_fn(lora)",
+        "loss_fn(params)",
         "save_checkpoint(config)",
         "save_checkpoint(model)",
         "save_checkpoint(params)",
@@ -64,15 +74,17 @@ ALLOWED = {
 
 
 def defaults(function: Any) -> dict[str, str]:
-    """Each argument and its default, as text."""
-    parameters = inspect.signature(function).parameters.values()
-    return {
-        parameter.name: "required"
-        if parameter.default is parameter.empty
-        else str(parameter.default)
-        for parameter in parameters
-        if parameter.name != "self"
-    }
+    """Each argument and its default, as text; a dtype has the same name in both."""
+    parameters = inspect.signature(function).parameters
+    return {name: text(p.default) for name, p in parameters.items() if name != "self"}
+
+
+def text(default: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return "required"
+    if isinstance(default, type(jnp.float32)):
+        return jnp.dtype(default).name
+    return str(default).removeprefix("torch.")
 
 
 def api(twin: str) -> dict[str, str]:
