@@ -13,14 +13,14 @@ class Fault(NamedTuple):
       file: Of the package.
       old: What is there once.
       new: What takes its place.
-      dtype: Of the `parity` run that must catch it.
+      options: Of the `parity` run that must catch it.
     """
 
     name: str
     file: str
     old: str
     new: str
-    dtype: str = "float32"
+    options: str = ""
 
     @property
     def twin(self) -> str:
@@ -32,7 +32,13 @@ _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention
 FAULTS = (
     # Norms
     Fault("RMSNorm: eps 1e-5", _L, "EPS = 1e-6", "EPS = 1e-5"),
-    Fault("RMSNorm: eps 1e-5, looked at in bfloat16", _L, "EPS = 1e-6", "EPS = 1e-5", "bfloat16"),
+    Fault(
+        "RMSNorm: eps 1e-5, looked at in bfloat16",
+        _L,
+        "EPS = 1e-6",
+        "EPS = 1e-5",
+        "--dtype bfloat16",
+    ),
     Fault("RMSNorm: scale without its 1", _L, "(1 + self.scale.to(", "(self.scale.to("),
     Fault("RMSNorm: the mean taken off", _L, "(x32 * rms", "((x32 - x32.mean(-1, True)) * rms"),
     Fault(
@@ -61,7 +67,7 @@ FAULTS = (
         _L,
         "x.to(wide_dtype(x.dtype)),\n            self.input_embedding,",
         "x,\n            self.input_embedding,",
-        "bfloat16",
+        "--dtype bfloat16",
     ),
     # MLP
     Fault("MLP: gelu exact", _B, 'gelu(gate, approximate="tanh")', "gelu(gate)"),
@@ -70,7 +76,7 @@ FAULTS = (
         _B,
         'gelu(gate, approximate="tanh")',
         "gelu(gate)",
-        "bfloat16",
+        "--dtype bfloat16",
     ),
     Fault("MLP: halves of ffw_up swapped", _B, "gate, value = self", "value, gate = self"),
     Fault(
@@ -141,19 +147,21 @@ FAULTS = (
         "torch/scan.py",
         "    wide = wide_dtype(x.dtype)\n    return x.new_zeros",
         "    wide = x.dtype\n    return x.new_zeros",
-        "bfloat16",
+        "--dtype bfloat16",
     ),
     Fault(
         "RG-LRU: gradient of the root clipped at 1/2",
         _N,
         "clamp_(max=2 * MAX_SQRT_GRADIENT)",
         "clamp_(max=1.0)",
+        "--gradients",
     ),
     Fault(
         "RG-LRU: gradient of softplus left out",
         _N,
         "drate * (-RG_LRU_C * torch.sigmoid(a_param))",
         "drate * -RG_LRU_C",
+        "--gradients",
     ),
     # Attention
     Fault("attention: window of W keys", _A, "(lag_cs <= window)", "(lag_cs < window)"),
@@ -190,7 +198,7 @@ FAULTS = (
         _A,
         "    wide = wide_dtype(x.dtype)\n    exponent",
         "    wide = x.dtype\n    exponent",
-        "bfloat16",
+        "--dtype bfloat16",
     ),
     Fault(
         "attention: keys and values swapped in the state",

@@ -133,17 +133,14 @@ def first_failure(fault: Fault | None, copy: Path) -> str | None:
 
 
 def beyond(fault: Fault | None, copy: Path, checkpoint: Path) -> str | None:
-    dtypes = ("float32", "bfloat16") if fault is None else (fault.dtype,)
-    for dtype in dtypes:
-        # In bfloat16 without gradients: JAX sums those of biases in it, beyond what PyTorch gives.
-        gradients = ["--gradients"] if dtype == "float32" else []
-        args = ["--dtype", dtype, "--greedy", "0", "--length", "28", "--json", *gradients]
+    runs = [fault.options] if fault else sorted({fault.options for fault in FAULTS})
+    for options in runs:
+        args = [*options.split(), "--greedy", "0", "--length", "28", "--json"]
         done = run(copy, "-m", "recurrentgemma.cli", "parity", str(checkpoint), *args)
-        if done.returncode not in (0, 1):
+        if not done.stdout.startswith("{"):
             raise RuntimeError(f"parity broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         if done.returncode:
-            report = json.loads(done.stdout)
-            first = report["first_beyond"]
+            first = json.loads(done.stdout)["first_beyond"]
             where = f", {first['case']}" if first["case"] else ""
             return f"`{first['name']}`{where}"
     return None
@@ -180,12 +177,12 @@ def table(results: list[tuple[Fault, dict[str, Any]]], missed: list[str]) -> str
         "# Faults, and what sees them",
         "",
         "Written by `make mutation`: each fault of `scripts/faults.py` alone in one twin. The test",
-        "is the first that fails; `parity` runs on a small model in the given dtype, and what it",
+        "is the first that fails; `parity` runs on a small model with the given options, and what it",
         "first finds beyond its budget is named, with the pass.",
         "",
         f"{len(results) - len(missed)} of {len(results)} are seen by both.",
         "",
-        "| fault | in | test | `parity` | dtype |",
+        "| fault | in | test | `parity` finds | with |",
         "|---|---|---|---|---|",
     ]
     for fault, found in results:
@@ -195,7 +192,8 @@ def table(results: list[tuple[Fault, dict[str, Any]]], missed: list[str]) -> str
             else f"`{found['test'].removeprefix('tests/parity/')}`"
         )
         parity = found["parity"] or "**nothing**"
-        lines.append(f"| {fault.name} | `{fault.file}` | {test} | {parity} | {fault.dtype} |")
+        options = f"`{fault.options}`" if fault.options else ""
+        lines.append(f"| {fault.name} | `{fault.file}` | {test} | {parity} | {options} |")
     return "\n".join(lines) + "\n"
 
 

@@ -218,7 +218,7 @@ class TorchModel(Model):
         logprobs = logprobs.gather(-1, tokens[:, 1:, None].long())[..., 0]
         follows = segment_pos[:, 1:] > 0
         loss = -torch.where(follows, logprobs, 0).sum() / follows.sum()
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return self._by_path(dict(zip(names, gradients, strict=True)))
 
     def _by_path(self, tensors: Mapping[str, Any]) -> Arrays:
