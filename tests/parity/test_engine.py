@@ -148,3 +148,22 @@ def test_the_report_is_json() -> None:
     assert told["first_beyond"] is None
     assert len(told["tensors"]) == len(report.rows)
     assert told["greedy_agreement"] == [2] * 4
+
+
+@pytest.mark.parametrize("length", [12, 13, 24, 192])
+def test_documents_start_in_every_part_of_a_batch(length: int) -> None:
+    batch = make_batch(CONFIG, length)
+    assert sum(batch.chunks) == length
+    assert batch.num_steps == batch.chunks.count(1) >= 3
+    first, second, steps = np.split(batch.segment_pos[1], np.cumsum(batch.chunks[:2]))
+    assert first[0] == 0
+    assert (first[1:] == 0).any()
+    assert (second == 0).any()
+    assert second[-1] == 1  # too short to fill the convolution's state
+    assert (steps == 0).any()
+    assert [int((row < 0).sum()) for row in batch.segment_pos] == [
+        0,
+        0,
+        3,
+        length - max(length // 8, 5),
+    ]

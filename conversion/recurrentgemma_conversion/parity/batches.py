@@ -52,7 +52,7 @@ def make_batch(
     text: Sequence[int] | None = None,
     plain: bool = False,
 ) -> Batch:
-    """Four rows: a document, three packed ones, one behind padding, and a short one behind much.
+    """Four rows: a document, four packed ones, one behind padding, and a short one behind much.
 
     They are read in one pass, and again in two chunks and then token by token.
 
@@ -73,9 +73,11 @@ def make_batch(
         documents = [[length]] * 4
         chunks = (length - steps,)
     else:
-        third = length // 3
-        documents = [[length], [third, length - third - 2, 2], [length - 3], [max(length // 8, 5)]]
         chunks = ((length - steps + 1) // 2, (length - steps) // 2)
+        # Documents start in each chunk, the third just before decoding, and in it.
+        first, last_of_chunk = chunks[0] // 2, sum(chunks)
+        packed = [first, last_of_chunk - 2 - first, 4, steps - 2]
+        documents = [[length], packed, [length - 3], [max(length // 8, 5)]]
     rows = [
         [-1] * (length - sum(lengths)) + [place for n in lengths for place in range(n)]
         for lengths in documents
