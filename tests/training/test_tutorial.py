@@ -207,7 +207,7 @@ def test_as_published(choice: str) -> None:
 def test_ours_is_theirs_without_its_errors(choice: str) -> None:
     """With the loss times the batch size, and the mask without the leaves named bias, in float64.
 
-    AdamW does not see the scale of the loss.
+    AdamW sees the scale of the loss in eps alone.
     """
     given = example()
     decay = decay_mask(layer_spec(CONFIG))
@@ -218,7 +218,7 @@ def test_ours_is_theirs_without_its_errors(choice: str) -> None:
         "sgd": (OptimizerOptions("sgd", 1e-3, clip_norm=None), optax.sgd(ROWS * 1e-3)),
         "adamw": (
             OptimizerOptions("adamw", 1e-4, 0.1, b2=0.96, clip_norm=None),
-            optax.adamw(1e-4, b2=0.96, eps=1e-8, weight_decay=0.1, mask=mask),
+            optax.adamw(1e-4, b2=0.96, eps=1e-8 / ROWS, weight_decay=0.1, mask=mask),
         ),
     }[choice]
     with jax.enable_x64(True):
