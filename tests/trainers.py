@@ -121,12 +121,16 @@ class JaxTrainer(Trainer):
         }
 
     def logits(self, state, batch):
+        import jax
+
         from recurrentgemma.jax.lora import adapted
 
-        assert state.lora is not None
-        with adapted(state.parameters, state.lora):
-            logits, _ = state.model.apply({"params": state.base}, batch.tokens, batch.segment_pos)
-        return self.backend.to_numpy(logits)
+        @jax.jit
+        def apply(parameters, base):
+            with adapted(parameters, state.lora):
+                return state.model.apply({"params": base}, batch.tokens, batch.segment_pos)[0]
+
+        return self.backend.to_numpy(apply(state.parameters, state.base))
 
     def cross_entropy(self, hidden, embedding, targets, weights, dtype, **kwargs):
         import jax
