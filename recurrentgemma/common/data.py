@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from recurrentgemma.common.text import END_OF_TURN, Tokenizer, apply_it_formatte
 _KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 _EXPECTED = 'an object with "text", with "prompt" and "completion", or with "messages"'
 _SHOWN = 5
+_OPENING = 32  # characters
 
 
 class DataError(ValueError):
@@ -28,10 +29,12 @@ class Example(NamedTuple):
     Attributes:
       tokens: Its token ids, [N].
       counts: Which of them are to be predicted; never the first.
+      prompt: With what to ask a model for the like.
     """
 
     tokens: Int[np.ndarray, " n"]
     counts: Bool[np.ndarray, " n"]
+    prompt: str = ""
 
     @property
     def places(self) -> int:
@@ -80,18 +83,15 @@ def _example(value: Any, tokenizer: Tokenizer, eos: bool) -> Example:
     if len(kinds) != 1:
         raise ValueError(f"{_EXPECTED} is expected")
     if kinds == ["messages"]:
-        return _joined(_turns(value["messages"], tokenizer))
-    fields = [_string(value, name) for name in _KINDS[kinds[0]]]
-    *prompt, last = fields
+        turns = list(_turns(value["messages"], tokenizer))
+        return _joined(turns, apply_it_formatter(value["messages"][0]["content"]))
+    *before, last = (_string(value, name) for name in _KINDS[kinds[0]])
     if not last:
         raise ValueError(f"{_KINDS[kinds[0]][-1]!r} is empty")
+    prompt = "".join(before)
     end = [tokenizer.eos_id] if eos else []
-    return _joined(
-        [
-            (tokenizer.encode("".join(prompt)), False),
-            (tokenizer.encode(last)[1:] + end, True),
-        ]
-    )
+    parts = [(tokenizer.encode(prompt), False), (tokenizer.encode(last)[1:] + end, True)]
+    return _joined(parts, prompt if before else _opening(last))
 
 
 def _string(value: Mapping[str, Any], name: str) -> str:
@@ -119,10 +119,15 @@ def _turns(messages: Any, tokenizer: Tokenizer) -> Iterator[tuple[list[int], boo
             yield tokenizer.encode(apply_it_formatter(content)), False
 
 
-def _joined(parts: Iterable[tuple[list[int], bool]]) -> Example:
-    parts = list(parts)
+def _joined(parts: Sequence[tuple[list[int], bool]], prompt: str) -> Example:
     tokens = np.array([token for tokens, _ in parts for token in tokens], np.int32)
-    return Example(tokens, np.repeat([counts for _, counts in parts], [len(t) for t, _ in parts]))
+    counts = np.repeat([counts for _, counts in parts], [len(tokens) for tokens, _ in parts])
+    return Example(tokens, counts, prompt)
+
+
+def _opening(text: str) -> str:
+    """The first words of a text."""
+    return text[:_OPENING].rpartition(" ")[0] or text[:_OPENING]
 
 
 def hold_out(

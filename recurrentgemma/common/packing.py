@@ -70,7 +70,8 @@ def cut(
         if example.places <= length:
             pieces.append(example)
         elif too_long is TooLong.TRUNCATE:
-            pieces.append(Example(*(part[: length + 1] for part in example)))
+            pieces.append(example._replace(tokens=example.tokens[: length + 1],
+                                           counts=example.counts[: length + 1]))
         elif too_long is TooLong.SPLIT:
             pieces += _windows(example, length, stride)
     kept = [piece for piece in pieces if piece.counts[1:].any()]
@@ -82,11 +83,11 @@ def cut(
 def _windows(example: Example, length: int, stride: int) -> list[Example]:
     windows = []
     for start in range(0, example.places - length + stride, stride):
-        tokens, counts = (part[start : start + length + 1] for part in example)
+        tokens, counts = (z[start : start + length + 1] for z in (example.tokens, example.counts))
         if start:
             counts = counts.copy()
             counts[: length - stride + 1] = False
-        windows.append(Example(tokens, counts))
+        windows.append(example._replace(tokens=tokens, counts=counts))
     return windows
 
 
@@ -120,7 +121,7 @@ def fill(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
     )
     for row, examples in enumerate(rows):
         start = length - sum(example.places for example in examples)
-        for tokens, counts in examples:
+        for tokens, counts, _ in examples:
             end = start + len(tokens) - 1
             batch.tokens[row, start:end] = tokens[:-1]
             batch.segment_pos[row, start:end] = np.arange(end - start)
