@@ -1,8 +1,11 @@
 """RecurrentGemma in PyTorch."""
 
+from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.conversation import Conversation
+from recurrentgemma.common.lora import LoraOptions
+from recurrentgemma.common.optimization import OptimizerOptions
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.state import State
 from recurrentgemma.torch.attention import LocalAttentionBlock
@@ -11,14 +14,26 @@ from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache,
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
 from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan
+from recurrentgemma.torch.training import (
+    TrainState,
+    create_train_state,
+    evaluate,
+    load_state_arrays,
+    loss_fn,
+    parameters,
+    state_arrays,
+    train_step,
+)
 
 __all__ = [
     "RGLRU",
     "AttentionBlockCache",
+    "Batch",
     "BlockDiagonalLinear",
     "Categorical",
     "Conv1D",
@@ -27,7 +42,9 @@ __all__ = [
     "Griffin",
     "GriffinConfig",
     "LocalAttentionBlock",
+    "LoraOptions",
     "MLPBlock",
+    "OptimizerOptions",
     "Preset",
     "RMSNorm",
     "RecurrentBlock",
@@ -39,10 +56,19 @@ __all__ = [
     "ScanType",
     "State",
     "TemporalBlockType",
+    "TrainState",
     "choose_implementation",
+    "create_train_state",
+    "cross_entropy",
+    "evaluate",
     "linear_scan",
     "load_checkpoint",
+    "load_state_arrays",
     "load_tokenizer",
+    "loss_fn",
+    "parameters",
     "rg_lru_scan",
     "save_checkpoint",
+    "state_arrays",
+    "train_step",
 ]
