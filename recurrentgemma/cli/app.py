@@ -16,6 +16,7 @@ from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
+from recurrentgemma.cli.train import train
 
 app = typer.Typer(
     name="recurrentgemma",
@@ -30,6 +31,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(inspect)
 app.command()(convert)
+app.command()(train)
 app.command()(download)
 app.command()(bench)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ _SHOWN = 200  # characters of a sample
 class Observer:
     """One that takes no notice, and closes at the end."""
 
-    def stepped(self, entry: Mapping[str, Any]) -> None:
-        del entry
+    def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        del entries
 
     def validated(self, entry: Mapping[str, Any]) -> None:
         del entry
@@ -50,8 +50,9 @@ class Logs(Observer):
             LogFile(path, step) for path in (folder.train_log, folder.validation_log)
         )
 
-    def stepped(self, entry: Mapping[str, Any]) -> None:
-        self._train.write(entry)
+    def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            self._train.write(entry)
 
     def validated(self, entry: Mapping[str, Any]) -> None:
         self._validation.write(entry)
@@ -85,9 +86,10 @@ class TensorBoard(Observer):
 
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
 
-    def stepped(self, entry: Mapping[str, Any]) -> None:
-        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
-            self._writer.add_scalar(f"train/{name}", entry[name], entry["step"])
+    def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
+                self._writer.add_scalar(f"train/{name}", entry[name], entry["step"])
 
     def validated(self, entry: Mapping[str, Any]) -> None:
         for name in ("loss", "perplexity"):
@@ -131,7 +133,8 @@ class Terminal(Observer):
             self._bar.start()
             self._task = self._bar.add_task("compiling", total=steps, completed=done)
 
-    def stepped(self, entry: Mapping[str, Any]) -> None:
+    def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        entry = entries[-1]
         step = entry["step"]
         now = time.monotonic()
         left = (now - self._begun) / max(step - self._first, 1) * (self._steps - step)

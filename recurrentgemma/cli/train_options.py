@@ -25,12 +25,21 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None, **li
 
 
 _DATA, _MODEL, _OPTIMIZER, _RUN = "Data", "Model", "Optimiser", "Run"
-_FREE = {"free": True}  # may change when a run is resumed: the weights do not depend on it
-_NONE = {"show_default": False}
-
-
-def _free(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata=_FREE)
+# These may change when a run is resumed: its weights do not depend on them.
+_FREE = frozenset(
+    [
+        "framework",
+        "out",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "sample_prompt",
+        "sample_tokens",
+        "plot",
+        "tensorboard",
+    ]  # as a list it is three times as long
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,16 +48,18 @@ class TrainOptions:
 
     train: Annotated[
         list[Path],
-        _option(_DATA, "A JSONL file to train on. Repeatable.", metavar="FILE", **_NONE),
+        _option(_DATA, "A JSONL file to train on. Repeatable.", metavar="FILE", show_default=False),
     ] = dataclasses.field(default_factory=list)
     validation: Annotated[
         list[Path],
-        _option(_DATA, "A JSONL file to evaluate on. Repeatable.", metavar="FILE", **_NONE),
+        _option(
+            _DATA, "A JSONL file to evaluate on. Repeatable.", metavar="FILE", show_default=False
+        ),
     ] = dataclasses.field(default_factory=list)
     validation_share: Annotated[
         float | None,
         _option(_DATA, "Or hold out this share of the examples.", metavar="P", min=0, max=1,
-                **_NONE),
+                show_default=False),
     ] = None  # fmt: skip
     length: Annotated[
         int, _option(_DATA, "Tokens in a row that the model reads.", min=1, metavar="N")
@@ -56,7 +67,7 @@ class TrainOptions:
     stride: Annotated[
         int | None,
         _option(_DATA, "Between the windows of a split example. Default: the length.", min=1,
-                metavar="N", **_NONE),
+                metavar="N", show_default=False),
     ] = None  # fmt: skip
     too_long: Annotated[
         str,
@@ -72,11 +83,16 @@ class TrainOptions:
 
     framework: Annotated[
         Framework | None,
-        _option(_MODEL, "Default: torch if it is installed, or else jax.", **_NONE),
-    ] = _free(None)
+        _option(_MODEL, "Default: torch if it is installed, or else jax.", show_default=False),
+    ] = None
     checkpoint: Annotated[
         Path | None,
-        _option(_MODEL, "Train this further. Default: the bundled model.", metavar="PATH", **_NONE),
+        _option(
+            _MODEL,
+            "Train this further. Default: the bundled model.",
+            metavar="PATH",
+            show_default=False,
+        ),
     ] = None
     from_scratch: Annotated[
         bool,
@@ -86,20 +102,29 @@ class TrainOptions:
     preset: Annotated[
         str | None,
         _option(_MODEL, f"From scratch: {', '.join(p.name for p in Preset)}.", metavar="NAME",
-                **_NONE),
+                show_default=False),
     ] = None  # fmt: skip
     config: Annotated[
         Path | None,
-        _option(_MODEL, "From scratch: the model in this config.json.", metavar="FILE", **_NONE),
+        _option(
+            _MODEL,
+            "From scratch: the model in this config.json.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None
     tokenizer: Annotated[
         Path | None,
         _option(_MODEL, "A sentencepiece model. Default: the checkpoint's.", metavar="FILE",
-                **_NONE),
+                show_default=False),
     ] = None  # fmt: skip
     dtype: Annotated[
         DType | None,
-        _option(_MODEL, "Of the parameters. Default: float32 on CPU, or else bfloat16.", **_NONE),
+        _option(
+            _MODEL,
+            "Of the parameters. Default: float32 on CPU, or else bfloat16.",
+            show_default=False,
+        ),
     ] = None
     gradient_checkpointing: Annotated[
         bool,
@@ -108,7 +133,9 @@ class TrainOptions:
     ] = True  # fmt: skip
     lora_rank: Annotated[
         int | None,
-        _option(_MODEL, "Train adapters of this rank alone.", min=1, metavar="R", **_NONE),
+        _option(
+            _MODEL, "Train adapters of this rank alone.", min=1, metavar="R", show_default=False
+        ),
     ] = None
     lora_alpha: Annotated[
         float, _option(_MODEL, "Adapters are scaled by alpha / rank.", metavar="A")
@@ -121,9 +148,9 @@ class TrainOptions:
         bool, _option(_MODEL, "Keep what is under the adapters as int8.", "--lora-quantize")
     ] = False
 
-    optimizer: Annotated[
-        str, _option(_OPTIMIZER, "adamw, sgd or adafactor.", metavar="NAME")
-    ] = "adamw"
+    optimizer: Annotated[str, _option(_OPTIMIZER, "adamw, sgd or adafactor.", metavar="NAME")] = (
+        "adamw"
+    )
     learning_rate: Annotated[float, _option(_OPTIMIZER, "The highest.", metavar="X")] = 3e-4
     warmup_steps: Annotated[
         int, _option(_OPTIMIZER, "Steps over which it grows to that.", min=0, metavar="N")
@@ -146,14 +173,16 @@ class TrainOptions:
     ] = DType.FLOAT32
 
     out: Annotated[
-        Path | None, _option(_RUN, "The folder of the run.", metavar="FOLDER", **_NONE)
-    ] = _free(None)
+        Path | None, _option(_RUN, "The folder of the run.", metavar="FOLDER", show_default=False)
+    ] = None
     steps: Annotated[
-        int | None, _option(_RUN, "Updates in all.", min=1, metavar="N", **_NONE)
+        int | None, _option(_RUN, "Updates in all.", min=1, metavar="N", show_default=False)
     ] = None
     epochs: Annotated[
         float | None,
-        _option(_RUN, "Or passes over the data. Default: 1.", min=0, metavar="X", **_NONE),
+        _option(
+            _RUN, "Or passes over the data. Default: 1.", min=0, metavar="X", show_default=False
+        ),
     ] = None
     batch_size: Annotated[int, _option(_RUN, "Rows read at once.", min=1, metavar="N")] = 8
     accumulation: Annotated[
@@ -161,35 +190,35 @@ class TrainOptions:
     ] = 1
     evaluate_every: Annotated[
         int, _option(_RUN, "Steps between evaluations.", min=1, metavar="N")
-    ] = _free(100)
+    ] = 100
     checkpoint_every: Annotated[
         int, _option(_RUN, "Steps between checkpoints.", min=1, metavar="N")
-    ] = _free(100)
+    ] = 100
     keep: Annotated[
         int, _option(_RUN, "Last checkpoints kept, beside the best.", min=1, metavar="K")
-    ] = _free(2)
+    ] = 2
     log_every: Annotated[
         int, _option(_RUN, "Steps between looks at the loss.", min=1, metavar="N")
-    ] = _free(10)
+    ] = 10
     sample_prompt: Annotated[
         list[str],
         _option(_RUN, "Continued at each evaluation. Repeatable. Default: of the first examples.",
-                metavar="TEXT", **_NONE),
-    ] = dataclasses.field(default_factory=list, metadata=_FREE)  # fmt: skip
+                metavar="TEXT", show_default=False),
+    ] = dataclasses.field(default_factory=list)  # fmt: skip
     sample_tokens: Annotated[
         int, _option(_RUN, "Tokens of these; 0 for no samples.", min=0, metavar="N")
-    ] = _free(32)
+    ] = 32
     plot: Annotated[
         bool | None,
         _option(_RUN, "Draw loss.png. Default: where matplotlib is installed.", "--plot/--no-plot",
-                **_NONE),
-    ] = _free(None)  # fmt: skip
-    tensorboard: Annotated[
-        bool, _option(_RUN, "Log for TensorBoard, too.", "--tensorboard")
-    ] = _free(False)
+                show_default=False),
+    ] = None  # fmt: skip
+    tensorboard: Annotated[bool, _option(_RUN, "Log for TensorBoard, too.", "--tensorboard")] = (
+        False
+    )
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainOptions)}
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainOptions))
 _TYPES = typing.get_type_hints(TrainOptions)
 
 
@@ -274,8 +303,8 @@ def differences(before: TrainOptions, now: TrainOptions) -> list[str]:
     """What a resumed run must have as it was, and has not."""
     return [
         f"{name} was {_toml(getattr(before, name))}, is {_toml(getattr(now, name))}"
-        for name, field in FIELDS.items()
-        if not field.metadata.get("free") and getattr(before, name) != getattr(now, name)
+        for name in FIELDS
+        if name not in _FREE and getattr(before, name) != getattr(now, name)
     ]
 
 

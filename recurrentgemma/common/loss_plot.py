@@ -42,14 +42,22 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
     axes = figure.add_subplot()
     for number, (name, run) in enumerate(runs.items()):
         colour = f"C{number}"
-        for file, label, style in (
-            (run.train_log, "training", {"linewidth": 0.8, "alpha": 0.5}),
-            (run.validation_log, "validation", {"marker": "o", "markersize": 3}),
+        for file, kind, marker, opacity in (
+            (run.train_log, "training", "", 0.5),
+            (run.validation_log, "validation", "o", 1.0),
         ):
             entries = read_log(file)
             if entries:
                 steps, losses = zip(*((e["step"], e["loss"]) for e in entries), strict=True)
-                axes.plot(steps, losses, color=colour, label=f"{name} {label}".strip(), **style)
+                axes.plot(
+                    steps,
+                    losses,
+                    color=colour,
+                    label=f"{name} {kind}".strip(),
+                    alpha=opacity,
+                    marker=marker,
+                    markersize=3,
+                )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -70,8 +70,11 @@ def cut(
         if example.places <= length:
             pieces.append(example)
         elif too_long is TooLong.TRUNCATE:
-            pieces.append(example._replace(tokens=example.tokens[: length + 1],
-                                           counts=example.counts[: length + 1]))
+            pieces.append(
+                example._replace(
+                    tokens=example.tokens[: length + 1], counts=example.counts[: length + 1]
+                )
+            )
         elif too_long is TooLong.SPLIT:
             pieces += _windows(example, length, stride)
     kept = [piece for piece in pieces if piece.counts[1:].any()]

@@ -81,8 +81,8 @@ class Trainer(Protocol):
 class Observer(Protocol):
     """Who is told what happens."""
 
-    def stepped(self, entry: Mapping[str, Any]) -> None:
-        """A step was done."""
+    def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Steps were done."""
         ...
 
     def validated(self, entry: Mapping[str, Any]) -> None:
@@ -209,11 +209,9 @@ class Run:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(entry[name]):
                     raise self._non_finite(f"the {name} is {entry[name]} at step {entry['step']}")
-            seconds = round(now - self._begun, 3)
-            for observer in self._observers:
-                observer.stepped(
-                    entry | {"tokens_per_second": round(rate, 1), "seconds": seconds}
-                )
+        times = {"tokens_per_second": round(rate, 1), "seconds": round(now - self._begun, 3)}
+        for observer in self._observers:
+            observer.stepped([entry | times for entry in entries])
 
     def _non_finite(self, what: str) -> NonFiniteLossError:
         if self._last is None:
@@ -241,9 +239,7 @@ class Run:
 
     def _save(self) -> None:
         trainer, folder = self._trainer, self._folder
-        self._last = folder.save(
-            self.progress, trainer.arrays(), trainer.save, trainer.model_size
-        )
+        self._last = folder.save(self.progress, trainer.arrays(), trainer.save, trainer.model_size)
         folder.keep(self._plan.keep, self._best)
         for observer in self._observers:
             observer.saved(self._last)

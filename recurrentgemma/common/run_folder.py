@@ -1,12 +1,12 @@
 """The folder of a training run: what is where, and checkpoints that are whole or not there.
 
-    run.toml                  every option of the run, and the data's hashes
-    train_log.jsonl           a line a step
-    validation_log.jsonl      a line an evaluation
-    loss.png                  both
-    checkpoints/step-0000100  a checkpoint folder, and in training/ what the run goes on from
-    best                      a link to the checkpoint of the lowest validation loss
-    model                     the checkpoint folder of the end
+run.toml                  every option of the run, and the data's hashes
+train_log.jsonl           a line a step
+validation_log.jsonl      a line an evaluation
+loss.png                  both
+checkpoints/step-0000100  a checkpoint folder, and in training/ what the run goes on from
+best                      a link to the checkpoint of the lowest validation loss
+model                     the checkpoint folder of the end
 """
 
 from __future__ import annotations
@@ -149,24 +149,30 @@ class RunFolder:
         temporary.symlink_to(target, target_is_directory=True)
         temporary.replace(self.best)
 
-    def begin(self, *, force: bool) -> None:
-        """Makes the folder, empty.
+    def require_free(self, *, force: bool) -> None:
+        """Raises `DestinationError` if the folder may not be begun.
 
-        Raises:
-          DestinationError: There is something and `force` is not set, or it is no run's.
+        Args:
+          force: Whether a run that is there may be replaced.
         """
-        if self.path.exists():
-            if not self.path.is_dir() or (any(self.path.iterdir()) and not self.options.exists()):
-                raise DestinationError(f"{self.path} exists and is no folder of a training run")
-            if any(self.path.iterdir()) and not force:
-                raise DestinationError(
-                    f"{self.path} holds a training run: --resume goes on with it, "
-                    "--force replaces it"
-                )
-            # The options last: until they are gone the folder is known as a run's.
-            for path in sorted(self.path.iterdir(), key=lambda path: path == self.options):
-                _remove(path)
+        if not self.path.exists():
+            return
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not self.options.exists()):
+            raise DestinationError(f"{self.path} exists and is no folder of a training run")
+        if any(self.path.iterdir()) and not force:
+            raise DestinationError(
+                f"{self.path} holds a training run: --resume goes on with it, --force replaces it"
+            )
+
+    def begin(self) -> None:
+        """Makes the folder, or empties it."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # The options last: until they are gone the folder is known as a run's.
+        for path in sorted(self.path.iterdir(), key=lambda path: path == self.options):
+            if path != self.checkpoints:
+                _remove(path)
+        for path in self.checkpoints.iterdir():
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
