@@ -98,6 +98,12 @@ class _Trainer:
         arrays = {"step": np.asarray(step), **arrays}
         self._state = self._training.load_state_arrays(self._state, arrays)
 
+    def _save_adapters(self, folder: Path) -> None:
+        from recurrentgemma.common.adapters import ADAPTERS
+
+        if self._state.lora is not None:
+            self._training.save_adapters(folder / ADAPTERS, self._state, force=True)
+
     def _texts(self, sampler: Any, prompts: Sequence[str], tokens: int) -> list[str]:
         end = self._tokenizer.end_of_turn_id
         return sampler(prompts, tokens, stop_ids=[] if end is None else [end]).text
@@ -132,6 +138,7 @@ class TorchTrainer(_Trainer):
 
         model = self._training.parameters(self._state)
         save_checkpoint(path, model, self._tokenizer, force=True)
+        self._save_adapters(path)
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
         from recurrentgemma.torch import Sampler
@@ -175,6 +182,7 @@ class JaxTrainer(_Trainer):
 
         params = self._training.parameters(self._state)
         save_checkpoint(path, self._state.model.config, params, self._tokenizer, force=True)
+        self._save_adapters(path)
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
         from recurrentgemma.jax import Sampler

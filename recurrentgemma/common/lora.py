@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,18 +57,6 @@ class LoraOptions:
         return self.alpha / self.rank
 
 
-class Adapter(NamedTuple):
-    """A target's adapter, or what there is of each of its two matrices.
-
-    Attributes:
-      a: [..., I, rank].
-      b: [..., rank, J].
-    """
-
-    a: object
-    b: object
-
-
 @functools.lru_cache(maxsize=32)
 def lora_targets(config: GriffinConfig, options: LoraOptions) -> tuple[ParamSpec, ...]:
     """The parameters that have adapters.
@@ -81,7 +70,7 @@ def lora_targets(config: GriffinConfig, options: LoraOptions) -> tuple[ParamSpec
     return targets
 
 
-def adapter_specs(target: ParamSpec, rank: int) -> Adapter:
+def adapter_specs(target: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
     """The specs of a target's A and B: "<path>.lora_a", "<path>.lora_b"; B starts at zero."""
     *stack, rows, columns = target.shape
     *stack_axes, row_axis, column_axis = target.axes
@@ -91,7 +80,7 @@ def adapter_specs(target: ParamSpec, rank: int) -> Adapter:
         return ParamSpec(path, shape, init, axes, target.decay, None, Stored(path, shape), ())
 
     a_axes, b_axes = (*stack_axes, row_axis, "rank"), (*stack_axes, "rank", column_axis)
-    return Adapter(
+    return (
         spec("lora_a", (*stack, rows, rank), a_axes, Normal(1 / math.sqrt(rows))),
         spec("lora_b", (*stack, rank, columns), b_axes, Zeros()),
     )
@@ -120,8 +109,8 @@ class Quantized(NamedTuple):
       scale: float32, [..., 1, J].
     """
 
-    values: object
-    scale: object
+    values: Any
+    scale: Any
 
 
 def quantize(kernel: np.ndarray) -> Quantized:
@@ -139,20 +128,21 @@ def dequantize(quantized: Quantized) -> np.ndarray:
 
 
 def merge(
-    spec: ParamSpec, value: np.ndarray, adapter: Adapter | None, options: LoraOptions
+    spec: ParamSpec, value: np.ndarray, adapters: Mapping[str, np.ndarray], options: LoraOptions
 ) -> np.ndarray:
-    """A parameter as the model with adapters has it, in float32 (float64 beside float64).
+    """A parameter as the model with adapters has it; a matrix in float32 (float64 from float64).
 
     Args:
       spec: Of the parameter.
       value: The base's.
-      adapter: Its adapter, if it has one.
-      options: What the adapter was trained with.
+      adapters: A and B of each target, by the paths of `adapter_specs`.
+      options: What they were trained with.
     """
-    wide = np.float64 if value.dtype == np.float64 else np.float32
-    quantized = options.quantize and spec.lora is not None
-    value = np.asarray(dequantize(quantize(value)) if quantized else value, wide)
-    if adapter is None:
+    if spec.lora is None:
         return value
-    a, b = (np.asarray(matrix, wide) for matrix in adapter)
+    wide = np.float64 if value.dtype == np.float64 else np.float32
+    value = np.asarray(dequantize(quantize(value)) if options.quantize else value, wide)
+    if spec.lora not in options.targets:
+        return value
+    a, b = (np.asarray(adapters[s.path], wide) for s in adapter_specs(spec, options.rank))
     return value + wide(options.scale) * (a @ b)

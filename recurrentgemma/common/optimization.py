@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # NumPy is slow to import
+    import numpy as np
 
-from recurrentgemma.common.layer_spec import ParamSpec
+    from recurrentgemma.common.layer_spec import ParamSpec
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 # Of Adafactor: at step n its averages move by n^-decay; roots and scales are taken as no less, and

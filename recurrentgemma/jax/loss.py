@@ -68,6 +68,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
         loss, dembedding = carry
         x_cd, target_c, weight_c = chunk
         logits_cv = jnp.matmul(x_cd, embedding.T, preferred_element_type=wide)
+        tanh_cv = None
         if soft_cap:
             tanh_cv = jnp.tanh(logits_cv / soft_cap)
             logits_cv = soft_cap * tanh_cv
@@ -79,7 +80,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
         dlogits_cv = jnp.exp(logits_cv - log_sum_c[:, None])
         dlogits_cv = dlogits_cv - (target_c[:, None] == jnp.arange(len(embedding)))
         dlogits_cv = dlogits_cv * weight_c[:, None]
-        if soft_cap:
+        if tanh_cv is not None:
             dlogits_cv = dlogits_cv * (1 - tanh_cv**2)
         dlogits_cv = dlogits_cv.astype(hidden.dtype)
         dx_cd = jnp.matmul(dlogits_cv, embedding, preferred_element_type=wide)
@@ -90,7 +91,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
     counted = jnp.where(weights == 0, 0, targets)
     xs = chunks(hidden), chunks(counted), chunks(weights.astype(wide))
     (loss, dembedding), per_token = jax.lax.scan(step, start, xs)
-    if not gradients:
+    if per_token is None:
         return loss, None
     dhidden, nll = (
         z.reshape(-1, *z.shape[2:])[:length].reshape(*targets.shape, *z.shape[2:])

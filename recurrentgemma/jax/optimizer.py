@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,16 @@ def set_moments(
     state: optax.OptState, step: int, moments: Mapping[str, Mapping[str, Array]]
 ) -> optax.OptState:
     """An optimiser's state after so many steps."""
-    fields = {_FIELDS.get(name, name): dict(arrays) for name, arrays in moments.items()}
+    fields: dict[str, Any] = {
+        _FIELDS.get(name, name): dict(arrays) for name, arrays in moments.items()
+    }
     if optax.tree.get(state, "count") is not None:
         fields["count"] = jnp.asarray(step, jnp.int32)
     return optax.tree.set(state, **fields)
 
 
 class _AdafactorState(NamedTuple):
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     rows: Arrays
     columns: Arrays
     nu: Arrays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.layer_spec import require_match, sample_param
 from recurrentgemma.common.lora import LoraOptions, trainable_specs
@@ -218,6 +220,33 @@ def parameters(state: TrainState) -> Params:
         return _tree(state.parameters, state.dtype, copy=True)
     assert state.base is not None
     return merge(state.model.config, state.base, state.parameters, state.lora, state.dtype)
+
+
+def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
+    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+
+    Raises:
+      ValueError: The state has none.
+      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+    """
+    if state.lora is None:
+        raise ValueError("the state has no adapters: it was created without lora")
+    specs = trainable_specs(state.model.config, state.lora)
+    arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
+    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+
+
+def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
+    """The parameters of a model with the adapters in a file merged into them, in its dtype.
+
+    Raises:
+      CheckpointError: It is no adapter file, damaged, or of another model.
+    """
+    _, options, arrays = read_adapters(path, model.config)
+    base = frozen_base(model.config, params, options)
+    dtype = get_path(base, "embedder.input_embedding").dtype
+    adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return merge(model.config, base, adapters, options, dtype)
 
 
 def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:

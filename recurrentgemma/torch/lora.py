@@ -29,6 +29,8 @@ class Adapted(nn.Module):
 
     values: Tensor | None
     scale: Tensor | None
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
 
     def __init__(self, base: nn.Module, leaf: str, options: LoraOptions) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class Adapted(nn.Module):
             y = functional_call(self.base, whole, (x,))
         else:
             y = self.base(x)
-        if self.lora_a is None:
+        if self.lora_a is None or self.lora_b is None:
             return y
         delta = _product(self.base, x, self.options.scale * self.lora_a, self.lora_b)
         if isinstance(y, tuple):
@@ -60,7 +62,7 @@ class Adapted(nn.Module):
 
 def adapt(
     model: Griffin, options: LoraOptions, dtype: torch.dtype, seed: int
-) -> tuple[Griffin, dict[str, nn.Parameter]]:
+) -> tuple[Griffin, dict[str, Tensor]]:
     """A model on the frozen tensors of another, which it shares, and its adapters.
 
     Args:
@@ -74,7 +76,7 @@ def adapt(
     """
     result = _sharing(model.state_dict(), model)
     result.requires_grad_(False)
-    adapters: dict[str, nn.Parameter] = {}
+    adapters: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
         if spec.lora is None or not (options.quantize or spec.lora in options.targets):
             continue
@@ -92,8 +94,9 @@ def adapt(
         if spec.lora in options.targets:
             for matrix in adapter_specs(spec, options.rank):
                 value = torch.from_numpy(sample_param(matrix, seed)).to(weight.device, dtype)
-                adapters[matrix.path] = nn.Parameter(value)
-                module.register_parameter(matrix.path.rpartition(".")[2], adapters[matrix.path])
+                parameter = nn.Parameter(value)
+                module.register_parameter(matrix.path.rpartition(".")[2], parameter)
+                adapters[matrix.path] = parameter
         setattr(result.get_submodule(parent), name, module)
     return result, adapters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.layer_spec import layer_spec, require_match
 from recurrentgemma.common.lora import LoraOptions, trainable_specs
@@ -136,10 +138,12 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
         loss = loss.to(share) + share.detach()
         _collect_gradients(state)
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads, dtype=wide_dtype(grads[0].dtype))).norm()
+    norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if state.optimizer.clip_norm is not None:
         scale = (state.optimizer.clip_norm / norm).clamp(max=1.0)
-        torch._foreach_mul_(grads, scale)
+        for grad in grads:
+            grad.mul_(scale)
     for group in state.optimizer_state.param_groups:
         group["lr"] = rate
     state.optimizer_state.step()
@@ -210,6 +214,32 @@ def parameters(state: TrainState) -> Griffin:
     if state.lora is None:
         return state.model
     return merge(state.model, state.parameters, state.lora, state.dtype)
+
+
+def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
+    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+
+    Raises:
+      ValueError: The state has none.
+      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+    """
+    if state.lora is None:
+        raise ValueError("the state has no adapters: it was created without lora")
+    arrays = {name: _array(parameter) for name, parameter in state.parameters.items()}
+    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+
+
+def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
+    """A model with the adapters in a file merged into its parameters, in its dtype.
+
+    Raises:
+      CheckpointError: It is no adapter file, damaged, or of another model.
+    """
+    _, options, arrays = read_adapters(path, model.config)
+    base, _ = adapt(model, options, torch.float32, 0)
+    embedding = model.embedder.input_embedding
+    adapters = {name: _tensor(array).to(embedding.device) for name, array in arrays.items()}
+    return merge(base, adapters, options, embedding.dtype)
 
 
 def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:

@@ -79,13 +79,13 @@ def arguments(corpus: Path, framework: str, **changes: Any) -> list[str]:
         "log-every": 2,
         "sample-tokens": 0,
         "learning-rate": 0.01,
-        "no-plot": True,
+        "plot": False,
     }
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
     words = ["train"]
     for name, value in options.items():
-        if value is True:
-            words.append(f"--{name}")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             for item in value if isinstance(value, list) else [value]:
                 words += [f"--{name}", os.fspath(item) if isinstance(item, Path) else str(item)]
