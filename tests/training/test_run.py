@@ -58,9 +58,9 @@ class Counter:
         assert arrays["weight"] == step
         self.weight = np.array(arrays["weight"])
 
-    def save(self, path):
+    def save(self, path, adapters):
         path.mkdir()
-        (path / "model").write_text(str(self.step))
+        (path / "weights").write_text(str(self.step))
 
     def sample(self, prompts, tokens):
         return [prompt * tokens for prompt in prompts]
@@ -112,7 +112,7 @@ def test_what_happens_when(tmp_path):
     # Every fourth, those that are the best so far, the last.
     assert told.checkpoints == [f"step-{s:07}" for s in (3, 4, 8, 9, 10)]
     assert folder.steps() == [9, 10]
-    assert (folder.best / "model").read_text() == "9"
+    assert (folder.best / "weights").read_text() == "9"
     assert run.progress.best == Best(9, 0.4)
     assert told.steps[-1]["epoch"] == 1
     assert told.steps[0]["read"] == 16
@@ -190,10 +190,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.undo()
 
     class Filling(Counter):
-        def save(self, path):
+        def save(self, path, adapters):
             if self.step > 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            super().save(path)
+            super().save(path, adapters)
 
     run, folder, _ = make(tmp_path / "other", Filling())
     with pytest.raises(DiskSpaceError, match="became full"):
