@@ -18,7 +18,7 @@ from recurrentgemma.common.training_log import read_log
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SENTENCES = 12
-NAMES = ("JAX", "PyTorch")
+NAMES: tuple[str, ...] = ("JAX", "PyTorch")
 
 
 def sampler(framework: str, path: Path | None) -> Any:
@@ -51,7 +51,9 @@ def translations(runs: dict[str, RunFolder]) -> list[str]:
     ]  # fmt: skip
     heads = ["English", "reference", "before", *(f"after, {name}" for name in runs)]
     rows = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
-    return [f"| {' | '.join(' '.join(cell.split()) for cell in row)} |" for row in rows]
+    return [
+        f"| {' | '.join(' '.join(cell.split()) or '(nothing)' for cell in row)} |" for row in rows
+    ]
 
 
 def losses(path: Path) -> np.ndarray:
@@ -70,32 +72,29 @@ def main() -> None:
     parser.add_argument("torch", type=Path)
     arguments = parser.parse_args()
     folders = (RunFolder(arguments.jax), RunFolder(arguments.torch))
-    runs = dict(zip(NAMES, folders, strict=True))
+    runs: dict[str, RunFolder] = dict(zip(NAMES, folders, strict=True))
     RESULTS.mkdir(exist_ok=True)
     draw(RESULTS / "loss.png", runs)
     for name, run in runs.items():
         shutil.copy(run.validation_log, RESULTS / f"validation_{name.lower()}.jsonl")
     steps = int(losses(folders[0].train_log)[-1, 0])
-    lines = [
-        "## Validation loss, nats a token",
-        "",
-        f"| step | {' | '.join(runs)} |",
-        "|---|---|---|",
-    ]
+    lines = ["# Results", "", "## Validation loss, nats a token", ""]
+    lines += [f"| step | {' | '.join(runs)} |", "|---|---|---|"]
     columns = [losses(run.validation_log) for run in folders]
     for (step, one), (_, other) in zip(*columns, strict=True):
         lines.append(f"| {step:.0f} | {one:.6f} | {other:.6f} |")
-    lines += ["", "The training losses differ by at most "]
-    lines[-1] += f"{difference(runs, 100):.1e} (relative) in the first 100 steps, "
-    lines[-1] += f"{difference(runs, steps):.1e} in all {steps}."
+    worst = [f"{difference(runs, count):.1e}" for count in (100, steps)]
     lines += [
+        "",
+        f"The training losses differ by at most {worst[0]} of themselves in the first 100 steps,",
+        f"{worst[1]} in all {steps}.",
         "",
         "## Translations",
         "",
         "Of the first sentences held out, none chosen; greedy.",
         "",
+        *translations(runs),
     ]
-    lines += translations(runs)
     (RESULTS / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

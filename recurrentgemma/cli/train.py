@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -111,7 +112,6 @@ def _prepared(
         require_tensorboard,
     )
     from recurrentgemma.cli.trainers import make_trainer
-    from recurrentgemma.common.data import fingerprint
     from recurrentgemma.common.files import whole_file
     from recurrentgemma.common.loss_plot import can_draw, require_matplotlib
     from recurrentgemma.common.run import Run
@@ -131,10 +131,10 @@ def _prepared(
     if options.plot:
         require_matplotlib()
     with working("Reading"):
-        hashes = {str(path): fingerprint(path) for path in (*options.train, *options.validation)}
+        config, tokenizer = _model(options)
+        hashes = _hashes(options, tokenizer)
         if resume:
             _require_same_files(folder, files, hashes)
-        config, tokenizer = _model(options)
         data = _read(options, tokenizer)
     _say(options, data)
     plan = _plan(options, data)
@@ -199,7 +199,7 @@ def _require_same(folder: RunFolder, before: TrainOptions, now: TrainOptions) ->
 def _require_same_files(folder: RunFolder, before: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name, digest in now.items() if before.get(name) != digest]:
         raise ValueError(
-            f"{folder.path} cannot be resumed, since its data is no longer what it was: "
+            f"{folder.path} cannot be resumed, since what it was made of is no longer what it was: "
             f"{', '.join(changed)}"
         )
 
@@ -222,6 +222,21 @@ def _resolved(options: TrainOptions) -> TrainOptions:
     framework = choose_framework(options.framework)
     dtype = options.dtype or training_dtype(framework)
     return dataclasses.replace(options, framework=framework, dtype=dtype)
+
+
+def _hashes(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
+    """SHA-256 of all that a run goes on to need: by the files' names, and of the tokenizer."""
+    from recurrentgemma.common.data import fingerprint
+    from recurrentgemma_conversion.opening import open_checkpoint
+
+    files = {str(path): path for path in (*options.train, *options.validation)}
+    with contextlib.ExitStack() as stack:
+        if options.lora_rank is not None and options.checkpoint is not None:
+            checkpoint = stack.enter_context(open_checkpoint(options.checkpoint))
+            files |= {str(options.checkpoint / path.name): path for path in checkpoint.weights}
+        hashes = {name: fingerprint(path) for name, path in files.items()}
+    model = tokenizer.vocab.serialized_model_proto()
+    return hashes | {"tokenizer": hashlib.sha256(model).hexdigest()}
 
 
 def _model(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:

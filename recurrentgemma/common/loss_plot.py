@@ -41,10 +41,11 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, run) in enumerate(runs.items()):
-        colour = f"C{number}"
-        for file, kind, marker, opacity in (
+        # So that a curve on another does not hide it.
+        style, marker = ("-", "o") if number % 2 == 0 else ("--", "x")
+        for file, kind, sign, opacity in (
             (run.train_log, "training", "", 0.5),
-            (run.validation_log, "validation", "o", 1.0),
+            (run.validation_log, "validation", marker, 1.0),
         ):
             entries = read_log(file)
             if entries:
@@ -52,11 +53,13 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
                 axes.plot(
                     steps,
                     losses,
-                    color=colour,
+                    color=f"C{number}",
                     label=f"{name} {kind}".strip(),
+                    linestyle=style,
                     alpha=opacity,
-                    marker=marker,
-                    markersize=3,
+                    marker=sign,
+                    markersize=6,
+                    fillstyle="none",
                 )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")

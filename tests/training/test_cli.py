@@ -175,6 +175,19 @@ def test_bad_data(corpus, train):
     assert not (corpus / "run").exists()
 
 
+def test_adapters_go_on_only_on_their_base(corpus, base, train):
+    pytest.importorskip("torch.nn")
+    options = {"config": None, "checkpoint": base, "lora_rank": 2, "steps": 1}
+    assert train(**options).code == 0
+    weights = base / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = train(resume=True, **options)
+    assert done.code == 2
+    assert f"what it was made of is no longer what it was: {weights}" in done.err
+
+
 @pytest.mark.parametrize(("how", "word"), [("truncate", "truncated"), ("skip", "skipped")])
 def test_examples_that_are_too_long_are_counted(train, how, word):
     pytest.importorskip("torch.nn")
@@ -229,7 +242,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
         file.write('{"text": "and more"}\n')
     done = train(resume=True)
     assert done.code == 2
-    assert f"its data is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
+    assert f"what it was made of is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
 
 
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
@@ -237,8 +250,8 @@ def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, 
     run = corpus / "run"
     before, after = open_folder(base), open_folder(run / "model")
     for spec in layer_spec(before.config):
-        values = (np.float32(folder.shards.read(spec.torch.name)) for folder in (before, after))
-        changed = not np.array_equal(*values)
+        one, other = (folder.shards.read(spec.torch.name) for folder in (before, after))
+        changed = not np.array_equal(one.astype(np.float32), other.astype(np.float32))
         assert changed == (spec.lora in ("attention", "recurrent", "mlp")), spec.path
     last = run / "checkpoints" / "step-0000002" / "training" / ADAPTERS
     assert last.read_bytes() == (run / ADAPTERS).read_bytes()
