@@ -96,10 +96,10 @@ def merge(
     for spec in layer_spec(config):
         value = get_path(base, spec.path)
         if isinstance(value, Quantized):
-            value = _dequantized(value, jnp.float32)
+            value = _dequantized(value, wide_dtype(dtype))
         if spec.lora in options.targets:
             a, b = (
-                adapters[matrix.path].astype(wide_dtype(value.dtype))
+                adapters[matrix.path].astype(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
             value = value.astype(a.dtype) + options.scale * (a @ b)

@@ -59,7 +59,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
     wide, length = wide_dtype(hidden.dtype), targets.size
     size = loss_chunk(length, len(embedding), chunk_size)
 
-    def chunks(x: Array) -> Array:
+    def chunks(x):
         x = x.reshape(length, *x.shape[2:])
         padding = ((0, -length % size), *((0, 0),) * (x.ndim - 1))
         return jnp.pad(x, padding).reshape(-1, size, *x.shape[1:])

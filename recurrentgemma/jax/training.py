@@ -179,6 +179,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
     Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
     `common.optimization.moment_shapes`).
+    On a CPU they are views, good until the next step.
     """
     specs = trainable_specs(state.model.config, state.lora)
     shapes = moment_shapes(state.optimizer, specs)

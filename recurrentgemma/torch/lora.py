@@ -42,7 +42,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t i"]) -> Any:
         if self.values is not None:
-            whole = {self.leaf: self.kernel().to(x.dtype)}
+            whole = {self.leaf: self.value(self.leaf).to(x.dtype)}
             y = functional_call(self.base, whole, (x,))
         else:
             y = self.base(x)
@@ -53,10 +53,10 @@ class Adapted(nn.Module):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta
 
-    def kernel(self) -> Tensor:
-        """W: the base's own, or dequantised in float32."""
-        if self.values is None or self.scale is None:
-            return self.base.get_parameter(self.leaf)
+    def value(self, leaf: str) -> Tensor:
+        """A parameter of the base; W dequantised, in float32, where it is quantised."""
+        if leaf != self.leaf or self.values is None or self.scale is None:
+            return self.base.get_parameter(leaf)
         return self.values.to(self.scale.dtype) * self.scale
 
 
@@ -110,11 +110,11 @@ def merge(
     for spec in layer_spec(model.config):
         path, _, leaf = spec.torch.name.rpartition(".")
         module = modules[path]
-        value = module.kernel() if isinstance(module, Adapted) else module.get_parameter(leaf)
+        value = module.value(leaf) if isinstance(module, Adapted) else module.get_parameter(leaf)
         value = value.detach()
         if spec.lora in options.targets:
             a, b = (
-                adapters[matrix.path].detach().to(wide_dtype(value.dtype))
+                adapters[matrix.path].detach().to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
             value = value.to(a.dtype) + options.scale * turned(a @ b, spec)

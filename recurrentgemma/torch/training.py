@@ -169,6 +169,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
     Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
     `common.optimization.moment_shapes`).
+    On a CPU they are views, good until the next step.
     """
     specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
     shapes = moment_shapes(state.optimizer, list(specs.values()))
@@ -193,7 +194,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     require_match(state_shapes(state.optimizer, list(specs.values())), shapes)
     moments = {
-        group: {path: _tensor(array) for path, array in part.items()}
+        group: {path: _tensor(np.array(array)) for path, array in part.items()}
         for group, part in grouped(arrays).items()
     }
     values, state.step = moments.pop("parameters"), int(arrays["step"])

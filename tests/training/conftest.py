@@ -1,4 +1,4 @@
-"""A small corpus and model to train, and `recurrentgemma train` in this process."""
+"""Both twins' training; a small corpus and model, and `recurrentgemma train` in this process."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from trainers import TRAINERS, Trainer
 
+from backends import TWINS
 from recurrentgemma.cli import main
 from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.checkpoint import load_tokenizer, write_folder
@@ -28,6 +30,25 @@ CONFIG = GriffinConfig(
     logits_soft_cap=5.0,
 )
 WORDS = "the of and to in that he shall unto for his a lord they be is him not them it with"
+
+
+def _installed(twin: str) -> Trainer:
+    if twin not in TRAINERS:
+        pytest.skip(f"{twin} is not installed")
+    return TRAINERS[twin]
+
+
+@pytest.fixture(params=TWINS)
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    """Each twin's training in turn."""
+    return _installed(request.param)
+
+
+@pytest.fixture
+def trainers() -> tuple[Trainer, Trainer]:
+    """Both twins' training: JAX, PyTorch."""
+    one, other = map(_installed, TWINS)
+    return one, other
 
 
 @pytest.fixture(params=["jax", "torch"])
