@@ -23,7 +23,7 @@ from recurrentgemma.cli.train_options import (
     merged,
     parameters,
     read_toml,
-    require_one_of,
+    require_consistent,
     to_toml,
 )
 
@@ -212,12 +212,7 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 
     if not options.train:
         raise ValueError("--train must name a JSONL file")
-    for names in (
-        ("validation", "validation_share"),
-        ("steps", "epochs"),
-        ("checkpoint", "preset", "config"),
-    ):
-        require_one_of(options, names)
+    require_consistent(options)
     member(TooLong, options.too_long)
     framework = choose_framework(options.framework)
     dtype = options.dtype or training_dtype(framework)

@@ -8,7 +8,7 @@ import inspect
 import json
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,11 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None, **li
 
 
 _DATA, _MODEL, _OPTIMIZER, _RUN = "Data", "Model", "Optimiser", "Run"
+_EXCLUSIVE = (
+    ("validation", "validation_share"),
+    ("steps", "epochs"),
+    ("checkpoint", "preset", "config"),
+)
 # These may change when a run is resumed: its weights do not depend on them.
 _FREE = frozenset(
     [
@@ -309,20 +314,19 @@ def differences(before: TrainOptions, now: TrainOptions) -> list[str]:
 
 
 def merged(given: Mapping[str, Any], *lower: Mapping[str, Any]) -> TrainOptions:
-    """Options, those that are given first before those below."""
+    """Options, those that are given first before those below and before what these exclude."""
     values: dict[str, Any] = {}
     for layer in (*reversed(lower), given):
+        for group in _EXCLUSIVE:
+            if any(layer.get(name) for name in group):
+                values = {name: value for name, value in values.items() if name not in group}
         values |= layer
     return TrainOptions(**values)
 
 
-def flag(name: str) -> str:
-    """A field as a flag."""
-    return f"--{name.replace('_', '-')}"
-
-
-def require_one_of(options: TrainOptions, names: Sequence[str]) -> None:
-    """Raises `ValueError` where more than one of these options is given."""
-    given = [flag(name) for name in names if getattr(options, name)]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other")
+def require_consistent(options: TrainOptions) -> None:
+    """Raises `ValueError` where options that exclude each other are given."""
+    for group in _EXCLUSIVE:
+        given = [f"--{name.replace('_', '-')}" for name in group if getattr(options, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")

@@ -85,6 +85,12 @@ def test_flags_win_over_the_file(corpus, train):
     assert train(options=options, length=20, steps=2, out=corpus / "other").code == 0
     written = tomllib.loads((corpus / "other" / "run.toml").read_text())
     assert (written["length"], written["pack"]) == (20, False)
+    # A flag wins over what it excludes, too.
+    options.write_text("epochs = 7\nvalidation_share = 0.5\n")
+    assert train(options=options, steps=2, out=corpus / "third").code == 0
+    written = tomllib.loads((corpus / "third" / "run.toml").read_text())
+    assert "epochs" not in written
+    assert "validation_share" not in written
     # The file that a run leaves makes that run again.
     path = corpus / "run" / "run.toml"
     again = main(["train", "--options", str(path), "--out", str(corpus / "again")])
