@@ -18,6 +18,7 @@ from recurrentgemma.cli.merge import merge
 from recurrentgemma.cli.parity import parity
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
+from recurrentgemma.cli.train import train
 
 app = typer.Typer(
     name="recurrentgemma",
@@ -32,6 +33,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(inspect)
 app.command()(convert)
+app.command()(train)
 app.command()(merge)
 app.command()(parity)
 app.command()(download)
