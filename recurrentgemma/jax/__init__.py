@@ -1,10 +1,15 @@
 """RecurrentGemma in JAX and Flax."""
 
-from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.conversation import Conversation
+from recurrentgemma.common.errors import MissingFrameworkError
+from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.state import State
+
+if not (is_installed("jax") and is_installed("flax")):
+    raise MissingFrameworkError("recurrentgemma.jax", "jax", "'recurrentgemma[jax]'")
+
 from recurrentgemma.jax.attention import LocalAttentionBlock
 from recurrentgemma.jax.blocks import MLPBlock, RecurrentBlock, ResidualBlock
 from recurrentgemma.jax.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
@@ -21,6 +26,7 @@ from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan
 from recurrentgemma.jax.sharding import ShardingSpec
+from recurrentgemma_conversion.opening import load_tokenizer
 
 __all__ = [
     "RGLRU",
