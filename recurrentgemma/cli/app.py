@@ -14,6 +14,7 @@ from recurrentgemma.cli.chat import chat
 from recurrentgemma.cli.convert import convert
 from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
+from recurrentgemma.cli.merge import merge
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
 
@@ -30,6 +31,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(inspect)
 app.command()(convert)
+app.command()(merge)
 app.command()(download)
 app.command()(bench)
 

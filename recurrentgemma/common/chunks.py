@@ -1,8 +1,10 @@
-"""The lengths in which a long text is read."""
+"""The lengths in which a long text is read, and in which its loss is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+_LOSS_LOGITS = 1 << 25
 
 
 def chunk_lengths(length: int, sizes: Sequence[int], *, pad: bool) -> list[int]:
@@ -23,3 +25,20 @@ def chunk_lengths(length: int, sizes: Sequence[int], *, pad: bool) -> list[int]:
         chunks += [size] * (length // size)
         length %= size
     return chunks[::-1]
+
+
+def loss_chunk(length: int, vocab_size: int, limit: int | None = None) -> int:
+    """Tokens in each of the equal chunks in which the loss of so many tokens is computed.
+
+    Args:
+      length: Number of tokens.
+      vocab_size: Logits of a token.
+      limit: Tokens in a chunk, at most; if None so many that a chunk has 2^25 logits.
+
+    Raises:
+      ValueError: The limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a chunk must have at least one token, got {limit}")
+    limit = max(1, _LOSS_LOGITS // vocab_size) if limit is None else limit
+    return -(-length // max(1, -(-length // limit)))

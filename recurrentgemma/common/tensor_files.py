@@ -48,6 +48,7 @@ class TensorFile:
     Attributes:
       path: The file.
       tensors: What it holds, by name.
+      metadata: What its header says beside them.
 
     Raises:
       DamagedError: It is no safetensors file, or not whole.
@@ -55,7 +56,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors = _read_header(path)
+        self.tensors, self.metadata = _read_header(path)
         self._map: mmap.mmap | None = None
 
     def read(self, name: str) -> np.ndarray:
@@ -69,7 +70,7 @@ class TensorFile:
         return flat.reshape(info.shape)
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -80,7 +81,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         header = json.loads(text, object_pairs_hook=_without_repeats)
         if not isinstance(header, dict):
             raise TypeError(f"a JSON object is expected, got {type(header).__name__}")
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         entries = {name: _entry(value) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedError(f"{path}: its header is damaged: {error!r}") from error
@@ -93,10 +94,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         raise DamagedError(
             f"{path} is no complete safetensors file: {start + end} bytes are expected, got {size}"
         )
-    return {
+    tensors = {
         name: TensorInfo(shape, dtype, start + begin)
         for name, (shape, dtype, (begin, _)) in entries.items()
     }
+    return tensors, metadata
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class TensorFileWriter:
         text += b" " * (-(len(text) + 8) % 64)  # tensors are as aligned as they can be
         self._tensors = dict(tensors)
         self._pending = list(tensors)
-        self._file = path.open("xb")
+        self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, array: np.ndarray) -> None:

@@ -1,9 +1,12 @@
 """RecurrentGemma in JAX and Flax."""
 
+from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
+from recurrentgemma.common.lora import LoraOptions
+from recurrentgemma.common.optimization import OptimizerOptions
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.state import State
 
@@ -21,16 +24,30 @@ from recurrentgemma.jax.checkpoint import (
 )
 from recurrentgemma.jax.griffin import Griffin, init_params
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.rg_lru import RGLRU
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan
 from recurrentgemma.jax.sharding import ShardingSpec
+from recurrentgemma.jax.training import (
+    TrainState,
+    create_train_state,
+    evaluate,
+    load_adapters,
+    load_state_arrays,
+    loss_fn,
+    parameters,
+    save_adapters,
+    state_arrays,
+    train_step,
+)
 from recurrentgemma_conversion.opening import load_tokenizer
 
 __all__ = [
     "RGLRU",
     "AttentionBlockCache",
+    "Batch",
     "BlockDiagonalLinear",
     "Categorical",
     "Conv1D",
@@ -39,7 +56,9 @@ __all__ = [
     "Griffin",
     "GriffinConfig",
     "LocalAttentionBlock",
+    "LoraOptions",
     "MLPBlock",
+    "OptimizerOptions",
     "Preset",
     "RMSNorm",
     "RecurrentBlock",
@@ -52,13 +71,24 @@ __all__ = [
     "ShardingSpec",
     "State",
     "TemporalBlockType",
+    "TrainState",
     "choose_implementation",
+    "create_train_state",
+    "cross_entropy",
+    "evaluate",
     "init_params",
     "linear_scan",
+    "load_adapters",
     "load_checkpoint",
     "load_parameters",
+    "load_state_arrays",
     "load_tokenizer",
+    "loss_fn",
+    "parameters",
     "rg_lru_scan",
+    "save_adapters",
     "save_checkpoint",
     "save_parameters",
+    "state_arrays",
+    "train_step",
 ]

@@ -39,7 +39,10 @@ class Griffin(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_sharding_spec: ShardingSpec | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
+        self.embedder = Embedder(self.config, "embedder", *settings)
+
     def __call__(
         self,
         tokens: Int[Array, "b t"] | np.ndarray,
@@ -68,6 +71,29 @@ class Griffin(nn.Module):
           ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
             is not the state of B rows of this model.
         """
+        x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
+        logits = self.embedder.decode(x) if return_logits else None
+        return logits, new_cache if return_cache else None
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"] | np.ndarray,
+        segment_pos: Int[Array, "b t"] | np.ndarray,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "b _ d"], Cache]:
+        """What the logits are a linear map of, at every place, and the state after the last.
+
+        Args:
+          tokens: As `__call__` takes them.
+          segment_pos: As `__call__` takes it.
+          cache: As `__call__` takes it.
+          last_only: Whether to return the last place alone, [B, 1, D].
+
+        Raises:
+          ValueError: As `__call__` does.
+        """
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
@@ -79,8 +105,7 @@ class Griffin(nn.Module):
             arrays = {name: block._asdict() for name, block in cache.items()}
             check_state(self.config, arrays, tokens.shape[0])
         settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
-        embedder = Embedder(self.config, "embedder", *settings, name="embedder")
-        x = embedder.encode(tokens)
+        x = self.embedder.encode(tokens)
         block_type = nn.remat(ResidualBlock) if self.gradient_checkpointing else ResidualBlock
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
@@ -90,11 +115,9 @@ class Griffin(nn.Module):
                 name = f"blocks.{i}"
                 block = block_type(self.config, name, *settings, name=name)
                 x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
-        if last_logits_only:
+        if last_only:
             x = x[:, -1:]
-        x = RMSNorm(self.config, "final_norm", *settings, name="final_norm")(x)
-        logits = embedder.decode(x) if return_logits else None
-        return logits, new_cache if return_cache else None
+        return RMSNorm(self.config, "final_norm", *settings, name="final_norm")(x), new_cache
 
     def init_cache(self, batch_size: int, dtype: Dtype | None = None) -> Cache:
         """The state before the first token.

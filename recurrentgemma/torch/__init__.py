@@ -1,9 +1,12 @@
 """RecurrentGemma in PyTorch."""
 
+from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
+from recurrentgemma.common.lora import LoraOptions
+from recurrentgemma.common.optimization import OptimizerOptions
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.state import State
 
@@ -16,15 +19,29 @@ from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache,
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
 from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan
+from recurrentgemma.torch.training import (
+    TrainState,
+    create_train_state,
+    evaluate,
+    load_adapters,
+    load_state_arrays,
+    loss_fn,
+    parameters,
+    save_adapters,
+    state_arrays,
+    train_step,
+)
 from recurrentgemma_conversion.opening import load_tokenizer
 
 __all__ = [
     "RGLRU",
     "AttentionBlockCache",
+    "Batch",
     "BlockDiagonalLinear",
     "Categorical",
     "Conv1D",
@@ -33,7 +50,9 @@ __all__ = [
     "Griffin",
     "GriffinConfig",
     "LocalAttentionBlock",
+    "LoraOptions",
     "MLPBlock",
+    "OptimizerOptions",
     "Preset",
     "RMSNorm",
     "RecurrentBlock",
@@ -45,10 +64,21 @@ __all__ = [
     "ScanType",
     "State",
     "TemporalBlockType",
+    "TrainState",
     "choose_implementation",
+    "create_train_state",
+    "cross_entropy",
+    "evaluate",
     "linear_scan",
+    "load_adapters",
     "load_checkpoint",
+    "load_state_arrays",
     "load_tokenizer",
+    "loss_fn",
+    "parameters",
     "rg_lru_scan",
+    "save_adapters",
     "save_checkpoint",
+    "state_arrays",
+    "train_step",
 ]

@@ -83,6 +83,28 @@ class Griffin(SpecModule):
           ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
             is not the state of B rows of this model.
         """
+        x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
+        logits = self.embedder.decode(x) if return_logits else None
+        return logits, new_cache if return_cache else None
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "b t"] | np.ndarray,
+        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "b _ d"], Cache]:
+        """What the logits are a linear map of, at every place, and the state after the last.
+
+        Args:
+          tokens: As `forward` takes them.
+          segment_pos: As `forward` takes it.
+          cache: As `forward` takes it.
+          last_only: Whether to return the last place alone, [B, 1, D].
+
+        Raises:
+          ValueError: As `forward` does.
+        """
         embedding = self.embedder.input_embedding
         # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
         tokens, segment_pos = (
@@ -108,10 +130,9 @@ class Griffin(SpecModule):
                 name = f"blocks.{i}"
                 run = self._checkpointed(block) if self._recomputes() else block
                 x, new_cache[name] = run(x, segment_pos, cache[name] if cache else None)
-        if last_logits_only:
+        if last_only:
             x = x[:, -1:]
-        logits = self.embedder.decode(self.final_norm(x)) if return_logits else None
-        return logits, new_cache if return_cache else None
+        return self.final_norm(x), new_cache
 
     def _recomputes(self) -> bool:
         return (

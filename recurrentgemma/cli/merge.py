@@ -1,0 +1,96 @@
+"""`recurrentgemma merge`: trained adapters in a checkpoint's parameters, or in PEFT's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import DType
+from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
+from recurrentgemma.common.presets import Preset
+
+if TYPE_CHECKING:
+    from recurrentgemma_conversion import Overrides
+
+
+def merge(
+    base: Annotated[
+        Path,
+        typer.Argument(help="The checkpoint that was fine-tuned, of any format."),
+    ],
+    adapters: Annotated[
+        Path, typer.Argument(help="The adapter file, or the folder that a run left.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of the merged parameters. Default: the base's.")
+    ] = None,
+    peft: Annotated[
+        bool,
+        typer.Option("--peft", help="Do not merge: write the adapters in the layout of PEFT."),
+    ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    attention_window_size: Window = None,
+    logits_soft_cap: SoftCap = None,
+    embeddings_scale_by_sqrt_dim: EmbeddingScale = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is at the destination.")
+    ] = False,
+) -> None:
+    """Merge trained adapters into their model: a checkpoint folder that needs no adapters.
+
+    With adapters trained on a quantised base, that base is what they are merged into.
+    """
+    if not force and (destination.exists() or destination.is_symlink()):
+        raise ValueError(f"{destination} exists; pass --force to replace it")
+    stated = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
+    with working("Merging"):
+        message = _merge(base, adapters, destination, dtype, peft, stated, force)
+    typer.echo(message)
+
+
+def _merge(
+    base: Path,
+    path: Path,
+    destination: Path,
+    dtype: DType | None,
+    peft: bool,
+    stated: Overrides,
+    force: bool,
+) -> str:
+    import numpy as np
+
+    from recurrentgemma.common.adapters import read_adapters, write_peft
+    from recurrentgemma.common.arrays import DTYPES
+    from recurrentgemma.common.layer_spec import ParamSpec
+    from recurrentgemma.common.lora import lora_targets
+    from recurrentgemma.common.lora import merge as merged
+    from recurrentgemma_conversion.native import save_folder
+    from recurrentgemma_conversion.opening import open_checkpoint
+
+    with open_checkpoint(base, stated) as checkpoint:
+        adapters = read_adapters(path, checkpoint.config)
+        options = adapters.options
+        count = len(lora_targets(checkpoint.config, options))
+        what = f"{count} adapters of rank {options.rank}"
+        if peft:
+            write_peft(destination, adapters, force=force)
+            return f"{destination}: {what} in PEFT's layout"
+
+        def parameter(spec: ParamSpec) -> np.ndarray:
+            return merged(spec, checkpoint.read(spec), adapters.arrays, options)
+
+        dtypes = {p: d if dtype is None else DTYPES[dtype] for p, d in checkpoint.dtypes.items()}
+        tokenizer = checkpoint.load_tokenizer()
+        save_folder(destination, checkpoint.config, dtypes, parameter, tokenizer, force=force)
+    return f"{destination}: {what} merged"

@@ -1,0 +1,100 @@
+"""The loss of next tokens, without all logits at a time: with 256,000 pieces they are the peak."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from recurrentgemma.common.chunks import loss_chunk
+from recurrentgemma.jax.gates import wide_dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Float[Array, "b t d"],
+    embedding: Float[Array, "v d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    soft_cap: float = 0.0,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    """The sum over b, t of weights_bt times -log softmax(logits_bt)[targets_bt].
+
+    Logits are `hidden` times the embedding, soft-capped, in float32 or wider; they are computed and
+    differentiated so many tokens at a time, in one pass: the gradients, unscaled, are what the
+    forward pass leaves behind. Products have their factors in the dtype of `hidden` and
+    `embedding`, and sums are wide.
+
+    Args:
+      hidden: What `Griffin.hidden` returns.
+      embedding: The tied embedding.
+      targets: The token that follows each; anything where the weight is 0.
+      weights: What each counts.
+      soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
+      chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
+    """
+    return _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients=False)[0]
+
+
+def _forward(hidden, embedding, targets, weights, soft_cap, chunk_size):
+    return _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients=True)
+
+
+def _backward(soft_cap, chunk_size, gradients, dloss):
+    del soft_cap, chunk_size
+    dhidden, dembedding, dweights = gradients
+    scaled = ((dloss * g).astype(g.dtype) for g in (dhidden, dembedding, dweights))
+    dhidden, dembedding, dweights = scaled
+    return dhidden, dembedding, None, dweights
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
+    """The loss, and its gradients for `hidden`, `embedding` and `weights` (or None)."""
+    wide, length = wide_dtype(hidden.dtype), targets.size
+    size = loss_chunk(length, len(embedding), chunk_size)
+
+    def chunks(x):
+        x = x.reshape(length, *x.shape[2:])
+        padding = ((0, -length % size), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(x, padding).reshape(-1, size, *x.shape[1:])
+
+    def step(carry, chunk):
+        loss, dembedding = carry
+        x_cd, target_c, weight_c = chunk
+        logits_cv = jnp.matmul(x_cd, embedding.T, preferred_element_type=wide)
+        tanh_cv = None
+        if soft_cap:
+            tanh_cv = jnp.tanh(logits_cv / soft_cap)
+            logits_cv = soft_cap * tanh_cv
+        log_sum_c = jax.nn.logsumexp(logits_cv, -1)
+        nll_c = log_sum_c - jnp.take_along_axis(logits_cv, target_c[:, None], -1)[:, 0]
+        loss = loss + (weight_c * nll_c).sum()
+        if not gradients:
+            return (loss, dembedding), None
+        dlogits_cv = jnp.exp(logits_cv - log_sum_c[:, None])
+        dlogits_cv = dlogits_cv - (target_c[:, None] == jnp.arange(len(embedding)))
+        dlogits_cv = dlogits_cv * weight_c[:, None]
+        if tanh_cv is not None:
+            dlogits_cv = dlogits_cv * (1 - tanh_cv**2)
+        dlogits_cv = dlogits_cv.astype(hidden.dtype)
+        dx_cd = jnp.matmul(dlogits_cv, embedding, preferred_element_type=wide)
+        dembedding += jnp.matmul(dlogits_cv.T, x_cd, preferred_element_type=wide)
+        return (loss, dembedding), (dx_cd.astype(hidden.dtype), nll_c)
+
+    start = jnp.zeros((), wide), jnp.zeros(embedding.shape if gradients else (), wide)
+    counted = jnp.where(weights == 0, 0, targets)
+    xs = chunks(hidden), chunks(counted), chunks(weights.astype(wide))
+    (loss, dembedding), per_token = jax.lax.scan(step, start, xs)
+    if per_token is None:
+        return loss, None
+    dhidden, nll = (
+        z.reshape(-1, *z.shape[2:])[:length].reshape(*targets.shape, *z.shape[2:])
+        for z in per_token
+    )
+    return loss, (dhidden, dembedding.astype(embedding.dtype), nll.astype(weights.dtype))

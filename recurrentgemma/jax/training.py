@@ -1,0 +1,305 @@
+"""Training: a state, the loss, one step, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.batch import Batch
+from recurrentgemma.common.layer_spec import require_match, sample_param
+from recurrentgemma.common.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.optimization import (
+    OptimizerOptions,
+    decay_mask,
+    grouped,
+    learning_rate,
+    moment_shapes,
+    state_shapes,
+)
+from recurrentgemma.jax.gates import wide_dtype
+from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
+from recurrentgemma.jax.lora import adapted, frozen_base, merge
+from recurrentgemma.jax.loss import cross_entropy
+from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
+
+Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A model in training.
+
+    Attributes:
+      step: Steps done.
+      parameters: What is trained, by the layer spec's paths, in the optimiser state's dtype.
+      optimizer_state: Optax's.
+      base: With LoRA, the frozen parameters under the adapters.
+      model: The model.
+      optimizer: How it is optimised.
+      lora: The adapters that are trained; the model's own parameters if None.
+      dtype: Of the parameters in the forward pass.
+    """
+
+    step: int
+    parameters: dict[str, Array]
+    optimizer_state: optax.OptState
+    base: Params | None
+    model: Griffin = flax.struct.field(pytree_node=False)
+    optimizer: OptimizerOptions = flax.struct.field(pytree_node=False)
+    lora: LoraOptions | None = flax.struct.field(pytree_node=False)
+    dtype: Dtype = flax.struct.field(pytree_node=False)
+
+
+def create_train_state(
+    model: Griffin,
+    params: Params,
+    *,
+    optimizer: OptimizerOptions | None = None,
+    lora: LoraOptions | None = None,
+    state_dtype: Dtype = jnp.float32,
+    seed: int = 0,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: The model.
+      params: Its parameters. They are copied, or under LoRA shared; they stay as they are.
+      optimizer: How to optimise; AdamW if None.
+      lora: Train adapters of this kind on frozen parameters; all parameters if None.
+      state_dtype: Of what is trained, as the optimiser sees it, and of its state. Where it is wider
+        than the parameters the forward pass casts them, so that small updates are not lost.
+      seed: Of the adapters' initial values.
+
+    Raises:
+      ValueError: The parameters are not the model's, or LoRA has no targets in it.
+    """
+    params = params.get("params", params)
+    optimizer = OptimizerOptions() if optimizer is None else optimizer
+    specs = trainable_specs(model.config, lora)
+    if lora is None:
+        values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
+        base = None
+    else:
+        values = {s.path: jnp.asarray(sample_param(s, seed), state_dtype) for s in specs}
+        base = frozen_base(model.config, params, lora)
+    return TrainState(
+        step=0,
+        parameters=values,
+        optimizer_state=make_optimizer(optimizer, decay_mask(specs), 0.0).init(values),
+        base=base,
+        model=model,
+        optimizer=optimizer,
+        lora=lora,
+        dtype=jnp.dtype(get_path(params, "embedder.input_embedding").dtype),
+    )
+
+
+def loss_fn(
+    model: Griffin,
+    params: Params,
+    batch: Batch,
+    adapters: Mapping[str, Array] | None = None,
+    lora: LoraOptions | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean over the weights of -log p(target), in float32 or wider; 0 where none counts.
+
+    Args:
+      model: The model.
+      params: Its parameters, or under adapters their `frozen_base`.
+      batch: What it reads and what follows.
+      adapters: A and B of each target, if there are any.
+      lora: What they were made of.
+
+    Returns:
+      The loss, and "loss" and "tokens", the sum of the weights.
+    """
+    tokens = jnp.asarray(batch.weights).sum()
+    loss = _total(model, params, batch, adapters, lora) / _divisor(tokens)
+    return loss, {"loss": loss, "tokens": tokens}
+
+
+def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
+    """One update, by the gradient of the mean over the weights of all batches.
+
+    Args:
+      state: Its parameters and optimiser state are used up: go on with the one returned.
+      batches: One batch, or several of one shape whose gradients are accumulated.
+
+    Returns:
+      The new state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping)
+      and "learning_rate". Those that are arrays are not waited for.
+    """
+    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+    rate = learning_rate(state.optimizer, state.step)
+    parameters, optimizer_state, metrics = _update(
+        state.model,
+        state.optimizer,
+        state.lora,
+        state.dtype,
+        state.parameters,
+        state.optimizer_state,
+        state.base,
+        stacked,
+        rate,
+    )
+    state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        step=state.step + 1, parameters=parameters, optimizer_state=optimizer_state
+    )
+    return state, {**metrics, "learning_rate": rate}
+
+
+def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+    """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
+    total, tokens = 0.0, 0.0
+    for batch in batches:
+        args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
+        total += float(_evaluate(*args))
+        tokens += float(np.sum(batch.weights))
+    loss = total / tokens if tokens else 0.0
+    return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """All that changes in training, in the Flax layout: what the PyTorch twin's has too.
+
+    Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
+    `common.optimization.moment_shapes`).
+    """
+    specs = trainable_specs(state.model.config, state.lora)
+    shapes = moment_shapes(state.optimizer, specs)
+    moments = get_moments(shapes, state.optimizer_state)
+    values = {spec.path: state.parameters[spec.path] for spec in specs}
+    groups = {"parameters": values, **moments}
+    return {"step": np.asarray(state.step)} | {
+        f"{group}.{path}": np.asarray(value)
+        for group, values in groups.items()
+        for path, value in values.items()
+    }
+
+
+def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    """The state with these arrays, from `state_arrays` of either twin, cast to its dtypes.
+
+    Raises:
+      ValueError: Names or shapes are not the state's; all differences are listed.
+    """
+    specs = trainable_specs(state.model.config, state.lora)
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    require_match(state_shapes(state.optimizer, specs), shapes)
+    dtype = next(iter(state.parameters.values())).dtype
+    moments = {
+        group: {path: jnp.array(array, dtype) for path, array in part.items()}
+        for group, part in grouped(arrays).items()
+    }
+    parameters, step = moments.pop("parameters"), int(arrays["step"])
+    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        step=step,
+        parameters={spec.path: parameters[spec.path] for spec in specs},
+        optimizer_state=set_moments(state.optimizer_state, step, moments),
+    )
+
+
+def parameters(state: TrainState) -> Params:
+    """The model's parameters, adapters merged: to sample from or to save."""
+    if state.lora is None:
+        return _tree(state.parameters, state.dtype, copy=True)
+    assert state.base is not None
+    return merge(state.model.config, state.base, state.parameters, state.lora, state.dtype)
+
+
+def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
+    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+
+    Raises:
+      ValueError: The state has none.
+      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+    """
+    if state.lora is None:
+        raise ValueError("the state has no adapters: it was created without lora")
+    specs = trainable_specs(state.model.config, state.lora)
+    arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
+    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+
+
+def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
+    """The parameters of a model with the adapters in a file merged into them, in its dtype.
+
+    Raises:
+      CheckpointError: It is no adapter file, damaged, or of another model.
+    """
+    _, options, arrays = read_adapters(path, model.config)
+    base = frozen_base(model.config, params, options)
+    dtype = get_path(base, "embedder.input_embedding").dtype
+    adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return merge(model.config, base, adapters, options, dtype)
+
+
+def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
+    """The sum over the weights of -log p(target)."""
+    with adapted(adapters, lora) if lora else contextlib.nullcontext():
+        hidden, _ = model.apply(
+            {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
+        )
+    embedding = get_path(params, "embedder.input_embedding")
+    hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
+    soft_cap = model.config.logits_soft_cap
+    return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
+
+
+def _divisor(tokens: Array) -> Array:
+    return jnp.where(tokens > 0, tokens, 1)
+
+
+def _tree(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -> Params:
+    tree: dict[str, Any] = {}
+    for path, value in parameters.items():
+        set_path(tree, path, jnp.array(value, dtype, copy=copy))
+    return tree
+
+
+def _trained_total(model, lora, dtype, parameters, base, batch):
+    if lora is None:
+        return _total(model, _tree(parameters, dtype), batch, None, None)
+    return _total(model, base, batch, parameters, lora)
+
+
+_evaluate = jax.jit(_trained_total, static_argnums=(0, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5))
+def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
+    tokens = batches.weights.sum()
+
+    def share(parameters, batch):
+        return _trained_total(model, lora, dtype, parameters, base, batch) / _divisor(tokens)
+
+    def accumulate(sums, batch):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(parameters, batch)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
+    (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
+    if options.clip_norm is not None:
+        scale = jnp.minimum(1.0, options.clip_norm / norm)
+        grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+    decay = decay_mask(trainable_specs(model.config, lora))
+    optimizer = make_optimizer(options, decay, rate)
+    updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
+    parameters = optax.apply_updates(parameters, updates)
+    metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}
+    return parameters, optimizer_state, metrics

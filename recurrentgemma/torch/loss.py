@@ -1,0 +1,105 @@
+"""The loss of next tokens, without all logits at a time: with 256,000 pieces they are the peak."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from recurrentgemma.common.chunks import loss_chunk
+from recurrentgemma.torch.gates import wide_dtype
+
+_VOCABULARY_PART = 16_384
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "b t d"],
+    embedding: Float[Tensor, "v d"],
+    targets: Int[Tensor, "b t"],
+    weights: Float[Tensor, "b t"],
+    soft_cap: float = 0.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, ""]:
+    """The sum over b, t of weights_bt times -log softmax(logits_bt)[targets_bt].
+
+    Logits are `hidden` times the embedding, soft-capped, in float32 or wider; they are computed and
+    differentiated so many tokens at a time, in one pass: the gradients, unscaled, are what the
+    forward pass leaves behind. Products have their factors in the dtype of `hidden` and
+    `embedding`, and sums are wide.
+
+    Args:
+      hidden: What `Griffin.hidden` returns.
+      embedding: The tied embedding.
+      targets: The token that follows each; anything where the weight is 0.
+      weights: What each counts.
+      soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
+      chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
+    """
+    if not torch.is_grad_enabled():
+        inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
+        return _run(*inputs, needed=(False, False))[0]
+    return _CrossEntropy.apply(hidden, embedding, targets, weights, soft_cap, chunk_size)  # pyright: ignore[reportReturnType]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, weights, soft_cap, chunk_size):  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed = ctx.needs_input_grad[:2]
+        loss, gradients = _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled = (g if g is None else (dloss * g).to(g.dtype) for g in ctx.saved_tensors)
+        dhidden, dembedding, dweights = scaled
+        return dhidden, dembedding, None, dweights, None, None
+
+
+def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
+    """The loss, and its gradients for `hidden`, `embedding` (where needed) and `weights`."""
+    wide, length = wide_dtype(hidden.dtype), targets.numel()
+    size = loss_chunk(length, len(embedding), chunk_size)
+    # In parts, since in a narrower dtype each is copied to the wide one.
+    part = len(embedding) if embedding.dtype == wide else _VOCABULARY_PART
+    parts = [slice(i, i + part) for i in range(0, len(embedding), part)]
+    loss = hidden.new_zeros((), dtype=wide)
+    dhidden = torch.empty_like(hidden).flatten(0, 1) if needed[0] else None
+    dembedding = torch.zeros_like(embedding, dtype=wide) if needed[1] else None
+    nll = torch.empty_like(weights, dtype=wide).flatten()
+    logits = torch.empty(min(size, length), len(embedding), dtype=wide, device=hidden.device)
+    counted = torch.where(weights == 0, 0, targets).long()
+    rows = hidden.flatten(0, 1), counted.flatten(), weights.flatten().to(wide)
+    for chunk in (slice(i, i + size) for i in range(0, length, size)):
+        x_cd, target_c, weight_c = (z[chunk] for z in rows)
+        x_cd, logits_cv = x_cd.to(wide), logits[: len(x_cd)]
+        for p in parts:
+            torch.matmul(x_cd, embedding[p].to(wide).T, out=logits_cv[:, p])
+        tanh_cv = None
+        if soft_cap:
+            tanh_cv = logits_cv.div_(soft_cap).tanh_()
+            logits_cv = soft_cap * tanh_cv
+        log_sum_c = logits_cv.logsumexp(-1)
+        nll_c = log_sum_c - logits_cv.gather(-1, target_c[:, None])[:, 0]
+        loss += (weight_c * nll_c).sum()
+        nll[chunk] = nll_c
+        if not any(needed):
+            continue
+        dlogits_cv = logits_cv.sub_(log_sum_c[:, None]).exp_()
+        dlogits_cv.scatter_add_(-1, target_c[:, None], -torch.ones_like(log_sum_c)[:, None])
+        dlogits_cv.mul_(weight_c[:, None])
+        if tanh_cv is not None:
+            dlogits_cv.mul_(tanh_cv.square_().neg_().add_(1))
+        dlogits_cv = dlogits_cv.to(hidden.dtype).to(wide)
+        if dhidden is not None:
+            products = (dlogits_cv[:, p] @ embedding[p].to(wide) for p in parts)
+            dhidden[chunk] = sum(products).to(hidden.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        if dembedding is not None:
+            dembedding.addmm_(dlogits_cv.T, x_cd)
+    gradients = (
+        dhidden if dhidden is None else dhidden.view_as(hidden),
+        dembedding if dembedding is None else dembedding.to(embedding.dtype),
+        nll.view_as(weights).to(weights.dtype),
+    )
+    return loss, gradients

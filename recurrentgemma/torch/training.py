@@ -1,0 +1,283 @@
+"""Training: a state, the loss, one step, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.batch import Batch
+from recurrentgemma.common.layer_spec import layer_spec, require_match
+from recurrentgemma.common.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.optimization import (
+    OptimizerOptions,
+    decay_mask,
+    grouped,
+    learning_rate,
+    moment_shapes,
+    state_shapes,
+)
+from recurrentgemma.torch.checkpoint import _array, _tensor
+from recurrentgemma.torch.gates import wide_dtype
+from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.lora import adapt, merge
+from recurrentgemma.torch.loss import cross_entropy
+from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments, turned
+
+Metrics = dict[str, Any]
+
+
+@dataclasses.dataclass
+class TrainState:
+    """A model in training.
+
+    Attributes:
+      step: Steps done.
+      parameters: What is trained, by the layer spec's paths, in the optimiser state's dtype.
+      optimizer_state: PyTorch's optimiser on them.
+      model: The model; with LoRA one with adapters.
+      optimizer: How it is optimised.
+      lora: The adapters that are trained; the model's own parameters if None.
+      dtype: Of the parameters in the forward pass.
+    """
+
+    step: int
+    parameters: dict[str, Tensor]
+    optimizer_state: torch.optim.Optimizer
+    model: Griffin
+    optimizer: OptimizerOptions
+    lora: LoraOptions | None
+    dtype: torch.dtype
+
+
+def create_train_state(
+    model: Griffin,
+    *,
+    optimizer: OptimizerOptions | None = None,
+    lora: LoraOptions | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: The model. Training changes it in place; under LoRA it stays as it is, and the state's
+        model shares its tensors.
+      optimizer: How to optimise; AdamW if None.
+      lora: Train adapters of this kind on frozen parameters; all parameters if None.
+      state_dtype: Of what is trained, as the optimiser sees it, and of its state. Where it is wider
+        than the parameters it sees a copy of them, so that small updates are not lost.
+      seed: Of the adapters' initial values.
+
+    Raises:
+      ValueError: LoRA has no targets in the model.
+    """
+    optimizer = OptimizerOptions() if optimizer is None else optimizer
+    specs = trainable_specs(model.config, lora)
+    dtype = model.embedder.input_embedding.dtype
+    if lora is None:
+        model.requires_grad_(True)
+        values = {
+            path: p if p.dtype == state_dtype else p.detach().to(state_dtype)
+            for path, p in _own_parameters(model).items()
+        }
+    else:
+        model, values = adapt(model, lora, state_dtype, seed)
+    return TrainState(
+        step=0,
+        parameters=values,
+        optimizer_state=make_optimizer(optimizer, decay_mask(specs), values),
+        model=model,
+        optimizer=optimizer,
+        lora=lora,
+        dtype=dtype,
+    )
+
+
+def loss_fn(model: Griffin, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
+    """The mean over the weights of -log p(target), in float32 or wider; 0 where none counts.
+
+    Args:
+      model: The model, with adapters or without.
+      batch: What it reads and what follows.
+
+    Returns:
+      The loss, and "loss" and "tokens", the sum of the weights.
+    """
+    tokens = float(np.sum(batch.weights))
+    loss = _total(model, batch) / _divisor(tokens)
+    return loss, {"loss": loss.detach(), "tokens": tokens}
+
+
+def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
+    """One update, by the gradient of the mean over the weights of all batches.
+
+    Args:
+      state: It is changed in place.
+      batches: One batch, or several whose gradients are accumulated.
+
+    Returns:
+      The state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping) and
+      "learning_rate".
+    """
+    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    tokens = float(sum(np.sum(batch.weights) for batch in batches))
+    rate = learning_rate(state.optimizer, state.step)
+    loss = torch.zeros(())
+    for batch in batches:
+        share = _total(state.model, batch) / _divisor(tokens)
+        share.backward()
+        loss = loss.to(share) + share.detach()
+        _collect_gradients(state)
+    grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if state.optimizer.clip_norm is not None:
+        scale = (state.optimizer.clip_norm / norm).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
+    for group in state.optimizer_state.param_groups:
+        group["lr"] = rate
+    state.optimizer_state.step()
+    state.optimizer_state.zero_grad()
+    _copy_parameters(state)
+    state.step += 1
+    return state, {"loss": loss, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
+
+
+@torch.no_grad()
+def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+    """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
+    total, tokens = 0.0, 0.0
+    for batch in batches:
+        total += float(_total(state.model, batch))
+        tokens += float(np.sum(batch.weights))
+    loss = total / tokens if tokens else 0.0
+    return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """All that changes in training, in the Flax layout: what the JAX twin's has too.
+
+    Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
+    `common.optimization.moment_shapes`).
+    """
+    specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
+    shapes = moment_shapes(state.optimizer, list(specs.values()))
+    moments = get_moments(shapes, specs, state.parameters, state.optimizer_state, state.optimizer)
+    values = {path: turned(value, specs[path]) for path, value in state.parameters.items()}
+    groups = {"parameters": values, **moments}
+    return {"step": np.asarray(state.step)} | {
+        f"{group}.{path}": _array(value)
+        for group, values in groups.items()
+        for path, value in values.items()
+    }
+
+
+@torch.no_grad()
+def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    """The state with these arrays, from `state_arrays` of either twin, cast to its dtypes.
+
+    Raises:
+      ValueError: Names or shapes are not the state's; all differences are listed.
+    """
+    specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    require_match(state_shapes(state.optimizer, list(specs.values())), shapes)
+    moments = {
+        group: {path: _tensor(array) for path, array in part.items()}
+        for group, part in grouped(arrays).items()
+    }
+    values, state.step = moments.pop("parameters"), int(arrays["step"])
+    for path, parameter in state.parameters.items():
+        parameter.copy_(turned(values[path], specs[path]))
+    set_moments(
+        state.step, moments, specs, state.parameters, state.optimizer_state, state.optimizer
+    )
+    _copy_parameters(state)
+    return state
+
+
+def parameters(state: TrainState) -> Griffin:
+    """The model, adapters merged: to sample from or to save.
+
+    Without LoRA it is the state's own, which training goes on to change.
+    """
+    if state.lora is None:
+        return state.model
+    return merge(state.model, state.parameters, state.lora, state.dtype)
+
+
+def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
+    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+
+    Raises:
+      ValueError: The state has none.
+      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+    """
+    if state.lora is None:
+        raise ValueError("the state has no adapters: it was created without lora")
+    arrays = {name: _array(parameter) for name, parameter in state.parameters.items()}
+    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+
+
+def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
+    """A model with the adapters in a file merged into its parameters, in its dtype.
+
+    Raises:
+      CheckpointError: It is no adapter file, damaged, or of another model.
+    """
+    _, options, arrays = read_adapters(path, model.config)
+    base, _ = adapt(model, options, torch.float32, 0)
+    embedding = model.embedder.input_embedding
+    adapters = {name: _tensor(array).to(embedding.device) for name, array in arrays.items()}
+    return merge(base, adapters, options, embedding.dtype)
+
+
+def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
+    """The sum over the weights of -log p(target)."""
+    embedding = model.embedder.input_embedding
+    tokens, segment_pos, targets, weights = (
+        torch.tensor(np.asarray(z)).to(embedding.device) for z in batch
+    )
+    hidden, _ = model.hidden(tokens, segment_pos)
+    return cross_entropy(hidden, embedding, targets, weights, model.config.logits_soft_cap)
+
+
+def _divisor(tokens: float) -> float:
+    return tokens if tokens > 0 else 1.0
+
+
+def _own_parameters(model: Griffin) -> dict[str, Tensor]:
+    """The model's parameters by the layer spec's paths."""
+    return {spec.path: model.get_parameter(spec.torch.name) for spec in layer_spec(model.config)}
+
+
+def _collect_gradients(state: TrainState) -> None:
+    """Adds the model's gradients to those of what the optimiser sees, where that is a copy."""
+    if state.lora is not None:
+        return
+    for path, parameter in _own_parameters(state.model).items():
+        seen = state.parameters[path]
+        if seen is not parameter and parameter.grad is not None:
+            grad = parameter.grad.to(seen.dtype)
+            seen.grad = grad if seen.grad is None else seen.grad + grad
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _copy_parameters(state: TrainState) -> None:
+    """Casts what the optimiser sees to the model's parameters, where it is a copy."""
+    if state.lora is not None:
+        return
+    for path, parameter in _own_parameters(state.model).items():
+        if state.parameters[path] is not parameter:
+            parameter.copy_(state.parameters[path])
