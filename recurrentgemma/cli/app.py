@@ -17,6 +17,7 @@ from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.merge import merge
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
+from recurrentgemma.cli.train import train
 
 app = typer.Typer(
     name="recurrentgemma",
@@ -31,6 +32,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(inspect)
 app.command()(convert)
+app.command()(train)
 app.command()(merge)
 app.command()(download)
 app.command()(bench)

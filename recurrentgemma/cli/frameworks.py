@@ -79,7 +79,8 @@ def load_sampler(
     return load(path, tokenizer, sampling, dtype, chat)
 
 
-def _default_dtype(device: str) -> DType:
+def default_dtype(device: str) -> DType:
+    """What to run in on a device, where nothing is said."""
     return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
 
 
@@ -91,7 +92,7 @@ def _load_torch(
     from recurrentgemma.torch import Sampler, load_checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or _default_dtype(device)
+    dtype = dtype or default_dtype(device)
     model = load_checkpoint(path, dtype=getattr(torch, dtype), device=device)
     sampler = Sampler(model, tokenizer.vocab, is_it_model=chat, sampling=sampling)
     return Loaded(sampler, device, dtype)
@@ -105,7 +106,7 @@ def _load_jax(
     from recurrentgemma.jax import Sampler, load_checkpoint
 
     device = jax.default_backend()
-    dtype = dtype or _default_dtype(device)
+    dtype = dtype or default_dtype(device)
     model, params = load_checkpoint(path, dtype=jax.numpy.dtype(dtype))
     sampler = Sampler(model, tokenizer.vocab, params, is_it_model=chat, sampling=sampling)
     return Loaded(sampler, device, dtype)
@@ -139,7 +140,7 @@ def _random_torch(preset: str, dtype: DType | None) -> Loaded:
     from recurrentgemma.torch.checkpoint import _tensor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or _default_dtype(device)
+    dtype = dtype or default_dtype(device)
     model = Griffin(GriffinConfig.from_preset(preset), device="meta")
     state = {
         spec.torch.name: _tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
@@ -158,7 +159,7 @@ def _random_jax(preset: str, dtype: DType | None) -> Loaded:
     from recurrentgemma.jax.griffin import set_path
 
     device = jax.default_backend()
-    dtype = dtype or _default_dtype(device)
+    dtype = dtype or default_dtype(device)
     model = Griffin(GriffinConfig.from_preset(preset), param_dtype=jax.numpy.dtype(dtype))
     params: dict[str, Any] = {}
     for spec in layer_spec(model.config):

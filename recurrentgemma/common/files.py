@@ -139,11 +139,25 @@ def _recover(folder: Path) -> None:
             _remove(path)
         else:
             path.rename(folder)
-    for path in folder.parent.glob(".*.partial"):
-        if path.name.startswith(f".{folder.name}.") and path.is_dir():
+    remove_partial(folder.parent, folder.name)
+
+
+def remove_partial(parent: Path, name: str = "") -> None:
+    """Removes the temporary siblings, in a folder, that no process is writing any more.
+
+    Args:
+      parent: The folder.
+      name: What they were to become; anything if empty.
+    """
+    for path in parent.glob(".*.partial"):
+        if not path.name.startswith(f".{name}." if name else "."):
+            continue
+        if path.is_dir() and not path.is_symlink():
             with _locked(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
+        elif not name:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

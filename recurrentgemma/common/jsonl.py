@@ -46,13 +46,20 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield Line(number, "", f"{path}, line {number}: {error}")
 
 
-def _prompt(data: bytes) -> str:
+def json_value(data: bytes) -> Any:
+    """The value on a line; `ValueError` says why there is none."""
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte 0x{data[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: too deep") from error
+
+
+def _prompt(data: bytes) -> str:
+    value = json_value(data)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise ValueError('a string or an object with a string "prompt" is expected')

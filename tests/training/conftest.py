@@ -1,7 +1,42 @@
+"""A small corpus and model to train, and `recurrentgemma train` in this process."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import pytest
 from trainers import TRAINERS, Trainer
 
 from backends import TWINS
+from recurrentgemma.cli import main
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.training_log import read_log
+
+CONFIG = GriffinConfig(
+    vocab_size=2048,
+    width=16,
+    mlp_expanded_width=32,
+    num_heads=2,
+    block_types=("recurrent", "attention"),  # pyright: ignore[reportArgumentType]
+    embeddings_scale_by_sqrt_dim=True,
+    attention_window_size=8,
+    logits_soft_cap=5.0,
+)
+WORDS = "the of and to in that he shall unto for his a lord they be is him not them it with"
+
+
+@pytest.fixture(params=["jax", "torch"])
+def framework(request) -> str:
+    pytest.importorskip({"jax": "flax.linen", "torch": "torch.nn"}[request.param])
+    return request.param
+
+
+@pytest.fixture
+def both_frameworks() -> None:
+    pytest.importorskip("flax.linen")
+    pytest.importorskip("torch.nn")
 
 
 def _installed(twin: str) -> Trainer:
@@ -21,3 +56,90 @@ def trainers() -> tuple[Trainer, Trainer]:
     """Both twins' training: JAX, PyTorch."""
     one, other = map(_installed, TWINS)
     return one, other
+
+
+def write_lines(path: Path, values: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A folder with train.jsonl, valid.jsonl and config.json."""
+    draw = random.Random(0)
+    texts = [
+        {"text": " ".join(draw.choices(WORDS.split(), k=draw.randint(3, 30)))} for _ in range(120)
+    ]
+    write_lines(tmp_path / "train.jsonl", texts[20:])
+    write_lines(tmp_path / "valid.jsonl", texts[:20])
+    (tmp_path / "config.json").write_text(CONFIG.to_json())
+    return tmp_path
+
+
+class Outcome(NamedTuple):
+    """What a run did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def arguments(corpus: Path, framework: str, **changes: Any) -> list[str]:
+    """The words of a small run, options changed or, where None, left out."""
+    options = {
+        "train": corpus / "train.jsonl",
+        "validation": corpus / "valid.jsonl",
+        "config": corpus / "config.json",
+        "out": corpus / "run",
+        "framework": framework,
+        "length": 16,
+        "batch-size": 2,
+        "steps": 6,
+        "evaluate-every": 3,
+        "checkpoint-every": 2,
+        "log-every": 2,
+        "sample-tokens": 0,
+        "learning-rate": 0.01,
+        "plot": False,
+    }
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    words = ["train"]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", os.fspath(item) if isinstance(item, Path) else str(item)]
+    return words
+
+
+@pytest.fixture
+def train(corpus, capsys, monkeypatch):
+    """Runs a small training; the outcome."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(framework: str = "torch", **changes: Any) -> Outcome:
+        capsys.readouterr()
+        return Outcome(main(arguments(corpus, framework, **changes)), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def losses(corpus):
+    """Steps and losses in a log of a run."""
+
+    def read(name: str = "train", out: str = "run") -> list[tuple[int, float]]:
+        return [(e["step"], e["loss"]) for e in read_log(corpus / out / f"{name}_log.jsonl")]
+
+    return read
+
+
+@pytest.fixture
+def command(corpus):
+    """The words of a small run."""
+
+    def words(framework: str, **changes: Any) -> list[str]:
+        return arguments(corpus, framework, **changes)
+
+    return words

@@ -1,0 +1,130 @@
+"""A run that was stopped in any way goes on as if it had not been.
+
+KILLS=10 STEPS=200 pytest tests/training/test_resume.py -k killed
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recurrentgemma.common.checkpoint import open_folder
+from recurrentgemma.common.run_folder import RunFolder
+
+KILLS = int(os.environ.get("KILLS", "2"))
+STEPS = int(os.environ.get("STEPS", "30"))
+
+
+def final(folder: Path) -> dict[str, bytes]:
+    """All bytes that a run ends with: the model, and the last checkpoint with its state."""
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    files = [*(folder / "model").rglob("*"), *checkpoints[-1].rglob("*.safetensors")]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
+
+
+def require_readable(folder: Path) -> None:
+    """Every checkpoint that is to be seen is whole."""
+    run = RunFolder(folder)
+    for step in run.steps():
+        opened = open_folder(run.checkpoint(step))
+        assert all(opened.shards.read(name).size for name in opened.shards.tensors)
+        progress, arrays = run.load(step)
+        assert progress.step == step
+        assert all(array.sum() == array.sum() for array in arrays.values())
+    assert not run.best.is_symlink() or open_folder(run.best)
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    code = "import sys; from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+
+
+def wait_for(process: subprocess.Popen, log: Path, step: int) -> None:
+    """Returns once the process has logged a step."""
+    deadline = time.monotonic() + 240
+    while not (log.exists() and log.read_bytes().count(b"\n") >= step):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_resumed_after_being_killed(corpus, command, framework, losses):
+    options = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "evaluate_every": 10}
+    finish(start(command(framework, out=corpus / "whole", **options)))
+    draw = random.Random(os.environ.get("KILLS_SEED", framework))
+    moments = [0, *sorted(draw.randint(1, STEPS - 5) for _ in range(KILLS - 1))]
+    folder, log = corpus / "run", corpus / "run" / "train_log.jsonl"
+    words = command(framework, resume=True, **options)
+    for step in moments:
+        process = start(words)
+        if step:
+            wait_for(process, log, step)
+        time.sleep(draw.random() * (0.05 if step else 4.0))
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err.decode()
+        if folder.exists():
+            require_readable(folder)
+    finish(start(words))
+    require_readable(folder)
+    assert final(folder) == final(corpus / "whole")
+    for name in ("train", "validation"):
+        assert losses(name) == losses(name, out="whole")
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(corpus, command, train, losses, number):
+    framework = "torch"
+    pytest.importorskip("torch.nn")
+    options = {"steps": 400, "log_every": 1, "checkpoint_every": 1000, "evaluate_every": 1000}
+    process = start(command(framework, out=corpus / "run", **options))
+    wait_for(process, corpus / "run" / "train_log.jsonl", 3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.decode().splitlines()[-1].endswith("is written; --resume goes on")
+    (step,) = RunFolder(corpus / "run").steps()
+    assert losses()[-1][0] == step < 400
+    require_readable(corpus / "run")
+
+
+def test_resumed_is_uninterrupted_in_every_way_of_training(corpus, framework, train, losses):
+    """Here in one process; the last checkpoint but one is gone on from."""
+    ways = {
+        "adafactor": {"optimizer": "adafactor", "accumulation": 2, "batch_size": 1, "pack": False},
+        "sgd": {"optimizer": "sgd", "warmup_steps": 2, "dtype": "bfloat16"},
+        "lora": {"lora_rank": 2, "validation": None, "validation_share": 0.1},
+    }
+    for name, options in ways.items():
+        out = corpus / name
+        assert train(framework, out=out, **options).code == 0
+        whole, logged = final(out), losses(out=name)
+        shutil.rmtree(out / "model")
+        shutil.rmtree(out / "checkpoints" / "step-0000006")
+        assert RunFolder(out).steps()[-1] < 6
+        assert train(framework, out=out, resume=True, **options).code == 0
+        assert final(out) == whole
+        assert losses(out=name) == logged
+        # Another time nothing is left to do.
+        assert train(framework, out=out, resume=True, **options).code == 0
+        assert final(out) == whole
+
+
+def test_going_on_in_the_other_framework(corpus, both_frameworks, train, losses):
+    assert train("jax").code == 0
+    expected = dict(losses())
+    shutil.rmtree(corpus / "run" / "checkpoints" / "step-0000006")
+    assert train("torch", resume=True).code == 0
+    assert dict(losses()) == pytest.approx(expected, rel=1e-4)
