@@ -171,15 +171,22 @@ def _step(
     sees_bs = jnp.pad(age <= num_before, ((0, 0), (0, 1)), constant_values=True)
     replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
 
-    keys_and_values, rings = [], []
-    for new_b1h, ring_bw1h in ((k_b1h, cache.keys), (v_b1h, cache.values)):
-        new_b11h, ring_bw1h = new_b1h[:, None], ring_bw1h.astype(new_b1h.dtype)
-        keys_and_values.append(jnp.concatenate([ring_bw1h, new_b11h], 1).swapaxes(1, 2))
-        kept = jnp.where(starts[..., None, None], 0, ring_bw1h)
-        rings.append(jnp.where(replaced, new_b11h, kept))
-    encoded = _attend(q_b1nh[:, None], *keys_and_values, sees_bs[:, None, None])[:, 0]
+    (keys, ring_of_keys), (values, ring_of_values) = (
+        _extended_and_replaced(ring.astype(new.dtype), new[:, None], starts, replaced)
+        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+    )
+    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
     num_tokens = (num_before + (segment_pos >= 0))[:, 0].astype(jnp.int32)
-    return encoded, AttentionBlockCache(*rings, num_tokens)
+    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+
+
+def _extended_and_replaced(
+    ring_bw1h: Array, new_b11h: Array, starts: Array, replaced: Array
+) -> tuple[Array, Array]:
+    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
+    seen = jnp.concatenate([ring_bw1h, new_b11h], 1).swapaxes(1, 2)
+    kept = jnp.where(starts[..., None, None], 0, ring_bw1h)
+    return seen, jnp.where(replaced, new_b11h, kept)
 
 
 def _history(

@@ -84,8 +84,8 @@ def _attend(
     mask_bgcs: Bool[Tensor, "b g c s"],
 ) -> Float[Tensor, "b g c n h"]:
     """Multi-query attention in each of G blocks, its softmax in float32."""
-    q_zcnh, (k_z1sh, v_z1sh, mask_z1cs) = q_bgcnh.flatten(0, 1), (
-        z.flatten(0, 1)[:, None] for z in (k_bgsh, v_bgsh, mask_bgcs))  # fmt: skip
+    q_zcnh, k_zsh, v_zsh, mask_zcs = (z.flatten(0, 1) for z in (q_bgcnh, k_bgsh, v_bgsh, mask_bgcs))
+    k_z1sh, v_z1sh, mask_z1cs = k_zsh[:, None], v_zsh[:, None], mask_zcs[:, None]
     if q_zcnh.shape[1] == 1:  # heads take the place of queries, since they share their keys
         out_zcnh = nn.functional.scaled_dot_product_attention(q_zcnh, k_z1sh, v_z1sh, mask_z1cs)
     else:
@@ -179,15 +179,22 @@ def _step(
     sees_bs = nn.functional.pad(age <= num_before, (0, 1), value=True)
     replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
 
-    keys_and_values, rings = [], []
-    for new_b1h, ring_bw1h in ((k_b1h, cache.keys), (v_b1h, cache.values)):
-        new_b11h, ring_bw1h = new_b1h[:, None], ring_bw1h.to(new_b1h.dtype)
-        keys_and_values.append(torch.cat([ring_bw1h, new_b11h], 1).transpose(1, 2))
-        kept = ring_bw1h.masked_fill(starts[..., None, None], 0)
-        rings.append(torch.where(replaced, new_b11h, kept))
-    encoded = _attend(q_b1nh[:, None], *keys_and_values, sees_bs[:, None, None])[:, 0]
+    (keys, ring_of_keys), (values, ring_of_values) = (
+        _extended_and_replaced(ring.to(new.dtype), new[:, None], starts, replaced)
+        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+    )
+    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
     num_tokens = (num_before + (segment_pos >= 0))[:, 0].to(torch.int32)
-    return encoded, AttentionBlockCache(*rings, num_tokens)
+    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+
+
+def _extended_and_replaced(
+    ring_bw1h: Tensor, new_b11h: Tensor, starts: Tensor, replaced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
+    seen = torch.cat([ring_bw1h, new_b11h], 1).transpose(1, 2)
+    kept = ring_bw1h.masked_fill(starts[..., None, None], 0)
+    return seen, torch.where(replaced, new_b11h, kept)
 
 
 def _history(
