@@ -37,7 +37,9 @@ tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
 	$(BIN)/python -m pytest -n $(JOBS) tests/jax/test_ahead_of_time.py
 
 tiny: $(STAMP)-full ## train the bundled model anew
-	$(BIN)/python scripts/train_tiny.py
+	$(BIN)/python examples/pretrain/prepare.py
+	$(BIN)/recurrentgemma train --options examples/pretrain/options.toml --out runs/pretrain/run --resume
+	$(BIN)/python examples/pretrain/finish.py runs/pretrain/run --force
 
 lock: $(POETRY_VENV)/.installed ## write poetry.lock and constraints.txt from pyproject.toml
 	$(LOCK)

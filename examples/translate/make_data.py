@@ -72,7 +72,7 @@ def choose(pairs: list[Pair]) -> list[Pair]:
         and all(FEWEST <= len(words(text)) <= MOST for text in pair)
     ]
     pairs = list({english: (english, french) for english, french in pairs}.values())
-    counts = [collections.Counter(w for t in side for w in words(t)) for side in zip(*pairs)]
+    counts = [collections.Counter(w for pair in pairs for w in words(pair[i])) for i in (0, 1)]
 
     def rarest(pair: Pair) -> int:
         return min(counts[side][w] for side, text in enumerate(pair) for w in words(text))

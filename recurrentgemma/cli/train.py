@@ -166,7 +166,7 @@ def _prepared(
         run = Run(plan, trainer, data.stream, data.validation, folder, observers, progress)
 
         def finish() -> dict[str, Any]:
-            trainer.save(folder.model)
+            trainer.save(folder.model, folder.adapters)
             return _summary(folder, run)
 
         yield _Prepared(run, finish)

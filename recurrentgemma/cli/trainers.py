@@ -98,11 +98,9 @@ class _Trainer:
         arrays = {"step": np.asarray(step), **arrays}
         self._state = self._training.load_state_arrays(self._state, arrays)
 
-    def _save_adapters(self, folder: Path) -> None:
-        from recurrentgemma.common.adapters import ADAPTERS
-
+    def _save_adapters(self, path: Path) -> None:
         if self._state.lora is not None:
-            self._training.save_adapters(folder / ADAPTERS, self._state, force=True)
+            self._training.save_adapters(path, self._state, force=True)
 
     def _texts(self, sampler: Any, prompts: Sequence[str], tokens: int) -> list[str]:
         end = self._tokenizer.end_of_turn_id
@@ -133,12 +131,12 @@ class TorchTrainer(_Trainer):
         )
         super().__init__(training, setup.tokenizer, state, model.config)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, adapters: Path) -> None:
         from recurrentgemma.torch import save_checkpoint
 
         model = self._training.parameters(self._state)
         save_checkpoint(path, model, self._tokenizer, force=True)
-        self._save_adapters(path)
+        self._save_adapters(adapters)
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
         from recurrentgemma.torch import Sampler
@@ -177,12 +175,12 @@ class JaxTrainer(_Trainer):
         )
         super().__init__(training, setup.tokenizer, state, model.config)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, adapters: Path) -> None:
         from recurrentgemma.jax import save_checkpoint
 
         params = self._training.parameters(self._state)
         save_checkpoint(path, self._state.model.config, params, self._tokenizer, force=True)
-        self._save_adapters(path)
+        self._save_adapters(adapters)
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
         from recurrentgemma.jax import Sampler

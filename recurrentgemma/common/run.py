@@ -65,8 +65,8 @@ class Trainer(Protocol):
         """Goes to where `arrays` was called."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Writes the model as a checkpoint folder, replacing one that is there."""
+    def save(self, path: Path, adapters: Path) -> None:
+        """Writes the model as a checkpoint folder, and adapters, if it has any, as a file."""
         ...
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:

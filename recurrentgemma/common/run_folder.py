@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recurrentgemma.common.adapters import ADAPTERS
 from recurrentgemma.common.errors import DamagedError, DestinationError
 from recurrentgemma.common.files import remove_partial, whole_folder
 from recurrentgemma.common.packing import Position
@@ -65,6 +66,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.model = path / "model"
+        self.adapters = path / ADAPTERS
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -84,7 +86,7 @@ class RunFolder:
         self,
         progress: Progress,
         arrays: Mapping[str, np.ndarray],
-        save_model: Callable[[Path], None],
+        save_model: Callable[[Path, Path], None],
         model_size: int,
     ) -> Path:
         """Writes a checkpoint, whole or not at all.
@@ -92,7 +94,7 @@ class RunFolder:
         Args:
           progress: How far the run is.
           arrays: What the training state is made of.
-          save_model: Writes the model as the folder it is given.
+          save_model: Writes the model as the folder it is given, and adapters as the file.
           model_size: Bytes of the model.
 
         Raises:
@@ -101,12 +103,14 @@ class RunFolder:
         path = self.checkpoint(progress.step)
         size = model_size + sum(array.nbytes for array in arrays.values())
         with whole_folder(path, force=True, size=size) as folder:
-            model = folder / _TRAINING
-            save_model(model)  # which wants a folder of its own
+            model, training = folder / "model", folder / _TRAINING
+            training.mkdir()
+            save_model(model, training / ADAPTERS)
             for file in model.iterdir():
                 file.rename(folder / file.name)
-            _write_arrays(model / _STATE, arrays)
-            (model / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            model.rmdir()
+            _write_arrays(training / _STATE, arrays)
+            (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         return path
 
     def load(self, step: int) -> tuple[Progress, dict[str, np.ndarray]]:

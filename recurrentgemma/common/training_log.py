@@ -33,8 +33,7 @@ class LogFile:
                 if entry is None or entry["step"] > step:
                     break
                 whole += len(data)
-            if self._file.seekable():
-                self._file.truncate(whole)
+            self._file.truncate(whole)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

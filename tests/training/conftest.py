@@ -6,12 +6,17 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from trainers import TRAINERS, Trainer
 
 from backends import TWINS
 from recurrentgemma.cli import main
+from recurrentgemma.common.arrays import BFLOAT16
+from recurrentgemma.common.checkpoint import load_tokenizer, write_folder
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import sample_params
 from recurrentgemma.common.training_log import read_log
 
 CONFIG = GriffinConfig(
@@ -74,6 +79,19 @@ def corpus(tmp_path) -> Path:
     write_lines(tmp_path / "valid.jsonl", texts[:20])
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     return tmp_path
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A checkpoint in bfloat16, with random weights."""
+    state = {
+        spec.torch.name: np.ascontiguousarray(spec.torch.encode(value)).astype(BFLOAT16)
+        for spec, value in sample_params(CONFIG, 1)
+    }
+    path = tmp_path / "base"
+    tokenizer = load_tokenizer()
+    write_folder(path, CONFIG, lambda file: save_file(state, file), tokenizer)
+    return path
 
 
 class Outcome(NamedTuple):

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from corpus import Corpus, Document
 from rich.progress import Progress
 from sentencepiece import SentencePieceProcessor
-from tiny_corpus import Corpus, Document
 from torch import Tensor, nn
 from torch.nn import functional
 

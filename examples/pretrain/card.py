@@ -1,10 +1,12 @@
 """The tiny model's card, filled in with what was measured."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiny_corpus import Corpus
+from corpus import Corpus
+
+from recurrentgemma.common.layer_spec import num_parameters
 
 NAMES = {"bible": "World English Bible", "austen": "Austen", "overall": "Overall"}
 
@@ -44,15 +46,15 @@ The weights, like the rest of the project, are under Apache-2.0.
 
 ## Recipe
 
-`python scripts/train_tiny.py {budget}` makes everything in this folder: it fetches and cleans
-the corpus, trains the tokenizer on the training chapters, trains the model, measures it and writes
-this card.
+`examples/pretrain` makes everything in this folder (`make tiny`): it fetches and cleans the
+corpus, trains the tokenizer on the training chapters, trains the model with
+`recurrentgemma train`, measures it and writes this card.
 
 {steps:,} steps of {batch} x {length} tokens, {epochs:.1f} passes over the training text, took
-{minutes:.0f} minutes on {where}. The state is carried from each row to the next, and reset where a
-chapter begins. Muon for the matrices, AdamW (betas 0.9, 0.95) for the rest, weight decay {decay},
-learning rate {lr:g} with a warm-up over {warmup:.0%} of the run and then linearly to 0, gradient
-norm clipped at 1, float32, seed {seed}.
+{minutes:.0f} minutes in {framework} on a CPU ({machine}). Chapters are cut into rows of {length}
+tokens, each read from a fresh state. {optimizer}, weight decay {decay:g}, learning rate {lr:g}
+with a warm-up over {warmup} steps and then by half a cosine to {floor:g} of it, gradient norm
+clipped at {clip:g}, {dtype}, seed {seed}.
 
 ## Measured
 
@@ -95,7 +97,8 @@ def quoted(prompt: str, text: str) -> str:
 
 def model_card(
     config: Any,
-    recipe: Mapping[str, Any],
+    options: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
     corpus: Corpus,
     tokens: Mapping[str, int],
     model_rates: Mapping[str, float],
@@ -106,7 +109,8 @@ def model_card(
 
     Args:
         config: the model's `GriffinConfig`.
-        recipe: what was done (see `train_tiny.Recipe`), with parameters, minutes and device.
+        options: the options of the run (`run.toml`).
+        log: the run's `train_log.jsonl`.
         corpus: the split corpus.
         tokens: tokens in `train` and in `valid`.
         model_rates: bits per byte by source.
@@ -120,34 +124,37 @@ def model_card(
     def size(part: str) -> int:
         return sum(len(document.text.encode()) for document in getattr(corpus, part))
 
-    minutes = recipe["minutes"]
-    budget = f"--steps {recipe['steps']}" if minutes is None else f"--minutes {minutes:g}"
+    parameters = num_parameters(config)
     return CARD.format(
-        parameters=recipe["parameters"],
+        parameters=parameters,
         width=config.width,
         mlp=config.mlp_expanded_width,
         heads=config.num_heads,
         lru=config.lru_width,
         window=config.attention_window_size,
         vocab=config.vocab_size,
-        megabytes=2 * recipe["parameters"] / 1e6,
+        megabytes=2 * parameters / 1e6,
         train_chapters=len(corpus.train),
         valid_chapters=len(corpus.valid),
         train_bytes=size("train"),
         valid_bytes=size("valid"),
         train_tokens=tokens["train"],
         valid_tokens=tokens["valid"],
-        budget=budget,
-        steps=recipe["steps"],
-        batch=recipe["batch_size"],
-        length=recipe["length"],
-        epochs=recipe["tokens_seen"] / tokens["train"],
-        minutes=recipe["minutes_taken"],
-        where=recipe["where"],
-        decay=recipe["weight_decay"],
-        lr=recipe["lr"],
-        warmup=recipe["warmup"],
-        seed=recipe["seed"],
+        steps=log[-1]["step"],
+        batch=options["batch_size"] * options["accumulation"],
+        length=options["length"],
+        epochs=sum(entry["read"] for entry in log) / tokens["train"],
+        minutes=log[-1]["seconds"] / 60,
+        framework={"jax": "JAX", "torch": "PyTorch"}[options["framework"]],
+        machine=platform.machine(),
+        optimizer={"adamw": "AdamW", "sgd": "SGD", "adafactor": "Adafactor"}[options["optimizer"]],
+        decay=options["weight_decay"],
+        lr=options["learning_rate"],
+        warmup=options["warmup_steps"],
+        floor=options["final_fraction"],
+        clip=options["clip_norm"],
+        dtype=options["dtype"],
+        seed=options["seed"],
         columns=" | ".join(NAMES.values()),
         rule="---|" * len(NAMES),
         model_rates=row(model_rates),
@@ -155,10 +162,3 @@ def model_card(
         xz_alone=row(xz_rates["alone"]),
         samples="\n\n---\n\n".join(quoted(*pair) for pair in continuations),
     )
-
-
-def where_it_ran(device: str, threads: int) -> str:
-    """In words that suit a card: what kind of machine, not which."""
-    if device == "cpu":
-        return f"{threads} CPU thread{'s' * (threads != 1)} ({platform.machine()})"
-    return f"one {device.upper()} device"

