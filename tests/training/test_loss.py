@@ -65,9 +65,9 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
         block: {field: np.zeros_like(leaf) for field, leaf in fields.items()}
         for block, fields in state.items()
     }
-    gradients = model.grads(
-        batch.tokens, batch.segment_pos, dy=dlogits[:, :-1], dstate=nothing
-    )["params"]
+    gradients = model.grads(batch.tokens, batch.segment_pos, dy=dlogits[:, :-1], dstate=nothing)[
+        "params"
+    ]
     loss, given = loss_gradients(trainer, config, params, batch)
     assert_close(loss, expected, "output", "float64")
     assert set(given) == set(gradients)

@@ -1,6 +1,7 @@
 """Schedules, weight decay, and the optimisers against their definitions."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_warm_up_then_cosine() -> None:
     assert rates[8] == pytest.approx(2 * (0.1 + 0.9 / 2))
     assert rates[6] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))
     assert rates[12:] == pytest.approx([0.2] * 4)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
 
 
 def test_without_an_end_the_rate_stays() -> None:
