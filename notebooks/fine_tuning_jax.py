@@ -14,11 +14,12 @@
 # %% [markdown]
 # # Fine-tuning in JAX: English to French
 #
-# Data, a training state, a loop of your own, the loss, translations before and after, then the same with
-# LoRA adapters. It needs `pip install ".[jax,train]"` and runs in seconds on the model that is bundled with
-# the package, which has read nothing but the Bible and Jane Austen: the few steps here show how it goes, not
-# what it can reach. For a whole run, with checkpoints, resuming and logs, there is `recurrentgemma train`; its
-# results on this data are in [examples/translate](../examples/translate/README.md).
+# Data, a training state, a loop of your own, the loss, translations before and after, then the
+# same with LoRA adapters. It needs `pip install ".[jax,train]"` and runs in seconds on the model
+# that is bundled with the package, which has read nothing but the Bible and Jane Austen: the few
+# steps here show how it goes, not what it can reach. For a whole run, with checkpoints, resuming
+# and logs, there is `recurrentgemma train`; its results on this data are in
+# [examples/translate](../examples/translate/README.md).
 
 # %%
 # %xmode Minimal
@@ -42,11 +43,11 @@ from recurrentgemma_conversion.download import default_folder, download
 # `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
 # terms, once:
 #
-# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or
-#    [Hugging Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept
-#    the licence there.
-# 2. Give this machine a token: `~/.kaggle/kaggle.json` from
-#    [Kaggle's settings](https://www.kaggle.com/settings), or `hf auth login`.
+# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
+#    Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept the
+#    licence there.
+# 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
+#    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
 #    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
 
@@ -58,7 +59,9 @@ if checkpoint is not None and not checkpoint.exists():
     download(SOURCE, checkpoint)
 
 # %%
-model, params = recurrentgemma.load_checkpoint(checkpoint, dtype=None if checkpoint else jnp.float32)
+model, params = recurrentgemma.load_checkpoint(
+    checkpoint, dtype=None if checkpoint else jnp.float32
+)
 vocab = recurrentgemma.load_tokenizer(checkpoint)
 sampler = recurrentgemma.Sampler(model=model, vocab=vocab, params=params)
 config = model.config
@@ -66,8 +69,8 @@ config = model.config
 # %% [markdown]
 # ## The data
 #
-# A JSON line is a text, a prompt with its completion, or a conversation. These are 2,800 short sentences of
-# reviews with their translations, from the MultiEmo corpus (CC BY 4.0, see
+# A JSON line is a text, a prompt with its completion, or a conversation. These are 2,800 short
+# sentences of reviews with their translations, from the MultiEmo corpus (CC BY 4.0, see
 # [examples/translate](../examples/translate/README.md)). Only the completion counts in the loss.
 
 # %%
@@ -82,8 +85,8 @@ print(repr(vocab.decode(example.tokens[~example.counts].tolist())))
 print(repr(vocab.decode(example.tokens[example.counts].tolist())))
 
 # %% [markdown]
-# Several examples share a row. `segment_pos` counts each one's tokens from 0; at a 0 the model forgets what came
-# before, so that packed examples do not see each other. -1 is padding.
+# Several examples share a row. `segment_pos` counts each one's tokens from 0; at a 0 the model
+# forgets what came before, so that packed examples do not see each other. -1 is padding.
 
 # %%
 stream = Stream(train, LENGTH, vocab.pad_id, seed=0)
@@ -94,8 +97,9 @@ figure, axes = plt.subplots(figsize=(9, 2.2), layout="constrained")
 image = axes.imshow(shown, cmap="Blues", aspect="auto", interpolation="none")
 rows, places = np.nonzero(batch.weights)
 axes.scatter(places, rows, s=4, color="#d1603d", label="counts in the loss")
+axes.set_facecolor("#d9d9d9")
 axes.set(xlabel="place in the row", yticks=range(4), ylabel="row")
-axes.set_title("A batch: position in the document", loc="left")
+axes.set_title("A batch: position in the document; grey is padding", loc="left")
 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, markerscale=2)
 figure.colorbar(image, pad=0.01)
 plt.show()
@@ -119,8 +123,10 @@ for prompt, text in zip(prompts, before, strict=True):
 # %% [markdown]
 # ## Train
 #
-# The optimiser sees float32 whatever the parameters are, weight decay goes where the layer table says, and the loss
-# is the mean over the tokens that count, never with the logits of a whole batch in memory. `train_step` uses up the state that it is given (its memory becomes the new one's); go on with what it returns.
+# The optimiser sees float32 whatever the parameters are, weight decay goes where the layer table
+# says, and the loss is the mean over the tokens that count, never with the logits of a whole
+# batch in memory. `train_step` uses up the state that it is given (its memory becomes the new
+# one's); go on with what it returns.
 
 # %%
 STEPS = 30
@@ -162,9 +168,9 @@ for prompt, text in zip(prompts, translations(), strict=True):
 # %% [markdown]
 # ## Adapters instead
 #
-# LoRA leaves the parameters as they are and trains two thin matrices beside each kernel. The optimiser's state shrinks
-# with them, and so does what has to be kept: one small file, which both frameworks read and `recurrentgemma merge`
-# puts into a checkpoint.
+# LoRA leaves the parameters as they are and trains two thin matrices beside each kernel. The
+# optimiser's state shrinks with them, and so does what has to be kept: one small file, which both
+# frameworks read and `recurrentgemma merge` puts into a checkpoint.
 
 # %%
 lora = recurrentgemma.LoraOptions(rank=8, alpha=16.0)
@@ -183,8 +189,8 @@ print(f"held out: {validation[0][1]:.2f} before, {after:.2f} after 8 steps of th
 # %% [markdown]
 # ## Keep it
 #
-# A checkpoint is a folder that `recurrentgemma sample --checkpoint FOLDER` takes, in either framework; `recurrentgemma
-# convert` makes Hugging Face's or Kaggle's of it.
+# A checkpoint is a folder that `recurrentgemma sample --checkpoint FOLDER` takes, in either
+# framework; `recurrentgemma convert` makes Hugging Face's or Kaggle's of it.
 
 # %%
 with tempfile.TemporaryDirectory() as name:

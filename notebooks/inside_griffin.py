@@ -14,21 +14,21 @@
 # %% [markdown]
 # # Inside Griffin: what a gated linear recurrence remembers
 #
-# A transformer keeps every token it has read. Griffin
-# ([arXiv 2402.19427](https://arxiv.org/abs/2402.19427)), which RecurrentGemma is, keeps two
-# things of one size each, however long the text: a **window**, the keys and values of the last
-# $W$ tokens, and a **recurrent state**, one number a channel that is moved a little at each token:
+# A transformer keeps every token it has read. Griffin ([arXiv
+# 2402.19427](https://arxiv.org/abs/2402.19427)), which RecurrentGemma is, keeps two things of one
+# size each, however long the text: a **window**, the keys and values of the last $W$ tokens, and
+# a **recurrent state**, one number a channel that is moved a little at each token:
 #
 # $$h_t = a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot i_t \odot x_t, \qquad
 #   a_t = \exp(-8\, r_t \odot \mathrm{softplus}(\Lambda))$$
 #
-# with $r_t$ and $i_t$ two sigmoid gates of the input. This notebook looks at both in a trained model: how
-# long each channel remembers, what the gates do to a text, how far back each block and the
-# whole model see, and what each memory is worth in bits.
+# with $r_t$ and $i_t$ two sigmoid gates of the input. This notebook looks at both in a trained
+# model: how long each channel remembers, what the gates do to a text, how far back each block and
+# the whole model see, and what each memory is worth in bits.
 #
 # It needs `pip install ".[torch,train]"` and runs in seconds on the model that is bundled with
-# the package, six blocks trained on the World English Bible and Jane Austen, on two
-# chapters that it has never read.
+# the package, six blocks trained on the World English Bible and Jane Austen, on two chapters that
+# it has never read.
 
 # %%
 # %xmode Minimal
@@ -61,11 +61,11 @@ RECURRENT, ATTENTION, BOTH = "#1f6f8b", "#d1603d", "#3a3a3a"
 # `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
 # terms, once:
 #
-# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or
-#    [Hugging Face](https://huggingface.co/google/recurrentgemma-2b), open that page and accept the
-#    licence there.
-# 2. Give this machine a token: `~/.kaggle/kaggle.json` from
-#    [Kaggle's settings](https://www.kaggle.com/settings), or `hf auth login`.
+# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
+#    Face](https://huggingface.co/google/recurrentgemma-2b), open that page and accept the licence
+#    there.
+# 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
+#    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
 #    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
 #
@@ -117,7 +117,11 @@ axes.axhline(states / 1e6, color=RECURRENT)
 axes.text(9_000, 400, "every block with global attention", ha="right", color=BOTH)
 axes.text(131_072, 21, "Griffin: windows and states", ha="right", color=ATTENTION)
 axes.text(131_072, 0.55, "of these the recurrent states", ha="right", color=RECURRENT)
-axes.set(xlabel="tokens read", ylabel="MB a sequence", title="What the 2B model keeps of a text, in bfloat16")
+axes.set(
+    xlabel="tokens read",
+    ylabel="MB a sequence",
+    title="What the 2B model keeps of a text, in bfloat16",
+)
 plt.show()
 
 # %% [markdown]
@@ -182,8 +186,8 @@ for i in recurrent:
 
 # %% [markdown]
 # Training has moved nearly all channels down from where they started: most are short memories, of
-# a word or two; a few percent hold on for a paragraph. That is a division of labour: what
-# lies within the window can be looked up there. In a larger model, trained on longer texts, expect
+# a word or two; a few percent hold on for a paragraph. That is a division of labour: what lies
+# within the window can be looked up there. In a larger model, trained on longer texts, expect
 # more of the long ones.
 #
 # ## What the gates do to a text
@@ -215,9 +219,9 @@ plt.show()
 #
 # ## How far back a block sees, by gradient
 #
-# Take an output at position $t$ and ask how much it changes with each input before it: the norm of
-# $\partial y_t / \partial x_{t-k}$ by distance $k$, with random directions of the output, at many
-# positions of the chapter. A block of attention stops dead after its window, a recurrent one
+# Take an output at position $t$ and ask how much it changes with each input before it: the norm
+# of $\partial y_t / \partial x_{t-k}$ by distance $k$, with random directions of the output, at
+# many positions of the chapter. A block of attention stops dead after its window, a recurrent one
 # fades away; the model stacks them, so that it sees further than either.
 
 
@@ -283,14 +287,14 @@ plt.show()
 # %% [markdown]
 # On these logarithmic axes the recurrent blocks are nearly straight: single channels forget
 # exponentially, but a spectrum of half-lives adds up to a power law, which has no horizon. The
-# attention blocks hardly care about distance, up to the token where they stop. The model has both: within
-# the window it follows the attention, and past it the recurrence carries on alone.
+# attention blocks hardly care about distance, up to the token where they stop. The model has
+# both: within the window it follows the attention, and past it the recurrence carries on alone.
 #
 # ## Window and recurrence side by side
 #
 # Both can be drawn as a matrix: how much of what is at $t$ (row) comes from $s$ (column). For
-# attention it is the softmax. For the recurrence, unrolled,
-# $h_t = \sum_s \big(\prod_{s < j \le t} a_j\big)\, \tilde x_s$, the size of each summand over the channels.
+# attention it is the softmax. For the recurrence, unrolled, $h_t = \sum_s \big(\prod_{s < j \le
+# t} a_j\big)\, \tilde x_s$, the size of each summand over the channels.
 
 # %%
 length = 3 * window
@@ -329,14 +333,14 @@ figure.colorbar(image, ax=axes, label="share of row t", pad=0.01)
 plt.show()
 
 # %% [markdown]
-# Attention is a band with vertical streaks, tokens that every later query looks up until they leave the
-# window at the lower left edge. The recurrence is a bright diagonal that fades without an edge, with
-# faint stripes: tokens that were written with more weight are carried further.
+# Attention is a band with vertical streaks, tokens that every later query looks up until they
+# leave the window at the lower left edge. The recurrence is a bright diagonal that fades without
+# an edge, with faint stripes: tokens that were written with more weight are carried further.
 #
 # ## State norms over a text
 #
-# Two chapters packed into one row, Genesis 21 and then Emma, Chapter 22. Where a document starts, the
-# state is forgotten; everything else that it loses it loses by the gates.
+# Two chapters packed into one row, Genesis 21 and then Emma, Chapter 22. Where a document starts,
+# the state is forgotten; everything else that it loses it loses by the gates.
 
 # %%
 one, other = texts["genesis_21"][-600:], texts["emma_22"][:900]
@@ -374,18 +378,20 @@ axes[1].set(ylabel="cosine with the state\n32 tokens before", xlabel="token")
 plt.show()
 
 # %% [markdown]
-# The norm settles within a few tokens and stays: $\sqrt{1 - a^2}$ gives back what $a$ takes away. The
-# direction tells more. Deeper blocks turn more slowly, and at the border nothing is left.
+# The norm settles within a few tokens and stays: $\sqrt{1 - a^2}$ gives back what $a$ takes away.
+# The direction tells more. Deeper blocks turn more slowly, and at the border nothing is left.
 #
 # ## What each memory is worth
 #
-# Read both chapters in chunks of 64 tokens and tamper with what is carried from one chunk to the next:
-# both memories, the windows alone (recurrent states zeroed), the recurrent states alone (windows emptied), or
-# nothing. How many bits does a token cost then, by its place in the chunk?
+# Read both chapters in chunks of 64 tokens and tamper with what is carried from one chunk to the
+# next: both memories, the windows alone (recurrent states zeroed), the recurrent states alone
+# (windows emptied), or nothing. How many bits does a token cost then, by its place in the chunk?
 
 # %%
 chunk = 64
-rows = [tokens[i : i + 1025] for tokens in texts.values() for i in range(0, len(tokens) - 1024, 512)]
+rows = [
+    tokens[i : i + 1025] for tokens in texts.values() for i in range(0, len(tokens) - 1024, 512)
+]
 rows = np.array(rows)
 
 
@@ -444,7 +450,8 @@ plt.show()
 print({name: f"{cost[:, chunk:].mean():.2f} bits a token" for name, cost in results.items()})
 
 # %% [markdown]
-# Right after the cut the recurrent states (with the convolutions' last three inputs 16 kB) are worth more than the windows, 131 kB: it is
-# they that say where in the sentence one is. Further on the windows of the chunk itself fill up again, and
-# it hardly matters what came before it: this small model was trained on rows of 256 tokens. Nothing
-# here is particular to it: set `SOURCE` and look at the 2B model.
+# Right after the cut the recurrent states (with the convolutions' last three inputs 16 kB) are
+# worth more than the windows, 131 kB: it is they that say where in the sentence one is. Further
+# on the windows of the chunk itself fill up again, and it hardly matters what came before it:
+# this small model was trained on rows of 256 tokens. Nothing here is particular to it: set
+# `SOURCE` and look at the 2B model.

@@ -15,9 +15,9 @@
 # # Sampling in PyTorch
 #
 # Load a checkpoint, continue prompts, choose how tokens are drawn, watch them come, and keep what
-# was read. It needs `pip install ".[torch,train]"` (`train` for the plots), and runs in seconds on
-# the model that is bundled with the package: a small Griffin that has read the World English Bible and
-# Jane Austen, and nothing else.
+# was read. It needs `pip install ".[torch,train]"` (`train` for the plots), and runs in seconds
+# on the model that is bundled with the package: a small Griffin that has read the World English
+# Bible and Jane Austen, and nothing else.
 
 # %%
 # %xmode Minimal
@@ -38,11 +38,11 @@ from recurrentgemma_conversion.download import default_folder, download
 # `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
 # terms, once:
 #
-# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or
-#    [Hugging Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept
-#    the licence there.
-# 2. Give this machine a token: `~/.kaggle/kaggle.json` from
-#    [Kaggle's settings](https://www.kaggle.com/settings), or `hf auth login`.
+# 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
+#    Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept the
+#    licence there.
+# 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
+#    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
 #    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
 
@@ -64,16 +64,16 @@ model = recurrentgemma.load_checkpoint(checkpoint, dtype=dtype, device=device)
 vocab = recurrentgemma.load_tokenizer(checkpoint)
 sampler = recurrentgemma.Sampler(model=model, vocab=vocab)
 config = model.config
-print(f"{config.num_layers} blocks of width {config.width}, a window of {config.attention_window_size},")
-print(f"a vocabulary of {vocab.size} pieces")
+print(f"{config.num_layers} blocks of width {config.width}, {vocab.size} pieces")
+print(f"a window of {config.attention_window_size} tokens")
 
 # %% [markdown]
 # ## Continue prompts
 #
 # A batch may mix lengths, and each row ends by itself. Without more it takes the likeliest token.
 #
-# On a GPU the decode step is captured as a CUDA graph; `Sampler(..., jit_compile=True)` compiles it
-# with `torch.compile` instead.
+# On a GPU the decode step is captured as a CUDA graph; `Sampler(..., jit_compile=True)` compiles
+# it with `torch.compile` instead.
 
 # %%
 prompts = ["In the beginning", "It is a truth universally acknowledged, that", "Emma"]
@@ -82,8 +82,8 @@ for prompt, text in zip(prompts, out.text, strict=True):
     print(f"{prompt}|{text}\n")
 
 # %% [markdown]
-# The likeliest token again and again soon goes in circles. Drawing does not; the same seed gives the same
-# text, in JAX and in PyTorch, alone or in any batch.
+# The likeliest token again and again soon goes in circles. Drawing does not; the same seed gives
+# the same text, in JAX and in PyTorch, alone or in any batch.
 
 # %%
 drawn = recurrentgemma.Categorical(temperature=0.7, top_k=40)
@@ -94,8 +94,9 @@ for text in out.text:
 # %% [markdown]
 # ## What the choice does
 #
-# `num_logprobs` reports the likeliest tokens of every step as the model gives them. Temperature makes the
-# distribution steeper or flatter, `top_p` cuts off its tail: here of the word after one prompt.
+# `num_logprobs` reports the likeliest tokens of every step as the model gives them. Temperature
+# makes the distribution steeper or flatter, `top_p` cuts off its tail: here of the word after one
+# prompt.
 
 # %%
 prompt = "She was very"
@@ -113,7 +114,9 @@ for axis, temperature in zip(axes, (0.5, 1.0, 1.5), strict=True):
     axis.set_title(f"temperature {temperature}: {kept.sum()} tokens\nmake up 90 %", loc="left")
     axis.set_xlabel("probability")
     axis.spines[["top", "right"]].set_visible(False)
-axes[0].set_yticks(range(16), [repr(vocab.vocab.id_to_piece(int(t)).replace("\u2581", " ")) for t in likeliest])
+axes[0].set_yticks(
+    range(16), [repr(vocab.vocab.id_to_piece(int(t)).replace("\u2581", " ")) for t in likeliest]
+)
 axes[0].invert_yaxis()
 figure.suptitle(f"{prompt} ...", x=0.01, ha="left")
 plt.show()
@@ -128,7 +131,8 @@ for _, text in sampler.stream("My dear Fanny,", total_generation_steps=40, stop_
 # %% [markdown]
 # ## What the model thinks of a text
 #
-# `score` gives the log-probability of each token after those before it. In bits: how surprised the model is.
+# `score` gives the log-probability of each token after those before it. In bits: how surprised
+# the model is.
 
 # %%
 text = (
@@ -143,15 +147,17 @@ figure, axis = plt.subplots(figsize=(11, 2.8), layout="constrained")
 axis.bar(range(len(bits)), bits, color=plt.colormaps["YlOrRd"](np.clip(bits / 12, 0.15, 1)))
 axis.set_xticks(range(len(bits)), pieces, rotation=90, family="monospace")
 axis.set(ylabel="bits", xlim=(-1, len(bits)))
-axis.set_title(f"{-score.total / np.log(2):.0f} bits, perplexity {score.perplexity:.0f} a token", loc="left")
+axis.set_title(
+    f"{-score.total / np.log(2):.0f} bits, perplexity {score.perplexity:.0f} a token", loc="left"
+)
 axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
 # ## A state is a text that has been read
 #
-# Reading is paid once: the state of a text has one size, is continued in as many ways as one likes, and goes
-# into a file that the other framework reads, too.
+# Reading is paid once: the state of a text has one size, is continued in as many ways as one
+# likes, and goes into a file that the other framework reads, too.
 
 # %%
 chapter = Path("texts/emma_22.txt").read_text(encoding="utf-8")
@@ -159,7 +165,7 @@ for length in (100, 1000, 4000):
     state = sampler.prefill(chapter[:length])
     print(f"{length:5} characters, {state.num_tokens[0]:4} tokens: {state.nbytes:,} bytes")
 
-for more in ("\n\nMr. Elton", "\n\n\"Oh!\" said Emma,"):
+for more in ("\n\nMr. Elton", '\n\n"Oh!" said Emma,'):
     longer = sampler.prefill(more, state)
     out = sampler.generate(longer, total_generation_steps=30)
     print(f"{more.strip()}|{out.text[0]}\n")
@@ -172,8 +178,9 @@ print("from the file:", sampler.generate(loaded, total_generation_steps=30).text
 # %% [markdown]
 # ## Conversations
 #
-# Instruction-tuned checkpoints (`2b-it`, `9b-it`) talk in turns, each of which reads only what is new. The bundled
-# model has the marks of turns in its vocabulary but was never trained on them, so this cell waits for `SOURCE`.
+# Instruction-tuned checkpoints (`2b-it`, `9b-it`) talk in turns, each of which reads only what is
+# new. The bundled model has the marks of turns in its vocabulary but was never trained on them,
+# so this cell waits for `SOURCE`.
 
 # %%
 if SOURCE is not None:

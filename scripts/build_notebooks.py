@@ -1,12 +1,10 @@
-"""Runs the notebooks, which are the files notebooks/*.py, and stores them with their outputs.
+"""Runs the notebooks, whose source is notebooks/*.py, and stores them with their outputs.
 
 python scripts/build_notebooks.py
 python scripts/build_notebooks.py inside_griffin
 """
 
 import argparse
-import re
-import sys
 from pathlib import Path
 
 import jupytext
@@ -21,16 +19,15 @@ SECONDS = 300  # for a cell
 
 
 def read(file: Path) -> nbformat.NotebookNode:
-    """A notebook from its script, without outputs; cells are numbered."""
+    """The notebook in a script, without outputs."""
     notebook = jupytext.read(file)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
-    notebook.metadata.language_info = {"name": "python"}
+        cell.id = f"cell-{number}"  # not a new one each time
     return notebook
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Runs every cell in the folder of the notebooks, in this interpreter's environment.
+    """Runs every cell, in this interpreter's environment and the folder of the notebooks.
 
     Raises:
       CellExecutionError: A cell raised an error.
@@ -41,10 +38,11 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
         coalesce_streams=True,
-        # No history file, and outputs of a width of their own.
         extra_arguments=["--HistoryManager.enabled=False"],
     )
-    client.execute(env=client_environment())
+    client.execute()
+    # Of the interpreter that happened to run it.
+    notebook.metadata.language_info = {"name": "python", "file_extension": ".py"}
     return notebook
 
 
@@ -53,7 +51,7 @@ def main(flags: argparse.Namespace) -> None:
     for file in files:
         notebook = execute(read(file))
         with whole_file(file.with_suffix(".ipynb"), force=True) as temporary:
-            nbformat.write(notebook, temporary)
+            temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         print(file.with_suffix(".ipynb"))
 
 
