@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs mutation tpu tiny lock clean
+.PHONY: help demo test lint docs notebooks mutation tpu tiny lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(STAMP)-dev ## check style, format and types
 docs: $(STAMP)-test ## write the documentation's tables, and build it into site/
 	$(BIN)/python scripts/write_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(STAMP)-test ## run the notebooks, and store them with their outputs
+	$(BIN)/python scripts/build_notebooks.py
 
 mutation: $(STAMP)-test ## apply faults to the twins one at a time: do tests and parity see each?
 	$(BIN)/python scripts/mutation.py
