@@ -198,7 +198,7 @@ FAULTS = (
         _A,
         "    wide = wide_dtype(x.dtype)\n    exponent",
         "    wide = x.dtype\n    exponent",
-        "--dtype bfloat16",
+        "--dtype bfloat16 --length 300",  # rounded angles grow with the position
     ),
     Fault(
         "attention: keys and values swapped in the state",

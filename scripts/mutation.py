@@ -135,7 +135,7 @@ def first_failure(fault: Fault | None, copy: Path) -> str | None:
 def beyond(fault: Fault | None, copy: Path, checkpoint: Path) -> str | None:
     runs = [fault.options] if fault else sorted({fault.options for fault in FAULTS})
     for options in runs:
-        args = [*options.split(), "--greedy", "0", "--length", "28", "--json"]
+        args = ["--greedy", "0", "--length", "28", "--json", *options.split()]
         done = run(copy, "-m", "recurrentgemma.cli", "parity", str(checkpoint), *args)
         if not done.stdout.startswith("{"):
             raise RuntimeError(f"parity broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import bfloat16
 
+from backends import BACKENDS
 from recurrentgemma.common.config import GriffinConfig
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
@@ -51,6 +53,19 @@ def test_logits_of_bfloat16_weights_are_not_rounded_to_it(twin: str) -> None:
     assert logits.dtype == np.float32
     low_bits = logits.view(np.uint32) & 0xFFFF
     assert (low_bits != 0).mean() > 0.9
+
+
+def test_angles_of_bfloat16_heads_are_not_rounded_to_it(twin: str) -> None:
+    """Far into a document a rounded angle is a radian off; the result is rounded, once."""
+    backend = BACKENDS[twin]
+    module = importlib.import_module(f"recurrentgemma.{twin}.attention")
+    x = bfloat16(np.random.default_rng(0).standard_normal((2, 12, 2, 16)))
+    places = backend.array(SEGMENT_POS + 2000, "int32")
+    narrow, wide = (
+        backend.to_numpy(module.apply_rope(backend.array(x, dtype), places))
+        for dtype in ("bfloat16", "float32")
+    )
+    assert np.abs(narrow - wide).max() <= 2**-8 * np.abs(wide).max()
 
 
 def test_float32_parameters_of_gates_and_norms_are_not_rounded() -> None:
