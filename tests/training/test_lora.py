@@ -157,8 +157,8 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
         module, _, leaf = spec.torch.name.rpartition(".")
         owner = modules[module]
         if isinstance(owner, Adapted):
-            quantized = leaf == owner.leaf and owner.values is not None
-            leaf_value = owner.values if quantized else owner.base.get_parameter(leaf)
+            values = owner.values if leaf == owner.leaf else None
+            leaf_value = owner.base.get_parameter(leaf) if values is None else values
         else:
             leaf_value = owner.get_parameter(leaf)
         found[spec.path] = leaf_value.detach().numpy()
@@ -173,6 +173,7 @@ def test_the_base_is_shared_and_stays(trainer: Trainer) -> None:
 
         params = init_params(CONFIG, 0)
         state = create_train_state(Griffin(CONFIG), params, lora=LoraOptions())
+        assert state.base is not None
         for spec in layer_spec(CONFIG):
             assert get_path(state.base, spec.path) is get_path(params, spec.path)
         return
