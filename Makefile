@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tpu tiny lock clean
+.PHONY: help demo test lint docs notebooks mutation tpu tiny lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -33,6 +33,16 @@ lint: $(STAMP)-dev ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(STAMP)-test ## write the documentation's tables, and build it into site/
+	$(BIN)/python scripts/write_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(STAMP)-test ## run the notebooks, and store them with their outputs
+	$(BIN)/python scripts/build_notebooks.py
+
+mutation: $(STAMP)-test ## apply faults to the twins one at a time: do tests and parity see each?
+	$(BIN)/python scripts/mutation.py
+
 tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
 	$(BIN)/python -m pytest -n $(JOBS) tests/jax/test_ahead_of_time.py
 
@@ -47,7 +57,7 @@ lock: $(POETRY_VENV)/.installed ## write poetry.lock and constraints.txt from py
 	$(POETRY) export --all-extras --without-hashes --format constraints.txt --output constraints.txt
 
 clean: ## remove the environments, the caches and what was built
-	rm -rf $(VENV) .ci-venv $(POETRY_VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .ci-venv $(POETRY_VENV) build dist site .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

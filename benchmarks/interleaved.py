@@ -26,20 +26,36 @@ from rich.table import Table
 
 Task = Callable[[], Any]
 Seconds = dict[str, dict[str, list[float]]]
+TURN = 0.05  # seconds that a short task is repeated for
 # What changes speed, and is not in the command.
 ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "XLA_FLAGS")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy")
 
 
 def serve(tasks: Mapping[str, Task]) -> None:
-    """Runs the tasks that standard input names and answers with the seconds that each took."""
+    """Runs what standard input asks for, `{"task": name, "turn": bool}` a line.
+
+    Answers with the seconds of one call or, for a turn, with the median of calls that follow each
+    other for `TURN` seconds: after one that is not counted, which wakes threads and fills caches.
+    """
+
+    def timed(call: Task) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
     print(json.dumps(sorted(tasks)), flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
-        tasks[line.strip()]()
-        seconds = time.perf_counter() - start
+        request = json.loads(line)
+        task = tasks[request["task"]]
+        calls = [timed(task)]
+        if request["turn"]:
+            calls = [timed(task)]
+            while sum(calls) < TURN:
+                calls.append(timed(task))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        answer = {"seconds": statistics.median(calls), "peak_bytes": peak}
+        print(json.dumps(answer), flush=True)
 
 
 class Worker:
@@ -56,10 +72,10 @@ class Worker:
         self.peak_bytes = 0
         self.tasks: list[str] = self._answer()
 
-    def run(self, task: str) -> float:
-        """Seconds of one run."""
+    def run(self, task: str, turn: bool = False) -> float:
+        """Seconds of one call, or of the median call of a turn (see `serve`)."""
         assert self._process.stdin is not None
-        self._process.stdin.write(task + "\n")
+        self._process.stdin.write(json.dumps({"task": task, "turn": turn}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         self.peak_bytes = answer["peak_bytes"]
@@ -78,10 +94,7 @@ class Worker:
 
 
 def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[Seconds, Seconds]:
-    """Seconds by contender and task: of each first call, and of `rounds` calls in turn.
-
-    Each timed call follows another of the same task, which brings its data into the caches.
-    """
+    """Seconds by contender and task: of each first call, and of `rounds` turns (see `serve`)."""
     tasks = sorted({task for worker in workers.values() for task in worker.tasks})
     turns = [(name, task) for task in tasks for name in workers if task in workers[name].tasks]
     first: Seconds = {name: {} for name in workers}
@@ -93,8 +106,7 @@ def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[Seconds, Second
             progress.advance(bar)
         for _ in range(rounds):
             for name, task in turns:
-                workers[name].run(task)
-                later[name].setdefault(task, []).append(workers[name].run(task))
+                later[name].setdefault(task, []).append(workers[name].run(task, turn=True))
                 progress.advance(bar)
     return first, later
 

@@ -4,16 +4,18 @@
     python benchmarks/model.py --published ENVIRONMENT/bin/python
 
 The workload has 23M parameters in float32 (width 512, R R A twice, window 256, vocabulary 8192):
-1024 tokens of prefill, single decode steps after it, and a training step of 2 x 512 tokens with
-plain SGD. Contenders take turns, each in a process of its own. `--published` names the Python of an
-environment of its own that holds the package `recurrentgemma` 1.0.1, which has our import name:
+1024 tokens of prefill, single decode steps after it, 8192 tokens of prefill, and a training step of
+2 x 512 tokens with plain SGD. Contenders take turns, each in a process of its own. `--published`
+names the Python of an environment of its own that holds the package `recurrentgemma` 1.0.1, which
+has our import name:
 
     pip install torch jax flax orbax-checkpoint sentencepiece einops jaxtyping "typeguard<3" rich
     pip install --no-deps recurrentgemma==1.0.1
 
 "forward" computes the logits of every token; "prefill" what sampling needs, the logits of the last
-token and the state, where a contender can. The training step recomputes nothing in the backward
-pass unless the contender's name says remat.
+token and the state, where a contender can; long prompts are read in chunks of 2048 tokens, where a
+contender can. The training step recomputes nothing in the backward pass unless the contender's name
+says remat. The bound of decoding is the time in which as many bytes as the weights have are read.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ SHAPE = {
     "embeddings_scale_by_sqrt_dim": True,
 }
 PATTERN = ("RECURRENT", "RECURRENT", "ATTENTION") * 2
-PROMPT, TRAIN = (1, 1024), (2, 512)
+PROMPT, LONG_PROMPT, TRAIN = (1, 1024), (1, 8192), (2, 512)
+CHUNK = 2048
+TASKS = ("forward", "prefill", "long prefill", "decode", "train")
 RATE = 1e-3
 Tasks = dict[str, Task]
 
@@ -86,6 +90,21 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
         value, grads = jax.value_and_grad(loss)(params, tokens, positions)
         return value, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
+    @functools.partial(jax.jit, donate_argnums=3)
+    def read(params, tokens, positions, cache):
+        return apply(params, tokens, positions, cache, return_logits=False)[1]
+
+    long_prompt = tuple(map(jnp.asarray, batch(LONG_PROMPT)))
+
+    def long_prefill():
+        if not ours:
+            return jax.block_until_ready(prefill(params, *long_prompt))
+        cache = model.init_cache(1)
+        *chunks, last = range(0, LONG_PROMPT[1], CHUNK)
+        for start in chunks:
+            cache = read(params, *(z[:, start : start + CHUNK] for z in long_prompt), cache)
+        return jax.block_until_ready(prefill(params, *(z[:, last:] for z in long_prompt), cache))
+
     state = {
         "params": jax.tree.map(jnp.copy, params),
         "cache": prefill(params, tokens, positions)[1],
@@ -105,6 +124,7 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
     return {
         "forward": lambda: jax.block_until_ready(forward(params, tokens, positions)),
         "prefill": lambda: jax.block_until_ready(prefill(params, tokens, positions)),
+        "long prefill": long_prefill,
         "decode": decode_task,
         "train": train_task,
     }
@@ -115,15 +135,18 @@ def torch_tasks(
     forward: Callable[[Any], Any],
     prefill: Callable[[Any], tuple[Any, Any]],
     decode: Callable[[Any, Any, int], Any],
+    long_prefill: Callable[[Any], Any] | None = None,
 ) -> Tasks:
     """Tasks of a torch module.
 
     `forward(tokens)` gives logits, `prefill(tokens)` also the state, and
-    `decode(token, state, position)` the next state.
+    `decode(token, state, position)` the next state; `long_prefill` is `prefill` if not given.
     """
     import torch
 
-    tokens, train_tokens = (torch.from_numpy(batch(shape)[0]).long() for shape in (PROMPT, TRAIN))
+    tokens, long_prompt, train_tokens = (
+        torch.from_numpy(batch(shape)[0]).long() for shape in (PROMPT, LONG_PROMPT, TRAIN)
+    )
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     with torch.no_grad():
         state = {"cache": prefill(tokens)[1], "position": PROMPT[1] - 1}
@@ -141,6 +164,7 @@ def torch_tasks(
     return {
         "forward": torch.no_grad()(lambda: forward(tokens)),
         "prefill": torch.no_grad()(lambda: prefill(tokens)),
+        "long prefill": torch.no_grad()(lambda: (long_prefill or prefill)(long_prompt)),
         "decode": torch.no_grad()(decode_task),
         "train": train_task,
     }
@@ -155,14 +179,22 @@ def griffin_torch(remat: bool, ours: bool) -> Tasks:
     model = package.Griffin(config_of(package), gradient_checkpointing=remat)
     last = {"last_logits_only": True} if ours else {}
 
-    def positions(tokens):
-        return torch.arange(tokens.shape[1]).expand(tokens.shape)
+    def positions(tokens, start=0):
+        return torch.arange(start, start + tokens.shape[1]).expand(tokens.shape)
+
+    def in_chunks(tokens):
+        cache = model.init_cache(1)
+        *chunks, end = tokens.split(CHUNK, 1)
+        for i, chunk in enumerate(chunks):
+            cache = model(chunk, positions(chunk, i * CHUNK), cache, return_logits=False)[1]
+        return model(end, positions(end, len(chunks) * CHUNK), cache, **last)
 
     return torch_tasks(
         model,
         lambda tokens: model(tokens, positions(tokens), return_cache=False)[0],
         lambda tokens: model(tokens, positions(tokens), **last),
         lambda token, cache, position: model(token, torch.full((1, 1), position), cache)[1],
+        in_chunks if ours else None,
     )
 
 
@@ -194,6 +226,17 @@ def transformers_torch() -> Tasks:
     )
 
 
+def memory() -> Tasks:
+    """The time that decoding cannot go below."""
+    import torch
+
+    from recurrentgemma import torch as package
+
+    model = package.Griffin(config_of(package), device="meta")
+    weights = torch.ones(sum(parameter.numel() for parameter in model.parameters()))
+    return {"decode": lambda: torch.dot(weights, weights)}
+
+
 OURS: dict[str, Callable[[], Tasks]] = {
     "jax": lambda: griffin_jax(False, "AUTO", True),
     "jax remat": lambda: griffin_jax(True, "AUTO", True),
@@ -206,7 +249,8 @@ PUBLISHED: dict[str, Callable[[], Tasks]] = {
     "published jax linear remat": lambda: griffin_jax(True, "AUTO", False),
     "published torch": lambda: griffin_torch(False, False),
 }
-EVERY = OURS | PEERS | PUBLISHED
+BOUND: dict[str, Callable[[], Tasks]] = {"bound": memory}
+EVERY = OURS | PEERS | PUBLISHED | BOUND
 
 
 def main() -> None:
@@ -223,31 +267,36 @@ def main() -> None:
     if arguments.worker:
         serve(EVERY[arguments.worker]())
         return
-    pythons: dict[str, str] = dict.fromkeys(OURS | PEERS, sys.executable)
+    pythons: dict[str, str] = dict.fromkeys(OURS | PEERS | BOUND, sys.executable)
     if arguments.published:
         pythons |= dict.fromkeys(PUBLISHED, str(arguments.published))
     workers = {
         name: Worker([python, __file__, "--worker", name])
         for name, python in pythons.items()
-        if not arguments.only or name in arguments.only
+        if not arguments.only or name in arguments.only or name in BOUND
     }
     first, later = measure(workers, arguments.rounds)
     peaks = {name: worker.peak_bytes for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-    tasks = ("forward", "prefill", "decode", "train")
-    table = Table("", *(f"{task}, ms" for task in tasks), "first forward / train, s", "peak GB")
+    table = Table("", *(f"{task}, ms" for task in TASKS), "first forward / train, s", "peak GB")
+    (bound,) = (statistics.median(later.pop(name)["decode"]) for name in BOUND)
     for name, seconds in later.items():
         calls = " / ".join(f"{first[name][task][0]:.1f}" for task in ("forward", "train"))
-        cells = (spread(seconds[task]) for task in tasks)
+        cells = (spread(seconds[task]) for task in TASKS)
         table.add_row(name, *cells, calls, f"{peaks[name] / 1e9:.2f}")
+    table.add_section()
     peers = [name for name in later if name not in OURS]
     if peers:
-        fastest = {task: min(statistics.median(later[p][task]) for p in peers) for task in tasks}
+        fastest = {task: min(statistics.median(later[p][task]) for p in peers) for task in TASKS}
         for name in later.keys() & OURS.keys():
-            ratios = (f"{fastest[t] / statistics.median(later[name][t]):.2f} x" for t in tasks)
+            ratios = (f"{fastest[t] / statistics.median(later[name][t]):.2f} x" for t in TASKS)
             table.add_row(f"{name} against the fastest peer", *ratios, "", "")
-    publish(table, {"first": first, "seconds": later, "peak_bytes": peaks}, arguments.output)
+    shares = {n: f"{bound / statistics.median(s['decode']):.0%}" for n, s in later.items()}
+    for name, share in shares.items():
+        table.add_row(f"{name}, of the bound", "", "", "", share, "", "", "")
+    results = {"first": first, "seconds": later, "bound": bound, "peak_bytes": peaks}
+    publish(table, results, arguments.output)
 
 
 if __name__ == "__main__":

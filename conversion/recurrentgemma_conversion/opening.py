@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
+from recurrentgemma.common.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.errors import UnknownFormatError
 from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format, Reader, require_recurrent
 from recurrentgemma_conversion.huggingface import HuggingFaceReader, read_fields
 from recurrentgemma_conversion.kaggle_flax import DATABASE, KaggleFlaxReader
 from recurrentgemma_conversion.kaggle_torch import KaggleTorchReader
 from recurrentgemma_conversion.native import NativeReader
-from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
 
 READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.KAGGLE_FLAX: KaggleFlaxReader,
@@ -59,6 +61,24 @@ def open_checkpoint(
             if format_ is None:
                 raise UnknownFormatError(f"{source} is an archive in an archive")
         yield READERS[format_](found, overrides)
+
+
+def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint of any format, or in a sentencepiece model file.
+
+    Args:
+      path: The checkpoint, a folder with a `tokenizer.model`, or that file; the bundled model's if
+        None.
+
+    Raises:
+      ValueError: There is none.
+    """
+    source = BUNDLED if path is None else Path(path).expanduser()
+    around = source.is_dir() and not (source / TOKENIZER).is_file()
+    if around or (source.is_file() and _detect_file(source)):
+        with open_checkpoint(source, ANY_MODEL) as checkpoint:
+            return checkpoint.load_tokenizer()
+    return load_tokenizer_here(source)
 
 
 def detect(path: Path) -> tuple[Format | None, Path]:

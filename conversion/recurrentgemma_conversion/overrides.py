@@ -37,6 +37,8 @@ class Overrides(NamedTuple):
 
 
 NO_OVERRIDES = Overrides()
+# For what does not depend on what the shapes do not tell.
+ANY_MODEL = Overrides(None, True, 1, 0.0)
 
 
 def resolve_config(

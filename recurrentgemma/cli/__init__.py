@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 USER_MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # the last two as a shell reports signals
 
@@ -17,16 +17,33 @@ def main(args: Sequence[str] | None = None) -> int:
       args: The words after the program's name; those of this process if None.
 
     Returns:
-      The exit code: 0, 2 after a mistake of the user's (told on stderr, in a line), 130 after
-      Ctrl-C, 141 when whoever read the output stopped reading. Anything unexpected is raised.
+      The exit code; see `exit_code`.
     """
-    try:
+
+    def program() -> int:
         # Here, so that Ctrl-C ends the program quietly during the import, too.
         from recurrentgemma.cli.app import run
 
+        return run(sys.argv[1:] if args is None else args)
+
+    return exit_code("recurrentgemma", program)
+
+
+def exit_code(name: str, program: Callable[[], int | None]) -> int:
+    """Runs a program to its end, whatever that is.
+
+    Args:
+      name: What it is called in messages.
+      program: What to run; it returns its own exit code, or None for 0.
+
+    Returns:
+      The exit code: the program's, 2 after a mistake of the user's (told on stderr, in a line), 130
+      after Ctrl-C, 141 when whoever read the output stopped reading. Anything unexpected is raised.
+    """
+    try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks
-        code = run(sys.argv[1:] if args is None else args)
+        code = program()
         sys.stdout.flush()
     except KeyboardInterrupt:
         if sys.stderr.isatty():
@@ -42,6 +59,6 @@ def main(args: Sequence[str] | None = None) -> int:
         message = mistake(error)
         if message is None:
             raise
-        sys.stderr.write(f"recurrentgemma: error: {message}\n")
+        sys.stderr.write(f"{name}: error: {message}\n")
         return USER_MISTAKE
-    return code
+    return code or 0

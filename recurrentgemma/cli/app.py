@@ -15,6 +15,7 @@ from recurrentgemma.cli.convert import convert
 from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
 from recurrentgemma.cli.merge import merge
+from recurrentgemma.cli.parity import parity
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
 from recurrentgemma.cli.train import train
@@ -34,6 +35,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(train)
 app.command()(merge)
+app.command()(parity)
 app.command()(download)
 app.command()(bench)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from recurrentgemma.common.errors import CheckpointError
+from recurrentgemma.common.extras import EXTRA_OF, is_installed
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: options unknown, missing or malformed.
@@ -18,8 +19,9 @@ _LONGEST_LINE = 300
 def mistake(error: Exception) -> str | None:
     """What to tell the user of an error, or None if it is no mistake of theirs.
 
-    Mistakes are wrong usage, files that cannot be read, every `CheckpointError`, and every
-    `ValueError` that this package raises itself; one that comes out of what it calls is a defect.
+    Mistakes are wrong usage, files that cannot be read, packages of an extra that are not
+    installed, every `CheckpointError`, and every `ValueError` that this package raises itself; one
+    that comes out of what it calls is a defect.
     """
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
@@ -29,6 +31,11 @@ def mistake(error: Exception) -> str | None:
         return f"{_in_a_line(message)} (see {command} --help)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRA_OF and not is_installed(package):
+            install = f"pip install 'recurrentgemma[{EXTRA_OF[package]}]'"
+            return f"this needs {package}, which is not installed: {install}"
     if isinstance(error, CheckpointError) or (
         isinstance(error, ValueError) and _raised_here(error)
     ):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recurrentgemma.common.extras import is_installed
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
     from recurrentgemma.common.layer_spec import ParamSpec
@@ -48,18 +49,12 @@ def choose_framework(wanted: Framework | None) -> Framework:
     """
     candidates = list(_MODULES) if wanted is None else [wanted]
     for framework in candidates:
-        if all(map(_is_installed, _MODULES[framework])):
+        if all(map(is_installed, _MODULES[framework])):
             return framework
     commands = " or ".join(f"pip install 'recurrentgemma[{f}]'" for f in candidates)
     if wanted is None:
         raise ValueError(f"neither PyTorch nor JAX is installed: {commands}")
     raise ValueError(f"--framework {wanted} needs what is not installed: {commands}")
-
-
-def _is_installed(module: str) -> bool:
-    # Without an origin it is just some folder of that name.
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None
 
 
 def load_sampler(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from recurrentgemma.common.presets import Preset, member
 if TYPE_CHECKING:
     from recurrentgemma.common.config import GriffinConfig
     from recurrentgemma.common.layer_spec import ParamSpec
-
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def inspect(
@@ -40,6 +37,9 @@ def inspect(
     ] = None,
     every_block: Annotated[
         bool, typer.Option("--all", help="List every block, not one of each kind.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show the memory of training, too.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every parameter.")
@@ -63,12 +63,14 @@ def inspect(
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
-            report = describe(opened.config, dtypes)
+            config = opened.config
+            report = described(config, dtypes, memory=memory)
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
     elif checkpoint is None:
         known = member(Preset, preset.upper())
         source = {"preset": known.name}
-        report = describe(GriffinConfig.from_preset(known), {})
+        config = GriffinConfig.from_preset(known)
+        report = described(config, {}, memory=memory)
     else:
         raise ValueError("give either a checkpoint or --preset, not both")
     if as_json:
@@ -78,27 +80,45 @@ def inspect(
         typer.echo("\n".join([title, "", *render(report, every_block=every_block)]))
 
 
-def describe(config: GriffinConfig, dtypes: Mapping[str, str]) -> dict[str, Any]:
+def described(
+    config: GriffinConfig, dtypes: Mapping[str, str], *, memory: bool = False
+) -> dict[str, Any]:
     """A model's config, counts, sizes and parameters, as JSON values.
 
     Args:
       config: What the model is.
       dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
+      memory: Whether to say what training takes, too.
     """
     from recurrentgemma.common.layer_spec import layer_spec, num_parameters
+    from recurrentgemma.common.memory import (
+        VALUE_BYTES,
+        parameter_bytes,
+        state_bytes,
+        training_table,
+    )
 
     specs = layer_spec(config)
     total = num_parameters(config)
     counts = Counter[str]()
     for spec in specs:
         counts[_part(spec, config)] += spec.size
+    sizes: dict[str, Any] = {
+        "parameters": {dtype: parameter_bytes(config, dtype) for dtype in VALUE_BYTES},
+        "state_per_sequence": {dtype: state_bytes(config, dtype) for dtype in VALUE_BYTES},
+    }
+    if memory:
+        sizes["training"] = {
+            dtype: {
+                method: {**size._asdict(), "total": size.total}
+                for method, size in training_table(config, dtype).items()
+            }
+            for dtype in VALUE_BYTES
+        }
     return {
         "config": config.to_dict(),
         "num_parameters": {**counts, "total": total},
-        "bytes": {
-            "parameters": {name: total * size for name, size in _VALUE_BYTES.items()},
-            "state_per_sequence": {n: _state_bytes(config, s) for n, s in _VALUE_BYTES.items()},
-        },
+        "bytes": sizes,
         "parameters": [
             {
                 "path": spec.path,
@@ -118,15 +138,3 @@ def _part(spec: ParamSpec, config: GriffinConfig) -> str:
     if first == "blocks":
         return f"{config.block_types[int(rest[0])].value}_blocks"
     return "embedding" if first == "embedder" else first
-
-
-def _state_bytes(config: GriffinConfig, value_bytes: int) -> int:
-    """Bytes of one sequence's state, values of the computation taking `value_bytes`."""
-    from recurrentgemma.common.state import state_shapes
-
-    # These are float32 and int32 whatever the computation is.
-    fixed = {"rg_lru_state": 4, "num_tokens": 4}
-    return sum(
-        math.prod(shape) * fixed.get(path.rsplit(".", 1)[1], value_bytes)
-        for path, shape in state_shapes(config).items()
-    )

@@ -13,7 +13,7 @@ _Row = Sequence[str]
 
 
 def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
-    """The lines of a report that `inspect.describe` made.
+    """The lines of a report that `inspect.described` made.
 
     Args:
       report: The report.
@@ -32,13 +32,21 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
         right=(1, 2),
     )
     yield ""
-    columns = list(report["bytes"]["parameters"])  # the state has no size as stored
-    sizes = [
+    sizes = dict(report["bytes"])
+    training = sizes.pop("training", {})
+    columns = list(sizes["parameters"])  # the state has no size as stored
+    rows = [
         (name.replace("_", " "), *(_size(row.get(column)) for column in columns))
-        for name, row in report["bytes"].items()
+        for name, row in sizes.items()
     ]
-    header, *lines = _align([("size", *columns), *sizes], right=range(1, 4))
+    header, *lines = _align([("size", *columns), *rows], right=range(1, 4))
     yield from (_bold(header), *lines)
+    for dtype, methods in training.items():
+        yield ""
+        columns = list(next(iter(methods.values())))
+        rows = [(method, *map(_size, row.values())) for method, row in methods.items()]
+        header, *lines = _align([(f"training, {dtype}", *columns), *rows], right=range(1, 6))
+        yield from (_bold(header), *lines)
 
 
 def _config_rows(config: dict[str, Any]) -> Iterator[_Row]:
@@ -137,6 +145,8 @@ def _bold(line: str) -> str:
 def _size(num_bytes: float | None) -> str:
     if num_bytes is None:
         return ""
+    if not num_bytes:
+        return "0"
     for unit in ("kB", "MB"):
         num_bytes /= 1000
         if num_bytes < 1000:

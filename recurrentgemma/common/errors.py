@@ -61,6 +61,10 @@ class MissingExtraError(CheckpointError):
         super().__init__(f"{what} needs {package}, which is not installed: pip install {install}")
 
 
+class MissingFrameworkError(MissingExtraError, ImportError):
+    """A twin was imported without its framework."""
+
+
 class VerificationError(CheckpointError):
     """What was written does not read back as what was meant: nothing was kept."""
 

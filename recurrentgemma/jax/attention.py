@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.jax.cache import AttentionBlockCache, num_padding, prepend_history
 from recurrentgemma.jax.layers import SpecModule
@@ -68,10 +68,21 @@ def local_attention(
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
     k_bgsh, v_bgsh = jnp.split(kv_bgsh, 2, -1)
-    wide = wide_dtype(q_btnh.dtype)
+    encoded = _attend(q_bgcnh, k_bgsh, v_bgsh, mask_bgcs)
+    return encoded.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:])[:, :length]
+
+
+def _attend(
+    q_bgcnh: Float[Array, "b g c n h"],
+    k_bgsh: Float[Array, "b g s h"],
+    v_bgsh: Float[Array, "b g s h"],
+    mask_bgcs: Bool[Array, "b g c s"],
+) -> Float[Array, "b g c n h"]:
+    """Multi-query attention in each of G blocks, its softmax in float32."""
+    wide = wide_dtype(q_bgcnh.dtype)
     # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
     logits_bgcns = jnp.einsum("bgcnh,bgsh->bgcns", q_bgcnh, k_bgsh, preferred_element_type=wide)
-    logits_bgcns = logits_bgcns * q_btnh.shape[-1] ** -0.5
+    logits_bgcns = logits_bgcns * q_bgcnh.shape[-1] ** -0.5
     logits_bgcns = jnp.where(mask_bgcs[:, :, :, None], logits_bgcns, jnp.finfo(wide).min)
     largest_bgcn1 = jax.lax.stop_gradient(logits_bgcns.max(-1, keepdims=True))
     weights_bgcns = jnp.exp(logits_bgcns - largest_bgcn1)
@@ -81,8 +92,7 @@ def local_attention(
         v_bgsh,
         preferred_element_type=wide,
     )
-    out_bgcnh = (out_bgcnh / weights_bgcns.sum(-1, keepdims=True)).astype(q_btnh.dtype)
-    return out_bgcnh.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:])[:, :length]
+    return (out_bgcnh / weights_bgcns.sum(-1, keepdims=True)).astype(q_bgcnh.dtype)
 
 
 def _blocks(x: Array, before: int, after: int, length: int) -> Array:
@@ -115,7 +125,20 @@ class LocalAttentionBlock(SpecModule):
         q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, -1)
         q_btnh = apply_rope(q_btnh, segment_pos)
         k_bth = apply_rope(k_bth[..., None, :], segment_pos)[..., 0, :]
-        kv_bth = jnp.concatenate([k_bth, v_bth], -1)
+        if cache is not None and x.shape[1] == 1:
+            encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
+        else:
+            kv_bth = jnp.concatenate([k_bth, v_bth], -1)
+            encoded, new_cache = self._chunk(q_btnh, kv_bth, segment_pos, cache)
+        return self.linear("proj_final")(encoded.reshape(q_btd.shape)), new_cache
+
+    def _chunk(
+        self,
+        q_btnh: Float[Array, "b t n h"],
+        kv_bth: Float[Array, "b t hh"],
+        segment_pos: Int[Array, "b t"],
+        cache: AttentionBlockCache | None,
+    ) -> tuple[Float[Array, "b t n h"], AttentionBlockCache]:
         document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
         window = self.config.attention_window_size
         if cache is None:
@@ -129,8 +152,41 @@ class LocalAttentionBlock(SpecModule):
                 document_bw[..., None] + 1, document[..., None] + 1, padding
             )[..., 0] - 1  # fmt: skip
         encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
-        encoded = encoded.reshape(q_btd.shape)
-        return self.linear("proj_final")(encoded), _new_cache(cache, kv_bth, segment_pos, window)
+        return encoded, _new_cache(cache, kv_bth, segment_pos, window)
+
+
+def _step(
+    q_b1nh: Float[Array, "b 1 n h"],
+    k_b1h: Float[Array, "b 1 h"],
+    v_b1h: Float[Array, "b 1 h"],
+    segment_pos: Int[Array, "b 1"],
+    cache: AttentionBlockCache,
+) -> tuple[Float[Array, "b 1 n h"], AttentionBlockCache]:
+    """One token a row, against the ring as it lies: what a chunk of one token would give."""
+    window = cache.keys.shape[1]
+    slot = jnp.arange(window)
+    starts = segment_pos == 0
+    num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
+    age = (segment_pos - 1 - slot) % window + 1
+    sees_bs = jnp.pad(age <= num_before, ((0, 0), (0, 1)), constant_values=True)
+    replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
+
+    (keys, ring_of_keys), (values, ring_of_values) = (
+        _extended_and_replaced(ring.astype(new.dtype), new[:, None], starts, replaced)
+        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+    )
+    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
+    num_tokens = (num_before + (segment_pos >= 0))[:, 0].astype(jnp.int32)
+    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+
+
+def _extended_and_replaced(
+    ring_bw1h: Array, new_b11h: Array, starts: Array, replaced: Array
+) -> tuple[Array, Array]:
+    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
+    seen = jnp.concatenate([ring_bw1h, new_b11h], 1).swapaxes(1, 2)
+    kept = jnp.where(starts[..., None, None], 0, ring_bw1h)
+    return seen, jnp.where(replaced, new_b11h, kept)
 
 
 def _history(

@@ -122,9 +122,6 @@ def prepend_history(
     the result, and what comes before is zero.
     """
     joined = jnp.concatenate([history.astype(x.dtype), x], 1)
-    if x.shape[1] == 1:  # a step of decoding, in which a gather would cost the most
-        shifted = jnp.pad(joined[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        return jnp.where(padding[:, None, None] > 0, shifted, joined)
     place = jnp.arange(joined.shape[1])
     shift = jnp.where(place < history.shape[1] + padding[:, None], padding[:, None], 0)
     source = place - shift

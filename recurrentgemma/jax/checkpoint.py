@@ -23,10 +23,7 @@ from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
 from recurrentgemma_conversion.formats import Reader
 from recurrentgemma_conversion.native import save_folder
 from recurrentgemma_conversion.opening import open_checkpoint
-from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
-
-# For parameters alone: what their shapes do not tell does not matter.
-_ANY_MODEL = Overrides(None, True, 1, 0.0)
+from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
 
 
 def load_checkpoint(
@@ -103,7 +100,7 @@ def load_parameters(
     path = Path(checkpoint_path).expanduser().absolute()
     if not path.exists():
         raise ValueError(f"no checkpoint directory at {path}")
-    with open_checkpoint(path, _ANY_MODEL) as checkpoint:
+    with open_checkpoint(path, ANY_MODEL) as checkpoint:
         return _load(checkpoint, sharding, None)
 
 

@@ -134,6 +134,8 @@ class Conv1D(SpecModule):
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         (x,) = promote_dtype(x, dtype=self.dtype)
         length, reach = x.shape[1], CONV1D_WIDTH - 1
+        if state is not None and length == 1:
+            return self._step(x, segment_pos, state)
         if state is None:
             tokens_alone = jnp.where((segment_pos >= 0)[..., None], x, 0)
             extended = jnp.pad(tokens_alone, ((0, 0), (reach, 0), (0, 0)))
@@ -147,6 +149,15 @@ class Conv1D(SpecModule):
             earlier = extended[:, reach - k : reach - k + length]
             y = y + jnp.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
         return y.astype(x.dtype), self._new_state(extended, segment_pos, state is not None)
+
+    def _step(self, x: Array, segment_pos: Array, state: Array) -> tuple[Array, Array]:
+        """One token a row."""
+        state, wide = state.astype(x.dtype), wide_dtype(x.dtype)
+        w, b = self.parameter("w").astype(wide), self.parameter("b").astype(wide)
+        age = jnp.arange(CONV1D_WIDTH - 1, -1, -1)
+        extended = jnp.concatenate([state, x], 1) * (age <= segment_pos)[..., None]
+        y = (extended * w).sum(1, keepdims=True) + b
+        return y.astype(x.dtype), jnp.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 
     def _new_state(self, extended: Array, segment_pos: Array, continues: bool) -> Array:
         reach = CONV1D_WIDTH - 1

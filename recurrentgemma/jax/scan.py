@@ -94,12 +94,14 @@ def linear_scan(
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes differ, or the implementation is unknown or not for this device or dtype.
+      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+        device or dtype.
     """
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
-    if reset is not None and reset.shape != x.shape[:2]:
-        raise ValueError(f"reset must have shape {x.shape[:2]}, got {reset.shape}")
+    _check("a", a, x.shape)
+    if reset is not None:
+        _check("reset", reset, x.shape[:2], "a bool")
     position = None if reset is None else 1 - reset.astype(jnp.int32)
     inputs = Inputs(x, (a,), (), position)
     return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
@@ -136,18 +138,15 @@ def rg_lru_scan(
       All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes differ, or the implementation is unknown or not for this device or dtype.
+      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+        device or dtype.
     """
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
-    for name, value, shape in (
-        ("input_gate", input_gate, x.shape),
-        ("a_gate", a_gate, x.shape),
-        ("a_param", a_param, x.shape[2:]),
-        ("segment_pos", segment_pos, x.shape[:2]),
-    ):
-        if value.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    _check("input_gate", input_gate, x.shape)
+    _check("a_gate", a_gate, x.shape)
+    _check("a_param", a_param, x.shape[2:])
+    _check("segment_pos", segment_pos, x.shape[:2], "an integer")
     rate = -RG_LRU_C * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
     inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
     return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
@@ -200,6 +199,17 @@ def _scan_backward(scan: Scan, gates: Gates, reverse: bool, residuals: Any, grad
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
+_KINDS = {"a floating": jnp.floating, "a bool": jnp.bool_, "an integer": jnp.integer}
+
+
+def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a floating") -> None:
+    """Raises where a value is not what a recurrence takes."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    if not jnp.issubdtype(value.dtype, _KINDS[kind]):
+        raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+
+
 def _run(
     gates: Gates,
     inputs: Inputs,
@@ -209,8 +219,9 @@ def _run(
     spec: ShardingSpec | None,
 ) -> tuple[Array, Array]:
     batch, length, width = shape = inputs.x.shape
-    if h0 is not None and h0.shape != (batch, width):
-        raise ValueError(f"h0 must have shape {(batch, width)}, got {h0.shape}")
+    _check("x", inputs.x, shape)
+    if h0 is not None:
+        _check("h0", h0, (batch, width))
     dtype = inputs.x.dtype
     wide = wide_dtype(dtype)
     scan = _implementation(implementation, shape, dtype, _device(inputs.x, spec))

@@ -1,13 +1,18 @@
 """RecurrentGemma in PyTorch."""
 
 from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.conversation import Conversation
+from recurrentgemma.common.errors import MissingFrameworkError
+from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.lora import LoraOptions
 from recurrentgemma.common.optimization import OptimizerOptions
 from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.state import State
+
+if not is_installed("torch"):
+    raise MissingFrameworkError("recurrentgemma.torch", "torch", "'recurrentgemma[torch]'")
+
 from recurrentgemma.torch.attention import LocalAttentionBlock
 from recurrentgemma.torch.blocks import MLPBlock, RecurrentBlock, ResidualBlock
 from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
@@ -31,6 +36,7 @@ from recurrentgemma.torch.training import (
     state_arrays,
     train_step,
 )
+from recurrentgemma_conversion.opening import load_tokenizer
 
 __all__ = [
     "RGLRU",

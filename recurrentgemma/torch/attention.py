@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recurrentgemma.common.config import GriffinConfig
@@ -73,16 +73,30 @@ def local_attention(
     )
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    num_heads = q_btnh.shape[2]
     k_bgsh, v_bgsh = kv_bgsh.chunk(2, -1)
-    out_znch = nn.functional.scaled_dot_product_attention(
-        q_bgcnh.flatten(0, 1).transpose(1, 2),
-        k_bgsh.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1),
-        v_bgsh.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1),
-        mask_bgcs.flatten(0, 1)[:, None],
-    )
-    out_bgcnh = out_znch.transpose(1, 2).unflatten(0, q_bgcnh.shape[:2])
-    return out_bgcnh.flatten(1, 2)[:, :length]
+    return _attend(q_bgcnh, k_bgsh, v_bgsh, mask_bgcs).flatten(1, 2)[:, :length]
+
+
+def _attend(
+    q_bgcnh: Float[Tensor, "b g c n h"],
+    k_bgsh: Float[Tensor, "b g s h"],
+    v_bgsh: Float[Tensor, "b g s h"],
+    mask_bgcs: Bool[Tensor, "b g c s"],
+) -> Float[Tensor, "b g c n h"]:
+    """Multi-query attention in each of G blocks, its softmax in float32."""
+    q_zcnh, k_zsh, v_zsh, mask_zcs = (z.flatten(0, 1) for z in (q_bgcnh, k_bgsh, v_bgsh, mask_bgcs))
+    k_z1sh, v_z1sh, mask_z1cs = k_zsh[:, None], v_zsh[:, None], mask_zcs[:, None]
+    if q_zcnh.shape[1] == 1:  # heads take the place of queries, since they share their keys
+        out_zcnh = nn.functional.scaled_dot_product_attention(q_zcnh, k_z1sh, v_z1sh, mask_z1cs)
+    else:
+        num_heads = q_zcnh.shape[2]
+        out_zcnh = nn.functional.scaled_dot_product_attention(
+            q_zcnh.transpose(1, 2),
+            k_z1sh.expand(-1, num_heads, -1, -1),
+            v_z1sh.expand(-1, num_heads, -1, -1),
+            mask_z1cs,
+        ).transpose(1, 2)
+    return out_zcnh.unflatten(0, q_bgcnh.shape[:2])
 
 
 def _blocks(x: Tensor, before: int, after: int, length: int) -> Tensor:
@@ -118,7 +132,21 @@ class LocalAttentionBlock(SpecModule):
         """Returns the outputs and the state after them."""
         q_btnh = apply_rope(self.proj_q(x).unflatten(-1, (self.config.num_heads, -1)), segment_pos)
         k_bth = apply_rope(self.proj_k(x)[..., None, :], segment_pos)[..., 0, :]
-        kv_bth = torch.cat([k_bth, self.proj_v(x)], -1)
+        v_bth = self.proj_v(x)
+        if cache is not None and x.shape[1] == 1:
+            encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
+        else:
+            kv_bth = torch.cat([k_bth, v_bth], -1)
+            encoded, new_cache = self._chunk(q_btnh, kv_bth, segment_pos, cache)
+        return self.proj_final(encoded.flatten(2)), new_cache
+
+    def _chunk(
+        self,
+        q_btnh: Float[Tensor, "b t n h"],
+        kv_bth: Float[Tensor, "b t hh"],
+        segment_pos: Int[Tensor, "b t"],
+        cache: AttentionBlockCache | None,
+    ) -> tuple[Float[Tensor, "b t n h"], AttentionBlockCache]:
         document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
         window = self.config.attention_window_size
         if cache is None:
@@ -132,7 +160,41 @@ class LocalAttentionBlock(SpecModule):
                 document_bw[..., None] + 1, document[..., None] + 1, padding
             )[..., 0] - 1  # fmt: skip
         encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
-        return self.proj_final(encoded.flatten(2)), _new_cache(cache, kv_bth, segment_pos, window)
+        return encoded, _new_cache(cache, kv_bth, segment_pos, window)
+
+
+def _step(
+    q_b1nh: Float[Tensor, "b 1 n h"],
+    k_b1h: Float[Tensor, "b 1 h"],
+    v_b1h: Float[Tensor, "b 1 h"],
+    segment_pos: Int[Tensor, "b 1"],
+    cache: AttentionBlockCache,
+) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
+    """One token a row, against the ring as it lies: what a chunk of one token would give."""
+    window = cache.keys.shape[1]
+    slot = torch.arange(window, device=segment_pos.device)
+    starts = segment_pos == 0
+    num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
+    age = (segment_pos - 1 - slot) % window + 1
+    sees_bs = nn.functional.pad(age <= num_before, (0, 1), value=True)
+    replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
+
+    (keys, ring_of_keys), (values, ring_of_values) = (
+        _extended_and_replaced(ring.to(new.dtype), new[:, None], starts, replaced)
+        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+    )
+    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
+    num_tokens = (num_before + (segment_pos >= 0))[:, 0].to(torch.int32)
+    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+
+
+def _extended_and_replaced(
+    ring_bw1h: Tensor, new_b11h: Tensor, starts: Tensor, replaced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
+    seen = torch.cat([ring_bw1h, new_b11h], 1).transpose(1, 2)
+    kept = ring_bw1h.masked_fill(starts[..., None, None], 0)
+    return seen, torch.where(replaced, new_b11h, kept)
 
 
 def _history(

@@ -133,9 +133,6 @@ def prepend_history(
     the result, and what comes before is zero.
     """
     joined = torch.cat([history.to(x.dtype), x], 1)
-    if x.shape[1] == 1:  # a step of decoding, in which a gather would cost the most
-        shifted = torch.nn.functional.pad(joined[:, :-1], (0, 0, 1, 0))
-        return torch.where(padding[:, None, None] > 0, shifted, joined)
     place = torch.arange(joined.shape[1], device=x.device)
     shift = torch.where(place < history.shape[1] + padding[:, None], padding[:, None], 0)
     source = place - shift

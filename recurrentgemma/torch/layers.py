@@ -17,7 +17,7 @@ from recurrentgemma.torch.cache import num_padding, prepend_history
 from recurrentgemma.torch.scan import wide_dtype
 
 EPS = 1e-6
-_VOCABULARY_PART = 16_384
+_PART_ELEMENTS = 2**20  # that a part of the vocabulary has, which then stays in the cache
 
 
 class SpecModule(nn.Module):
@@ -89,9 +89,9 @@ class BlockDiagonalLinear(SpecModule):
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "b t l"]) -> Float[Tensor, "b t l"]:
-        x_bthi = x.unflatten(-1, (self.config.num_heads, -1))
-        y_bthj = torch.einsum("bthi,hij->bthj", x_bthi, self.w) + self.b
-        return y_bthj.flatten(-2)
+        x_hzi = x.flatten(0, 1).unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)
+        y_hzj = torch.baddbmm(self.b[:, None], x_hzi, self.w)
+        return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
 class Conv1D(SpecModule):
@@ -114,6 +114,8 @@ class Conv1D(SpecModule):
     ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b 3 l"]]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         length, reach = x.shape[1], CONV1D_WIDTH - 1
+        if state is not None and length == 1:
+            return self._step(x, segment_pos, state)
         if state is None:
             tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
             extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
@@ -127,6 +129,14 @@ class Conv1D(SpecModule):
             earlier = extended[:, reach - k : reach - k + length]
             y = y + torch.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
         return y.to(x.dtype), self._new_state(extended, segment_pos, state is not None)
+
+    def _step(self, x: Tensor, segment_pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row."""
+        state, wide = state.to(x.dtype), wide_dtype(x.dtype)
+        age = torch.arange(CONV1D_WIDTH - 1, -1, -1, device=x.device)
+        extended = torch.cat([state, x], 1) * (age <= segment_pos)[..., None]
+        y = (extended * self.w.to(wide)).sum(1, keepdim=True) + self.b.to(wide)
+        return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 
     def _new_state(self, extended: Tensor, segment_pos: Tensor, continues: bool) -> Tensor:
         reach = CONV1D_WIDTH - 1
@@ -175,7 +185,11 @@ class Embedder(SpecModule):
         )
         x = x / cap if cap else x  # before the product, where it costs less
         # In parts, since in a narrower dtype each is copied to the wide one.
-        parts = [embedding] if embedding.dtype == x.dtype else embedding.split(_VOCABULARY_PART)
+        parts = (
+            [embedding]
+            if embedding.dtype == x.dtype
+            else embedding.split(max(_PART_ELEMENTS // x.shape[-1], 1))
+        )
         logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
         logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
         return logits.tanh_() * cap if cap else logits

@@ -13,16 +13,17 @@ import os
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recurrentgemma.common.presets import Choice, ScanType
 from recurrentgemma.torch import scan_ops
 from recurrentgemma.torch.gates import rg_lru_gates, wide_dtype
 
-IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "native", "associative", "triton")
 SCAN_TYPES = {
     ScanType.AUTO: "auto",
     ScanType.LINEAR_NATIVE: "native",
-    ScanType.ASSOCIATIVE_NATIVE: "native",
+    ScanType.ASSOCIATIVE_NATIVE: "associative",
     ScanType.LINEAR_PALLAS: "auto",  # PyTorch has no Pallas
 }
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,7 +47,8 @@ def linear_scan(
       reset: Where the state is forgotten (a_t taken as 0), [B, T].
       reverse: Run from the last step to the first.
       implementation: "auto" (see `choose_implementation`), "reference" (a plain loop), "native"
-        (chunks that advance together) or "triton" (GPU).
+        (chunks that advance together), "associative" (a logarithmic number of passes) or "triton"
+        (GPU).
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
@@ -60,6 +62,7 @@ def linear_scan(
             f"x and a must have one shape [B, T, D], got {tuple(x.shape)} and {tuple(a.shape)}"
         )
     batch, length, width = x.shape
+    _check(x, "x", x, x.shape)
     _check(x, "a", a, x.shape)
     if h0 is not None:
         _check(x, "h0", h0, (batch, width))
@@ -69,11 +72,11 @@ def linear_scan(
     state = _initial_state(x, h0)
     if x.numel() == 0:
         return x, state
-    if implementation != "reference":
+    if implementation not in _RECURRENCES:
         return scan_ops.linear_scan(x, a, state, reset, reverse, implementation)
     if reset is not None:
         a = torch.where(reset[..., None], 0, a)
-    y, last = _loop(x.to(state.dtype), a.to(state.dtype), state, reverse)
+    y, last = _RECURRENCES[implementation](x.to(state.dtype), a.to(state.dtype), state, reverse)
     return y.to(x.dtype), last
 
 
@@ -112,6 +115,7 @@ def rg_lru_scan(
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D], got {tuple(x.shape)}")
     batch, length, width = x.shape
+    _check(x, "x", x, x.shape)
     _check(x, "input_gate", input_gate, x.shape)
     _check(x, "a_gate", a_gate, x.shape)
     _check(x, "a_param", a_param, (width,))
@@ -123,13 +127,13 @@ def rg_lru_scan(
     if x.numel() == 0:
         return x, state
     a_param = a_param.to(state.dtype).expand(batch, width)
-    if implementation != "reference":
+    if implementation not in _RECURRENCES:
         return scan_ops.rg_lru_scan(
             x, input_gate, a_gate, a_param, segment_pos, state, implementation
         )
     x_wide, input_gate, a_gate = (z.to(state.dtype) for z in (x, input_gate, a_gate))
     gated_x, a = rg_lru_gates(x_wide, input_gate, a_gate, a_param, segment_pos)
-    y, last = _loop(gated_x, a, state, False)
+    y, last = _RECURRENCES[implementation](gated_x, a, state, False)
     return y.to(x.dtype), last
 
 
@@ -166,12 +170,12 @@ def _implementation(name: str, x: Tensor) -> str:
         if not _HAS_TRITON:
             raise ValueError(
                 "implementation 'triton' needs the package triton, which is not installed; "
-                "without it there are reference, native"
+                "without it there are reference, native, associative"
             )
         if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"implementation 'triton' runs on cuda, got {x.device.type}, which runs "
-                "reference, native"
+                "reference, native, associative"
             )
     return name
 
@@ -203,3 +207,20 @@ def _loop(x: Tensor, a: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, T
         state = a[:, t] * state + x[:, t]
         outputs.append(state)
     return torch.stack(outputs[::-1] if reverse else outputs, 1), state
+
+
+def _associative(x: Tensor, a: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """In pass n each step takes in what the 2^n steps before it have gathered."""
+    if reverse:
+        x, a = x.flip(1), a.flip(1)
+    y = torch.cat([x[:, :1] + a[:, :1] * state[:, None], x[:, 1:]], 1)
+    distance = 1
+    while distance < x.shape[1]:
+        place = (0, 0, distance, 0)
+        y = y + a * pad(y[:, :-distance], place)
+        a = a * pad(a[:, :-distance], place, value=1.0)
+        distance *= 2
+    return y.flip(1) if reverse else y, y[:, -1]
+
+
+_RECURRENCES = {"reference": _loop, "associative": _associative}

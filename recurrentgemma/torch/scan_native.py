@@ -185,7 +185,7 @@ def _scan(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Te
         for x_t, a_t, out_t in zip(*(_steps(z, 1, reverse) for z in (x, a, out)), strict=True):
             state = torch.addcmul(x_t, a_t, state, out=out_t)
         return state
-    chunk = min(_MAX_CHUNK_LENGTH, math.isqrt(2 * length))
+    chunk = min(_MAX_CHUNK_LENGTH, math.isqrt(length))
     num_chunks = length // chunk
     # The chunked part comes first in the direction of the scan, the remainder after it.
     cut = length - num_chunks * chunk if reverse else num_chunks * chunk

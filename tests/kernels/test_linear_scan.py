@@ -1,5 +1,7 @@
 """The linear recurrence: one suite that every implementation of both twins inherits."""
 
+import importlib
+
 import numpy as np
 import pytest
 from cases import bfloat16
@@ -122,6 +124,16 @@ class TestErrors:
         x, a, h0, reset = (np.zeros(shapes[name]) for name in ("x", "a", "h0", "reset"))
         with pytest.raises(ValueError, match=message):
             backend.linear_scan(x, a, h0, reset.astype(bool))
+
+    @pytest.mark.parametrize("name", ["x", "a", "h0", "reset"])
+    def test_dtypes(self, backend: Backend, name: str) -> None:
+        linear_scan = importlib.import_module(f"recurrentgemma.{backend.name}").linear_scan
+        shapes = {"x": (1, 2, 3), "a": (1, 2, 3), "h0": (1, 3), "reset": (1, 2)}
+        dtypes = {"x": "float32", "a": "float32", "h0": "float32", "reset": "bool", name: "int32"}
+        values = [backend.array(np.zeros(shapes[key]), dtypes[key]) for key in shapes]
+        kind = "a bool" if name == "reset" else "a floating"
+        with pytest.raises(ValueError, match=rf"{name} must be of {kind} dtype, got .*int32"):
+            linear_scan(*values)
 
     def test_names(self, backend: Backend) -> None:
         case = make_scan(1, 2, 1)

@@ -155,3 +155,63 @@ def test_vmap(torch_scan: Implementation, length: int, reverse: bool) -> None:
     assert_close(dx.movedim(-1, 0).numpy(), expected[0].numpy(), "gradient", "float64")
     assert_close(da.numpy(), expected[1].sum(0).numpy(), "gradient", "float64")
     assert_close(dh0.numpy(), expected[2].numpy(), "gradient", "float64")
+
+
+@pytest.mark.parametrize("function", ["linear_scan", "rg_lru_scan"])
+def test_autocast(torch_scan: Implementation, function: str) -> None:
+    """Beside operations that autocast narrows the recurrence keeps the dtypes of its arguments."""
+    import torch
+
+    import recurrentgemma.torch
+
+    scan = getattr(recurrentgemma.torch, function)
+    if function == "linear_scan":
+        arguments = BACKENDS["torch"].scan_arguments(*make_scan(2, 5, 4).inputs, dtype="float32")
+    else:
+        arguments = BACKENDS["torch"].rg_lru_arguments(
+            *make_rg_lru(2, 5, 4).inputs, dtype="float32"
+        )
+
+    def run(x, *others):
+        x.requires_grad_()
+        y, last = scan(x, *others, implementation=torch_scan.name)
+        (dx,) = torch.autograd.grad(y.sum() + last.sum(), x)
+        return y.detach(), last.detach(), dx
+
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(*arguments)
+    for got, want in zip(actual, run(*arguments), strict=True):
+        assert got.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("unchecked_types")  # sizes are symbols
+@pytest.mark.parametrize("function", ["linear_scan", "rg_lru_scan"])
+def test_export(torch_scan: Implementation, function: str) -> None:
+    """A program of any length is exported whole, without a loop over time; it computes the same."""
+    import torch
+
+    import recurrentgemma.torch
+
+    if torch_scan.name in ("reference", "associative"):
+        pytest.skip("made of torch's own operations, as many as the length asks for")
+    scan = getattr(recurrentgemma.torch, function)
+
+    class Module(torch.nn.Module):
+        def forward(self, *arguments):
+            return scan(*arguments, implementation=torch_scan.name)
+
+    def arguments(length: int):
+        if function == "linear_scan":
+            case = make_scan(2, length, 4)
+            return BACKENDS["torch"].scan_arguments(*case.inputs, dtype="float32")
+        case = make_rg_lru(2, length, 4)
+        return BACKENDS["torch"].rg_lru_arguments(*case.inputs, dtype="float32")
+
+    time = torch.export.Dim("time", min=2)
+    with_time = [{1: time} if z.ndim > 1 and z.shape[1] == 5 else None for z in arguments(5)]
+    program = torch.export.export(Module(), arguments(5), dynamic_shapes=(tuple(with_time),))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum(f"recurrentgemma.{function}" in target for target in targets) == 1
+    for got, want in zip(program.module()(*arguments(9)), Module()(*arguments(9)), strict=True):
+        torch.testing.assert_close(got, want)

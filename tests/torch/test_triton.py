@@ -88,7 +88,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"runs on cuda, got cpu, which runs reference, nat"):
             linear_scan(x, x, implementation="triton")
         monkeypatch.setattr(scan, "_HAS_TRITON", False)
-        with pytest.raises(ValueError, match=r"needs the package triton.* reference, native"):
+        with pytest.raises(ValueError, match=r"needs the package triton.* native, associative"):
             linear_scan(x, x, implementation="triton")
 
     def test_dtypes_and_devices(self) -> None:

@@ -12,7 +12,7 @@ from tolerances import assert_close
 ROWS, LENGTH, WIDTH, VOCAB = 3, 7, 12, 29
 
 
-def problem(seed: int = 0) -> tuple[np.ndarray, ...]:
+def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Hidden states, embedding, targets and weights, some of them 0 and some no integer."""
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((ROWS, LENGTH, WIDTH))
@@ -26,7 +26,7 @@ def plain(hidden, embedding, targets, weights, soft_cap: float):
     """The loss and its gradients by their definition, from all logits in float64."""
     product = hidden @ embedding.T
     tanh = np.tanh(product / soft_cap) if soft_cap else 0.0
-    logits = soft_cap * tanh if soft_cap else product
+    logits = np.asarray(soft_cap * tanh if soft_cap else product)
     exp = np.exp(logits)
     nll = np.log(exp.sum(-1)) - np.take_along_axis(logits, targets[..., None] % VOCAB, -1)[..., 0]
     dlogits = exp / exp.sum(-1, keepdims=True) - np.eye(VOCAB)[targets % VOCAB]
@@ -43,7 +43,8 @@ def test_is_the_plain_one(trainer: Trainer, soft_cap: float, chunk_size: int | N
     loss, gradients = trainer.cross_entropy(
         *inputs, dtype="float64", soft_cap=soft_cap, chunk_size=chunk_size
     )
-    expected, (*others, nll) = plain(*inputs, soft_cap)
+    hidden, embedding, targets, weights = inputs
+    expected, (*others, nll) = plain(hidden, embedding, targets, weights, soft_cap)
     assert_close(loss, expected, "output", "float64")
     for name, one, other in zip(("hidden", "embedding"), gradients, others, strict=False):
         assert_close(one, other, "gradient", "float64", name=name)

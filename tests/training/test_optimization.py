@@ -159,7 +159,7 @@ def run_optimizer(trainer: Trainer, options, config, params, gradients) -> dict[
 
             from recurrentgemma.jax.optimizer import make_optimizer
 
-            values = {s.path: trainer.backend.array(params[s.path], "float64") for s in specs}
+            values: Any = {s.path: trainer.backend.array(params[s.path], "float64") for s in specs}
             optimizer = make_optimizer(options, mask, options.learning_rate)
             state = optimizer.init(values)
             for grads in gradients:

@@ -1,6 +1,7 @@
 """Steps of training: the twins against each other, and what a step promises."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_going_on_in_the_other_framework(trainers: tuple[Trainer, Trainer], name
     data = batches(4)
 
     def fresh(trainer: Trainer):
-        kwargs = {"dtype": "float64", "state_dtype": "float64"}
+        kwargs: Any = {"dtype": "float64", "state_dtype": "float64"}
         return trainer.state(CONFIG, make_params(CONFIG), optimizer=optimizer, **kwargs)
 
     for one, other in (trainers, trainers[::-1]):

@@ -116,7 +116,7 @@ def train_step(
     )
     # Update the parameters.
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params = optax.apply_updates(params, updates)  # pyright: ignore[reportAssignmentType]
 
     return train_loss, params, opt_state
 

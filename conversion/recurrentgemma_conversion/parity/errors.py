@@ -1,0 +1,73 @@
+"""How far apart two tensors are, and how far rounding must put them.
+
+The budget of a tensor in a dtype comes from the network itself: the error of each model in that
+dtype, against the first model in float64 on the same weights. The smaller of the two is what
+rounding gives; neither error, nor the difference between the two models, may be more than `MARGIN`
+times that in its root mean square, or twice that in its largest, which is more a matter of chance.
+A model that errs more cannot widen its own budget. In float64 there is no wider dtype
+to measure in, and the budget is 1e-10 of the largest value, which only the same arithmetic keeps.
+So every pair is compared in float64, too, where a wrong constant is nowhere near rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+MARGIN = 4.0
+FLOAT64_LIMIT = 1e-10
+_ZERO = 1e-15  # what is zero in exact arithmetic, such as the gradient of a softmax over one key
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
+
+
+class Error(NamedTuple):
+    """The difference of two tensors, relative to the root mean square of the true one.
+
+    Attributes:
+      scale: That root mean square.
+      largest: The largest difference.
+      rms: The root mean square of the differences.
+      rounding: The root mean square error of each, of the first and the second.
+      budget: What `rms` and both of `rounding` may be.
+      share: The largest part of its budget that any error takes: beyond it above 1.
+    """
+
+    scale: float
+    largest: float
+    rms: float
+    rounding: tuple[float, float]
+    budget: float
+    share: float
+
+    def ulps(self, dtype: str) -> float:
+        """The largest difference in units of the last place at the tensor's scale."""
+        return self.largest / EPS[dtype]
+
+
+def compare_tensors(one: np.ndarray, other: np.ndarray, true: np.ndarray, dtype: str) -> Error:
+    """The difference of two tensors that were computed in a dtype, next to the true one."""
+    one, other, true = (np.asarray(z, np.float64).ravel() for z in (one, other, true))
+    scale = _rms(true) or 1.0
+    apart = np.abs(one - other)
+    largest, rms = float(apart.max(initial=0.0)) / scale, _rms(apart) / scale
+    if dtype == "float64":
+        budget = (FLOAT64_LIMIT * float(np.abs(true).max(initial=0.0)) + _ZERO) / scale
+        return Error(scale, largest, rms, (0.0, 0.0), budget, _share(largest, budget))
+    errors = np.abs(one - true), np.abs(other - true)
+    first, second = (_rms(error) / scale for error in errors)
+    budget = MARGIN * max(min(first, second), EPS[dtype] / 2)
+    peaks = [float(error.max(initial=0.0)) / scale for error in errors]
+    peak_budget = 2 * MARGIN * max(min(peaks), EPS[dtype] / 2)
+    shares = [_share(error, budget) for error in (rms, first, second)]
+    shares += [_share(error, peak_budget) for error in (largest, *peaks)]
+    return Error(scale, largest, rms, (first, second), budget, max(shares))
+
+
+def _rms(z: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(z**2))) if z.size else 0.0
+
+
+def _share(error: float, budget: float) -> float:
+    """Infinite where there is a NaN, which compares with nothing."""
+    return float(error / budget) if np.isfinite(error) and np.isfinite(budget) else np.inf

@@ -1,0 +1,75 @@
+"""Runs the model by hand in PyTorch: reads two prompts at once, then decodes a token at a time.
+
+python examples/simple_run_torch.py
+python examples/simple_run_torch.py --debug    # a tiny random model, NaN an error
+"""
+
+import argparse
+
+from recurrentgemma.cli.script import Script
+from recurrentgemma.common.text import pad_left
+
+PROMPTS = ["In the beginning", "It is a truth universally acknowledged, that"]
+
+
+def main(flags: argparse.Namespace) -> None:
+    import torch
+
+    from recurrentgemma import torch as recurrentgemma
+
+    torch.set_grad_enabled(False)
+    if flags.debug:
+        config = recurrentgemma.GriffinConfig(
+            vocab_size=2048,
+            width=32,
+            mlp_expanded_width=96,
+            num_heads=2,
+            block_types=(
+                recurrentgemma.TemporalBlockType.RECURRENT,
+                recurrentgemma.TemporalBlockType.ATTENTION,
+            ),
+            embeddings_scale_by_sqrt_dim=True,
+            attention_window_size=16,
+            logits_soft_cap=30.0,
+        )
+        torch.manual_seed(0)
+        model = recurrentgemma.Griffin(config)
+        for module in model.modules():
+            module.register_forward_hook(require_finite)
+    else:
+        model = recurrentgemma.load_checkpoint(dtype=torch.float32)
+    vocab = recurrentgemma.load_tokenizer()
+
+    # Prefill: padding goes before a prompt, at position -1.
+    prompts = [vocab.encode(prompt) for prompt in PROMPTS]
+    tokens, segment_pos = pad_left(prompts, vocab.pad_id)
+    logits, cache = model(tokens, segment_pos, last_logits_only=True)
+
+    # Decode: each token comes from the logits before it, and the state goes on.
+    decoded = []
+    for step in range(flags.total_sampling_steps):
+        token = logits[:, -1].argmax(-1)
+        decoded.append(token)
+        segment_pos = segment_pos[:, -1:] + 1
+        logits, cache = model(token[:, None], segment_pos, cache)
+        if flags.debug:
+            shape = tuple(logits.shape)
+            print(f"step {step}: tokens {token.numpy()}, logits {shape} up to {logits.max():.3f}")
+
+    for prompt, row in zip(prompts, torch.stack(decoded, 1).tolist(), strict=True):
+        print(vocab.decode(prompt + row))
+    size = sum(array.nbytes for block in cache.values() for array in block) / len(PROMPTS)
+    print(f"The state of each row has {size:,.0f} bytes, however long its text.")
+
+
+def require_finite(module, inputs, outputs) -> None:
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    if not output.isfinite().all():
+        raise FloatingPointError(f"NaN or infinity out of {module.prefix or 'the model'}")
+
+
+if __name__ == "__main__":
+    script = Script(description="Runs the model by hand in PyTorch.")
+    script.add_argument("--debug", action="store_true", help="a tiny random model, step by step")
+    script.add_argument("--total_sampling_steps", type=int, default=20, help="how many tokens (20)")
+    script.run(main)

@@ -1,0 +1,193 @@
+"""`recurrentgemma parity`: whether two frameworks, or two checkpoints, are one model."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
+from recurrentgemma.common.presets import Preset
+
+if TYPE_CHECKING:
+    from recurrentgemma.common.text import Tokenizer
+
+
+class Implementation(enum.StrEnum):
+    """What a model can run on."""
+
+    JAX = "jax"
+    TORCH = "torch"
+    TRANSFORMERS = "transformers"
+
+
+class ParityDType(enum.StrEnum):
+    """Of parameters and computation."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+BEYOND_BUDGET = 1
+
+
+def parity(
+    one: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Checkpoint of any format. Default: the bundled model.",
+            metavar="[A]",
+            show_default=False,
+        ),
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Another, of the same config. Default: A itself.",
+            metavar="[B]",
+            show_default=False,
+        ),
+    ] = None,
+    framework: Annotated[
+        Implementation,
+        typer.Option(help="What A runs on."),
+    ] = Implementation.JAX,
+    against: Annotated[
+        Implementation,
+        typer.Option(help="What B runs on, or A again."),
+    ] = Implementation.TORCH,
+    dtype: Annotated[
+        ParityDType, typer.Option(help="Of parameters and computation.")
+    ] = ParityDType.FLOAT32,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Read a UTF-8 text instead of random tokens.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of random tokens.", metavar="N")] = 0,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=12,
+            help="Tokens a row. Default: 64 more than the attention window, at most 512.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    greedy: Annotated[
+        int, typer.Option(min=0, help="Tokens to continue each row with.", metavar="N")
+    ] = 32,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Compare every parameter's gradient, too.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="List every tensor, and those inside of blocks.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with every tensor.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the error by depth.", metavar="FILE", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The published model that it is: {', '.join(known.name for known in Preset)}.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    attention_window_size: Window = None,
+    logits_soft_cap: SoftCap = None,
+    embeddings_scale_by_sqrt_dim: EmbeddingScale = None,
+) -> None:
+    """Prove that two frameworks, or two checkpoints, are one model.
+
+    Compares activations, logits, states and gradients with what the dtype's rounding must give,
+    which is measured, and again in float64, where nothing else differs. Exits with 0 if all are
+    within their budgets, or else with 1.
+    """
+    from recurrentgemma.cli.parity_table import render, title_of
+    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma_conversion import open_checkpoint
+    from recurrentgemma_conversion.parity import compare, default_length, load_model, make_batch
+    from recurrentgemma_conversion.parity.models import require_installed
+    from recurrentgemma_conversion.parity.plot import check_plot
+    from recurrentgemma_conversion.parity.plot import plot as draw
+    from recurrentgemma_conversion.parity.report import require_same_config
+
+    if framework is Implementation.TRANSFORMERS:
+        raise ValueError("transformers is compared with: --against transformers")
+    if against is Implementation.TRANSFORMERS and dtype is ParityDType.FLOAT64:
+        raise ValueError(
+            "--against transformers takes float32 and bfloat16, since its recurrence is float32, "
+            f"got {dtype}"
+        )
+    for implementation in (framework, against):
+        require_installed(implementation)
+    if plot is not None:
+        check_plot(plot)
+    paths = one or BUNDLED, other or one or BUNDLED
+    said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
+    configs, tokenizers = [], []
+    for path in paths:
+        with open_checkpoint(path, said) as opened:
+            configs.append(opened.config)
+            tokenizers.append(opened.load_tokenizer() if text is not None else None)
+    require_same_config((str(paths[0]), str(paths[1])), configs[0], configs[1])
+    batch = make_batch(
+        configs[0],
+        length or default_length(configs[0]),
+        seed=seed,
+        text=None if text is None else _tokens(text, tokenizers[0]),
+        plain=against is Implementation.TRANSFORMERS,
+    )
+    with working("Comparing"):
+        report = compare(
+            lambda: load_model(framework, paths[0], dtype, said),
+            lambda: load_model(against, paths[1], dtype, said),
+            batch,
+            dtype,
+            gradients=gradients,
+            num_greedy=greedy,
+            inside=every,
+        )
+    sides = tuple(
+        f"{path.resolve().name} in {implementation}"
+        for path, implementation in zip(paths, (framework, against), strict=True)
+    )
+    title = title_of(sides, report.dtype)
+    if plot is not None:
+        draw(report, title, plot)
+    if as_json:
+        ends = {
+            "one": {"checkpoint": str(paths[0]), "implementation": framework},
+            "other": {"checkpoint": str(paths[1]), "implementation": against},
+            "rows": len(batch.tokens),
+            "length": batch.tokens.shape[1],
+            "chunks": list(batch.chunks),
+        }
+        typer.echo(json.dumps(ends | report.to_dict()))
+    else:
+        render(report, title, batch, every=every)
+    if not report.within:
+        raise typer.Exit(BEYOND_BUDGET)
+
+
+def _tokens(file: Path, tokenizer: Tokenizer | None) -> list[int]:
+    data = file.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
+        ) from error
+    assert tokenizer is not None
+    return tokenizer.encode(text)

@@ -1,0 +1,24 @@
+"""What is installed of the packages that only some of the work needs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+EXTRA_OF = {
+    "jax": "jax",
+    "flax": "jax",
+    "optax": "jax",
+    "orbax": "jax",
+    "torch": "torch",
+    "huggingface_hub": "hub",
+    "kagglehub": "hub",
+    "matplotlib": "train",
+    "tensorboardX": "train",
+}
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is a top-level module of that name, which is not imported."""
+    # Without an origin it is just some folder of that name.
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,61 @@
+"""Runs the notebooks, whose source is notebooks/*.py, and stores them with their outputs.
+
+python scripts/build_notebooks.py
+python scripts/build_notebooks.py inside_griffin
+"""
+
+import argparse
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from recurrentgemma.cli.script import Script
+from recurrentgemma.common.files import whole_file
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+SECONDS = 300  # for a cell
+
+
+def read(file: Path) -> nbformat.NotebookNode:
+    """The notebook in a script, without outputs."""
+    notebook = jupytext.read(file)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # not a new one each time
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Runs every cell, in this interpreter's environment and the folder of the notebooks.
+
+    Raises:
+      CellExecutionError: A cell raised an error.
+    """
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        resources={"metadata": {"path": str(FOLDER)}},
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--HistoryManager.enabled=False"],
+    )
+    client.execute()
+    # Of the interpreter that happened to run it.
+    notebook.metadata.language_info = {"name": "python", "file_extension": ".py"}
+    return notebook
+
+
+def main(flags: argparse.Namespace) -> None:
+    files = [FOLDER / f"{name}.py" for name in flags.names] or sorted(FOLDER.glob("*.py"))
+    for file in files:
+        notebook = execute(read(file))
+        with whole_file(file.with_suffix(".ipynb"), force=True) as temporary:
+            temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        print(file.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    script = Script(description="Runs the notebooks and stores them with their outputs.")
+    script.add_argument("names", nargs="*", help="which (all)")
+    script.run(main)

@@ -1,0 +1,234 @@
+"""Small faults, each of which makes one twin another model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """A replacement in one file of a twin.
+
+    Attributes:
+      name: What is wrong then.
+      file: Of the package.
+      old: What is there once.
+      new: What takes its place.
+      options: Of the `parity` run that must catch it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    options: str = ""
+
+    @property
+    def twin(self) -> str:
+        return self.file.split("/")[0]
+
+
+_L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan_native"))
+
+FAULTS = (
+    # Norms
+    Fault("RMSNorm: eps 1e-5", _L, "EPS = 1e-6", "EPS = 1e-5"),
+    Fault(
+        "RMSNorm: eps 1e-5, looked at in bfloat16",
+        _L,
+        "EPS = 1e-6",
+        "EPS = 1e-5",
+        "--dtype bfloat16",
+    ),
+    Fault("RMSNorm: scale without its 1", _L, "(1 + self.scale.to(", "(self.scale.to("),
+    Fault("RMSNorm: the mean taken off", _L, "(x32 * rms", "((x32 - x32.mean(-1, True)) * rms"),
+    Fault(
+        "residual block: no norm before the MLP",
+        _B,
+        "self.mlp_block(self.channel_pre_norm(x))",
+        "self.mlp_block(x)",
+    ),
+    # Embeddings and logits
+    Fault(
+        "embedding: scale not rounded",
+        _L,
+        "return x * self.config.embedding_scale",
+        "return x * self.config.width**0.5",
+    ),
+    Fault("soft cap: logits not divided by it", _L, "x = x / cap if cap else x", "x = x"),
+    Fault("soft cap: no tanh", _L, "logits.tanh_() * cap", "logits * cap"),
+    Fault(
+        "soft cap: tanh before the division",
+        "jax/layers.py",
+        "jnp.tanh(logits / cap) * cap",
+        "jnp.tanh(logits) / cap * cap",
+    ),
+    Fault(
+        "logits: rounded to bfloat16",
+        _L,
+        "x.to(wide_dtype(x.dtype)),\n            self.input_embedding,",
+        "x,\n            self.input_embedding,",
+        "--dtype bfloat16",
+    ),
+    # MLP
+    Fault("MLP: gelu exact", _B, 'gelu(gate, approximate="tanh")', "gelu(gate)"),
+    Fault(
+        "MLP: gelu exact, looked at in bfloat16",
+        _B,
+        'gelu(gate, approximate="tanh")',
+        "gelu(gate)",
+        "--dtype bfloat16",
+    ),
+    Fault("MLP: halves of ffw_up swapped", _B, "gate, value = self", "value, gate = self"),
+    Fault(
+        "MLP: ffw_up without bias",
+        _L,
+        "torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w)",
+        "torch.bmm(x_czd, self.w)",
+    ),
+    # Recurrent block
+    Fault(
+        "recurrent block: gelu exact",
+        _B,
+        'gelu(self.linear_y(x), approximate="tanh")',
+        "gelu(self.linear_y(x))",
+    ),
+    Fault("convolution: taps reversed", _L, "* w[reach - k]\n", "* w[k - 1]\n"),
+    Fault("convolution: no bias", _L, "x * w[reach] + self.b.to(wide)", "x * w[reach]"),
+    Fault(
+        "convolution: crosses documents",
+        _L,
+        "torch.where((segment_pos >= k)[..., None], earlier, 0)",
+        "earlier",
+    ),
+    Fault(
+        "convolution: one token short at a start",
+        "jax/layers.py",
+        "jnp.where((segment_pos >= k)",
+        "jnp.where((segment_pos > k)",
+    ),
+    Fault(
+        "convolution: state a step stale",
+        _L,
+        "extended[:, -reach:]",
+        "extended[:, -reach - 1 : -1]",
+    ),
+    Fault(
+        "convolution: state one input short",
+        _L,
+        "available = segment_pos[:, -1:] + 1",
+        "available = segment_pos[:, -1:]",
+    ),
+    # RG-LRU
+    Fault("gates: transposed", _L, "bthi,hij->bthj", "bthi,hji->bthj"),
+    Fault("gates: no bias", _L, "x_bthi, self.w) + self.b", "x_bthi, self.w)"),
+    Fault(
+        "gates: the recurrence gate taken for the input gate",
+        "jax/gates.py",
+        "multiplier * jax.nn.sigmoid(input_gate) * inputs.x",
+        "multiplier * jax.nn.sigmoid(a_gate) * inputs.x",
+    ),
+    Fault("RG-LRU: sign inside of softplus", _N, "* softplus(a_param)", "* softplus(-a_param)"),
+    Fault(
+        "RG-LRU: reset ignored",
+        _N,
+        "half_log_a.masked_fill_((position == 0)[..., None], -torch.inf)",
+        "pass",
+    ),
+    Fault("RG-LRU: multiplier 1 - a^2", _N, "t.neg_().sqrt_().div_(", "t.neg_().div_("),
+    Fault(
+        "RG-LRU: state handed on in bfloat16",
+        _B,
+        "RecurrentBlockCache(rg_lru_state, conv1d_state)\n\n\nclass",
+        "RecurrentBlockCache(\n            rg_lru_state.bfloat16().to(rg_lru_state), conv1d_state\n"
+        "        )\n\n\nclass",
+    ),
+    Fault(
+        "RG-LRU: state of the input's dtype",
+        "torch/scan.py",
+        "    wide = wide_dtype(x.dtype)\n    return x.new_zeros",
+        "    wide = x.dtype\n    return x.new_zeros",
+        "--dtype bfloat16",
+    ),
+    Fault(
+        "RG-LRU: gradient of the root clipped at 1/2",
+        _N,
+        "clamp_(max=2 * MAX_SQRT_GRADIENT)",
+        "clamp_(max=1.0)",
+        "--gradients",
+    ),
+    Fault(
+        "RG-LRU: gradient of softplus left out",
+        _N,
+        "drate * (-RG_LRU_C * torch.sigmoid(a_param))",
+        "drate * -RG_LRU_C",
+        "--gradients",
+    ),
+    # Attention
+    Fault("attention: window of W keys", _A, "(lag_cs <= window)", "(lag_cs < window)"),
+    Fault("attention: window of W + 2 keys", _A, "(lag_cs <= window)", "(lag_cs <= window + 1)"),
+    Fault("attention: sees the next token", _A, "(lag_cs >= 0)", "(lag_cs >= -1)"),
+    Fault(
+        "attention: crosses documents",
+        _A,
+        "(document_bgc[..., None] == document_bgs[..., None, :])",
+        "(document_bgs[..., None, :] >= 0)",
+    ),
+    Fault(
+        "attention: scores times H^-0.49",
+        "jax/attention.py",
+        "q_bgcnh.shape[-1] ** -0.5",
+        "q_bgcnh.shape[-1] ** -0.49",
+    ),
+    Fault("RoPE: on the wrong half", _A, "rotated, passed = x.chunk", "passed, rotated = x.chunk"),
+    Fault(
+        "RoPE: neighbours paired, not halves",
+        _A,
+        "x1, x2 = rotated.to(wide).chunk(2, -1)",
+        "x1, x2 = rotated.to(wide).unflatten(-1, (-1, 2)).unbind(-1)",
+    ),
+    Fault(
+        "RoPE: turns the other way",
+        _A,
+        "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
+        "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
+    ),
+    Fault("RoPE: base 1,000", _A, "MAX_WAVELENGTH = 10_000", "MAX_WAVELENGTH = 1_000"),
+    Fault(
+        "RoPE: angles in the input's dtype",
+        _A,
+        "    wide = wide_dtype(x.dtype)\n    exponent",
+        "    wide = x.dtype\n    exponent",
+        "--dtype bfloat16",
+    ),
+    Fault(
+        "attention: keys and values swapped in the state",
+        _A,
+        "keys, values = kv[:, :, None].chunk",
+        "values, keys = kv[:, :, None].chunk",
+    ),
+    Fault(
+        "attention: ring a slot stale",
+        _A,
+        "age = (last_pos[:, None] - torch.arange",
+        "age = (last_pos[:, None] - 1 - torch.arange",
+    ),
+    Fault(
+        "attention: tokens of earlier documents counted",
+        _A,
+        "torch.where(starts, num_new, cache.num_tokens + num_new)",
+        "cache.num_tokens + num_new",
+    ),
+    # A step of decoding
+    Fault(
+        "decoding: the convolution's state does not move on",
+        _L,
+        "state, extended[:, 1:])",
+        "state, extended[:, :-1])",
+    ),
+    Fault(
+        "decoding: the ring's ages off by one",
+        _A,
+        "(segment_pos - 1 - slot) % window + 1",
+        "(segment_pos - slot) % window + 1",
+    ),
+)

@@ -1,0 +1,92 @@
+"""Writes the tables of the documentation that come from the layer spec: `make docs` does it.
+
+    python scripts/write_docs.py
+
+Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what the function NAME gives.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from recurrentgemma.cli.inspect import described
+from recurrentgemma.cli.tables import render
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.layouts import Stored
+from recurrentgemma.common.presets import Preset, TemporalBlockType
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+_GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def names() -> Iterator[str]:
+    """The table of names: one layer of each kind, its shapes in letters."""
+    # Sizes that tell the letters apart.
+    config = GriffinConfig(
+        vocab_size=1009, width=60, mlp_expanded_width=77, num_heads=5, lru_width=40,
+        attention_window_size=8, logits_soft_cap=30.0, embeddings_scale_by_sqrt_dim=True,
+        block_types=(TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION),
+    )  # fmt: skip
+    letters = {1009: "V", 60: "D", 77: "M", 40: "L", 5: "H", 8: "L/H", 12: "D/H"}
+
+    def shape(sizes: tuple[int, ...]) -> str:
+        return f"[{', '.join(letters.get(size, str(size)) for size in sizes)}]"
+
+    def stored(one: Stored) -> str:
+        part = "" if one.part is None else f" (half {one.part})"
+        return f"`{_numbered(one.name)}`{' ↔' if one.transpose else ''}{part}"
+
+    yield "| `kaggle-flax`, `recurrentgemma` | shape | `kaggle-torch` | `huggingface` |"
+    yield "|---|---|---|---|"
+    seen = set()
+    for spec in layer_spec(config):
+        path = _numbered(spec.path)
+        if path not in seen:
+            seen.add(path)
+            hf = "<br>".join(map(stored, spec.hf))
+            yield f"| `{path}` | {shape(spec.shape)} | {stored(spec.torch)} | {hf} |"
+
+
+def memory() -> Iterator[str]:
+    """What `recurrentgemma inspect --preset NAME --memory` prints of sizes."""
+    for preset in Preset:
+        config = GriffinConfig.from_preset(preset)
+        lines = list(render(described(config, {}, memory=True), every_block=False))
+        start = next(i for i, line in enumerate(lines) if "size" in line and "float32" in line)
+        yield f"## {preset.name}"
+        yield ""
+        yield "```text"
+        yield from (re.sub(r"\x1b\[\d+m", "", line) for line in lines[start:])
+        yield "```"
+        yield ""
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"(blocks|layers)\.\d+", r"\1.N", name)
+
+
+def written(text: str) -> str:
+    """A page with its generated parts as they must be."""
+    functions = {"names": names, "memory": memory}
+    return _GENERATED.sub(
+        lambda match: match[1] + "\n".join(functions[match[2]]()) + "\n" + match[3], text
+    )
+
+
+def main() -> int:
+    """Rewrites the pages that have generated parts."""
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        new = written(text)
+        if new != text:
+            page.write_text(new)
+            print(f"wrote {page.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

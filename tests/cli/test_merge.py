@@ -1,0 +1,74 @@
+"""`recurrentgemma merge`: a base and its adapters in one folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recurrentgemma.common.adapters import Adapters, write_adapters
+from recurrentgemma.common.checkpoint import BUNDLED, open_folder
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.lora import LoraOptions, merge, trainable_specs
+from recurrentgemma_conversion import open_checkpoint
+
+
+def write(path: Path, options: LoraOptions) -> Adapters:
+    """Random adapters of the bundled model."""
+    config = open_folder().config
+    rng = np.random.default_rng(0)
+    arrays = {
+        spec.path: (rng.standard_normal(spec.shape) / 16).astype(np.float32)
+        for spec in trainable_specs(config, options)
+    }
+    adapters = Adapters(config, options, arrays)
+    write_adapters(path, adapters)
+    return adapters
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_merges(cli, tmp_path: Path, quantize: bool) -> None:
+    """Every parameter of the result is the definition's, in the dtype asked for."""
+    file, merged = tmp_path / "adapters.safetensors", tmp_path / "merged"
+    adapters = write(file, LoraOptions(rank=2, targets=("mlp", "gates"), quantize=quantize))
+    done = cli("merge", BUNDLED, tmp_path, merged, "--dtype", "float32")
+    assert done.code == 0, done.err
+    assert done.out.strip() == f"{merged}: 20 adapters of rank 2 merged"
+    with open_checkpoint(BUNDLED) as base, open_checkpoint(merged) as result:
+        assert result.config == base.config
+        assert set(result.dtypes.values()) == {np.dtype(np.float32)}
+        for spec in layer_spec(base.config):
+            expected = merge(spec, base.read(spec), adapters.arrays, adapters.options)
+            np.testing.assert_array_equal(result.read(spec), np.float32(expected), spec.path)
+    assert (merged / "tokenizer.model").read_bytes() == (BUNDLED / "tokenizer.model").read_bytes()
+
+
+def test_writes_for_peft(cli, tmp_path: Path) -> None:
+    write(tmp_path / "adapters.safetensors", LoraOptions(rank=2))
+    done = cli("merge", BUNDLED, tmp_path, tmp_path / "peft", "--peft")
+    assert done.code == 0, done.err
+    assert {file.name for file in (tmp_path / "peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_mistakes(cli, tmp_path: Path) -> None:
+    """One line and exit code 2, and nothing is written."""
+    file, merged = tmp_path / "adapters.safetensors", tmp_path / "merged"
+    write(file, LoraOptions(rank=2, targets=("gates",)))
+
+    def fails(message: str, *words: str | Path) -> None:
+        done = cli("merge", *words)
+        assert (done.code, done.out) == (2, "")
+        assert message in done.err
+        assert done.err.count("\n") == 1
+
+    fails("no adapters at", BUNDLED, tmp_path / "nothing", merged)
+    fails("adapters of another model: logits_soft_cap is 30.0, the model has 7.0",
+          BUNDLED, file, merged, "--logits-soft-cap", "7")  # fmt: skip
+    fails("train without the target gates", BUNDLED, file, merged, "--peft")
+    assert not merged.exists()
+    merged.mkdir()
+    fails("exists; pass --force", BUNDLED, file, merged)
+    file.write_bytes(file.read_bytes()[:-5])
+    fails("no complete safetensors file", BUNDLED, file, merged, "--force")

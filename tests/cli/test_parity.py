@@ -1,0 +1,122 @@
+"""`recurrentgemma parity`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import CONFIGS, parameters, write_checkpoint
+
+from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma_conversion import Format
+
+pytest.importorskip("flax.linen", reason="jax is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+SHORT = ("--greedy", "4", "--length", "24")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """ "one" and the same in another format, another with one weight moved, and a narrower one."""
+    root = tmp_path_factory.mktemp("parity")
+    config = CONFIGS["griffin"]
+    write_checkpoint(root / "one", Format.RECURRENTGEMMA)
+    write_checkpoint(root / "same", Format.HUGGINGFACE)
+    name = "blocks.1.mlp_block.ffw_down.bias"
+    moved = parameters(config, "float32")[name].copy()
+    moved[3] += 1e-3
+    write_checkpoint(root / "moved", Format.RECURRENTGEMMA, changes={name: moved})
+    write_checkpoint(root / "other", Format.RECURRENTGEMMA, CONFIGS["attention_last"])
+    return root
+
+
+def test_the_table_fits_80_columns(cli, folders: Path) -> None:
+    done = cli("parity", folders / "one", "--gradients", *SHORT)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "one in jax against one in torch, float32"
+    assert lines[-1] == "within the budget"
+    starts = {line.split("  ")[0] for line in lines}
+    for name in ("embedder", "blocks.2.attention_block", "blocks.4.mlp_block", "logits"):
+        assert name in starts
+    assert {"state of blocks.2", "gradient of embedder", "gradient of blocks.4"} <= starts
+    assert "greedy continuations agree for 4 to 4 of 4 tokens" in lines
+
+
+def test_two_formats_of_one_model(cli, folders: Path) -> None:
+    for framework in ("jax", "torch"):
+        sides = ("--framework", framework, "--against", framework)
+        report = cli("parity", folders / "one", folders / "same", *sides, *SHORT, "--json").json
+        assert report["within_budget"] is True
+        assert max(tensor["max"] for tensor in report["tensors"]) == 0
+        assert report["one"]["implementation"] == framework
+
+
+def test_a_moved_weight_is_found(cli, folders: Path) -> None:
+    done = cli("parity", folders / "one", folders / "moved", *SHORT)
+    assert done.code == 1
+    lines = done.out.splitlines()
+    assert lines[-1].startswith("beyond the budget, first in blocks.1.mlp_block")
+    total = len(layer_spec(CONFIGS["griffin"]))
+    assert f"1 of {total} parameters differ, first blocks.1.mlp_block.ffw_down.bias" in lines
+    assert next(line.split("  ")[0] for line in lines if "BEYOND" in line) == "blocks.1.mlp_block"
+    report = cli("parity", folders / "one", folders / "moved", *SHORT, "--json")
+    assert report.code == 1
+    assert json.loads(report.out)["first_beyond"]["name"] == "blocks.1.mlp_block.ffw_down.bias"
+
+
+def test_transformers(cli, folders: Path) -> None:
+    pytest.importorskip("transformers")
+    report = cli(
+        "parity", folders / "one", "--against", "transformers", "--gradients", *SHORT, "--json"
+    ).json
+    assert report["within_budget"] is True
+    assert report["greedy_agreement"] == [4] * 4
+    kinds = {tensor["kind"] for tensor in report["tensors"]}
+    assert kinds == {"parameter", "activation", "gradient"}  # their states have another layout
+
+
+def test_a_text(cli, folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("In the beginning")
+    done = cli("parity", folders / "one", "--text", tmp_path / "text", *SHORT)
+    assert done.code == 0, done.err
+    (tmp_path / "text").write_bytes(b"\xff")
+    done = cli("parity", folders / "one", "--text", tmp_path / "text", *SHORT)
+    assert done.code == 2
+    assert "must be UTF-8 text" in done.err
+
+
+def test_a_plot(cli, folders: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = cli("parity", folders / "one", *SHORT, "--plot", tmp_path / "plot.png")
+    assert done.code == 0, done.err
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    done = cli("parity", folders / "one", "--plot", tmp_path / "plot.xyz")
+    assert done.code == 2
+    assert "must be one of" in done.err
+    assert not (tmp_path / "plot.xyz").exists()
+
+
+def test_bad_input(cli, folders: Path, monkeypatch) -> None:
+    done = cli("parity", folders / "one", folders / "other")
+    assert done.code == 2
+    for field in ("width: 24 | 40", "block_types: RRARR | RA", "logits_soft_cap: 5.0 | 0.0"):
+        assert field in done.err
+    assert "scan_type" not in done.err
+    done = cli("parity", folders / "missing")
+    assert done.code == 2
+    assert "no checkpoint folder" in done.err
+    done = cli("parity", "--against", "transformers", "--dtype", "float64")
+    assert done.code == 2
+    assert "its recurrence is float32" in done.err
+    done = cli("parity", "--framework", "transformers")
+    assert done.code == 2
+    for name, extra in (("torch", "torch"), ("flax", "jax"), ("matplotlib", "train")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            done = cli("parity", "--plot", "plot.png")
+            assert done.code == 2
+            assert f"pip install 'recurrentgemma[{extra}]'" in done.err
+            assert done.err.count("\n") == 1

@@ -1,0 +1,129 @@
+"""Every script of `examples/` runs, says what it should, and tells mistakes in a line."""
+
+import pytest
+
+from recurrentgemma.common.checkpoint import BUNDLED
+from recurrentgemma_conversion import convert, detect
+
+SAMPLING = ["sampling_jax.py", "sampling_torch.py"]
+SIMPLE_RUNS = ["simple_run_jax.py", "simple_run_torch.py"]
+# What the bundled model says, greedily and in float32.
+GREEDY = "In the beginning of the first month, in the first month, in the first month"
+
+
+def require(name: str) -> None:
+    pytest.importorskip("flax.linen" if "jax" in name else "torch.nn")
+
+
+@pytest.fixture
+def both_frameworks() -> None:
+    require("jax")
+    require("torch")
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling(example, name):
+    require(name)
+    assert example(name).startswith("It is a truth universally acknowledged")
+    flags = (
+        f"--path_checkpoint={BUNDLED}",
+        f"--path_tokenizer={BUNDLED / 'tokenizer.model'}",
+        "--string_to_sample=In the beginning",
+        "--total_sampling_steps=0",
+    )
+    assert example(name, *flags) == "In the beginning\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [("sampling_jax.py", "kaggle-flax"), ("sampling_torch.py", "kaggle-torch")],
+)
+def test_sampling_what_kaggle_has(example, tmp_path, name, format_):
+    require(name)
+    convert(BUNDLED, tmp_path / "kaggle", format_)
+    _, weights = detect(tmp_path / "kaggle")
+    flags = (
+        f"--path_checkpoint={weights}",
+        "--total_sampling_steps=2",
+        "--string_to_sample=In the beginning",
+    )
+    given = example(name, *flags, f"--path_tokenizer={tmp_path / 'kaggle' / 'tokenizer.model'}")
+    assert given.startswith("In the beginning ")
+    assert example(name, *flags) == given  # the tokenizer is found beside the weights
+
+
+@pytest.mark.parametrize("name", SIMPLE_RUNS)
+def test_simple_run(example, name):
+    require(name)
+    first, *_, last = example(name).splitlines()
+    assert first.startswith(GREEDY)
+    assert last == "The state of each row has 147,464 bytes, however long its text."
+
+
+@pytest.mark.parametrize("name", SIMPLE_RUNS)
+def test_debugging(example, name):
+    require(name)
+    out = example(name, "--debug", "--total_sampling_steps=2")
+    assert "step 0: tokens [" in out
+    assert "step 1: tokens [" in out
+    assert "step 2" not in out
+
+
+def test_converting(example, tmp_path):
+    out = example("convert_checkpoint.py", "--path_destination=hf")
+    assert "\nfinal_norm.scale (256,)\n    model.final_norm.weight (256,) bfloat16\n" in out
+    assert out.endswith("in 100 parameters, read again and compared.\n")
+    assert detect(tmp_path / "hf")[0] == "huggingface"
+
+
+@pytest.mark.usefixtures("both_frameworks")
+def test_a_state_that_changes_frameworks(example):
+    out = example("cross_framework_state.py")
+    assert "JAX reads, PyTorch goes on" in out
+    assert "PyTorch reads, JAX goes on" in out
+    assert out.endswith("The same text as without a change of framework.\n")
+
+
+def assert_one_line(message: str, name: str, *words: str) -> None:
+    assert message.startswith(f"{name}: error: ")
+    assert message.count("\n") == 1
+    assert message.endswith("\n")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "words"),
+    [
+        ("sampling_torch.py", "--path_model=x", ["--path_model", "sampling_torch.py --help"]),
+        ("sampling_jax.py", "--total_sampling_steps=x", ["--total_sampling_steps", "int", "'x'"]),
+        ("sampling_torch.py", "--total_sampling_steps=-1", ["total_generation_steps", "-1"]),
+        ("sampling_jax.py", "--path_checkpoint=x", ["no checkpoint folder at x, nor a file"]),
+        ("sampling_torch.py", "--path_tokenizer=x", ["no tokenizer at x", "sentencepiece model"]),
+        ("simple_run_jax.py", "--verbose", ["--verbose", "simple_run_jax.py --help"]),
+        ("simple_run_torch.py", "--verbose", ["--verbose", "simple_run_torch.py --help"]),
+        ("convert_checkpoint.py", "--to=gguf", ["--to", "gguf", "kaggle-flax", "huggingface"]),
+        ("convert_checkpoint.py", "--to=huggingface", ["required", "--path_destination"]),
+        ("convert_checkpoint.py", "--path_destination=.", ["exists"]),
+        ("cross_framework_state.py", "--path_checkpoint=x", ["no checkpoint folder at x"]),
+    ],
+)
+@pytest.mark.usefixtures("both_frameworks")
+def test_mistakes(example, name, flag, words):
+    assert_one_line(example(name, flag, code=2), name, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("sampling_jax.py", "jax"),
+        ("simple_run_jax.py", "jax"),
+        ("sampling_torch.py", "torch"),
+        ("simple_run_torch.py", "torch"),
+        ("cross_framework_state.py", "torch"),
+        ("cross_framework_state.py", "jax"),
+    ],
+)
+def test_missing_extras(example, name, absent):
+    message = example(name, code=2, absent=absent)
+    assert_one_line(message, name, f"needs {absent}", f"pip install 'recurrentgemma[{absent}]'")

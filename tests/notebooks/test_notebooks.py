@@ -1,0 +1,154 @@
+"""Every notebook runs; what is stored of it is what its script says, and what comes out."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("jupytext")
+pytest.importorskip("ipykernel")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
+SWITCH = "SOURCE = None"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|tornado)")
+
+
+def _builder():
+    spec = importlib.util.spec_from_file_location(
+        "build_notebooks", ROOT / "scripts" / "build_notebooks.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+builder = _builder()
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch, tmp_path):
+    """Kernels import this checkout and leave nothing behind."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'conversion'}")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def require(name: str) -> None:
+    for framework, module in (("jax", "flax.linen"), ("torch", "torch.nn")):
+        other = {"jax": "torch", "torch": "jax"}[framework]
+        if name.endswith(framework) or not name.endswith(other):
+            pytest.importorskip(module)
+
+
+def outputs(notebook) -> list[list[str]]:
+    """What each cell puts out: names of streams and kinds of data."""
+    return [
+        sorted(out.get("name") or next(iter(sorted(out.data))) for out in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def stored(name: str):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def test_there_are_six():
+    assert NAMES == [
+        "conversion_and_parity",
+        "fine_tuning_jax",
+        "fine_tuning_torch",
+        "inside_griffin",
+        "sampling_jax",
+        "sampling_torch",
+    ]
+    assert sorted(file.stem for file in FOLDER.glob("*.ipynb")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pair_agrees(name):
+    script, notebook = builder.read(FOLDER / f"{name}.py"), stored(name)
+    nbformat.validate(notebook)
+    cells = [(cell.cell_type, cell.source, cell.id) for cell in notebook.cells]
+    assert cells == [(cell.cell_type, cell.source, cell.id) for cell in script.cells]
+    # It is stored as it ran, from the first cell to the last.
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in kinds for kinds in outputs(notebook))
+    assert all("stderr" not in kinds for kinds in outputs(notebook))
+    text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(name):
+    require(name)
+    notebook = builder.execute(builder.read(FOLDER / f"{name}.py"))
+    assert outputs(notebook) == outputs(stored(name))
+
+
+def failing(name: str, source: str, replacement: str, before: str = "") -> str:
+    """What a notebook shows where it stops, one line of its source being another."""
+    notebook = builder.read(FOLDER / f"{name}.py")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace(source, replacement)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].source = code[0].source.replace("%xmode Minimal", f"%xmode Minimal\n{before}")
+    with pytest.raises(nbclient.exceptions.CellExecutionError):
+        builder.execute(notebook)
+    (shown,) = [out for cell in code for out in cell.get("outputs", []) if "traceback" in out]
+    (line,) = shown.traceback
+    assert "\n" not in line.strip()
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_has_the_switch(name):
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert text.count(SWITCH) == 1 + text.count(f"`{SWITCH}`")
+    for word in ("recurrentgemma download", "licence", "kaggle.com", "hf auth login", '".[hub]"'):
+        assert word in text
+
+
+def test_a_source_that_is_none_is_told_in_a_line():
+    require("sampling_torch")
+    line = failing("sampling_torch", SWITCH, 'SOURCE = "kaggle"')
+    assert line.startswith("DownloadError: a source must be kaggle:OWNER/MODEL/FRAMEWORK/VARIATION")
+
+
+@pytest.mark.parametrize(
+    ("site", "package"),
+    [
+        ("hf:google/recurrentgemma-2b", "huggingface_hub"),
+        ("kaggle:google/recurrentgemma/flax/2b", "kagglehub"),
+    ],
+)
+def test_a_missing_extra_is_told_in_a_line(site, package):
+    require("sampling_torch")
+    absent = f"import sys; sys.modules[{package!r}] = None"
+    line = failing("sampling_torch", SWITCH, f"SOURCE = {site!r}", absent)
+    assert line.startswith("MissingExtraError: ")
+    assert line.endswith("pip install 'recurrentgemma[hub]'")
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_missing_framework_is_told_in_a_line(framework):
+    module = "flax" if framework == "jax" else framework
+    absent = f"import sys; sys.modules[{module!r}] = None"
+    line = failing(f"sampling_{framework}", SWITCH, SWITCH, absent)
+    assert f"pip install 'recurrentgemma[{framework}]'" in line
+
+
+def test_a_missing_file_is_told_in_a_line():
+    require("sampling_torch")
+    line = failing("sampling_torch", "texts/emma_22.txt", "texts/none.txt")
+    assert line == "FileNotFoundError: [Errno 2] No such file or directory: 'texts/none.txt'"

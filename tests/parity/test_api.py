@@ -1,0 +1,158 @@
+"""The twins' public names, argument names and defaults are the same, but for what is listed here.
+
+An entry of the lists that no longer differs fails, too.
+"""
+
+import fnmatch
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+import jax.numpy as jnp
+
+import recurrentgemma.jax
+import recurrentgemma.torch
+
+TWINS: dict[str, ModuleType] = {"jax": recurrentgemma.jax, "torch": recurrentgemma.torch}
+METHODS = {"forward": "__call__"}  # PyTorch's name for it
+MODULES = (
+    "BlockDiagonalLinear",
+    "Conv1D",
+    "LocalAttentionBlock",
+    "MLPBlock",
+    "RGLRU",
+    "RMSNorm",
+    "RecurrentBlock",
+    "ResidualBlock",
+)
+# Names that differ, by the reason.
+ALLOWED = {
+    "a Flax module has no parameters, and gets its place in the tree from Flax": [
+        *(f"{module}({name})" for module in (*MODULES, "Griffin") for name in ("name", "parent")),
+        *(f"{module}(prefix)" for module in MODULES),  # a default, since Flax's fields have theirs
+        "Griffin.setup",
+        "Sampler(params)",
+        "Sampler.params",
+        "TrainState(base)",
+        "TrainState.replace*",
+        "create_train_state(params)",
+        "init_params*",
+        "load_adapters(params)",
+        "loss_fn(adapters)",
+        "loss_fn(lora)",
+        "loss_fn(params)",
+        "save_checkpoint(config)",
+        "save_checkpoint(model)",
+        "save_checkpoint(params)",
+    ],
+    "parameters have a dtype of their own in Flax, and a device in PyTorch": [
+        f"{module}({name})"
+        for module in (*MODULES, "Griffin")
+        for name in ("device", "param_dtype")
+    ],
+    "JAX splits arrays over a mesh by what it is told, PyTorch's FSDP by hooks": [
+        *(f"{module}(scan_sharding_spec)" for module in (*MODULES, "Griffin")),
+        "ShardingSpec*",
+        "linear_scan(sharding_spec)",
+        "load_checkpoint(sharding)",  # another default
+        "rg_lru_scan(sharding_spec)",
+    ],
+    "as the published packages have it": [
+        "Griffin.load_state_dict*",
+        "Sampler(deterministic_sampling)",
+        "Sampler(greedy_sampling)",
+        "load_parameters*",
+        "save_parameters*",
+    ],
+    "a decode step is compiled at once in JAX, and in minutes by PyTorch": ["Sampler(jit_compile)"],
+}
+
+
+def defaults(function: Any) -> dict[str, str]:
+    """Each argument and its default, as text; a dtype has the same name in both."""
+    parameters = inspect.signature(function).parameters
+    return {name: text(p.default) for name, p in parameters.items() if name != "self"}
+
+
+def text(default: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return "required"
+    if isinstance(default, type(jnp.float32)):
+        return jnp.dtype(default).name
+    return str(default).removeprefix("torch.")
+
+
+def api(twin: str) -> dict[str, str]:
+    """Every public name, method and argument, with its default."""
+    found: dict[str, str] = {}
+    for name in TWINS[twin].__all__:
+        value = getattr(TWINS[twin], name)
+        found[name] = "class" if inspect.isclass(value) else "function"
+        if not callable(value) or not value.__module__.startswith("recurrentgemma."):
+            continue
+        found |= {f"{name}({arg})": default for arg, default in defaults(value).items()}
+        if inspect.isclass(value):
+            found |= members(name, value)
+    return found
+
+
+def members(name: str, cls: type) -> dict[str, str]:
+    found = {}
+    # `SpecModule` is how a twin makes its modules, and no one else's concern.
+    own = [
+        base
+        for base in cls.__mro__
+        if base.__module__.startswith("recurrentgemma.") and base.__name__ != "SpecModule"
+    ]
+    for method in {key: None for base in own for key in vars(base)}:
+        public = METHODS.get(method, method)
+        if public.startswith("_") and public != "__call__":
+            continue
+        value = inspect.getattr_static(cls, method)
+        value = getattr(value, "__func__", value)
+        if inspect.isfunction(value):
+            found[f"{name}.{public}"] = "method"
+            found |= {f"{name}.{public}({a})": default for a, default in defaults(value).items()}
+        elif isinstance(value, property):
+            found[f"{name}.{public}"] = "property"
+    return found
+
+
+def differences() -> dict[str, tuple[str, str]]:
+    one, other = api("jax"), api("torch")
+    pairs = {key: (one.get(key, "absent"), other.get(key, "absent")) for key in {**one, **other}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def test_names_arguments_and_defaults() -> None:
+    patterns = [pattern for listed in ALLOWED.values() for pattern in listed]
+    beyond = {
+        key: pair
+        for key, pair in differences().items()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+    }
+    assert not beyond, f"not alike in JAX and in PyTorch: {beyond}"
+
+
+def test_every_listed_difference_is_one() -> None:
+    differ = list(differences())
+    for reason, listed in ALLOWED.items():
+        for pattern in listed:
+            assert fnmatch.filter(differ, pattern), f"{pattern} is alike in both ({reason})"
+
+
+def test_what_is_compared() -> None:
+    """The comparison sees functions, classes, methods and arguments."""
+    for twin in TWINS:
+        found = api(twin)
+        for key in ("Griffin", "Griffin.__call__", "Griffin.__call__(last_logits_only)"):
+            assert key in found
+        assert found["Griffin(gradient_checkpointing)"] == "True"
+        assert found["linear_scan(implementation)"] == "auto"
+        assert found["Sampler.stream"] == "method"
+        assert found["Sampler.__call__(total_generation_steps)"] == "required"

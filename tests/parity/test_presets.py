@@ -1,0 +1,49 @@
+"""Every published model at a reduced width, with its true pattern of layers, in both twins."""
+
+import dataclasses
+
+import pytest
+from cases import make_params
+from comparing import make_model
+
+from backends import Backend
+from recurrentgemma.common.activations import activation_names
+from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.state import state_shapes
+from recurrentgemma_conversion.parity import make_batch
+from tolerances import assert_close
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+pytest.importorskip("torch.nn", reason="torch is not installed")
+
+
+def reduced(preset: Preset) -> GriffinConfig:
+    """Its layers, heads, scale and cap; the ratio of the recurrent width to the width."""
+    config = GriffinConfig.from_preset(preset, vocab_size=61)
+    heads = config.num_heads
+    return dataclasses.replace(
+        config,
+        width=8 * heads,
+        lru_width=config.lru_width * 8 * heads // config.width,
+        mlp_expanded_width=3 * 8 * heads,
+        attention_window_size=6,
+    )
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_preset(twins: tuple[Backend, Backend], preset: Preset) -> None:
+    config, full = reduced(preset), GriffinConfig.from_preset(preset)
+    assert config.block_types == full.block_types
+    assert config.lru_width * full.width == full.lru_width * config.width
+    batch = make_batch(config, 16)
+    one, other = (make_model(backend, config, make_params(config), "float64") for backend in twins)
+    names = activation_names(config)
+    (first, state), (second, other_state) = (
+        model.run(batch.tokens, batch.segment_pos, None, names) for model in (one, other)
+    )
+    first, second = first | one.arrays_of(state), second | other.arrays_of(other_state)
+    assert list(first) == [*names, "logits", *state_shapes(config)]
+    for name, value in first.items():
+        places = batch.segment_pos >= 0 if name in names or name == "logits" else ...
+        assert_close(second[name][places], value[places], "output", "float64", name=name)
