@@ -244,6 +244,8 @@ def parameters() -> list[inspect.Parameter]:
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The options in a TOML file, and the hashes of data files if it is a run's own.
 
+    Names are those of the flags, with "-" or "_".
+
     Raises:
       ValueError: It is not TOML, or keys are unknown or have values of a wrong type (all are told).
       OSError: It cannot be read.
@@ -254,8 +256,11 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{path} is not TOML: {error}") from error
     files = values.pop(_FILES, {})
     options, problems = {}, []
-    for name, value in values.items():
+    for key, value in values.items():
+        name = key.replace("-", "_")
         try:
+            if name in options:
+                raise ValueError(f"{name} is given twice")
             options[name] = _converted(name, value)
         except ValueError as error:
             problems.append(str(error))

@@ -71,7 +71,7 @@ def test_both_frameworks_learn_the_same(corpus, both_frameworks, train, losses):
 def test_flags_win_over_the_file(corpus, train):
     options = corpus / "options.toml"
     options.write_text(
-        'optimizer = "sgd"\nlearning_rate = 1\nlength = 12\npack = false\n'
+        'optimizer = "sgd"\nlearning-rate = 1\nlength = 12\npack = false\n'
         f'validation = "{corpus / "valid.jsonl"}"\nsample_prompt = ["a \\"b\\"", "é"]\n'
     )
     done = train(options=options, validation=None, steps=2, learning_rate=None, length=None,
@@ -82,9 +82,11 @@ def test_flags_win_over_the_file(corpus, train):
                 "batch_size": 3, "steps": 2, "framework": "torch", "dtype": "float32",
                 "sample_prompt": ['a "b"', "é"]}  # fmt: skip
     assert expected.items() <= written.items()
-    assert train(options=options, length=20, steps=2, out=corpus / "other").code == 0
+    files = [corpus / "train.jsonl", corpus / "valid.jsonl"]
+    assert train(options=options, train=files, length=20, steps=2, out=corpus / "other").code == 0
     written = tomllib.loads((corpus / "other" / "run.toml").read_text())
     assert (written["length"], written["pack"]) == (20, False)
+    assert written["train"] == list(map(str, files))
     # A flag wins over what it excludes, too.
     options.write_text("epochs = 7\nvalidation_share = 0.5\n")
     assert train(options=options, steps=2, out=corpus / "third").code == 0
@@ -118,6 +120,7 @@ def test_every_option_is_written_and_read(tmp_path):
     [
         ("length = ", "is not TOML"),
         ("lenght = 3\nstep = 2", "unknown option 'lenght'; unknown option 'step'"),
+        ("batch-size = 1\nbatch_size = 2", "batch_size is given twice"),
         ("length = 1.5", "length must be of type int, got 1.5"),
         ("length = true", "length must be of type int, got True"),
         ('framework = "numpy"', "'numpy' is not a valid Framework"),
