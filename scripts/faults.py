@@ -119,8 +119,10 @@ FAULTS = (
         "available = segment_pos[:, -1:]",
     ),
     # RG-LRU
-    Fault("gates: transposed", _L, "bthi,hij->bthj", "bthi,hji->bthj"),
-    Fault("gates: no bias", _L, "x_bthi, self.w) + self.b", "x_bthi, self.w)"),
+    Fault("gates: transposed", _L, "x_hzi, self.w)", "x_hzi, self.w.mT)"),
+    Fault(
+        "gates: no bias", _L, "torch.baddbmm(self.b[:, None]", "torch.baddbmm(0 * self.b[:, None]"
+    ),
     Fault(
         "gates: the recurrence gate taken for the input gate",
         "jax/gates.py",
