@@ -22,6 +22,11 @@
 # %%
 # %xmode Minimal
 
+from recurrentgemma.common.extras import require
+
+require("jax", "flax", "torch", "matplotlib")
+
+# %%
 import tempfile
 from pathlib import Path
 

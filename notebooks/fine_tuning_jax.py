@@ -24,6 +24,11 @@
 # %%
 # %xmode Minimal
 
+from recurrentgemma.common.extras import require
+
+require("jax", "flax", "optax", "matplotlib")
+
+# %%
 import tempfile
 from pathlib import Path
 

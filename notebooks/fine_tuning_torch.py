@@ -24,6 +24,11 @@
 # %%
 # %xmode Minimal
 
+from recurrentgemma.common.extras import require
+
+require("torch", "matplotlib")
+
+# %%
 import copy
 import tempfile
 from pathlib import Path

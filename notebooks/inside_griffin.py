@@ -33,6 +33,11 @@
 # %%
 # %xmode Minimal
 
+from recurrentgemma.common.extras import require
+
+require("torch", "matplotlib")
+
+# %%
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -176,7 +181,7 @@ for axis, i in zip(axes, recurrent, strict=True):
 axes[0].set_ylabel("half-life, tokens")
 axes[0].text(2, window * 1.2, "attention window", color=ATTENTION)
 axes[0].text(2, 8, "where channels start,\nbefore training", color="gray", va="bottom")
-axes[1].text(60, 0.8, "gate fully open", color=BOTH, ha="left")
+axes[1].text(40, 0.7, "gate fully open", color=BOTH, ha="left")
 axes[1].text(2, 8, "over a chapter:\nmedian, 10 to 90 %", color=RECURRENT, va="bottom")
 plt.show()
 for i in recurrent:

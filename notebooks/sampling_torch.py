@@ -22,6 +22,11 @@
 # %%
 # %xmode Minimal
 
+from recurrentgemma.common.extras import require
+
+require("torch", "matplotlib")
+
+# %%
 import tempfile
 from pathlib import Path
 
@@ -104,7 +109,7 @@ out = sampler([prompt], total_generation_steps=1, num_logprobs=vocab.size - 1)
 likeliest = out.logprobs[0].top_tokens[0, :16]
 logprobs = np.asarray(out.logprobs[0].top[0], np.float64)
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharex=True, sharey=True, layout="constrained")
 for axis, temperature in zip(axes, (0.5, 1.0, 1.5), strict=True):
     weights = np.exp(logprobs / temperature)
     probabilities = weights / weights.sum()

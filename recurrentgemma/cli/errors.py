@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from recurrentgemma.common.errors import CheckpointError
-from recurrentgemma.common.extras import EXTRA_OF, is_installed
+from recurrentgemma.common.extras import EXTRA_OF, is_installed, missing
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: options unknown, missing or malformed.
@@ -34,8 +34,7 @@ def mistake(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package in EXTRA_OF and not is_installed(package):
-            install = f"pip install 'recurrentgemma[{EXTRA_OF[package]}]'"
-            return f"this needs {package}, which is not installed: {install}"
+            return str(missing(package))
     if isinstance(error, CheckpointError) or (
         isinstance(error, ValueError) and _raised_here(error)
     ):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+from recurrentgemma.common.errors import MissingExtraError
+
 EXTRA_OF = {
     "jax": "jax",
     "flax": "jax",
@@ -22,3 +24,15 @@ def is_installed(module: str) -> bool:
     # Without an origin it is just some folder of that name.
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
+
+
+def missing(package: str) -> MissingExtraError:
+    """The error of a package that is not installed; the message has the pip command."""
+    return MissingExtraError("this", package, f"'recurrentgemma[{EXTRA_OF[package]}]'")
+
+
+def require(*packages: str) -> None:
+    """Raises `MissingExtraError` for the first of the packages that is not installed."""
+    for package in packages:
+        if not is_installed(package):
+            raise missing(package)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
@@ -96,10 +97,12 @@ def create_train_state(
     else:
         values = {s.path: jnp.asarray(sample_param(s, seed), state_dtype) for s in specs}
         base = frozen_base(model.config, params, lora)
+    values = _placed(values, (base, values))
+    optimizer_state = make_optimizer(optimizer, decay_mask(specs), 0.0).init(values)
     return TrainState(
         step=0,
         parameters=values,
-        optimizer_state=make_optimizer(optimizer, decay_mask(specs), 0.0).init(values),
+        optimizer_state=_placed(optimizer_state, values),
         base=base,
         model=model,
         optimizer=optimizer,
@@ -208,10 +211,12 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
         for group, part in grouped(arrays).items()
     }
     parameters, step = moments.pop("parameters"), int(arrays["step"])
+    parameters = {spec.path: parameters[spec.path] for spec in specs}
+    optimizer_state = set_moments(state.optimizer_state, step, moments)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         step=step,
-        parameters={spec.path: parameters[spec.path] for spec in specs},
-        optimizer_state=set_moments(state.optimizer_state, step, moments),
+        parameters=_placed_like(parameters, state.parameters),
+        optimizer_state=_placed_like(optimizer_state, state.optimizer_state),
     )
 
 
@@ -260,6 +265,25 @@ def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
     soft_cap = model.config.logits_soft_cap
     return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
+
+
+def _placed(tree: Any, beside: Any) -> Any:
+    """The arrays of a tree that are on no device of their own, on all that `beside` is on.
+
+    As after a step: where places differ, the second step would compile anew.
+    """
+    fixed = [leaf for leaf in jax.tree.leaves(beside) if getattr(leaf, "committed", False)]
+    if not fixed:
+        return tree
+    place = fixed[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, place), tree)
+
+
+def _placed_like(new: Any, old: Any) -> Any:
+    """The arrays of a tree where those of another tree are."""
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if y.committed else x, new, old)
 
 
 def _divisor(tokens: Array) -> Array:

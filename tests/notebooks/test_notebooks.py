@@ -140,12 +140,22 @@ def test_a_missing_extra_is_told_in_a_line(site, package):
     assert line.endswith("pip install 'recurrentgemma[hub]'")
 
 
-@pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_a_missing_framework_is_told_in_a_line(framework):
-    module = "flax" if framework == "jax" else framework
-    absent = f"import sys; sys.modules[{module!r}] = None"
-    line = failing(f"sampling_{framework}", SWITCH, SWITCH, absent)
-    assert f"pip install 'recurrentgemma[{framework}]'" in line
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("sampling_jax", "jax", "jax"),
+        ("fine_tuning_torch", "torch", "torch"),
+        ("conversion_and_parity", "flax", "jax"),
+        ("inside_griffin", "matplotlib", "train"),
+    ],
+)
+def test_a_missing_package_is_told_in_a_line(name, package, extra):
+    require(name)
+    line = failing(name, SWITCH, SWITCH, f"import sys; sys.modules[{package!r}] = None")
+    assert line == (
+        f"MissingExtraError: this needs {package}, which is not installed: "
+        f"pip install 'recurrentgemma[{extra}]'"
+    )
 
 
 def test_a_missing_file_is_told_in_a_line():
