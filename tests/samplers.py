@@ -24,19 +24,25 @@ CONFIG = GriffinConfig(
 
 
 def make_sampler(
-    twin: str, *, config: GriffinConfig = CONFIG, vocab=None, dtype: str = "float32", **kwargs
+    twin: str,
+    *,
+    config: GriffinConfig = CONFIG,
+    vocab=None,
+    dtype: str = "float32",
+    seed: int = 3,
+    **kwargs,
 ):
     module = importlib.import_module(f"recurrentgemma.{twin}")
     if vocab is None:
         vocab = spm.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
     if twin == "jax":
-        params = module.init_params(config, 3, dtype)
+        params = module.init_params(config, seed, dtype)
         model = module.Griffin(config, param_dtype=dtype)
         return module.Sampler(model=model, vocab=vocab, params=params, **kwargs)
     import torch
 
     model = module.Griffin(config, dtype=getattr(torch, dtype))
-    model.reset_parameters(seed=3)
+    model.reset_parameters(seed)
     return module.Sampler(model=model, vocab=vocab, **kwargs)
 
 

@@ -26,7 +26,7 @@ class Sampler(BaseSampler[Tensor]):
     """Text from a model; call it, or iterate over `stream`.
 
     Attributes:
-      model: The model, with its parameters.
+      model: The model, with its parameters; another of the same config may take its place.
     """
 
     def __init__(
@@ -53,8 +53,17 @@ class Sampler(BaseSampler[Tensor]):
             batch size takes long, every later one less.
         """
         super().__init__(model.config, vocab, sampling, greedy_sampling, is_it_model)
+        self._jit_compile = jit_compile
         self.model = model
-        self._step = torch.compile(model, dynamic=False) if jit_compile else model
+
+    @property
+    def model(self) -> Griffin:
+        return self._model
+
+    @model.setter
+    def model(self, model: Griffin) -> None:
+        self._model = model
+        self._step = torch.compile(model, dynamic=False) if self._jit_compile else model
         self._captured: dict[int, CapturedStep] = {}
 
     def _begin(self, state: State) -> Cache:

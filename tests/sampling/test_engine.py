@@ -133,3 +133,13 @@ def test_the_compilation_cache_on_disk_is_used() -> None:
     make_sampler("jax")(["x"], 2)
     names = {path.name.split("-")[0] for path in Path(folder).iterdir()}
     assert {"jit_prefill", "jit_feed", "jit__choose"} <= names
+
+
+def test_another_model_takes_the_place(twin: str) -> None:
+    """In all steps, those of decoding too."""
+    one, other = (make_sampler(twin, seed=seed) for seed in (0, 1))
+    expected = without_eos(other)
+    assert without_eos(one) != expected
+    for name in ("model", "params") if twin == "jax" else ("model",):
+        setattr(one, name, getattr(other, name))
+    assert without_eos(one) == expected
