@@ -66,7 +66,8 @@ for name in set(IMPLEMENTATIONS) - {"reference"}:  # the loop that defines the s
             return (y * y).sum() + last.sum()
         leaves = lambda n: tuple(v.detach().requires_grad_() for v in inputs(n))
         sizes = compare(loss, leaves, lengths)
-        assert all(len(set(found)) == 1 for found in sizes.values()), (name, sizes)
+        if name != "associative":  # whose passes are as many as the length has bits
+            assert all(len(set(found)) == 1 for found in sizes.values()), (name, sizes)
 """
 
 MODEL = """
