@@ -53,18 +53,18 @@ class Sampler(BaseSampler[Tensor]):
             batch size takes long, every later one less.
         """
         super().__init__(model.config, vocab, sampling, greedy_sampling, is_it_model)
-        self._jit_compile = jit_compile
         self.model = model
+        self._jit_compile = jit_compile
+        self._prepared: Griffin | None = None
 
-    @property
-    def model(self) -> Griffin:
-        return self._model
-
-    @model.setter
-    def model(self, model: Griffin) -> None:
-        self._model = model
-        self._step = torch.compile(model, dynamic=False) if self._jit_compile else model
-        self._captured: dict[int, CapturedStep] = {}
+    def _prepare(self) -> None:
+        """The step of the model, which may have taken the place of another."""
+        if self._prepared is not self.model:
+            self._prepared = self.model
+            self._step = (
+                torch.compile(self.model, dynamic=False) if self._jit_compile else self.model
+            )
+            self._captured: dict[int, CapturedStep] = {}
 
     def _begin(self, state: State) -> Cache:
         if state.cache is None:
@@ -81,6 +81,7 @@ class Sampler(BaseSampler[Tensor]):
 
     @torch.no_grad()
     def _feed(self, run: Run, tokens: np.ndarray, segment_pos: np.ndarray) -> tuple[Tensor, Run]:
+        self._prepare()
         inputs = [torch.from_numpy(z[:, None]) for z in (tokens, segment_pos)]
         if self._device.type == "cuda":
             if len(tokens) not in self._captured:
