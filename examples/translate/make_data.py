@@ -1,8 +1,9 @@
 """Makes train.jsonl and valid.jsonl: short English sentences with their French translations.
 
-    python examples/translate/make_data.py                             # fetches 358 MB from PyPI
     python examples/translate/make_data.py bigbench-1.0.0.tar.gz
 
+The argument is the source package `bigbench` 1.0.0 of the Python package index, 358 MB, which `pip
+download` cannot get, since it would build it first: download the file by hand.
 The sentences are those of MultiEmo, as the source package `bigbench` has them; README.md says whose
 they are.
 """
@@ -14,14 +15,9 @@ import json
 import random
 import re
 import tarfile
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-URL = (
-    "https://files.pythonhosted.org/packages/95/f8/"
-    "c019b3579df548a04cac12342cfcb878e50ddf6cfcd7fddba8cfc721c157/bigbench-1.0.0.tar.gz"
-)
 SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 TASK = "bigbench-1.0.0/bigbench/benchmark_tasks/multiemo/all_sentence_{}/task.json"
 PROMPT = "Translate this into French:\n{}\n"
@@ -34,10 +30,10 @@ WORD = re.compile(r"[^\W\d_]+")
 Pair = tuple[str, str]
 
 
-def fetch(path: Path) -> None:
-    """Downloads the source package, unless it is there, and checks it."""
-    if not path.exists():
-        urllib.request.urlretrieve(URL, path)
+def check(path: Path) -> None:
+    """Ends the program unless this is the source package."""
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist: download the source package of bigbench 1.0.0")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
@@ -94,9 +90,9 @@ def write(path: Path, pairs: list[Pair]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the data of this example.")
-    parser.add_argument("sdist", type=Path, nargs="?", default=Path("bigbench-1.0.0.tar.gz"))
+    parser.add_argument("sdist", type=Path, help="bigbench-1.0.0.tar.gz")
     path = parser.parse_args().sdist
-    fetch(path)
+    check(path)
     pairs = choose(read_pairs(path))
     random.Random(0).shuffle(pairs)
     write(HERE / "valid.jsonl", pairs[:VALIDATION])
