@@ -6,7 +6,6 @@ The sites' libraries run in a process of their own, which is told where the stan
 import contextlib
 import hashlib
 import http.server
-import importlib.util
 import io
 import json
 import os
@@ -146,7 +145,6 @@ def assert_refused(done: subprocess.CompletedProcess[str], tmp_path: Path, *word
     assert {path.name for path in tmp_path.iterdir()} <= {"home", "source"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec(HUB) is None, reason="not installed")
 def test_hugging_face(tmp_path: Path, site: Site) -> None:
     site.folder = write_checkpoint(tmp_path / "source", Format.HUGGINGFACE)
     (site.folder / "recurrentgemma.gguf").write_text("not wanted")
@@ -167,7 +165,6 @@ def test_hugging_face(tmp_path: Path, site: Site) -> None:
     }
 
 
-@pytest.mark.skipif(importlib.util.find_spec(HUB) is None, reason="not installed")
 def test_refusals_of_hugging_face(tmp_path: Path, site: Site) -> None:
     site.folder = tmp_path / "source"
     site.status = 401
@@ -181,7 +178,6 @@ def test_refusals_of_hugging_face(tmp_path: Path, site: Site) -> None:
     assert_refused(done, tmp_path, "cannot reach huggingface.co", "check the network")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kagglehub") is None, reason="not installed")
 @pytest.mark.parametrize("format_", [Format.KAGGLE_TORCH, Format.KAGGLE_FLAX])
 def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
     site.folder = write_checkpoint(tmp_path / "source", format_)
@@ -191,7 +187,6 @@ def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
     assert files(tmp_path / "recurrentgemma-flax-2b-it") == files(site.folder)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kagglehub") is None, reason="not installed")
 def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
     site.folder = tmp_path / "source"
     site.status = 403

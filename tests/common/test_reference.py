@@ -4,6 +4,7 @@ import functools
 import math
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -522,7 +523,7 @@ def test_rg_lru_multiplier_is_exact_near_a_of_one():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, "bfloat16"])
 def test_everything_is_float64_whatever_the_parameters_are(dtype):
     if dtype == "bfloat16":
-        dtype = pytest.importorskip("ml_dtypes").bfloat16
+        dtype = ml_dtypes.bfloat16
     config = make_config()
     stored = {path: value.astype(dtype) for path, value in make_params(config).items()}
     widened = {path: value.astype(np.float64) for path, value in stored.items()}
