@@ -4,18 +4,19 @@
     python benchmarks/model.py --published ENVIRONMENT/bin/python
 
 The workload has 23M parameters in float32 (width 512, R R A twice, window 256, vocabulary 8192):
-1024 tokens of prefill, single decode steps after it, 8192 tokens of prefill, and a training step of
-2 x 512 tokens with plain SGD. Contenders take turns, each in a process of its own. `--published`
-names the Python of an environment of its own that holds the package `recurrentgemma` 1.0.1, which
-has our import name:
+1024 tokens of prefill, 64 tokens decoded after it one by one, 8192 tokens of prefill, and a
+training step of 2 x 512 tokens with plain SGD. Contenders take turns, each in a process of its own.
+`--published` names the Python of an environment of its own that holds the package `recurrentgemma`
+1.0.1, which has our import name:
 
     pip install torch jax flax orbax-checkpoint sentencepiece einops jaxtyping "typeguard<3" rich
     pip install --no-deps recurrentgemma==1.0.1
 
 "forward" computes the logits of every token; "prefill" what sampling needs, the logits of the last
 token and the state, where a contender can; long prompts are read in chunks of 2048 tokens, where a
-contender can. The training step recomputes nothing in the backward pass unless the contender's name
-says remat. The bound of decoding is the time in which as many bytes as the weights have are read.
+contender can. "step compiled" decodes as torch's sampler does with `jit_compile`. The training step
+recomputes nothing in the backward pass unless the contender's name says remat. The bound of
+decoding is the time in which as many bytes as the weights have are read.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SHAPE = {
 PATTERN = ("RECURRENT", "RECURRENT", "ATTENTION") * 2
 PROMPT, LONG_PROMPT, TRAIN = (1, 1024), (1, 8192), (2, 512)
 CHUNK = 2048
+DECODED = 64
 TASKS = ("forward", "prefill", "long prefill", "decode", "train")
 RATE = 1e-3
 Tasks = dict[str, Task]
@@ -77,7 +79,13 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
 
     forward = jax.jit(functools.partial(apply, return_cache=False))
     prefill = jax.jit(functools.partial(apply, last_logits_only=True) if ours else apply)
-    decode = jax.jit(apply, donate_argnums=3)
+    if ours:  # as the sampler does
+        from recurrentgemma.jax.decode import compiled
+
+        feed = compiled(model, jax.default_backend()).feed
+    else:
+        feed = jax.jit(lambda params, cache, tokens, positions: apply(
+            params, tokens[:, None], positions[:, None], cache), donate_argnums=1)  # fmt: skip
 
     def loss(params, tokens, positions):
         logits = apply(params, tokens, positions, return_cache=False)[0][:, :-1]
@@ -108,14 +116,17 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
     state = {
         "params": jax.tree.map(jnp.copy, params),
         "cache": prefill(params, tokens, positions)[1],
-        "position": positions[:, -1:],
+        "position": PROMPT[1] - 1,
     }
     train_tokens, train_positions = map(jnp.asarray, batch(TRAIN))
+    token = np.ones(1, np.int32)
 
     def decode_task():
-        state["position"] += 1
-        logits, state["cache"] = decode(params, tokens[:, :1], state["position"], state["cache"])
-        jax.block_until_ready(logits)
+        for _ in range(DECODED):
+            state["position"] += 1
+            position = np.full(1, state["position"], np.int32)
+            logits, state["cache"] = feed(params, state["cache"], token, position)
+            jax.block_until_ready(logits)
 
     def train_task():
         value, state["params"] = step(state["params"], train_tokens, train_positions)
@@ -152,8 +163,9 @@ def torch_tasks(
         state = {"cache": prefill(tokens)[1], "position": PROMPT[1] - 1}
 
     def decode_task():
-        state["position"] += 1
-        state["cache"] = decode(tokens[:, :1], state["cache"], state["position"])
+        for _ in range(DECODED):
+            state["position"] += 1
+            state["cache"] = decode(tokens[:, :1], state["cache"], state["position"])
 
     def train_task():
         logits = forward(train_tokens)[:, :-1].flatten(0, 1)
@@ -170,7 +182,7 @@ def torch_tasks(
     }
 
 
-def griffin_torch(remat: bool, ours: bool) -> Tasks:
+def griffin_torch(remat: bool, ours: bool, compiled: bool = False) -> Tasks:
     """Tasks of `recurrentgemma.torch`, ours or the published one."""
     import torch
 
@@ -178,6 +190,7 @@ def griffin_torch(remat: bool, ours: bool) -> Tasks:
 
     model = package.Griffin(config_of(package), gradient_checkpointing=remat)
     last = {"last_logits_only": True} if ours else {}
+    step = torch.compile(model, dynamic=False) if compiled else model
 
     def positions(tokens, start=0):
         return torch.arange(start, start + tokens.shape[1]).expand(tokens.shape)
@@ -193,7 +206,7 @@ def griffin_torch(remat: bool, ours: bool) -> Tasks:
         model,
         lambda tokens: model(tokens, positions(tokens), return_cache=False)[0],
         lambda tokens: model(tokens, positions(tokens), **last),
-        lambda token, cache, position: model(token, torch.full((1, 1), position), cache)[1],
+        lambda token, cache, position: step(token, torch.full((1, 1), position), cache)[1],
         in_chunks if ours else None,
     )
 
@@ -234,7 +247,7 @@ def memory() -> Tasks:
 
     model = package.Griffin(config_of(package), device="meta")
     weights = torch.ones(sum(parameter.numel() for parameter in model.parameters()))
-    return {"decode": lambda: torch.dot(weights, weights)}
+    return {"decode": lambda: [torch.dot(weights, weights) for _ in range(DECODED)]}
 
 
 OURS: dict[str, Callable[[], Tasks]] = {
@@ -242,6 +255,7 @@ OURS: dict[str, Callable[[], Tasks]] = {
     "jax remat": lambda: griffin_jax(True, "AUTO", True),
     "torch": lambda: griffin_torch(False, True),
     "torch remat": lambda: griffin_torch(True, True),
+    "torch, step compiled": lambda: griffin_torch(False, True, True),
 }
 PEERS: dict[str, Callable[[], Tasks]] = {"transformers": transformers_torch}
 PUBLISHED: dict[str, Callable[[], Tasks]] = {
@@ -276,6 +290,8 @@ def main() -> None:
         if not arguments.only or name in arguments.only or name in BOUND
     }
     first, later = measure(workers, arguments.rounds)
+    for tasks in (*first.values(), *later.values()):
+        tasks["decode"] = [seconds / DECODED for seconds in tasks["decode"]]
     peaks = {name: worker.peak_bytes for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()

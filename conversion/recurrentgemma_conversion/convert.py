@@ -166,17 +166,17 @@ def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> di
     """Writes every parameter; how many values of which are NaN or infinite."""
     nonfinite = {}
     try:
-        for spec in _Steps("write", reader, writer.request, progress, total):
-            parameter = reader.read(spec)
-            count = count_nonfinite(parameter, writer.request.dtypes[spec.path])
-            if count:
-                nonfinite[spec.path] = count
-            writer.write(spec, parameter)
+        with ThreadPoolExecutor(1) as counter:
+            for spec in _Steps("write", reader, writer.request, progress, total):
+                parameter = reader.read(spec)
+                count = counter.submit(count_nonfinite, parameter, writer.request.dtypes[spec.path])
+                writer.write(spec, parameter)
+                nonfinite[spec.path] = count.result()
         writer.finish()
     except BaseException:
         writer.abandon()
         raise
-    return nonfinite
+    return {path: count for path, count in nonfinite.items() if count}
 
 
 def _verify(

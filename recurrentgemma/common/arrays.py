@@ -18,7 +18,8 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 _VECTOR = 1 << 18  # values of a vector in a piece
-_STRIP = 64  # rows of a matrix in a piece: it stays in the cache while it is cast or turned
+_STRIP = 128  # rows of a matrix in a piece: it stays in the cache while it is cast or turned
+_TILE = 64  # columns of a strip that are turned at a time
 
 
 def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
@@ -94,10 +95,10 @@ def _flat(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
 
 
 def _turned(strip: np.ndarray) -> np.ndarray:
-    """Rows of a transposed matrix, contiguous: a square at a time, which stays in the cache."""
+    """Rows of a transposed matrix, contiguous: a tile at a time, which stays in the cache."""
     turned = np.empty(strip.shape, strip.dtype)
-    for i in range(0, strip.shape[1], _STRIP):
-        turned[:, i : i + _STRIP] = strip[:, i : i + _STRIP]
+    for i in range(0, strip.shape[1], _TILE):
+        turned[:, i : i + _TILE] = strip[:, i : i + _TILE]
     return turned
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +20,7 @@ from recurrentgemma.common.sampler import BaseSampler
 from recurrentgemma.common.state import Arrays, State
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
+from recurrentgemma.jax.decode import compiled, functions, platform_of
 from recurrentgemma.jax.griffin import Griffin, Params
 from recurrentgemma.jax.sampling import Choice, Sampling, choose
 
@@ -66,10 +65,8 @@ class Sampler(BaseSampler[Array]):
         """
         super().__init__(model.config, vocab, sampling, deterministic_sampling, is_it_model)
         self.model = model
-        self.params = params
         self._jit_compile = jit_compile
-        functions: Any = _compiled if jit_compile else _functions
-        self._functions: _Functions = functions(model)
+        self.params = params
 
     @property
     def params(self) -> Params:
@@ -82,6 +79,9 @@ class Sampler(BaseSampler[Array]):
         expected = {spec.path: spec.shape for spec in layer_spec(self.config)}
         require_match(expected, shapes_of(params))
         self._params = params
+        self._functions = functions(self.model)
+        if self._jit_compile:
+            self._functions = compiled(self.model, platform_of(params))
         self._ready: set[int] = set()
 
     def _read(self, state: State) -> tuple[Cache, np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ class Sampler(BaseSampler[Array]):
         cache = self._empty_cache(num_rows)
         for length in self.prefill_chunks:
             place = np.zeros((num_rows, length), np.int32)
-            prefill: Any = self._functions.prefill
+            prefill: Any = self._functions.prefill  # compiled
             prefill.lower(self.params, cache, place, place).compile()
         self._ready.add(num_rows)
 
@@ -172,50 +172,6 @@ class Sampler(BaseSampler[Array]):
             data = np.asarray(jax.random.key_data(rng) if is_key else rng)
             return int.from_bytes(data.tobytes(), "little")
         return rng
-
-
-class _Functions(NamedTuple):
-    """What runs on the device; a cache that goes in is used up, but for `take`'s."""
-
-    prefill: Callable[..., Cache]
-    feed: Callable[..., tuple[Array, Cache]]
-    score: Callable[..., tuple[Array, Array, Cache]]
-    take: Callable[..., Cache]
-
-
-def _functions(model: Griffin) -> _Functions:
-    def apply(params: Params, **kwargs: Any) -> tuple[Any, Any]:
-        result: Any = model.apply({"params": params}, **kwargs)
-        return result
-
-    def prefill(params, cache, tokens, segment_pos):
-        return apply(
-            params, tokens=tokens, segment_pos=segment_pos, cache=cache, return_logits=False
-        )[1]
-
-    def feed(params, cache, tokens, segment_pos):
-        logits, cache = apply(
-            params, tokens=tokens[:, None], segment_pos=segment_pos[:, None], cache=cache
-        )
-        return logits[:, 0], cache
-
-    def score(params, cache, tokens, segment_pos, targets):
-        logits, cache = apply(params, tokens=tokens, segment_pos=segment_pos, cache=cache)
-        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-        return logits, jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], cache
-
-    def take(cache, rows):
-        return jax.tree.map(lambda value: value[rows], cache)
-
-    return _Functions(prefill, feed, score, take)
-
-
-@functools.lru_cache
-def _compiled(model: Griffin) -> _Functions:
-    """Shared by all samplers: another of the same model and shapes compiles nothing."""
-    prefill, feed, score, take = _functions(model)
-    compiled = functools.partial(jax.jit, donate_argnames=("cache",))
-    return _Functions(compiled(prefill), compiled(feed), compiled(score), jax.jit(take))
 
 
 def _choose(

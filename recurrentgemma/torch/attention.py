@@ -22,15 +22,15 @@ def apply_rope(
 
     The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
     """
-    rotated, passed = x.chunk(2, -1)
-    half = rotated.shape[-1] // 2
+    quarter = x.shape[-1] // 4
     wide = wide_dtype(x.dtype)
-    exponent = torch.arange(half, device=x.device, dtype=wide) / half
+    x1, x2, passed = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], -1)
+    x1, x2 = x1.to(wide), x2.to(wide)
+    exponent = torch.arange(quarter, device=x.device, dtype=wide) / quarter
     angle = positions[..., None, None] * MAX_WAVELENGTH**-exponent
     sin, cos = torch.sin(angle), torch.cos(angle)
-    x1, x2 = rotated.to(wide).chunk(2, -1)
-    turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
-    return torch.cat([turned.to(x.dtype), passed], -1)
+    turned = (x1 * cos).addcmul_(x2, sin, value=-1), (x2 * cos).addcmul_(x1, sin)
+    return torch.cat([*(z.to(x.dtype) for z in turned), passed], -1)
 
 
 def local_attention(
@@ -130,9 +130,10 @@ class LocalAttentionBlock(SpecModule):
         cache: AttentionBlockCache | None = None,
     ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache]:
         """Returns the outputs and the state after them."""
-        q_btnh = apply_rope(self.proj_q(x).unflatten(-1, (self.config.num_heads, -1)), segment_pos)
-        k_bth = apply_rope(self.proj_k(x)[..., None, :], segment_pos)[..., 0, :]
-        v_bth = self.proj_v(x)
+        num_heads = self.config.num_heads
+        qk_btmh = torch.cat([self.proj_q(x), self.proj_k(x)], -1).unflatten(-1, (num_heads + 1, -1))
+        q_btnh, k_bt1h = apply_rope(qk_btmh, segment_pos).split([num_heads, 1], 2)
+        k_bth, v_bth = k_bt1h[:, :, 0], self.proj_v(x)
         if cache is not None and x.shape[1] == 1:
             encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
         else:
@@ -172,19 +173,20 @@ def _step(
 ) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
     """One token a row, against the ring as it lies: what a chunk of one token would give."""
     window = cache.keys.shape[1]
-    slot = torch.arange(window, device=segment_pos.device)
-    starts = segment_pos == 0
+    starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
-    age = (segment_pos - 1 - slot) % window + 1
-    sees_bs = nn.functional.pad(age <= num_before, (0, 1), value=True)
-    replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
+    age = torch.arange(-1, -1 - window, -1, device=segment_pos.device) + segment_pos
+    age = age.remainder_(window)  # of the token in each slot, less one
+    sees_bs = nn.functional.pad(age < num_before, (0, 1), value=True)
+    replaced = ((age == window - 1) & is_token)[..., None, None]
+    starts = starts[..., None, None]
 
     (keys, ring_of_keys), (values, ring_of_values) = (
         _extended_and_replaced(ring.to(new.dtype), new[:, None], starts, replaced)
         for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
     )
     encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
-    num_tokens = (num_before + (segment_pos >= 0))[:, 0].to(torch.int32)
+    num_tokens = (num_before + is_token)[:, 0]
     return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
 
 
@@ -193,8 +195,7 @@ def _extended_and_replaced(
 ) -> tuple[Tensor, Tensor]:
     """What one token sees, [B, 1, W + 1, H], and the ring after it."""
     seen = torch.cat([ring_bw1h, new_b11h], 1).transpose(1, 2)
-    kept = ring_bw1h.masked_fill(starts[..., None, None], 0)
-    return seen, torch.where(replaced, new_b11h, kept)
+    return seen, torch.where(replaced, new_b11h, ring_bw1h.masked_fill(starts, 0))
 
 
 def _history(
@@ -232,5 +233,6 @@ def _new_cache(
         kept = torch.where(starts[:, None, None], 0, kept)
         num_tokens = torch.where(starts, num_new, cache.num_tokens + num_new)
     kv = torch.where((age < num_new[:, None])[..., None], newest, kept)
-    keys, values = kv[:, :, None].chunk(2, -1)
+    # Contiguous, as a step leaves them: else a compiled step would be compiled once more.
+    keys, values = (z.contiguous() for z in kv[:, :, None].chunk(2, -1))
     return AttentionBlockCache(keys, values, num_tokens.to(torch.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ class Run:
 class CapturedStep:
     """A CUDA graph of a model's decode step for one batch size, its state updated in place.
 
-    Several runs may take turns: whose turn ends gets a copy of its state.
+    Several runs may take turns: whose turn ends gets a copy of its state. What is captured is
+    `step`, the model itself or what compiles it.
     """
 
-    def __init__(self, model: Griffin, batch_size: int) -> None:
+    def __init__(self, model: Griffin, step: Callable, batch_size: int) -> None:
         device = model.embedder.input_embedding.device
         self._tokens, self._segment_pos = torch.zeros(
             2, batch_size, 1, dtype=torch.int32, device=device
@@ -41,11 +43,11 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._step(model)
+                self._run(step)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = self._step(model)
+            self._logits = self._run(step)
 
     def __call__(self, run: Run, tokens: Tensor, segment_pos: Tensor) -> Tensor:
         """The logits, [B, V], after a token a row, [B, 1], and `run` moved on."""
@@ -63,10 +65,8 @@ class CapturedStep:
         self._graph.replay()
         return self._logits.clone()
 
-    def _step(self, model: Griffin) -> Tensor:
-        logits, cache = model(self._tokens, self._segment_pos, self._cache)
-        assert logits is not None
-        assert cache is not None
+    def _run(self, step: Callable) -> Tensor:
+        logits, cache = step(tokens=self._tokens, segment_pos=self._segment_pos, cache=self._cache)
         self._copy_in(cache)
         return logits[:, 0]
 

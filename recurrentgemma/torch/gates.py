@@ -38,6 +38,8 @@ class _BoundedSqrt(torch.autograd.Function):
 
 def bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x), its derivative clipped at 1000."""
+    if not torch.is_grad_enabled():
+        return torch.sqrt(x)
     return _BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
 
 
@@ -50,6 +52,6 @@ def rg_lru_gates(
     """
     start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
     log_a = -RG_LRU_C * softplus(a_param)[..., None, :] * torch.sigmoid(a_gate)
-    multiplier = torch.where(start, 1.0, bounded_sqrt(-torch.expm1(2.0 * log_a)))
-    gated_x = torch.where(padding, 0.0, multiplier * torch.sigmoid(input_gate) * x)
-    return gated_x, torch.where(start, 0.0, torch.where(padding, 1.0, torch.exp(log_a)))
+    multiplier = bounded_sqrt(-torch.expm1(2 * log_a)).masked_fill(start, 1)
+    gated_x = (multiplier * torch.sigmoid(input_gate) * x).masked_fill(padding, 0)
+    return gated_x, torch.exp(log_a).masked_fill(start, 0).masked_fill(padding, 1)

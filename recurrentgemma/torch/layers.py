@@ -132,9 +132,10 @@ class Conv1D(SpecModule):
 
     def _step(self, x: Tensor, segment_pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row."""
-        state, wide = state.to(x.dtype), wide_dtype(x.dtype)
-        age = torch.arange(CONV1D_WIDTH - 1, -1, -1, device=x.device)
-        extended = torch.cat([state, x], 1) * (age <= segment_pos)[..., None]
+        wide = wide_dtype(x.dtype)
+        # Zeros stand for what a document has not had yet; another's are forgotten at its start.
+        state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
+        extended = torch.cat([state, x], 1)
         y = (extended * self.w.to(wide)).sum(1, keepdim=True) + self.b.to(wide)
         return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 

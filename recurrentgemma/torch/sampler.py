@@ -85,7 +85,7 @@ class Sampler(BaseSampler[Tensor]):
         inputs = [torch.from_numpy(z[:, None]) for z in (tokens, segment_pos)]
         if self._device.type == "cuda":
             if len(tokens) not in self._captured:
-                self._captured[len(tokens)] = CapturedStep(self.model, len(tokens))
+                self._captured[len(tokens)] = CapturedStep(self.model, self._step, len(tokens))
             return self._captured[len(tokens)](run, *inputs), run
         logits, run.cache = self._step(tokens=inputs[0], segment_pos=inputs[1], cache=run.cache)
         return logits[:, 0], run

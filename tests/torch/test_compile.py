@@ -1,7 +1,9 @@
 """`torch.compile`: no graph breaks, and no loop over time unrolled."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,5 +119,24 @@ for checkpointing in (False, True):
 def test_no_graph_breaks_and_as_many_nodes_at_any_length(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SAMPLER = """
+from samplers import make_sampler, without_eos
+from torch._dynamo.utils import counters
+
+expected = without_eos(make_sampler("torch"))
+assert without_eos(make_sampler("torch", jit_compile=True)) == expected
+assert counters["stats"]["unique_graphs"] == 1  # one for all steps, and whole
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_sampler_that_compiles() -> None:
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLER], capture_output=True, text=True, check=False, cwd=folder
     )
     assert done.returncode == 0, done.stderr

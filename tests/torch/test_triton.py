@@ -70,6 +70,7 @@ def test_choice() -> None:
     from recurrentgemma.torch import choose_implementation, scan
 
     assert choose_implementation((1, 8, 8), torch.float32, "cpu").name == "native"
+    assert choose_implementation((1, 1, 8), torch.float32, "cpu").name == "reference"
     expected = "triton" if scan._HAS_TRITON else "native"
     assert choose_implementation((1, 8, 8), torch.float32, "cuda").name == expected
     assert choose_implementation((1, 8, 8), torch.float32, "mps").name == "native"
