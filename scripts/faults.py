@@ -191,8 +191,8 @@ FAULTS = (
     Fault(
         "RoPE: turns the other way",
         _A,
-        "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
-        "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
+        "x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)",
+        "x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)",
     ),
     Fault("RoPE: base 1,000", _A, "MAX_WAVELENGTH = 10_000", "MAX_WAVELENGTH = 1_000"),
     Fault(
@@ -205,8 +205,8 @@ FAULTS = (
     Fault(
         "attention: keys and values swapped in the state",
         _A,
-        "keys, values = kv[:, :, None].chunk",
-        "values, keys = kv[:, :, None].chunk",
+        "keys, values = (z.contiguous()",
+        "values, keys = (z.contiguous()",
     ),
     Fault(
         "attention: ring a slot stale",
@@ -230,7 +230,7 @@ FAULTS = (
     Fault(
         "decoding: the ring's ages off by one",
         _A,
-        "(segment_pos - 1 - slot) % window + 1",
-        "(segment_pos - slot) % window + 1",
+        "(segment_pos - 1 - slot) % window",
+        "(segment_pos - slot) % window",
     ),
 )

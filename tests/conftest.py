@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(JAX_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 KEEP_DAYS = 14
+# Ignored in what a shell runs in the background, and inherited: tests of Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402

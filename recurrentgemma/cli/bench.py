@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Checkpoint,
     DType,
+    DTypeOption,
     Framework,
+    FrameworkOption,
     Loaded,
     choose_framework,
+    find_checkpoint,
     load_sampler,
     random_sampler,
 )
@@ -25,18 +32,12 @@ from recurrentgemma.common.presets import Preset, member
 if TYPE_CHECKING:
     from recurrentgemma.common.sampler import BaseSampler
 
+_READ_BYTES, _READS = 2**29, 5
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def bench(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint folder. Default: the bundled model.",
-            metavar="PATH",
-            show_default=False,
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -48,14 +49,8 @@ def bench(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights, for which no checkpoint is needed.")
     ] = False,
-    framework: Annotated[
-        Framework | None,
-        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        DType | None,
-        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
-    ] = None,
+    framework: FrameworkOption = None,
+    dtype: DTypeOption = None,
     prompt_tokens: Annotated[
         int, typer.Option(min=2, help="Length of each prompt.", metavar="N")
     ] = 2048,
@@ -82,13 +77,8 @@ def bench(
             name = member(Preset, preset.upper()).name
             loaded = random_sampler(framework, name, dtype)
         else:
-            from recurrentgemma.common.checkpoint import BUNDLED
-            from recurrentgemma_conversion import open_checkpoint
-
-            path = checkpoint or BUNDLED
+            path, tokenizer = find_checkpoint(checkpoint)
             name = path.name
-            with open_checkpoint(path) as opened:
-                tokenizer = opened.load_tokenizer()
             loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
     report: dict[str, Any] = {
         "model": name,
@@ -105,6 +95,8 @@ def bench(
     size = sum(spec.size for spec in specs) * {DType.FLOAT32: 4, DType.BFLOAT16: 2}[loaded.dtype]
     report["weight_bytes"] = size
     report["weight_bytes_per_second"] = size * report["decode_tokens_per_second"] / batch_size
+    with working("Reading memory"):
+        report["memory_bytes_per_second"] = memory_rate(framework, loaded.device)
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
         return
@@ -114,7 +106,9 @@ def bench(
         f"({batch_size} × {prompt_tokens} tokens)",
         "first token": f"after {report['first_token_s']:.3f} s",
         "decode": f"{report['decode_tokens_per_second']:,.1f} tokens/s, "
-        f"{report['weight_bytes_per_second'] / 1e9:.1f} GB/s of weights",
+        f"{report['weight_bytes_per_second'] / 1e9:.1f} GB/s of weights: "
+        f"{report['weight_bytes_per_second'] / report['memory_bytes_per_second']:.0%} of the "
+        f"{report['memory_bytes_per_second'] / 1e9:.1f} GB/s that memory gives",
         "peak memory": f"{report['peak_memory_bytes'] / 1e6:,.0f} MB",
     }
     for label, value in rows.items():
@@ -135,6 +129,35 @@ def measure(
         "decode_tokens_per_second": batch_size / step,
         "peak_memory_bytes": _peak_memory(loaded.device),
     }
+
+
+def memory_rate(framework: Framework, device: str) -> float:
+    """Bytes a second at which a large array is read: by all cores, or by the accelerator."""
+    if device == "cpu":
+        import numpy as np
+
+        with ThreadPoolExecutor() as pool:
+            parts = np.array_split(np.ones(_READ_BYTES // 4, np.float32), os.cpu_count() or 1)
+            return _rate(lambda: list(pool.map(lambda part: part.dot(part), parts)))
+    if framework is Framework.TORCH:
+        import torch
+
+        values = torch.ones(_READ_BYTES // 4, device=device)
+        return _rate(lambda: values.sum().item())
+    import jax
+
+    values, total = jax.numpy.ones(_READ_BYTES // 4), jax.jit(jax.numpy.sum)
+    return _rate(lambda: total(values).item())
+
+
+def _rate(read: Callable[[], Any]) -> float:
+    """Of the median of several runs, after the first."""
+    seconds = []
+    for _ in range(_READS + 1):
+        started = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - started)
+    return _READ_BYTES / statistics.median(seconds[1:])
 
 
 def _run(

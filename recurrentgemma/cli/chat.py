@@ -10,7 +10,14 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.errors import mistake
-from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+from recurrentgemma.cli.frameworks import (
+    Checkpoint,
+    DTypeOption,
+    FrameworkOption,
+    choose_framework,
+    find_checkpoint,
+    load_sampler,
+)
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -36,18 +43,8 @@ Ctrl-C stops an answer.
 
 
 def chat(
-    framework: Annotated[
-        Framework | None,
-        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint folder. Default: the bundled model, which was not tuned to chat.",
-            metavar="PATH",
-            show_default=False,
-        ),
-    ] = None,
+    framework: FrameworkOption = None,
+    checkpoint: Checkpoint = None,
     load: Annotated[
         Path | None,
         typer.Option(help="Go on with this one.", metavar="FILE", show_default=False),
@@ -62,24 +59,17 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    dtype: Annotated[
-        DType | None,
-        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
-    ] = None,
+    dtype: DTypeOption = None,
 ) -> None:
     """Talk with an instruction-tuned model. /help lists what else may be typed.
 
     The conversation is kept in the model's state: each turn reads only what is new.
     """
-    from recurrentgemma.common.checkpoint import BUNDLED
     from recurrentgemma.common.conversation import Conversation
-    from recurrentgemma_conversion import open_checkpoint
 
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     framework = choose_framework(framework)
-    path = checkpoint or BUNDLED
-    with open_checkpoint(path) as opened:
-        tokenizer = opened.load_tokenizer()
+    path, tokenizer = find_checkpoint(checkpoint)
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(framework, path, tokenizer, sampling, dtype, True)
     conversation = Conversation(loaded.sampler)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.frameworks import DType
-from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 
 if TYPE_CHECKING:
     from recurrentgemma_conversion import Step, Summary
@@ -50,14 +49,7 @@ def convert(
             help="A sentencepiece model, where none is beside the weights.", show_default=False
         ),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
-            metavar="NAME",
-            show_default=False,
-        ),
-    ] = None,
+    preset: PresetName = None,
     attention_window_size: Window = None,
     logits_soft_cap: SoftCap = None,
     embeddings_scale_by_sqrt_dim: EmbeddingScale = None,

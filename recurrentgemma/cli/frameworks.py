@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from recurrentgemma.common.extras import is_installed
 
@@ -27,6 +29,24 @@ class DType(enum.StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+FrameworkOption = Annotated[
+    Framework | None,
+    typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+]
+DTypeOption = Annotated[
+    DType | None,
+    typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Checkpoint folder. Default: the bundled model, which was not tuned to chat.",
+        metavar="PATH",
+        show_default=False,
+    ),
+]
 
 
 class Loaded(NamedTuple):
@@ -55,6 +75,16 @@ def choose_framework(wanted: Framework | None) -> Framework:
     if wanted is None:
         raise ValueError(f"neither PyTorch nor JAX is installed: {commands}")
     raise ValueError(f"--framework {wanted} needs what is not installed: {commands}")
+
+
+def find_checkpoint(path: Path | None) -> tuple[Path, Tokenizer]:
+    """A checkpoint, or else the bundled one, and its tokenizer."""
+    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma_conversion import open_checkpoint
+
+    path = path or BUNDLED
+    with open_checkpoint(path) as opened:
+        return path, opened.load_tokenizer()
 
 
 def load_sampler(
@@ -137,13 +167,13 @@ def _random_torch(preset: str, dtype: DType | None) -> Loaded:
     from recurrentgemma.common.checkpoint import load_tokenizer
     from recurrentgemma.common.layer_spec import layer_spec
     from recurrentgemma.torch import Griffin, GriffinConfig, Sampler
-    from recurrentgemma.torch.checkpoint import _tensor
+    from recurrentgemma.torch.arrays import to_tensor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or default_dtype(device)
     model = Griffin(GriffinConfig.from_preset(preset), device="meta")
     state = {
-        spec.torch.name: _tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
+        spec.torch.name: to_tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
         for spec in layer_spec(model.config)
     }
     model.load_state_dict(state, assign=True)

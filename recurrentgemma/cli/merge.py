@@ -9,8 +9,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import DType
-from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 
 if TYPE_CHECKING:
     from recurrentgemma_conversion import Overrides
@@ -32,14 +31,7 @@ def merge(
         bool,
         typer.Option("--peft", help="Do not merge: write the adapters in the layout of PEFT."),
     ] = False,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
-            metavar="NAME",
-            show_default=False,
-        ),
-    ] = None,
+    preset: PresetName = None,
     attention_window_size: Window = None,
     logits_soft_cap: SoftCap = None,
     embeddings_scale_by_sqrt_dim: EmbeddingScale = None,

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 _PANEL = "What the checkpoint does not say of the model, or says otherwise"
 
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
 Window = Annotated[
     int | None,
     typer.Option(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 
 if TYPE_CHECKING:
     from recurrentgemma.common.text import Tokenizer
@@ -96,14 +95,7 @@ def parity(
         Path | None,
         typer.Option(help="Draw the error by depth.", metavar="FILE", show_default=False),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The published model that it is: {', '.join(known.name for known in Preset)}.",
-            metavar="NAME",
-            show_default=False,
-        ),
-    ] = None,
+    preset: PresetName = None,
     attention_window_size: Window = None,
     logits_soft_cap: SoftCap = None,
     embeddings_scale_by_sqrt_dim: EmbeddingScale = None,

@@ -12,7 +12,14 @@ import typer
 
 from recurrentgemma.cli.batch import logprob_fields, run_batch, sample_fields
 from recurrentgemma.cli.console import read_stdin, working
-from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+from recurrentgemma.cli.frameworks import (
+    Checkpoint,
+    DTypeOption,
+    FrameworkOption,
+    choose_framework,
+    find_checkpoint,
+    load_sampler,
+)
 from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.sampling_options import (
     MinP,
@@ -36,18 +43,8 @@ def sample(
             help="Text to continue; - or none reads stdin.", metavar="PROMPT", show_default=False
         ),
     ] = None,
-    framework: Annotated[
-        Framework | None,
-        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint folder. Default: the bundled model.",
-            metavar="PATH",
-            show_default=False,
-        ),
-    ] = None,
+    framework: FrameworkOption = None,
+    checkpoint: Checkpoint = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
     ] = 100,
@@ -71,10 +68,7 @@ def sample(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        DType | None,
-        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
-    ] = None,
+    dtype: DTypeOption = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -141,16 +135,12 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.checkpoint import BUNDLED
     from recurrentgemma.common.jsonl import ResultFile
-    from recurrentgemma_conversion import open_checkpoint
 
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
     framework = choose_framework(framework)
-    path = checkpoint or BUNDLED
-    with open_checkpoint(path) as opened:
-        tokenizer = opened.load_tokenizer()
+    path, tokenizer = find_checkpoint(checkpoint)
     if chat and tokenizer.end_of_turn_id is None:
         raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None and save_state.exists() and not force:

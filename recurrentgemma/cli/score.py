@@ -11,27 +11,21 @@ from typing import Annotated
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import DType, Framework, choose_framework, load_sampler
+from recurrentgemma.cli.frameworks import (
+    Checkpoint,
+    DTypeOption,
+    FrameworkOption,
+    choose_framework,
+    find_checkpoint,
+    load_sampler,
+)
 
 
 def score(
     file: Annotated[Path, typer.Argument(help="A UTF-8 text.", metavar="FILE")],
-    framework: Annotated[
-        Framework | None,
-        typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint folder. Default: the bundled model.",
-            metavar="PATH",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        DType | None,
-        typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
-    ] = None,
+    framework: FrameworkOption = None,
+    checkpoint: Checkpoint = None,
+    dtype: DTypeOption = None,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Print a line a token before the summary.")
     ] = False,
@@ -40,9 +34,7 @@ def score(
     ] = False,
 ) -> None:
     """Print the perplexity of a text and its log-probability, natural and a token."""
-    from recurrentgemma.common.checkpoint import BUNDLED
     from recurrentgemma.common.sampling import Greedy
-    from recurrentgemma_conversion import open_checkpoint
 
     data = file.read_bytes()
     try:
@@ -52,9 +44,7 @@ def score(
             f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
         ) from error
     framework = choose_framework(framework)
-    path = checkpoint or BUNDLED
-    with open_checkpoint(path) as opened:
-        tokenizer = opened.load_tokenizer()
+    path, tokenizer = find_checkpoint(checkpoint)
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
     with working(f"Reading {file.name}"):

@@ -22,14 +22,14 @@ def apply_rope(
 
     The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
     """
-    quarter = x.shape[-1] // 4
+    rotated, passed = x.chunk(2, -1)
+    half = rotated.shape[-1] // 2
     wide = wide_dtype(x.dtype)
-    x1, x2, passed = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], -1)
-    x1, x2 = x1.to(wide), x2.to(wide)
-    exponent = torch.arange(quarter, device=x.device, dtype=wide) / quarter
+    exponent = torch.arange(half, device=x.device, dtype=wide) / half
     angle = positions[..., None, None] * MAX_WAVELENGTH**-exponent
     sin, cos = torch.sin(angle), torch.cos(angle)
-    turned = (x1 * cos).addcmul_(x2, sin, value=-1), (x2 * cos).addcmul_(x1, sin)
+    x1, x2 = rotated.to(wide).chunk(2, -1)
+    turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
     return torch.cat([*(z.to(x.dtype) for z in turned), passed], -1)
 
 
@@ -175,10 +175,10 @@ def _step(
     window = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
-    age = torch.arange(-1, -1 - window, -1, device=segment_pos.device) + segment_pos
-    age = age.remainder_(window)  # of the token in each slot, less one
-    sees_bs = nn.functional.pad(age < num_before, (0, 1), value=True)
-    replaced = ((age == window - 1) & is_token)[..., None, None]
+    slot = torch.arange(window, device=segment_pos.device)
+    between = (segment_pos - 1 - slot) % window  # tokens since the one in the slot
+    sees_bs = nn.functional.pad(between < num_before, (0, 1), value=True)
+    replaced = ((between == window - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]
 
     (keys, ring_of_keys), (values, ring_of_values) = (

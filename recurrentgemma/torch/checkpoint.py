@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES
+from recurrentgemma.common.arrays import DTYPES
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.torch.arrays import to_array, to_tensor
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma_conversion.native import save_folder
 from recurrentgemma_conversion.opening import open_checkpoint
@@ -52,7 +53,7 @@ def load_checkpoint(
         places = model.state_dict()
         state = {}
         for spec, value in checkpoint:
-            tensor = _tensor(spec.torch.encode(value)).to(device or "cpu", dtype)
+            tensor = to_tensor(spec.torch.encode(value)).to(device or "cpu", dtype)
             place = places[spec.torch.name]
             state[spec.torch.name] = tensor if sharding is None else _part(tensor, place)
     model.load_state_dict(state, assign=True)
@@ -72,7 +73,7 @@ def save_checkpoint(
     dtypes = {spec.path: _numpy_dtype(state[spec.torch.name]) for spec in specs}
 
     def parameter(spec: ParamSpec) -> np.ndarray:
-        return spec.torch.decode(_array(state[spec.torch.name]), spec)
+        return spec.torch.decode(to_array(state[spec.torch.name]), spec)
 
     save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
 
@@ -91,20 +92,6 @@ def _part(tensor: Tensor, place: Tensor) -> Tensor:
 
     assert isinstance(place, DTensor)
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    array = np.ascontiguousarray(array)
-    if array.dtype == BFLOAT16:  # which NumPy's half of PyTorch does not know
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(BFLOAT16)
-    return tensor.numpy()
 
 
 def _numpy_dtype(tensor: Tensor) -> np.dtype:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from recurrentgemma.common.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.lora import LoraOptions, adapter_specs, quantize
-from recurrentgemma.torch.checkpoint import _array
+from recurrentgemma.torch.arrays import to_array
 from recurrentgemma.torch.gates import wide_dtype
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Einsum
@@ -85,7 +85,7 @@ def adapt(
         module = Adapted(result.get_submodule(path), leaf, options)
         weight = module.base.get_parameter(leaf)
         if options.quantize:
-            quantized = quantize(spec.torch.decode(_array(weight), spec))
+            quantized = quantize(spec.torch.decode(to_array(weight), spec))
             module.values, module.scale = (
                 turned(torch.from_numpy(part), spec).to(weight.device) for part in quantized
             )

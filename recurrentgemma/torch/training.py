@@ -25,7 +25,7 @@ from recurrentgemma.common.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.torch.checkpoint import _array, _tensor
+from recurrentgemma.torch.arrays import to_array, to_tensor
 from recurrentgemma.torch.gates import wide_dtype
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.lora import adapt, merge
@@ -177,7 +177,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     values = {path: turned(value, specs[path]) for path, value in state.parameters.items()}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": _array(value)
+        f"{group}.{path}": to_array(value)
         for group, values in groups.items()
         for path, value in values.items()
     }
@@ -194,7 +194,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     require_match(state_shapes(state.optimizer, list(specs.values())), shapes)
     moments = {
-        group: {path: _tensor(np.array(array)) for path, array in part.items()}
+        group: {path: to_tensor(np.array(array)) for path, array in part.items()}
         for group, part in grouped(arrays).items()
     }
     values, state.step = moments.pop("parameters"), int(arrays["step"])
@@ -226,7 +226,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     """
     if state.lora is None:
         raise ValueError("the state has no adapters: it was created without lora")
-    arrays = {name: _array(parameter) for name, parameter in state.parameters.items()}
+    arrays = {name: to_array(parameter) for name, parameter in state.parameters.items()}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
@@ -239,7 +239,7 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
     _, options, arrays = read_adapters(path, model.config)
     base, _ = adapt(model, options, torch.float32, 0)
     embedding = model.embedder.input_embedding
-    adapters = {name: _tensor(array).to(embedding.device) for name, array in arrays.items()}
+    adapters = {name: to_tensor(array).to(embedding.device) for name, array in arrays.items()}
     return merge(base, adapters, options, embedding.dtype)
 
 

@@ -145,7 +145,8 @@ def test_bench(cli, checkpoint, framework):
     report = cli(*args, "--checkpoint", checkpoint, "--batch-size", "2", "--json").json
     assert (report["batch_size"], report["prompt_tokens"], report["new_tokens"]) == (2, 40, 4)
     for name in ("first_token_s", "prefill_tokens_per_second", "decode_tokens_per_second",
-                 "peak_memory_bytes", "weight_bytes", "weight_bytes_per_second"):  # fmt: skip
+                 "peak_memory_bytes", "weight_bytes", "weight_bytes_per_second",
+                 "memory_bytes_per_second"):  # fmt: skip
         assert report[name] > 0
     done = cli(*args, "--checkpoint", checkpoint)
     assert [line.split("  ")[0] for line in done.out.splitlines()] == [

@@ -229,9 +229,9 @@ class TorchModel(Model):
 
 
 def _torch_array(tensor: Any) -> np.ndarray:
-    from recurrentgemma.torch.checkpoint import _array
+    from recurrentgemma.torch.arrays import to_array
 
-    return _array(tensor)
+    return to_array(tensor)
 
 
 def _flat(config: GriffinConfig, state: Mapping[str, Any], array: Any) -> Arrays:

@@ -52,7 +52,7 @@ class TransformersModel(Model):
         import torch
         import transformers
 
-        from recurrentgemma.torch.checkpoint import _tensor
+        from recurrentgemma.torch.arrays import to_tensor
 
         problems = [
             f"{field} must be {wanted}, got {getattr(config, field)}"
@@ -70,7 +70,7 @@ class TransformersModel(Model):
         theirs = transformers.RecurrentGemmaConfig(**fields)
         model = transformers.RecurrentGemmaForCausalLM(theirs)
         state = {
-            stored.name: _tensor(stored.encode(params[spec.path]))
+            stored.name: to_tensor(stored.encode(params[spec.path]))
             for spec in layer_spec(config)
             for stored in spec.hf
         }
@@ -98,12 +98,12 @@ class TransformersModel(Model):
     ) -> Arrays:
         import torch
 
-        from recurrentgemma.torch.checkpoint import _array
+        from recurrentgemma.torch.arrays import to_array
 
         captured = {}
 
         def keep(name: str, output: Any) -> None:
-            captured[name] = _array(output[0] if isinstance(output, tuple) else output)
+            captured[name] = to_array(output[0] if isinstance(output, tuple) else output)
 
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for name in names:
@@ -119,7 +119,7 @@ class TransformersModel(Model):
             given = {"use_cache": False} if cache is None else {"past_key_values": cache}
             ids, position_ids = (torch.from_numpy(z.astype(np.int64)) for z in (tokens, places))
             logits = model(ids, position_ids=position_ids, **given).logits
-        return {name: captured[name] for name in names} | {"logits": _array(logits)}
+        return {name: captured[name] for name in names} | {"logits": to_array(logits)}
 
     def start(self, batch_size):
         import transformers
@@ -151,11 +151,11 @@ class TransformersModel(Model):
         return self._by_path(dict(zip(names, gradients, strict=True)))
 
     def _by_path(self, tensors: Any) -> Arrays:
-        from recurrentgemma.torch.checkpoint import _array
+        from recurrentgemma.torch.arrays import to_array
 
         arrays = {}
         for spec in layer_spec(self.config):
-            parts = [part.decode(_array(tensors[part.name]), spec) for part in spec.hf]
+            parts = [part.decode(to_array(tensors[part.name]), spec) for part in spec.hf]
             arrays[spec.path] = parts[0] if spec.hf[0].part is None else np.stack(parts)
         return arrays
 
