@@ -166,7 +166,7 @@ def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> di
     """Writes every parameter; how many values of which are NaN or infinite."""
     nonfinite = {}
     try:
-        with ThreadPoolExecutor(1) as counter:
+        with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
             for spec in _Steps("write", reader, writer.request, progress, total):
                 parameter = reader.read(spec)
                 count = counter.submit(count_nonfinite, parameter, writer.request.dtypes[spec.path])

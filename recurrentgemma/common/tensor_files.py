@@ -11,7 +11,6 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,10 +171,6 @@ class TensorFileWriter:
 
 
 def write_pieces(file: Any, arrays: Iterable[np.ndarray]) -> None:
-    """Writes the bytes of contiguous arrays one after the other, each while the next is made."""
-    left = iter(arrays)
-    with ThreadPoolExecutor(1) as maker:
-        made = maker.submit(next, left, None)
-        while (array := made.result()) is not None:
-            made = maker.submit(next, left, None)
-            file.write(array.view(np.uint8).data)
+    """Writes the bytes of contiguous arrays one after the other."""
+    for array in arrays:
+        file.write(array.view(np.uint8).data)
