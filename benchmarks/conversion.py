@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from interleaved import publish
+from rich.table import Table
 
 from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.config import GriffinConfig
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where 6 copies have room")
     parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
     parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -115,12 +117,18 @@ def main() -> None:
         child(Path(source), Path(destination), to, Path(tokenizer))
         return
     config = GriffinConfig.from_preset(args.preset)
-    rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        rows = run(folder, config, [Format(f) for f in args.formats])
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        rows = run(Path(name), config, [Format(f) for f in args.formats])
+    rates = ("write", "verify", "total", "cp", "cp flushed")
+    columns = ("from", "to", "peak, GB", *(f"{rate}, MB/s" for rate in rates))
+    table = Table(*columns, "write / cp", "total / cp flushed")
+    for row in rows:
+        cells = [row["source"], row["to"], f"{row['peak'] / 1e9:.2f}"]
+        cells += [f"{row[rate] / 1e6:.0f}" if rate in row else "" for rate in rates]
+        if "cp" in row:
+            cells += [f"{row['write'] / row['cp']:.2f}", f"{row['total'] / row['cp flushed']:.2f}"]
+        table.add_row(*cells)
+    publish(table, {"rows": rows}, args.output)
 
 
 def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict]:
@@ -139,21 +147,17 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
             compared = {}
             if {source, to} <= SAFETENSORS:
                 compared = {
-                    name: copy(folder / source, folder / "copy", flush=name == "cp_flushed")
-                    for name in ("cp", "cp_flushed")
+                    name: copy(folder / source, folder / "copy", flush=name == "cp flushed")
+                    for name in ("cp", "cp flushed")
                 }
             os.sync()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = {"source": source, "to": to} | json.loads(done.stdout) | compared
-            rows.append(row)
-            rates = {phase: row["bytes"] / row[phase] for phase in ("write", "verify", "total")}
-            line = f"{source:>14} to {to:14} peak {row['peak'] / 1e9:5.2f} GB"
-            for name, rate in (rates | compared).items():
-                line += f", {name} {rate / 1e6:.0f} MB/s"
-            if compared:
-                line += f"; write / cp {rates['write'] / compared['cp']:.2f}"
-                line += f", total / cp flushed {rates['total'] / compared['cp_flushed']:.2f}"
-            print(line, flush=True)
+            measured = json.loads(done.stdout)
+            size = measured.pop("bytes")
+            rates = {phase: size / measured[phase] for phase in ("write", "verify", "total")}
+            row = {"source": source, "to": to, "bytes": size, "peak": measured["peak"]}
+            rows.append(row | rates | compared)
+            print(f"{source} to {to}: {rates['write'] / 1e6:.0f} MB/s", file=sys.stderr)
             if not keep:
                 shutil.rmtree(destination)
     return rows
