@@ -16,9 +16,10 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from interleaved import publish
 from rich.table import Table
 
 FIRST, STRETCH, GENERATED = 4096, 2000, 500
@@ -91,39 +92,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--frameworks", nargs="+", default=["jax", "torch"])
+    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
     parser.add_argument("--stream", metavar="FRAMEWORK", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream:
         stream(arguments.stream, arguments.tokens)
         return 0
     flat = True
+    columns = ("tokens", "state kB", "memory MB", "us a token read", "ms a token generated")
+    table, results = Table("", *columns), {}
     for framework in arguments.frameworks:
         command = [sys.executable, __file__, "--stream", framework]
         command += ["--tokens", str(arguments.tokens)]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows = [json.loads(line) for line in out.splitlines()]
-        table = Table(
-            "tokens",
-            "state kB",
-            "memory MB",
-            "us a token read",
-            "ms a token generated",
-            title=framework,
-        )
+        rows = results[framework] = [json.loads(line) for line in out.splitlines()]
         for row in rows:
             table.add_row(
+                framework,
                 f"{row['tokens']:,}",
                 f"{row['state_bytes'] / 1e3:.1f}",
                 f"{row['memory_bytes'] / 1e6:.1f}",
                 f"{row['us_a_token_read']:.1f}",
                 f"{row['ms_a_token_generated']:.3f}",
             )
-        Console().print(table)
         first, last = rows[0], rows[-1]
         flat &= last["state_bytes"] == first["state_bytes"]
         flat &= last["memory_bytes"] <= 1.1 * first["memory_bytes"]
         for name in ("us_a_token_read", "ms_a_token_generated"):
             flat &= last[name] <= 1.25 * first[name]
+    publish(table, results, arguments.output)
     return int(not flat)
 
 

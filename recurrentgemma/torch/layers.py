@@ -17,7 +17,7 @@ from recurrentgemma.torch.cache import num_padding, prepend_history
 from recurrentgemma.torch.scan import wide_dtype
 
 EPS = 1e-6
-_PART_ELEMENTS = 2**20  # that a part of the vocabulary has, which then stays in the cache
+_PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in the cache
 
 
 class SpecModule(nn.Module):
