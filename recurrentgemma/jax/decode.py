@@ -36,7 +36,7 @@ class Functions(NamedTuple):
 
 
 def functions(model: Griffin) -> Functions:
-    """As they are, compiled by nobody."""
+    """The steps as they are, not compiled."""
 
     def apply(params: Params, **kwargs: Any) -> tuple[Any, Any]:
         result: Any = model.apply({"params": params}, **kwargs)
@@ -72,9 +72,23 @@ def compiled(model: Griffin, platform: str) -> Functions:
 @functools.lru_cache
 def _compiled(model: Griffin, platform: str) -> Functions:
     prefill, feed, score, take = functions(model)
-    options = _COMPILER_OPTIONS.get(platform)
-    compile = functools.partial(jax.jit, donate_argnames=("cache",), compiler_options=options)
+    compile = functools.partial(
+        jax.jit, donate_argnames=("cache",), compiler_options=_compiler_options(platform)
+    )
     return Functions(compile(prefill), compile(feed), compile(score), jax.jit(take))
+
+
+@functools.lru_cache
+def _compiler_options(platform: str) -> dict[str, Any] | None:
+    """The options for a platform, if this version of XLA knows them."""
+    options = _COMPILER_OPTIONS.get(platform)
+    if options is None:
+        return None
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
 
 
 def platform_of(params: Params) -> str:

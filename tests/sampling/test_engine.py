@@ -128,6 +128,16 @@ def test_compiled_or_not() -> None:
     assert without_eos(sampler, ["x"], 3) == without_eos(make_sampler("jax"), ["x"], 3)
 
 
+def test_an_xla_that_lacks_the_options(monkeypatch) -> None:
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    from recurrentgemma.jax import decode
+
+    assert decode._compiler_options("cpu") == decode._COMPILER_OPTIONS["cpu"]
+    monkeypatch.setitem(decode._COMPILER_OPTIONS, "cpu", {"xla_no_such_option": 1})
+    unknown = decode._compiler_options.__wrapped__("cpu")
+    assert unknown is None
+
+
 def test_the_compilation_cache_on_disk_is_used() -> None:
     """What is compiled at the first call is there for the next process; tests set the folder."""
     pytest.importorskip("jax.numpy", reason="jax is not installed")
