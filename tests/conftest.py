@@ -76,6 +76,16 @@ def _forget_old_entries() -> None:
             entry.unlink(missing_ok=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs() -> Iterator[None]:
+    """A module's compiled programs go with it: a process may map only so many pieces of memory."""
+    yield
+    if "jax" in BACKENDS:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
