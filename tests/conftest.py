@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -80,9 +81,8 @@ def _forget_old_entries() -> None:
 def _programs() -> Iterator[None]:
     """A module's compiled programs go with it: a process may map only so many pieces of memory."""
     yield
-    if "jax" in BACKENDS:
-        import jax
-
+    jax = sys.modules.get("jax")
+    if jax is not None:
         jax.clear_caches()
 
 
