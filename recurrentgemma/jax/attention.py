@@ -164,19 +164,20 @@ def _step(
 ) -> tuple[Float[Array, "b 1 n h"], AttentionBlockCache]:
     """One token a row, against the ring as it lies: what a chunk of one token would give."""
     window = cache.keys.shape[1]
-    slot = jnp.arange(window)
-    starts = segment_pos == 0
+    starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
-    age = (segment_pos - 1 - slot) % window + 1
-    sees_bs = jnp.pad(age <= num_before, ((0, 0), (0, 1)), constant_values=True)
-    replaced = ((slot == segment_pos % window) & (segment_pos >= 0))[..., None, None]
+    slot = jnp.arange(window)
+    between = (segment_pos - 1 - slot) % window  # tokens since the one in the slot
+    sees_bs = jnp.pad(between < num_before, ((0, 0), (0, 1)), constant_values=True)
+    replaced = ((between == window - 1) & is_token)[..., None, None]
+    starts = starts[..., None, None]
 
     (keys, ring_of_keys), (values, ring_of_values) = (
         _extended_and_replaced(ring.astype(new.dtype), new[:, None], starts, replaced)
         for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
     )
     encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
-    num_tokens = (num_before + (segment_pos >= 0))[:, 0].astype(jnp.int32)
+    num_tokens = (num_before + is_token)[:, 0]
     return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
 
 
@@ -185,8 +186,7 @@ def _extended_and_replaced(
 ) -> tuple[Array, Array]:
     """What one token sees, [B, 1, W + 1, H], and the ring after it."""
     seen = jnp.concatenate([ring_bw1h, new_b11h], 1).swapaxes(1, 2)
-    kept = jnp.where(starts[..., None, None], 0, ring_bw1h)
-    return seen, jnp.where(replaced, new_b11h, kept)
+    return seen, jnp.where(replaced, new_b11h, jnp.where(starts, 0, ring_bw1h))
 
 
 def _history(

@@ -152,10 +152,11 @@ class Conv1D(SpecModule):
 
     def _step(self, x: Array, segment_pos: Array, state: Array) -> tuple[Array, Array]:
         """One token a row."""
-        state, wide = state.astype(x.dtype), wide_dtype(x.dtype)
+        wide = wide_dtype(x.dtype)
         w, b = self.parameter("w").astype(wide), self.parameter("b").astype(wide)
-        age = jnp.arange(CONV1D_WIDTH - 1, -1, -1)
-        extended = jnp.concatenate([state, x], 1) * (age <= segment_pos)[..., None]
+        # Zeros stand for what a document has not had yet; another's are forgotten at its start.
+        state = jnp.where((segment_pos == 0)[..., None], 0, state.astype(x.dtype))
+        extended = jnp.concatenate([state, x], 1)
         y = (extended * w).sum(1, keepdims=True) + b
         return y.astype(x.dtype), jnp.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 

@@ -131,6 +131,7 @@ class LocalAttentionBlock(SpecModule):
     ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache]:
         """Returns the outputs and the state after them."""
         num_heads = self.config.num_heads
+        # Rotated together: in decoding it is the number of operations that costs.
         qk_btmh = torch.cat([self.proj_q(x), self.proj_k(x)], -1).unflatten(-1, (num_heads + 1, -1))
         q_btnh, k_bt1h = apply_rope(qk_btmh, segment_pos).split([num_heads, 1], 2)
         k_bth, v_bth = k_bt1h[:, :, 0], self.proj_v(x)
