@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,6 +15,14 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import choose_framework
+from recurrentgemma.cli.train_inputs import (
+    Data,
+    config_and_tokenizer,
+    fingerprints,
+    make_plan,
+    make_setup,
+    read_data,
+)
 from recurrentgemma.cli.train_options import (
     TrainOptions,
     differences,
@@ -28,16 +34,8 @@ from recurrentgemma.cli.train_options import (
 )
 
 if TYPE_CHECKING:
-    from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.batch import Batch
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma.common.data import Example
-    from recurrentgemma.common.packing import Cut, Stream
-    from recurrentgemma.common.run import Plan, Run
+    from recurrentgemma.common.run import Run
     from recurrentgemma.common.run_folder import RunFolder
-    from recurrentgemma.common.text import Tokenizer
-
-_PROMPTS = 2  # continued at each evaluation where none are given
 
 
 def train(
@@ -131,16 +129,17 @@ def _prepared(
     if options.plot:
         require_matplotlib()
     with working("Reading"):
-        config, tokenizer = _model(options)
-        hashes = _hashes(options, tokenizer)
+        config, tokenizer = config_and_tokenizer(options)
+        hashes = fingerprints(options, tokenizer)
         if resume:
             _require_same_files(folder, files, hashes)
-        data = _read(options, tokenizer)
+        data = read_data(options, tokenizer)
     _say(options, data)
-    plan = _plan(options, data)
+    plan = make_plan(options, data)
     with working("Loading the model"):
         assert options.framework is not None
-        trainer = make_trainer(options.framework, _setup(options, config, tokenizer, plan.steps))
+        setup = make_setup(options, config, tokenizer, plan.steps)
+        trainer = make_trainer(options.framework, setup)
     progress = None
     if resume:
         folder.clean()
@@ -170,22 +169,6 @@ def _prepared(
             return _summary(folder, run)
 
         yield _Prepared(run, finish)
-
-
-class _Data(NamedTuple):
-    """What a run reads.
-
-    Attributes:
-      stream: The rows to train on.
-      validation: The batches to evaluate on.
-      cut: The examples in the rows.
-      prompts: Of the first examples to evaluate on, or else to train on.
-    """
-
-    stream: Stream
-    validation: list[Batch]
-    cut: Cut
-    prompts: list[str]
 
 
 def _require_same(folder: RunFolder, before: TrainOptions, now: TrainOptions) -> None:
@@ -219,90 +202,7 @@ def _resolved(options: TrainOptions) -> TrainOptions:
     return dataclasses.replace(options, framework=framework, dtype=dtype)
 
 
-def _hashes(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
-    """SHA-256 of all that a run goes on to need: by the files' names, and of the tokenizer."""
-    from recurrentgemma.common.data import fingerprint
-    from recurrentgemma_conversion.opening import open_checkpoint
-
-    files = {str(path): path for path in (*options.train, *options.validation)}
-    with contextlib.ExitStack() as stack:
-        if options.lora_rank is not None and options.checkpoint is not None:
-            checkpoint = stack.enter_context(open_checkpoint(options.checkpoint))
-            files |= {str(options.checkpoint / path.name): path for path in checkpoint.weights}
-        hashes = {name: fingerprint(path) for name, path in files.items()}
-    model = tokenizer.vocab.serialized_model_proto()
-    return hashes | {"tokenizer": hashlib.sha256(model).hexdigest()}
-
-
-def _model(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
-    """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
-    from recurrentgemma.common.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma_conversion.opening import open_checkpoint
-
-    if options.preset is not None:
-        tokenizer = load_tokenizer(options.tokenizer)
-        return GriffinConfig.from_preset(options.preset.upper(), tokenizer.size), tokenizer
-    if options.config is not None:
-        config, tokenizer = read_config(options.config), load_tokenizer(options.tokenizer)
-        _require_match(tokenizer, config)
-        return config, tokenizer
-    with open_checkpoint(options.checkpoint) as checkpoint:
-        config = checkpoint.config
-        if options.tokenizer is None:
-            tokenizer = checkpoint.load_tokenizer()
-        else:
-            tokenizer = load_tokenizer(options.tokenizer)
-        own = None if checkpoint.tokenizer is None else checkpoint.load_tokenizer()
-    _require_match(tokenizer, config, None if options.from_scratch else own)
-    return config if options.from_scratch else None, tokenizer
-
-
-def _require_match(
-    tokenizer: Tokenizer, config: GriffinConfig, own: Tokenizer | None = None
-) -> None:
-    from recurrentgemma.common.errors import TokenizerError
-
-    if tokenizer.size != config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.size} pieces, the model a vocabulary of "
-            f"{config.vocab_size}"
-        )
-    for index in range(0 if own is None else min(own.size, tokenizer.size)):
-        assert own is not None
-        pieces = [t.vocab.id_to_piece(index) for t in (tokenizer, own)]
-        if pieces[0] != pieces[1]:
-            raise TokenizerError(
-                "the tokenizer is not that of the checkpoint: "
-                f"its piece {index} is {pieces[0]!r}, the checkpoint's is {pieces[1]!r}"
-            )
-
-
-def _read(options: TrainOptions, tokenizer: Tokenizer) -> _Data:
-    from recurrentgemma.common.data import hold_out, read_examples
-    from recurrentgemma.common.packing import Stream, TooLong, cut, in_order
-
-    def read(paths: Sequence[Path]) -> list[Example]:
-        return [
-            example for path in paths for example in read_examples(path, tokenizer, eos=options.eos)
-        ]
-
-    examples, held_out = read(options.train), read(options.validation)
-    if options.validation_share:
-        examples, held_out = hold_out(examples, options.validation_share, options.seed)
-    too_long = TooLong(options.too_long)
-    rows = (options.length, tokenizer.pad_id)
-    kept = cut(examples, options.length, too_long, options.stride)
-    stream = Stream(kept.examples, *rows, seed=options.seed, packed=options.pack)
-    validation = []
-    if held_out:
-        held = cut(held_out, options.length, too_long, options.stride)
-        validation = in_order(held.examples, *rows, options.batch_size, packed=options.pack)
-    prompts = list(dict.fromkeys(example.prompt for example in (held_out or examples)[:_PROMPTS]))
-    return _Data(stream, validation, kept, prompts)
-
-
-def _say(options: TrainOptions, data: _Data) -> None:
+def _say(options: TrainOptions, data: Data) -> None:
     """Tells what there is to train on, on stderr."""
     cut = data.cut
     tokens = sum(example.places for example in cut.examples)
@@ -313,69 +213,6 @@ def _say(options: TrainOptions, data: _Data) -> None:
     if cut.empty:
         line += f"; {cut.empty:,} left out, with nothing to predict"
     sys.stderr.write(line + "\n")
-
-
-def _plan(options: TrainOptions, data: _Data) -> Plan:
-    from recurrentgemma.common.run import Plan
-
-    epochs = 1.0 if options.epochs is None else options.epochs
-    rows = options.batch_size * options.accumulation
-    steps = options.steps or math.ceil(epochs * data.stream.rows_in_epoch() / rows)
-    if not steps:
-        raise ValueError(f"--epochs must be above 0, got {options.epochs}")
-    return Plan(
-        steps=steps,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
-        evaluate_every=options.evaluate_every,
-        checkpoint_every=options.checkpoint_every,
-        log_every=options.log_every,
-        keep=options.keep,
-        prompts=(options.sample_prompt or data.prompts) if options.sample_tokens else (),
-        sample_tokens=options.sample_tokens,
-    )
-
-
-def _setup(
-    options: TrainOptions, config: GriffinConfig | None, tokenizer: Tokenizer, steps: int
-) -> Setup:
-    from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.lora import LoraOptions
-    from recurrentgemma.common.optimization import OptimizerOptions
-
-    optimizer = OptimizerOptions(
-        name=options.optimizer,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        b1=options.b1,
-        b2=options.b2,
-        eps=options.eps,
-        momentum=options.momentum,
-        clip_norm=options.clip_norm or None,
-        warmup_steps=options.warmup_steps,
-        total_steps=steps,
-        final_fraction=options.final_fraction,
-    )
-    lora = None
-    if options.lora_rank is not None:
-        lora = LoraOptions(
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            targets=tuple(options.lora_target),
-            quantize=options.lora_quantize,
-        )
-    assert options.dtype is not None
-    return Setup(
-        checkpoint=options.checkpoint,
-        config=config,
-        tokenizer=tokenizer,
-        dtype=options.dtype,
-        gradient_checkpointing=options.gradient_checkpointing,
-        optimizer=optimizer,
-        lora=lora,
-        state_dtype=options.state_dtype,
-        seed=options.seed,
-    )
 
 
 def _summary(folder: RunFolder, run: Run) -> dict[str, Any]:

@@ -1,0 +1,271 @@
+"""What a behaviour test asks of a twin."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from recurrentgemma.common.config import GriffinConfig
+
+Params = Mapping[str, np.ndarray]
+
+
+def wide_dtype(dtype: str) -> str:
+    """The dtype of a recurrent state."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+class Network(abc.ABC):
+    """A module with its parameters."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: np.ndarray, segment_pos: np.ndarray | None = None, state: Any = None
+    ) -> tuple[np.ndarray, Any]:
+        """Outputs (of a Griffin, logits of tokens `x`) and the new state, None where none is."""
+
+    @abc.abstractmethod
+    def grads(
+        self,
+        x: np.ndarray,
+        segment_pos: np.ndarray | None = None,
+        state: Any = None,
+        *,
+        dy: np.ndarray,
+        dstate: Any = None,
+    ) -> dict[str, Any]:
+        """Gradients of sum(dy * outputs) + sum(dstate * new state).
+
+        Under "params" by path in the Flax layout, under "x" (unless tokens), and under "state"
+        (unless None; without its integers).
+        """
+
+
+class Backend(abc.ABC):
+    """A twin."""
+
+    name: str
+    module: Any
+
+    def griffin(
+        self,
+        config: GriffinConfig,
+        params: Params,
+        dtype: str = "float64",
+        gradient_checkpointing: bool = False,
+    ) -> Network:
+        """A model with these parameters, by the layer spec's paths."""
+        kwargs = {"gradient_checkpointing": gradient_checkpointing}
+        return self._network("Griffin", config, "", params, dtype, kwargs)
+
+    def block(
+        self, kind: str, config: GriffinConfig, prefix: str, params: Params, dtype: str = "float64"
+    ) -> Network:
+        """A layer or block of the model with its share of these parameters."""
+        below = {
+            path.removeprefix(f"{prefix}."): value
+            for path, value in params.items()
+            if path.startswith(f"{prefix}.")
+        }
+        return self._network(kind, config, prefix, below, dtype, {})
+
+    def state(self, array_state: Any, dtype: str, kind: str = "") -> Any:
+        """A NumPy state as the twin takes it; `kind` is the module that it is of."""
+        if array_state is None:
+            return None
+        if not isinstance(array_state, Mapping):
+            return self.array(array_state, self._state_dtype(kind, array_state, dtype))
+        if "keys" in array_state or "rg_lru_state" in array_state:
+            name = "AttentionBlockCache" if "keys" in array_state else "RecurrentBlockCache"
+            fields = {
+                field: self.array(value, self._state_dtype(field, value, dtype))
+                for field, value in array_state.items()
+            }
+            return getattr(self.module, name)(**fields)
+        return {block: self.state(fields, dtype) for block, fields in array_state.items()}
+
+    def to_numpy(self, value: Any) -> Any:
+        """Arrays of the framework, at any depth, as float64 and int32; named tuples as dicts."""
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            return {key: self.to_numpy(part) for key, part in value.items()}
+        if hasattr(value, "_asdict"):
+            return self.to_numpy(value._asdict())
+        if isinstance(value, tuple | list):
+            return tuple(self.to_numpy(part) for part in value)
+        array = self._numpy(value)
+        return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+    def scan_arguments(self, x, a, h0, reset, dtype: str) -> tuple[Any, Any, Any, Any]:
+        """Arrays for a linear scan: the state wide, what is None still None."""
+        return (
+            self.array(x, dtype),
+            self.array(a, dtype),
+            None if h0 is None else self.array(h0, wide_dtype(dtype)),
+            None if reset is None else self.array(reset, "bool"),
+        )
+
+    def rg_lru_arguments(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0, dtype: str
+    ) -> tuple[Any, ...]:
+        """Arrays for an RG-LRU scan: the state wide, or None."""
+        return (
+            *(self.array(value, dtype) for value in (x, input_gate, a_gate, a_param)),
+            self.array(segment_pos, "int32"),
+            None if h0 is None else self.array(h0, wide_dtype(dtype)),
+        )
+
+    @staticmethod
+    def _state_dtype(field: str, value: np.ndarray, dtype: str) -> str:
+        if np.asarray(value).dtype.kind in "iu":
+            return "int32"
+        return wide_dtype(dtype) if field in ("rg_lru_state", "RGLRU") else dtype
+
+    @abc.abstractmethod
+    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        """Where arrays of this dtype can be made."""
+
+    @abc.abstractmethod
+    def array(self, value: np.ndarray, dtype: str) -> Any:
+        """An array of the framework."""
+
+    @abc.abstractmethod
+    def _numpy(self, value: Any) -> np.ndarray: ...
+
+    @abc.abstractmethod
+    def _network(
+        self,
+        kind: str,
+        config: GriffinConfig,
+        prefix: str,
+        params: Params,
+        dtype: str,
+        kwargs: dict[str, Any],
+    ) -> Network: ...
+
+    @abc.abstractmethod
+    def raw_griffin(
+        self, config: GriffinConfig, params: Params, dtype: str = "float32"
+    ) -> tuple[Any, Any]:
+        """The twin's own model, and what calls it: f(tokens, segment_pos, cache)."""
+
+    @abc.abstractmethod
+    def init_params(self, config: GriffinConfig, seed: int, dtype: str = "float32") -> Params:
+        """Initial parameters from a seed, by path in the Flax layout, in their own dtype."""
+
+    @abc.abstractmethod
+    def sampler(self, config: GriffinConfig, params: Params, vocab: Any, **kwargs: Any) -> Any:
+        """A sampler on a float32 model with these parameters."""
+
+    @abc.abstractmethod
+    def linear_scan(
+        self,
+        x: np.ndarray,
+        a: np.ndarray,
+        h0: np.ndarray | None = None,
+        reset: np.ndarray | None = None,
+        *,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All states and the last."""
+
+    @abc.abstractmethod
+    def linear_scan_vjp(
+        self,
+        x: np.ndarray,
+        a: np.ndarray,
+        h0: np.ndarray,
+        reset: np.ndarray | None,
+        *,
+        dy: np.ndarray,
+        dlast: np.ndarray,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """States and the last; gradients of sum(dy * states) + sum(dlast * last) for x, a, h0."""
+
+    @abc.abstractmethod
+    def rg_lru_scan(
+        self,
+        x: np.ndarray,
+        input_gate: np.ndarray,
+        a_gate: np.ndarray,
+        a_param: np.ndarray,
+        segment_pos: np.ndarray,
+        h0: np.ndarray | None = None,
+        *,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All states and the last."""
+
+    @abc.abstractmethod
+    def rg_lru_scan_vjp(
+        self,
+        x: np.ndarray,
+        input_gate: np.ndarray,
+        a_gate: np.ndarray,
+        a_param: np.ndarray,
+        segment_pos: np.ndarray,
+        h0: np.ndarray,
+        *,
+        dy: np.ndarray,
+        dlast: np.ndarray,
+        dtype: str = "float64",
+        **kwargs: Any,
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """States and the last; gradients of sum(dy * states) + sum(dlast * last).
+
+        For x, input_gate, a_gate, a_param and h0.
+        """
+
+    def implementations(self) -> list[str]:
+        """Of the recurrences: those that run on this machine, interpreted or not."""
+        return list(importlib.import_module(f"recurrentgemma.{self.name}.scan").IMPLEMENTATIONS)
+
+    def widest(self, implementation: str) -> str:
+        """The widest dtype that an implementation computes in."""
+        del implementation
+        return "float64"
+
+
+def input_dtype(x: np.ndarray, dtype: str) -> str:
+    return "int32" if x.dtype.kind in "iu" else dtype
+
+
+def float_leaves(state: Any) -> list[np.ndarray]:
+    """The float arrays of a NumPy state in the order of its own mappings."""
+    if state is None:
+        return []
+    if isinstance(state, Mapping):
+        return [leaf for part in state.values() for leaf in float_leaves(part)]
+    return [state] if np.asarray(state).dtype.kind == "f" else []
+
+
+def named_grads(
+    params: dict[str, np.ndarray], x: np.ndarray, state: Any, inputs: list[np.ndarray]
+) -> dict[str, Any]:
+    """Gradients of the float inputs put back under the names of x and the state's arrays."""
+    remaining = iter(inputs)
+
+    def restore(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            restored = {key: restore(value) for key, value in part.items()}
+            return {key: value for key, value in restored.items() if value is not None}
+        return next(remaining) if np.asarray(part).dtype.kind == "f" else None
+
+    named: dict[str, Any] = {"params": {path: params[path] for path in sorted(params)}}
+    if x.dtype.kind == "f":
+        named["x"] = next(remaining)
+    if state is not None:
+        named["state"] = restore(state)
+    assert next(remaining, None) is None
+    return named

@@ -1,0 +1,252 @@
+"""The JAX twin over NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from backends.base import (
+    Backend,
+    Network,
+    Params,
+    float_leaves,
+    input_dtype,
+    named_grads,
+    wide_dtype,
+)
+from recurrentgemma.common.layer_spec import layer_spec
+
+
+class JaxBackend(Backend):
+    name = "jax"
+
+    @functools.cached_property
+    def module(self) -> Any:
+        return importlib.import_module("recurrentgemma.jax")
+
+    def precision(self, dtype: str):
+        import jax
+
+        return jax.enable_x64(dtype == "float64")
+
+    def array(self, value: np.ndarray, dtype: str) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.asarray(value, dtype)
+
+    def _numpy(self, value: Any) -> np.ndarray:
+        import jax.numpy as jnp
+
+        return np.asarray(value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value)
+
+    def _network(self, kind, config, prefix, params, dtype, kwargs) -> JaxNetwork:
+        if kind != "Griffin":
+            kwargs = {"prefix": prefix}
+        module = getattr(self.module, kind)(config, param_dtype=dtype, **kwargs)
+        return JaxNetwork(self, kind, module, self._tree(params, dtype), dtype)
+
+    def _tree(self, params: Params, dtype: str) -> dict[str, Any]:
+        griffin = importlib.import_module("recurrentgemma.jax.griffin")
+        tree: dict[str, Any] = {}
+        with self.precision(dtype):
+            for path, value in params.items():
+                griffin.set_path(tree, path, self.array(value, dtype))
+        return tree
+
+    def raw_griffin(self, config, params, dtype="float32"):
+        model = self.module.Griffin(config, param_dtype=dtype)
+        tree = self._tree(params, dtype)
+        return model, functools.partial(_jax_functions()[0], model, tree)
+
+    def init_params(self, config, seed, dtype="float32"):
+        griffin = importlib.import_module("recurrentgemma.jax.griffin")
+        tree = self.module.init_params(config, seed, dtype)
+        return {
+            spec.path: np.asarray(griffin.get_path(tree, spec.path)) for spec in layer_spec(config)
+        }
+
+    def sampler(self, config, params, vocab, **kwargs):
+        model = self.module.Griffin(config)
+        return self.module.Sampler(model, vocab, self._tree(params, "float32"), **kwargs)
+
+    def implementations(self):
+        names = super().implementations()
+        # Of the Pallas kernels each target's, interpreted.
+        return [name for name in names if name != "pallas"] + (
+            [f"pallas-{target}" for target in PALLAS_TARGETS] if "pallas" in names else []
+        )
+
+    def widest(self, implementation):
+        return "float32" if implementation.startswith("pallas") else "float64"
+
+    def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
+        with self.precision(dtype):
+            args = self.scan_arguments(x, a, h0, reset, dtype)
+            return self.to_numpy(_jax_functions()[2](*args, **kwargs))
+
+    def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
+        with self.precision(dtype):
+            args = self.scan_arguments(x, a, h0, reset, dtype)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            return self.to_numpy(_jax_functions()[3](*args, cotangents, **kwargs))
+
+    def rg_lru_scan(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
+    ):
+        with self.precision(dtype):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            return self.to_numpy(_jax_functions()[4](*args, **kwargs))
+
+    def rg_lru_scan_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        dtype="float64",
+        **kwargs,
+    ):
+        with self.precision(dtype):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            return self.to_numpy(_jax_functions()[5](*args, cotangents, **kwargs))
+
+
+PALLAS_TARGETS = ("tpu", "gpu")
+
+
+@contextlib.contextmanager
+def jax_implementation(label: str = "auto"):
+    """Where an implementation can be traced; yields the package's name for it.
+
+    The label of a Pallas kernel has its target. It is interpreted on the CPU: a TPU's with memory
+    poisoned and a search for races.
+    """
+    name, _, target = label.partition("-")
+    if not target:
+        yield name
+        return
+    from jax.experimental.pallas import tpu as pltpu
+
+    from recurrentgemma.jax.scan import pallas_target
+
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pallas_target(target, interpret=params if target == "tpu" else True):
+        yield name
+
+
+@functools.cache
+def _jax_functions():
+    """Compiled once a shape, whichever test asks.
+
+    Apply, gradients; a scan, with gradients; an RG-LRU scan, with gradients.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from recurrentgemma.jax import linear_scan, rg_lru_scan
+
+    def is_float(leaf) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(module, params, *args):
+        return module.apply({"params": params}, *args)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def grads(module, params, args, cotangents):
+        leaves, structure = jax.tree.flatten(args)
+
+        def loss(params, floats):
+            floats = iter(floats)
+            merged = [next(floats) if is_float(leaf) else leaf for leaf in leaves]
+            outputs = module.apply({"params": params}, *jax.tree.unflatten(structure, merged))
+            outputs = [leaf for leaf in jax.tree.leaves(outputs) if is_float(leaf)]
+            pairs = zip(outputs, cotangents, strict=True)
+            return sum(jnp.vdot(out.astype(c.dtype), c) for out, c in pairs)
+
+        return jax.grad(loss, (0, 1))(params, [leaf for leaf in leaves if is_float(leaf)])
+
+    @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+    def scan(*args, implementation="auto", **kwargs):
+        with jax_implementation(implementation) as name:
+            return linear_scan(*args, implementation=name, **kwargs)
+
+    @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+    def scan_vjp(x, a, h0, reset, cotangents, **kwargs):
+        def run(x, a, h0):
+            return scan(x, a, h0, reset, **kwargs)
+
+        outputs, pullback = jax.vjp(run, x, a, h0)
+        return outputs, pullback(cotangents)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def rg_lru(*args, implementation="auto"):
+        with jax_implementation(implementation) as name:
+            return rg_lru_scan(*args, implementation=name)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def rg_lru_vjp(x, input_gate, a_gate, a_param, segment_pos, h0, cotangents, **kwargs):
+        def run(x, input_gate, a_gate, a_param, h0):
+            return rg_lru(x, input_gate, a_gate, a_param, segment_pos, h0, **kwargs)
+
+        outputs, pullback = jax.vjp(run, x, input_gate, a_gate, a_param, h0)
+        return outputs, pullback(cotangents)
+
+    return apply, grads, scan, scan_vjp, rg_lru, rg_lru_vjp
+
+
+class JaxNetwork(Network):
+    def __init__(self, backend: JaxBackend, kind: str, module, params, dtype: str) -> None:
+        self.backend, self.kind, self.module, self.dtype = backend, kind, module, dtype
+        self.params = params
+
+    def _arguments(self, x, segment_pos, state) -> tuple:
+        # A whole number of arguments: those that some modules do not take are left out.
+        arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
+        if segment_pos is not None:
+            arguments.append(self.backend.array(segment_pos, "int32"))
+            arguments.append(self.backend.state(state, self.dtype, self.kind))
+        return tuple(arguments)
+
+    def __call__(self, x, segment_pos=None, state=None):
+        with self.backend.precision(self.dtype):
+            arguments = self._arguments(x, segment_pos, state)
+            outputs = _jax_functions()[0](self.module, self.params, *arguments)
+            outputs = self.backend.to_numpy(outputs)
+        return outputs if segment_pos is not None else (outputs, None)
+
+    def grads(self, x, segment_pos=None, state=None, *, dy, dstate=None):
+        import jax
+
+        with self.backend.precision(self.dtype):
+            arguments = self._arguments(x, segment_pos, state)
+            wide = wide_dtype(self.dtype)
+            cotangents = [self.backend.array(c, wide) for c in [dy, *float_leaves(dstate)]]
+            params, floats = _jax_functions()[1](self.module, self.params, arguments, cotangents)
+            floats = [self.backend.to_numpy(leaf) for leaf in floats]
+            flat = {
+                path: self.backend.to_numpy(leaf)
+                for path, leaf in zip(_paths(self.params), jax.tree.leaves(params), strict=True)
+            }
+        return named_grads(flat, x, state, floats)
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Paths of a tree's leaves in JAX's order."""
+    paths = []
+    for key in sorted(tree):
+        value = tree[key]
+        below = isinstance(value, Mapping)
+        paths += _paths(value, f"{prefix}{key}.") if below else [prefix + key]
+    return paths

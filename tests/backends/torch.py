@@ -1,0 +1,199 @@
+"""The PyTorch twin over NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+
+from backends.base import Backend, Network, float_leaves, input_dtype, named_grads, wide_dtype
+from recurrentgemma.common.layer_spec import layer_spec, spec_by_path
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    @functools.cached_property
+    def module(self) -> Any:
+        return importlib.import_module("recurrentgemma.torch")
+
+    device = "cpu"
+
+    def precision(self, dtype: str):
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def running(self, implementation: str = "auto", **_: Any):
+        """Where a recurrence runs: Triton's kernels on a GPU unless they are interpreted."""
+        compiled = implementation == "triton" and os.environ["TRITON_INTERPRET"] == "0"
+        self.device = "cuda" if compiled else "cpu"
+        try:
+            with np.errstate(over="ignore"):  # exp in an interpreted kernel
+                yield
+        finally:
+            self.device = "cpu"
+
+    def array(self, value: np.ndarray, dtype: str) -> Any:
+        import torch
+
+        array = torch.tensor(np.ascontiguousarray(value), device=self.device)
+        return array.to(getattr(torch, dtype))
+
+    def _numpy(self, value: Any) -> np.ndarray:
+        import torch
+
+        value = value.detach()
+        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+
+    def _network(self, kind, config, prefix, params, dtype, kwargs) -> TorchNetwork:
+        import torch
+
+        positional = () if kind == "Griffin" else (prefix,)
+        module = getattr(self.module, kind)(
+            config, *positional, dtype=getattr(torch, dtype), **kwargs
+        )
+        specs, below = spec_by_path(config), f"{prefix}." if prefix else ""
+        module.load_state_dict(
+            {
+                specs[below + path].torch.name.removeprefix(below): self.array(
+                    specs[below + path].torch.encode(np.asarray(value)), dtype
+                )
+                for path, value in params.items()
+            }
+        )
+        return TorchNetwork(self, kind, module, dtype)
+
+    def raw_griffin(self, config, params, dtype="float32"):
+        model = self._network("Griffin", config, "", params, dtype, {}).module
+        return model, model
+
+    def init_params(self, config, seed, dtype="float32"):
+        import torch
+
+        model = self.module.Griffin(config, dtype=getattr(torch, dtype))
+        model.reset_parameters(seed)
+        stored = model.state_dict()
+        params = {}
+        for spec in layer_spec(config):
+            value = stored[spec.torch.name]
+            if value.dtype == torch.bfloat16:  # bit for bit, in NumPy's extension type
+                import ml_dtypes
+
+                value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            params[spec.path] = np.asarray(spec.torch.decode(np.asarray(value), spec))
+        return params
+
+    def sampler(self, config, params, vocab, **kwargs):
+        model = self._network("Griffin", config, "", params, "float32", {}).module
+        return self.module.Sampler(model, vocab, **kwargs)
+
+    def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
+        with self.running(**kwargs):
+            args = self.scan_arguments(x, a, h0, reset, dtype)
+            return self.to_numpy(self.module.linear_scan(*args, **kwargs))
+
+    def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
+        import torch
+
+        with self.running(**kwargs):
+            x, a, h0, reset = self.scan_arguments(x, a, h0, reset, dtype)
+            inputs = [value.requires_grad_() for value in (x, a, h0)]
+            outputs = self.module.linear_scan(x, a, h0, reset, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
+
+    def rg_lru_scan(
+        self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
+    ):
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            return self.to_numpy(self.module.rg_lru_scan(*args, **kwargs))
+
+    def rg_lru_scan_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        dtype="float64",
+        **kwargs,
+    ):
+        import torch
+
+        with self.running(**kwargs):
+            args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
+            inputs = [value.requires_grad_() for value in args if value.is_floating_point()]
+            outputs = self.module.rg_lru_scan(*args, **kwargs)
+            cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
+            gradients = torch.autograd.grad(
+                outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+            )
+            return self.to_numpy((outputs, gradients))
+
+
+class TorchNetwork(Network):
+    def __init__(self, backend: TorchBackend, kind: str, module, dtype: str) -> None:
+        self.backend, self.kind, self.module, self.dtype = backend, kind, module, dtype
+
+    def _arguments(self, x, segment_pos, state) -> list[Any]:
+        arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
+        if segment_pos is not None:
+            arguments.append(self.backend.array(segment_pos, "int32"))
+            arguments.append(self.backend.state(state, self.dtype, self.kind))
+        return arguments
+
+    def __call__(self, x, segment_pos=None, state=None):
+        import torch
+
+        with torch.no_grad():
+            outputs = self.module(*self._arguments(x, segment_pos, state))
+        outputs = self.backend.to_numpy(outputs)
+        return outputs if segment_pos is not None else (outputs, None)
+
+    def grads(self, x, segment_pos=None, state=None, *, dy, dstate=None):
+        import torch
+
+        arguments = self._arguments(x, segment_pos, state)
+        inputs = [
+            leaf.requires_grad_() for leaf in _torch_leaves(arguments) if leaf.is_floating_point()
+        ]
+        outputs = self.module(*arguments)
+        outputs = [leaf for leaf in _torch_leaves(outputs) if leaf.is_floating_point()]
+        wide = wide_dtype(self.dtype)
+        cotangents = [self.backend.array(c, wide) for c in [dy, *float_leaves(dstate)]]
+        pairs = zip(outputs, cotangents, strict=True)
+        loss = torch.stack([(out.to(c.dtype) * c).sum() for out, c in pairs]).sum()
+        names, parameters = zip(*self.module.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(
+            loss, [*parameters, *inputs], allow_unused=True, materialize_grads=True
+        )
+        gradients = [self.backend.to_numpy(gradient) for gradient in gradients]
+        prefix = f"{self.module.prefix}." if self.module.prefix else ""
+        specs = {spec.torch.name: spec for spec in layer_spec(self.module.config)}
+        flat = {}
+        for name, gradient in zip(names, gradients[: len(names)], strict=True):
+            spec = specs[prefix + name]
+            flat[spec.path.removeprefix(prefix)] = spec.torch.decode(gradient, spec)
+        return named_grads(flat, x, state, gradients[len(names) :])
+
+
+def _torch_leaves(tree: Any) -> list[Any]:
+    if tree is None:
+        return []
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in _torch_leaves(part)]
+    if isinstance(tree, tuple | list):
+        return [leaf for part in tree for leaf in _torch_leaves(part)]
+    return [tree]
