@@ -89,7 +89,8 @@ def save_folder(
       path: The folder to make.
       config: What the model is.
       dtypes: The dtype of each parameter, by path.
-      parameter: Gives a parameter in the Flax layout.
+      parameter: Gives a parameter in the Flax layout; asked once for each, as the layer spec lists
+        them.
       tokenizer: The tokenizer.
       force: Whether to replace what is at `path`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.arrays import to_array, to_tensor
 from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.native import save_folder
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
@@ -49,13 +51,13 @@ def load_checkpoint(
     with open_checkpoint(path, overrides) as checkpoint:
         model = Griffin(checkpoint.config, device="meta")
         if sharding is not None:
-            _shard(model, sharding)
+            shard(model, sharding)
         places = model.state_dict()
         state = {}
         for spec, value in checkpoint:
             tensor = to_tensor(spec.torch.encode(value)).to(device or "cpu", dtype)
             place = places[spec.torch.name]
-            state[spec.torch.name] = tensor if sharding is None else _part(tensor, place)
+            state[spec.torch.name] = tensor if sharding is None else part_of(tensor, place)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -65,33 +67,30 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
+    Where the model is split over processes all must call this; the first of them writes, a tensor
+    at a time.
+
     Raises:
       CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      RuntimeError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)
     dtypes = {spec.path: _numpy_dtype(state[spec.torch.name]) for spec in specs}
+    tensors = (state[spec.torch.name] for spec in specs)
 
-    def parameter(spec: ParamSpec) -> np.ndarray:
-        return spec.torch.decode(to_array(state[spec.torch.name]), spec)
+    def write(tensors: Iterable[Tensor]) -> None:
+        arrays = map(to_array, tensors)
 
-    save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
+        def parameter(spec: ParamSpec) -> np.ndarray:
+            return spec.torch.decode(next(arrays), spec)
 
+        save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
 
-def _shard(model: Griffin, mesh: DeviceMesh) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def _part(tensor: Tensor, place: Tensor) -> Tensor:
-    """This process's part of a tensor that all have, split as the `DTensor` it is to replace."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(place, DTensor)
-    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+    if mesh := mesh_of(state.values()):
+        by_the_first(mesh, tensors, write)
+    else:
+        write(tensors)
 
 
 def _numpy_dtype(tensor: Tensor) -> np.dtype:

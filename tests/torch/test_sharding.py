@@ -1,4 +1,6 @@
-"""A checkpoint split over processes: each has its part, and together they are the model."""
+"""A model split over processes: each has its part, and together they load and save it."""
+
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from recurrentgemma.torch import load_checkpoint
+from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
 
 TOKENS = np.arange(1, 13)[None]
 POSITIONS = np.arange(12)[None]
@@ -37,7 +40,23 @@ def check(rank: int, world: int, store: str) -> None:
     assert torch.equal(logits, expected)
     with pytest.raises(ValueError, match="either a device or a sharding"):
         load_checkpoint(device="cpu", sharding=mesh)
+    check_saving(sharded, whole, rank, Path(store).with_name("saved"))
     dist.destroy_process_group()
+
+
+def check_saving(sharded: Griffin, whole: Griffin, rank: int, folder: Path) -> None:
+    tokenizer = load_tokenizer()
+    save_checkpoint(folder, sharded, tokenizer)
+    saved = load_checkpoint(folder).state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(saved.pop(name), tensor)
+    assert not saved
+    before = sorted(path.name for path in folder.parent.iterdir())
+    error = DestinationError if rank == 0 else RuntimeError
+    with pytest.raises(error, match="DestinationError: .*force=True" if rank else "force=True"):
+        save_checkpoint(folder, sharded, tokenizer)
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+    save_checkpoint(folder, sharded, tokenizer, force=True)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
