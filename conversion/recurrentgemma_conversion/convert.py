@@ -18,7 +18,7 @@ from recurrentgemma.common.errors import (
     TokenizerError,
     VerificationError,
 )
-from recurrentgemma.common.files import flush, whole_folder
+from recurrentgemma.common.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.shards import SHARD_SIZE
 from recurrentgemma.common.text import Tokenizer
@@ -125,10 +125,12 @@ def convert(
     to = Format(to)
     if shard_size < 1:
         raise DestinationError(f"shard_size must be positive, got {shard_size}")
-    target = Path(destination).expanduser().absolute()
+    if ocdbt and to is not Format.KAGGLE_FLAX:
+        raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
+    target = destination_path(destination)
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, _existing(target.parent)) as reader:
-        _require_apart(reader.path.absolute(), target)
+        _require_apart(target, source, reader)
         specs = layer_spec(reader.config)
         dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
@@ -228,7 +230,7 @@ def find_tokenizer(
       TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
         and one is required.
     """
-    path = reader.tokenizer if given is None else Path(given).expanduser()
+    path = reader.tokenizer if given is None else expanded(given)
     if path is None:
         if required:
             raise TokenizerError(f"no tokenizer.model beside {reader.path}: a tokenizer is needed")
@@ -246,7 +248,9 @@ def find_tokenizer(
 
 def _name(reader: Reader) -> str:
     """What the weights are called: as in the source, where that gives them a name."""
-    if reader.format in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):
+    if reader.format is Format.KAGGLE_FLAX:
+        return reader.path.name
+    if reader.format is Format.KAGGLE_TORCH:
         return reader.path.stem
     return checkpoint_name(reader.config)
 
@@ -266,9 +270,13 @@ def _require_folder_name(target: Path, force: bool) -> None:
         raise DestinationError(f"{target} exists; pass force=True to replace it")
 
 
-def _require_apart(source: Path, target: Path) -> None:
-    if source.is_relative_to(target):
-        raise DestinationError(f"the destination {target} must not hold the source {source}")
+def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader) -> None:
+    """Neither may hold the other, under whatever names; `reader` may be of an unpacked archive."""
+    for path in (Path(os.path.realpath(expanded(source))), Path(os.path.realpath(reader.path))):
+        if path.is_relative_to(target):
+            raise DestinationError(f"the destination {target} must not hold the source {path}")
+    if reader.path.is_dir() and target.is_relative_to(os.path.realpath(reader.path)):
+        raise DestinationError(f"the destination {target} must not be in the source {reader.path}")
 
 
 def _existing(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrentgemma.common.errors import DownloadError, MissingExtraError
-from recurrentgemma.common.files import whole_folder
+from recurrentgemma.common.files import destination_path, whole_folder
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
 
@@ -43,7 +43,7 @@ def download(
             "a source must be kaggle:OWNER/MODEL/FRAMEWORK/VARIATION or hf:OWNER/MODEL, "
             f"got {source!r}"
         )
-    folder = Path(destination).expanduser().absolute()
+    folder = destination_path(destination)
     with whole_folder(folder, force=force) as temporary:
         _SITES[site](name, temporary)
         format_, _ = detect(temporary)

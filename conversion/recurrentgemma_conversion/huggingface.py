@@ -60,7 +60,7 @@ def hf_layout(spec: ParamSpec) -> tuple[Stored, ...]:
 
 
 class HuggingFaceReader(Reader):
-    """A folder of `config.json` and safetensors; its tensors are views of the mapped files."""
+    """A folder of `config.json` and safetensors, or one of these; its tensors are views of them."""
 
     format = Format.HUGGINGFACE
     layout = staticmethod(hf_layout)
@@ -71,14 +71,15 @@ class HuggingFaceReader(Reader):
         Raises:
           CheckpointError: It is damaged, of another model, or not what its config says.
         """
-        fields = read_fields(path / CONFIG)
+        folder = path if path.is_dir() else path.parent
+        fields = read_fields(folder / CONFIG)
         self.shards = Shards(path)
         tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
         require_recurrent(path, list(tensors))
-        config = resolve_config(path, tensors, from_fields(path / CONFIG, fields), overrides)
+        config = resolve_config(path, tensors, from_fields(folder / CONFIG, fields), overrides)
         head = tensors.pop(_HEAD, None)
-        super().__init__(path, config, tensors, [path])
-        self.companions = [path / name for name in _COMPANIONS if (path / name).is_file()]
+        super().__init__(path, config, tensors, [folder])
+        self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
         # Some tools store the tied output matrix, too.
         if head is not None and not (
             head == tensors[_EMBEDDING] and same_bits(self.fetch(_EMBEDDING), self.fetch(_HEAD))

@@ -32,7 +32,7 @@ from recurrentgemma_conversion.formats import (
     require_recurrent,
 )
 from recurrentgemma_conversion.overrides import Overrides, resolve_config
-from recurrentgemma_conversion.stated import stated_config
+from recurrentgemma_conversion.stated import around, stated_config
 
 DATABASE = "manifest.ocdbt"
 _ZARR = ".zarray"
@@ -81,8 +81,8 @@ class KaggleFlaxReader(Reader):
             for name, a in self._arrays.items()
         }
         require_recurrent(path, list(tensors))
-        config = resolve_config(path, tensors, stated_config(path.parent), overrides)
-        super().__init__(path, config, tensors, [path, path.parent])
+        config = resolve_config(path, tensors, stated_config(path), overrides)
+        super().__init__(path, config, tensors, [path, *around(path)])
 
     def fetch(self, name: str) -> np.ndarray:
         array, dtype = self._arrays[name], self.tensors[name].dtype

@@ -35,7 +35,7 @@ from recurrentgemma_conversion.formats import (
 )
 from recurrentgemma_conversion.native import torch_layout
 from recurrentgemma_conversion.overrides import Overrides, resolve_config
-from recurrentgemma_conversion.stated import stated_config
+from recurrentgemma_conversion.stated import around, stated_config
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,8 @@ class KaggleTorchReader(Reader):
         self._state = _load(path)
         tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
         require_recurrent(path, list(tensors))
-        config = resolve_config(path, tensors, stated_config(path.parent), overrides)
-        super().__init__(path, config, tensors, [path.parent, path.parent.parent])
+        config = resolve_config(path, tensors, stated_config(path), overrides)
+        super().__init__(path, config, tensors, [*around(path), path.parent.parent])
 
     def fetch(self, name: str) -> np.ndarray:
         import torch

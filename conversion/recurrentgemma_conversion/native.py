@@ -32,7 +32,7 @@ def torch_layout(spec: ParamSpec) -> tuple[Stored, ...]:
 
 
 class NativeReader(Reader):
-    """A folder of ours; its tensors are views of the mapped files."""
+    """A folder of ours, or a file of weights in it; its tensors are views of the mapped files."""
 
     format = Format.RECURRENTGEMMA
     layout = staticmethod(torch_layout)
@@ -43,7 +43,7 @@ class NativeReader(Reader):
         self.shards = folder.shards
         tensors = {n: Tensor(t.shape, t.dtype) for n, t in folder.shards.tensors.items()}
         config = resolve_config(path, tensors, folder.config, overrides)
-        super().__init__(path, config, tensors, [path])
+        super().__init__(path, config, tensors, [folder.path])
 
     def fetch(self, name: str) -> np.ndarray:
         return self.shards.read(name)

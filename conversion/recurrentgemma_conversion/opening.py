@@ -12,6 +12,7 @@ from pathlib import Path
 from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
 from recurrentgemma.common.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.errors import UnknownFormatError
+from recurrentgemma.common.files import expanded
 from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
@@ -48,14 +49,17 @@ def open_checkpoint(
     Raises:
       CheckpointError: There is none, more than one, or it cannot be served.
     """
-    source = BUNDLED if path is None else Path(path).expanduser()
+    source = BUNDLED if path is None else expanded(path).absolute()
     with contextlib.ExitStack() as stack:
         if not source.exists():
             raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
         format_, found = detect(source)
         if format_ is None:
-            unpacked = Path(tempfile.mkdtemp(prefix="recurrentgemma-", dir=scratch))
-            stack.callback(shutil.rmtree, unpacked, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix="recurrentgemma-", dir=scratch))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # In a folder of its own, beside which nothing is, under the archive's name.
+            unpacked = folder / found.name.partition(".tar")[0]
+            unpacked.mkdir()
             unpack(found, unpacked)
             format_, found = detect(unpacked)
             if format_ is None:
@@ -73,7 +77,7 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     Raises:
       ValueError: There is none.
     """
-    source = BUNDLED if path is None else Path(path).expanduser()
+    source = BUNDLED if path is None else expanded(path)
     around = source.is_dir() and not (source / TOKENIZER).is_file()
     if around or (source.is_file() and _detect_file(source)):
         with open_checkpoint(source, ANY_MODEL) as checkpoint:
@@ -119,6 +123,8 @@ def _detect(path: Path) -> list[tuple[Format | None, Path]]:
     found: list[tuple[Format | None, Path]] = []
     if any(file.name == INDEX or file.name.endswith(".safetensors") for file in files):
         found.append((_safetensors_format(path), path))
+        if (path / CONFIG).is_file():
+            return found  # what else is there may be an optimiser's
     for file in files:
         if not file.name.startswith(".") and file.suffix != ".safetensors":
             found += _detect_file(file)
@@ -131,7 +137,7 @@ def _detect_file(path: Path) -> list[tuple[Format | None, Path]]:
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= start[1] <= 5):
         return [(Format.KAGGLE_TORCH, path)]
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return [(_safetensors_format(path), path.parent)]
+        return [(_safetensors_format(path), path)]
     if path.stat().st_size and is_archive(path):
         return [(None, path)]
     return []

@@ -9,16 +9,22 @@ from recurrentgemma.common.checkpoint import CONFIG, read_config
 from recurrentgemma.common.config import GriffinConfig
 
 
-def stated_config(folder: Path) -> GriffinConfig | None:
-    """Our config in the folder of the weights, if there is one.
+def around(weights: Path) -> list[Path]:
+    """The folders that weights are in: by their name and, where it is a link, by what it names."""
+    return list(dict.fromkeys((weights.parent, weights.resolve().parent)))
+
+
+def stated_config(weights: Path) -> GriffinConfig | None:
+    """Our config beside the weights, if there is one.
 
     Raises:
       ConfigError: There is a `config.json` that cannot be read.
     """
-    path = folder / CONFIG
-    if not path.is_file() or _is_huggingface(path):
-        return None
-    return read_config(path)
+    for folder in around(weights):
+        path = folder / CONFIG
+        if path.is_file() and not _is_huggingface(path):
+            return read_config(path)
+    return None
 
 
 def _is_huggingface(path: Path) -> bool:

@@ -40,6 +40,9 @@ def exit_code(name: str, program: Callable[[], int | None]) -> int:
       The exit code: the program's, 2 after a mistake of the user's (told on stderr, in a line), 130
       after Ctrl-C, 141 when whoever read the output stopped reading. Anything unexpected is raised.
     """
+    # None where a shell closed them (`>&-`).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks
@@ -50,8 +53,7 @@ def exit_code(name: str, program: Callable[[], int | None]) -> int:
             sys.stderr.write("\n")  # below the ^C
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return CLOSED_PIPE
     except Exception as error:
         from recurrentgemma.cli.errors import mistake
@@ -60,5 +62,14 @@ def exit_code(name: str, program: Callable[[], int | None]) -> int:
         if message is None:
             raise
         sys.stderr.write(f"{name}: error: {message}\n")
+        _give_up_stdout()
         return USER_MISTAKE
     return code or 0
+
+
+def _give_up_stdout() -> None:
+    """Drops what cannot be written, since Python flushes stdout once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

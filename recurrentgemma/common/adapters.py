@@ -20,7 +20,7 @@ from recurrentgemma.common.errors import (
     NonFiniteError,
     UnknownFormatError,
 )
-from recurrentgemma.common.files import whole_file, whole_folder
+from recurrentgemma.common.files import expanded, whole_file, whole_folder
 from recurrentgemma.common.layer_spec import mismatches
 from recurrentgemma.common.lora import LoraOptions, adapter_specs, lora_targets, trainable_specs
 from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter
@@ -72,7 +72,7 @@ def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = N
       CheckpointError: It is no adapter file, not whole, holds NaN or infinity, or its adapters are
         not of this model (every difference is named).
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     path = path / ADAPTERS if path.is_dir() else path
     if not path.is_file():
         raise UnknownFormatError(f"no adapters at {path}")

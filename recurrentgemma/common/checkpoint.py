@@ -19,7 +19,7 @@ from recurrentgemma.common.errors import (
     MismatchError,
     UnknownFormatError,
 )
-from recurrentgemma.common.files import whole_folder
+from recurrentgemma.common.files import expanded, whole_folder
 from recurrentgemma.common.layer_spec import layer_spec, mismatches
 from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.tensor_files import DTYPE_NAMES
@@ -61,22 +61,23 @@ def open_folder(path: str | os.PathLike[str] | None = None) -> CheckpointFolder:
     """Checks a checkpoint folder, reading its config and the headers of its weights.
 
     Args:
-      path: The folder; the bundled model if None.
+      path: The folder, or a file of weights in it; the bundled model if None.
 
     Raises:
       CheckpointError: Files are missing (all are named), unreadable, or the weights' names and
         shapes are not the config's (every difference is named).
     """
-    folder = BUNDLED if path is None else Path(path).expanduser()
+    weights = BUNDLED if path is None else expanded(path)
+    folder = weights.parent if weights.is_file() else weights
     if not folder.is_dir():
         raise UnknownFormatError(f"no checkpoint folder at {folder}")
     missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
-    if (folder / INDEX).is_file() and WEIGHTS in missing:
+    if (weights.is_file() or (folder / INDEX).is_file()) and WEIGHTS in missing:
         missing.remove(WEIGHTS)
     if missing:
         raise DamagedError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
     config = read_config(folder / CONFIG)
-    shards = Shards(folder)
+    shards = Shards(weights)
     shapes = {name: info.shape for name, info in shards.tensors.items()}
     dtypes = {
         name: "no float" if info.dtype is None else DTYPE_NAMES[info.dtype]
@@ -111,7 +112,7 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     Raises:
       ValueError: There is none.
     """
-    found = BUNDLED if path is None else Path(path).expanduser()
+    found = BUNDLED if path is None else expanded(path)
     return Tokenizer(found / TOKENIZER if found.is_dir() else found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,20 @@ except ImportError:  # Windows: what a killed process left behind stays there
     fcntl = None
 
 _SPARE = 16 << 20  # bytes, for all that is not tensors
+_PARTIAL, _OLD = ".partial", ".replaced"  # endings of what is written, and of what it replaces
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as a shell has it: `~` is the home, unless there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def destination_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute name of what is to be written: links in it followed, but for the last part."""
+    path = expanded(path)
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 @contextlib.contextmanager
@@ -36,32 +51,60 @@ def whole_folder(
       size: Bytes that will be written.
 
     Raises:
-      DestinationError: `path` exists and `force` is not set, or its parent is no folder.
+      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or its
+        parent is no folder.
       DiskSpaceError: There is no room for `size` bytes, or no longer.
     """
-    folder = Path(path).expanduser().absolute()
-    if (folder.exists() or folder.is_symlink()) and not force:
-        raise DestinationError(f"{folder} exists; pass force=True to replace it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
-        require_room(folder.parent, size)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
-        )
-    except OSError as error:
-        raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
-    with _locked(temporary):
+    folder = destination_path(path)
+    with _parents_of(folder):
         try:
-            yield temporary
-            flush(temporary)
-            temporary.chmod(0o755)
-            _rename(temporary, folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise DiskSpaceError(f"the disk of {folder} became full") from error
-            raise
+            _recover(folder)
+            _require_free(folder, force)
+            require_room(folder.parent, size)
+            temporary = Path(
+                tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_PARTIAL, dir=folder.parent)
+            )
+        except OSError as error:
+            raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
+        with _locked(temporary):
+            try:
+                yield temporary
+                flush(temporary)
+                temporary.chmod(0o777 & ~_umask())
+                _rename(temporary, folder, force)
+            except BaseException as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise DiskSpaceError(f"the disk of {folder} became full") from error
+                raise
+
+
+@contextlib.contextmanager
+def _parents_of(folder: Path) -> Iterator[None]:
+    """Makes the folders above; those made go again if the block fails and they are empty."""
+    made = [parent for parent in folder.parents if not os.path.lexists(parent)]
+    try:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
+        yield
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # which can only be read by being set
+    os.umask(mask)
+    return mask
+
+
+def _require_free(path: Path, force: bool) -> None:
+    if not force and os.path.lexists(path):
+        raise DestinationError(f"{path} exists; pass force=True to replace it")
 
 
 def flush(folder: Path) -> None:
@@ -81,26 +124,30 @@ def require_room(folder: Path, size: int) -> None:
         )
 
 
-def _rename(temporary: Path, folder: Path) -> None:
-    if folder.exists() or folder.is_symlink():
-        old = temporary.with_suffix(".old")
+def _rename(temporary: Path, folder: Path, force: bool) -> None:
+    old = temporary.with_suffix(_OLD)
+    replaces = force and os.path.lexists(folder)
+    if replaces:
         folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except BaseException:
+    try:
+        temporary.rename(folder)  # which replaces nothing but an empty folder
+    except OSError as error:
+        if replaces:
             old.rename(folder)
-            raise
+        if os.path.lexists(folder):
+            raise DestinationError(f"{folder} came to exist meanwhile; it is as it was") from error
+        raise
+    if replaces:
         _remove(old)
-    else:
-        temporary.rename(folder)
     _sync(folder.parent)
 
 
 def _remove(path: Path) -> None:
+    """Removes what has been replaced; what cannot be now is, by the next writer."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -133,31 +180,40 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _recover(folder: Path) -> None:
     """Clears what a killed process left: what it replaced comes back, what it wrote goes."""
-    old = [p for p in folder.parent.glob(".*.old") if p.name.startswith(f".{folder.name}.")]
-    for path in old:
-        if folder.exists():
+    for path in _siblings(folder.parent, _OLD, folder.name):
+        partial = path.with_suffix(_PARTIAL)
+        if partial.exists():
+            with _locked(partial) as free:
+                if not free:
+                    continue  # another process is between its two steps
+        if os.path.lexists(folder):
             _remove(path)
         else:
             path.rename(folder)
     remove_partial(folder.parent, folder.name)
 
 
-def remove_partial(parent: Path, name: str = "") -> None:
+def remove_partial(parent: Path, name: str | None = None) -> None:
     """Removes the temporary siblings, in a folder, that no process is writing any more.
 
     Args:
       parent: The folder.
-      name: What they were to become; anything if empty.
+      name: What they were to become; anything if None.
     """
-    for path in parent.glob(".*.partial"):
-        if not path.name.startswith(f".{name}." if name else "."):
-            continue
+    for path in _siblings(parent, _PARTIAL, name):
         if path.is_dir() and not path.is_symlink():
             with _locked(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
-        elif not name:
+        elif name is None:
             path.unlink(missing_ok=True)
+
+
+def _siblings(parent: Path, suffix: str, name: str | None) -> list[Path]:
+    """What was made in a folder for a name, or for any, with this ending."""
+    stem = ".+" if name is None else rf"{re.escape(name)}\.[a-z0-9_]{{8}}"
+    pattern = re.compile(rf"\.{stem}{re.escape(suffix)}", re.DOTALL)
+    return [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
 
 
 @contextlib.contextmanager
@@ -169,14 +225,14 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
       force: Whether to replace what is at `path`.
 
     Raises:
-      DestinationError: `path` exists and `force` is not set, or cannot be written.
+      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or it
+        cannot be written.
     """
-    target = Path(path).expanduser().absolute()
-    if target.exists() and not force:
-        raise DestinationError(f"{target} exists; pass force=True to replace it")
+    target = destination_path(path)
+    _require_free(target, force)
     try:
         descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
+            prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent
         )
     except OSError as error:
         raise DestinationError(f"cannot write {target}: {error.strerror}") from error
@@ -186,7 +242,8 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())
+        _require_free(target, force)
         temporary.replace(target)
     except OSError as error:
         raise DestinationError(f"cannot write {target}: {error.strerror}") from error

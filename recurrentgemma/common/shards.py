@@ -33,18 +33,24 @@ class Shards:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens a folder, or one file."""
-        index = path / INDEX
-        if path.is_dir() and index.is_file():
-            promised = _read_index(index)
-            names = sorted(set(promised.values()))
-            missing = [name for name in names if not (path / name).is_file()]
+        """Opens what an index or `model.safetensors` in a folder says, or all that is there.
+
+        Of a file, it alone, unless the index beside it lists it.
+        """
+        folder = path if path.is_dir() else path.parent
+        promised = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        names = sorted(set(promised.values()))
+        if names and (path == folder or path.name in names):
+            missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise DamagedError(f"{path} lacks {', '.join(missing)}")
-            opened = {name: TensorFile(path / name) for name in names}
-            _require_index(index, promised, opened)
+                raise DamagedError(f"{folder} lacks {', '.join(missing)}")
+            opened = {name: TensorFile(folder / name) for name in names}
+            _require_index(folder / INDEX, promised, opened)
         else:
-            found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+            found = [path]
+            if path == folder:
+                whole = folder / WEIGHTS
+                found = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
             opened = {file.name: TensorFile(file) for file in found}
         self.paths = [file.path for file in opened.values()]
         self.files: dict[str, TensorFile] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.arrays import cast
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.files import whole_folder
+from recurrentgemma.common.files import expanded, whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
@@ -97,7 +96,7 @@ def load_parameters(
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
       ValueError: The sharding is unknown or does not fit the tree.
     """
-    path = Path(checkpoint_path).expanduser().absolute()
+    path = expanded(checkpoint_path).absolute()
     if not path.exists():
         raise ValueError(f"no checkpoint directory at {path}")
     with open_checkpoint(path, ANY_MODEL) as checkpoint:

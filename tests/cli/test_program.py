@@ -185,3 +185,20 @@ def test_jax_alone_and_a_closed_pipe(checkpoint):
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shells")
+@pytest.mark.parametrize(
+    ("redirected", "code", "words"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 2, "recurrentgemma: error: cannot write the output: No space left"),
+    ],
+)
+def test_output_that_goes_nowhere(redirected: str, code: int, words: str) -> None:
+    command = f"{sys.executable} -m recurrentgemma inspect {redirected}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(words)
+    assert done.stderr.count("\n") == bool(words)

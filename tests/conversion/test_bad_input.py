@@ -17,7 +17,7 @@ from recurrentgemma.common.arrays import DTYPES
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.presets import Preset
 from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter
-from recurrentgemma_conversion import Format, Overrides, convert, detect
+from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
@@ -236,6 +236,36 @@ def test_destinations(tmp_path: Path, make, refused) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.parametrize("name", ["source", "s/../source", "around/archive.tar", "around"])
+def test_a_source_is_not_replaced(tmp_path: Path, make, name: str) -> None:
+    source = make("source", Format.RECURRENTGEMMA)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "around").mkdir()
+    archive = shutil.make_archive(str(tmp_path / "around" / "archive"), "tar", source)
+    before = files(tmp_path)
+    given = [Path(archive)] if "around" in name else [source, tmp_path / "link"]
+    for path in given:
+        with pytest.raises(errors.DestinationError, match=r"must not (hold|be in) the source"):
+            convert(path, tmp_path / name, Format.HUGGINGFACE, force=True)
+    assert files(tmp_path) == before
+
+
+def test_a_destination_in_the_source(make) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    before = files(source)
+    with pytest.raises(errors.DestinationError, match="must not be in the source"):
+        convert(source, source / "model" / "out", Format.KAGGLE_FLAX)
+    assert files(source) == before
+    convert(source, source / "out", Format.HUGGINGFACE)  # beside the weights
+    assert detect(source / "model")[0] is Format.KAGGLE_FLAX
+
+
+def test_a_layout_of_another_format(make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    refused(source, errors.DestinationError, "ocdbt is a layout of kaggle-flax", ocdbt=True)
+
+
 def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> None:
     source = make("source", Format.KAGGLE_TORCH)
     usage = shutil.disk_usage(source)._replace(free=10_000)
@@ -355,3 +385,62 @@ def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> N
     (tmp_path / "around").mkdir()
     source.rename(tmp_path / "around/anything.pt")
     assert detect(tmp_path / "around")[0] is format_
+
+
+@pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
+@pytest.mark.parametrize("name", ["finetuned.safetensors", "weights.bin"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_file_that_is_named_is_what_is_read(
+    tmp_path: Path, make, format_: Format, name: str, sharded: bool
+) -> None:
+    """Its neighbours are not, but for the config, and the other files of an index that lists it."""
+    path = "final_norm.scale"
+    changes = {path: np.full(CONFIG.width, 7.0, np.float32)}
+    tuned = make("tuned", format_, changes=changes)
+    source = make("whole", format_)
+    if sharded:
+        convert(source, tmp_path / "sharded", format_, shard_size=10_000)
+        source = tmp_path / "sharded"
+    (tuned / "model.safetensors").rename(source / name)
+
+    def scale(weights: Path) -> float:
+        with open_checkpoint(weights) as checkpoint:
+            assert checkpoint.tokenizer == source / "tokenizer.model"
+            return next(value for spec, value in checkpoint if spec.path == path).mean()
+
+    assert scale(source / name) == 7.0
+    others = list(source.glob("model*.safetensors"))
+    assert len(others) > sharded
+    for other in [source, *others]:
+        assert scale(other) != 7.0
+
+
+def test_what_trainers_leave_beside_the_weights(make) -> None:
+    source = make("source", Format.HUGGINGFACE)
+    torch.save({"state": torch.zeros(3)}, source / "optimizer.pt")
+    torch.save([1, 2], source / "training_args.bin")
+    assert detect(source) == (Format.HUGGINGFACE, source)
+
+
+def test_an_archive_knows_nothing_of_where_it_is_unpacked(tmp_path: Path, make) -> None:
+    """Its root is the Orbax directory; what lies beside the destination is of another model."""
+    source = make("source", Format.KAGGLE_FLAX)
+    archive = shutil.make_archive(str(tmp_path / "2b-v1.1"), "gztar", source / "model")
+    other = make("other", Format.RECURRENTGEMMA, CONFIGS["attention_last"])
+    convert(archive, other / "out", Format.KAGGLE_FLAX, overrides=OVERRIDES)
+    with open_checkpoint(other / "out") as checkpoint:
+        assert checkpoint.config == CONFIG
+        assert checkpoint.tokenizer is None
+        assert checkpoint.path.name == "2b-v1.1"
+    convert(other / "out", tmp_path / "again", Format.KAGGLE_FLAX)
+    assert (tmp_path / "again" / "2b-v1.1").is_dir()
+
+
+def test_weights_named_from_within_and_by_a_link(tmp_path: Path, make, monkeypatch) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    (tmp_path / "link").symlink_to("source/model")
+    monkeypatch.chdir(source / "model")
+    for name in (Path(), Path("../../link"), tmp_path / "link"):
+        with open_checkpoint(name) as checkpoint:
+            assert checkpoint.config == CONFIG
+            assert checkpoint.tokenizer is not None

@@ -1,0 +1,7 @@
+"""`python -m recurrentgemma`: the command line."""
+
+import sys
+
+from recurrentgemma.cli import main
+
+sys.exit(main())

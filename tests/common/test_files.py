@@ -1,0 +1,136 @@
+"""Folders and files that appear whole or not at all, and what is left alone beside them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.files import destination_path, whole_file, whole_folder
+
+RANDOM = "k3v_x9qa"  # as tempfile has it
+
+
+def write(
+    path: Path,
+    text: str = "new",
+    *,
+    force: bool = False,
+    meanwhile: Callable[[Path], object] = lambda path: None,
+) -> None:
+    with whole_folder(path, force=force) as folder:
+        (folder / "file").write_text(text)
+        meanwhile(path)
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "file").write_text(text)
+    return path
+
+
+def tree(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("appears", ["file", "folder"])
+def test_what_comes_to_exist_meanwhile_stays(tmp_path: Path, appears: str) -> None:
+    def appear(path: Path) -> None:
+        if appears == "folder":
+            folder_with(path, "another's")
+        else:
+            path.write_text("another's")
+
+    def write_file() -> None:
+        with whole_file(tmp_path / "one") as file:
+            file.write_text("new")
+            appear(tmp_path / "one")
+
+    with pytest.raises(DestinationError, match="came to exist meanwhile"):
+        write(tmp_path / "out", meanwhile=appear)
+    with pytest.raises(DestinationError, match="exists"):
+        write_file()
+    assert len(tree(tmp_path)) == 2
+    assert set(tree(tmp_path).values()) == {"another's"}
+    write(tmp_path / "out", force=True)
+    assert tree(tmp_path / "out") == {"file": "new"}
+
+
+@pytest.mark.parametrize("name", ["out/../out", "./out", "link/../out", "out/."])
+def test_a_destination_under_another_name(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_with(Path("out"), "old")
+    folder_with(Path("elsewhere/deep"), "other")
+    Path("link").symlink_to("out")
+    with pytest.raises(DestinationError, match="exists"):
+        write(Path(name))
+    write(Path(name), force=True)
+    assert tree(tmp_path) == {"out/file": "new", "elsewhere/deep/file": "other"}
+
+
+def test_only_the_last_part_may_stay_a_link(tmp_path: Path) -> None:
+    folder_with(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    assert destination_path(tmp_path / "link") == tmp_path / "link"
+    assert destination_path(tmp_path / "link" / "new") == tmp_path / "real" / "new"
+    write(tmp_path / "link", force=True)  # the link is replaced, not what it names
+    assert tree(tmp_path) == {"real/file": "old", "link/file": "new"}
+
+
+def test_an_unknown_user_is_a_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("~no such user"))
+    assert tree(tmp_path) == {"~no such user/file": "new"}
+
+
+def test_what_a_killed_process_replaced_comes_back(tmp_path: Path) -> None:
+    folder_with(tmp_path / f".out.{RANDOM}.replaced", "old")
+    folder_with(tmp_path / f".out.{RANDOM}.partial", "half")
+    with pytest.raises(DestinationError, match="exists"):
+        write(tmp_path / "out")
+    assert tree(tmp_path) == {"out/file": "old"}
+
+
+def test_what_a_killed_process_had_replaced_goes(tmp_path: Path) -> None:
+    folder_with(tmp_path / "out", "new")
+    folder_with(tmp_path / f".out.{RANDOM}.replaced", "old")
+    write(tmp_path / "out", "newer", force=True)
+    assert tree(tmp_path) == {"out/file": "newer"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f".out.v2.{RANDOM}.replaced",  # of a folder "out.v2"
+        f".out.v2.{RANDOM}.partial",
+        ".out.mine.replaced",
+        f"out.{RANDOM}.replaced",
+        f".another.{RANDOM}.replaced",
+    ],
+)
+def test_siblings_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
+    folder_with(tmp_path / name, "theirs")
+    write(tmp_path / "out")
+    write(tmp_path / "out", force=True)
+    assert tree(tmp_path) == {f"{name}/file": "theirs", "out/file": "new"}
+
+
+def test_parents_that_were_made_go_with_the_failure(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "deep" / "new" / "out"
+    with pytest.raises(RuntimeError, match="half way"), whole_folder(out):
+        raise RuntimeError("half way")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_permissions_are_what_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "folder")
+        with whole_file(tmp_path / "file") as file:
+            file.write_text("private")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("folder", "file")]
+    assert modes == [0o750, 0o640]
