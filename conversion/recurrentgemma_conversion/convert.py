@@ -231,7 +231,10 @@ def find_tokenizer(
     path = reader.tokenizer if given is None else Path(given).expanduser()
     if path is None:
         if required:
-            raise TokenizerError(f"no tokenizer.model beside {reader.path}: a tokenizer is needed")
+            raise TokenizerError(
+                f"no {TOKENIZER} beside {reader.path}: a tokenizer is needed, give the model's with "
+                "--tokenizer"
+            )
         return None
     try:
         size = Tokenizer(path).size

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
@@ -64,7 +65,7 @@ class Reader(abc.ABC):
     ) -> None:
         """Checks the tensors; `homes` are the folders where a tokenizer would be."""
         self.path, self.config, self.tensors = path, config, tensors
-        found = (home / "tokenizer.model" for home in homes)
+        found = (home / TOKENIZER for home in homes)
         self.tokenizer = next((file for file in found if file.is_file()), None)
         self.companions: Sequence[Path] = ()
         require_tensors(path, config, tensors, self.layout)
@@ -117,7 +118,7 @@ class Reader(abc.ABC):
           TokenizerError: There is none beside the weights, or it is damaged.
         """
         if self.tokenizer is None:
-            raise TokenizerError(f"there is no tokenizer.model beside the weights in {self.path}")
+            raise no_tokenizer(self.path)
         try:
             return Tokenizer(self.tokenizer)
         except ValueError as error:

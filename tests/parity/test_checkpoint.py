@@ -9,6 +9,7 @@ import pytest
 
 from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import TokenizerError
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.text import Tokenizer
 
@@ -151,8 +152,7 @@ def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
 
     folder = broken("lacking")
     (folder / "config.json").unlink()
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"lacks config\.json, tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"lacks config\.json$"):
         load_checkpoint(folder)
     folder = broken("truncated")
     weights = folder / "model.safetensors"
@@ -175,6 +175,29 @@ def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text").write_text("not a tokenizer")
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         load_tokenizer(tmp_path / "text")
+
+
+def test_weights_are_read_without_a_tokenizer(
+    twin: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    folder = tmp_path / "model"
+    save(twin, folder, tokenizer)
+    expected, _ = load(twin, folder)
+    (folder / "tokenizer.model").unlink()
+    values, _ = load(twin, folder)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(values[path], value, err_msg=path)
+    if twin == "jax":
+        assert module.load_parameters(folder)["final_norm"]["scale"].shape == (CONFIG.width,)
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer\.model beside .*: put the model's there"
+    ):
+        module.load_tokenizer(folder)
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer\.model beside .*: put the model's there"
+    ):
+        assert open_folder(folder).tokenizer
 
 
 def test_torch_names_every_mismatch() -> None:
