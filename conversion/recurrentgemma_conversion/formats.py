@@ -6,7 +6,8 @@ import abc
 import enum
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Reader(abc.ABC):
       config: What the model is.
       tokenizer: The sentencepiece model beside the weights, if there is one.
       companions: Other files that belong to the checkpoint in its own format.
+      special_ids: The special tokens' ids as its config has them, by their names there.
       tensors: The stored tensors, by name.
     """
 
@@ -68,6 +70,7 @@ class Reader(abc.ABC):
         found = (home / TOKENIZER for home in homes)
         self.tokenizer = next((file for file in found if file.is_file()), None)
         self.companions: Sequence[Path] = ()
+        self.special_ids: Mapping[str, Any] = {}
         require_tensors(path, config, tensors, self.layout)
         self.dtypes: dict[str, np.dtype] = {
             spec.path: dtype
@@ -140,6 +143,8 @@ class Request(NamedTuple):
       shard_size: Bytes in a safetensors file, at most.
       tokenizer: The tokenizer, where a format has files of its own for it.
       ocdbt: Whether an Orbax directory is to be a database, not a file for each array.
+      special_ids: The special tokens' ids, where a config has them; those not given are the
+        tokenizer's, or else as in the published vocabulary.
     """
 
     config: GriffinConfig
@@ -148,6 +153,7 @@ class Request(NamedTuple):
     shard_size: int = SHARD_SIZE
     tokenizer: Tokenizer | None = None
     ocdbt: bool = False
+    special_ids: Mapping[str, Any] = MappingProxyType({})
 
 
 class Writer(abc.ABC):

@@ -60,6 +60,7 @@ def test_json(cli, tmp_path, source):
         "dtypes": ["float32"],
         "verified": False,
         "nonfinite": {},
+        "dropped": [],
     }
 
 
@@ -98,6 +99,19 @@ def test_a_folder_of_ours_without_a_tokenizer(cli, tmp_path, source):
         assert done.code == 2
         assert f"no tokenizer.model beside the weights in {bare}: put" in done.err
         assert done.err.count("\n") == 1
+
+
+def test_a_tokenizer_that_is_dropped(cli, tmp_path):
+    source = write_checkpoint(tmp_path / "source", Format.HUGGINGFACE, CONFIG)
+    args = ("convert", source, tmp_path / "out", "--to", "kaggle-torch", "--force")
+    assert cli(*args).err == ""
+    pieces = (source / "tokenizer.model").rename(tmp_path / "pieces")
+    done = cli(*args)
+    assert done.code == 0
+    assert done.err.count("\n") == 1
+    for words in ("no tokenizer", "tokenizer.json, tokenizer_config.json", "--tokenizer"):
+        assert words in done.err
+    assert cli(*args, "--tokenizer", pieces).err == ""
 
 
 def test_nonfinite(cli, tmp_path):

@@ -167,6 +167,49 @@ def test_files_of_another_tokenizer_are_not_kept(tmp_path: Path, make) -> None:
         assert ("mine" in fields) == mine
 
 
+@pytest.fixture
+def without_pieces(make) -> Path:
+    """A folder with `tokenizer.json` alone and ids of its own."""
+    source = make("source", Format.HUGGINGFACE)
+    (source / TOKENIZER).unlink()
+    (source / "generation_config.json").unlink()
+    fields = json.loads((source / "config.json").read_text()) | OWN
+    (source / "config.json").write_text(json.dumps(fields))
+    return source
+
+
+OWN = {"bos_token_id": 8, "eos_token_id": [7, 107], "pad_token_id": None}
+
+
+def special(folder: Path, name: str) -> dict[str, int]:
+    fields = json.loads((folder / name).read_text())
+    return {key: fields[key] for key in OWN}
+
+
+def test_a_copy_keeps_the_special_ids_with_the_tokenizer(tmp_path: Path, without_pieces) -> None:
+    out, replaced = tmp_path / "out", tmp_path / "replaced"
+    assert convert(without_pieces, out, Format.HUGGINGFACE).dropped == []
+    convert(without_pieces, replaced, Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
+    ours = Tokenizer(BUNDLED / TOKENIZER)
+    ids = {"bos_token_id": ours.bos_id, "eos_token_id": ours.eos_id, "pad_token_id": ours.pad_id}
+    for name in ("config.json", "generation_config.json"):
+        assert special(out, name) == OWN
+        assert special(replaced, name) == ids
+    name = "tokenizer.json"
+    assert (out / name).read_bytes() == (without_pieces / name).read_bytes()
+
+
+def test_what_a_format_has_no_place_for_is_told(tmp_path: Path, without_pieces) -> None:
+    (without_pieces / "generation_config.json").write_text("{}")
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    for to in (Format.KAGGLE_TORCH, Format.KAGGLE_FLAX):
+        assert convert(without_pieces, tmp_path / to, to).dropped == files
+        given = convert(
+            without_pieces, tmp_path / to, to, tokenizer=BUNDLED / TOKENIZER, force=True
+        )
+        assert given.dropped == []
+
+
 def test_a_tokenizer_that_changes_text_is_left_to_sentencepiece(tmp_path: Path) -> None:
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS[1:] * 50), model_prefix=str(tmp_path / "m"), vocab_size=60,
