@@ -22,7 +22,14 @@ from recurrentgemma.common.files import flush, whole_folder
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.shards import SHARD_SIZE
 from recurrentgemma.common.text import Tokenizer
-from recurrentgemma_conversion.formats import Format, Reader, Request, Writer, checkpoint_name
+from recurrentgemma_conversion.formats import (
+    Format,
+    Reader,
+    Request,
+    Writer,
+    checkpoint_name,
+    require_size,
+)
 from recurrentgemma_conversion.huggingface import GENERATION, HuggingFaceWriter
 from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
 from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter
@@ -247,13 +254,10 @@ def find_tokenizer(
             )
         return None
     try:
-        size = Tokenizer(path).size
+        pieces = Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
-    if size != reader.config.vocab_size:
-        raise TokenizerError(
-            f"{path} has {size} pieces, and the vocabulary {reader.config.vocab_size} entries"
-        )
+    require_size(pieces, reader.config, path)
     return path
 
 

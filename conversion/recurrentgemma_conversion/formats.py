@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +41,12 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype | None
 
+    @classmethod
+    def of(cls, array: Any) -> Tensor:
+        """Those of an array of either framework or NumPy."""
+        name = str(getattr(array, "dtype", None)).removeprefix("torch.")
+        return cls(tuple(np.shape(array)), DTYPES.get(name))
+
 
 class Reader(abc.ABC):
     """An opened checkpoint: what it is, known from its headers, and its parameters one at a time.
@@ -71,12 +78,7 @@ class Reader(abc.ABC):
         self.tokenizer = next((file for file in found if file.is_file()), None)
         self.companions: Sequence[Path] = ()
         self.special_ids: Mapping[str, Any] = {}
-        require_tensors(path, config, tensors, self.layout)
-        self.dtypes: dict[str, np.dtype] = {
-            spec.path: dtype
-            for spec in layer_spec(config)
-            if (dtype := tensors[self.layout(spec)[0].name].dtype) is not None
-        }
+        self.dtypes = require_tensors(path, config, tensors, self.layout)
 
     @staticmethod
     @abc.abstractmethod
@@ -200,9 +202,19 @@ def checkpoint_name(config: GriffinConfig) -> str:
 
 
 def require_tensors(
-    path: Path, config: GriffinConfig, tensors: Mapping[str, Tensor], layout
-) -> None:
-    """Raises `MismatchError` with all differences between stored tensors and a config's."""
+    path: str | os.PathLike[str], config: GriffinConfig, tensors: Mapping[str, Tensor], layout
+) -> dict[str, np.dtype]:
+    """The dtype of each parameter, by path.
+
+    Args:
+      path: Where the tensors are, or go.
+      config: What the model is.
+      tensors: They, by name.
+      layout: How they store a parameter.
+
+    Raises:
+      MismatchError: They are not those of the config; it lists all differences.
+    """
     expected = {part.name: part.shape for spec in layer_spec(config) for part in layout(spec)}
     problems = mismatches(expected, {name: tensor.shape for name, tensor in tensors.items()})
     supported = ", ".join(DTYPES)
@@ -218,6 +230,19 @@ def require_tensors(
     ]
     if problems:
         raise MismatchError(f"{path}: the tensors are not those of the config", problems)
+    return {
+        spec.path: dtype
+        for spec in layer_spec(config)
+        if (dtype := tensors[layout(spec)[0].name].dtype) is not None
+    }
+
+
+def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> None:
+    """Raises `TokenizerError` if a tokenizer, of this name, is of another size than a vocabulary."""
+    if tokenizer.size != config.vocab_size:
+        raise TokenizerError(
+            f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
+        )
 
 
 def require_recurrent(path: Path, names: Sequence[str]) -> None:

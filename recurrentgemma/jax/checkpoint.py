@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from recurrentgemma.common.files import whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
-from recurrentgemma_conversion.formats import Reader
+from recurrentgemma_conversion.formats import Reader, require_tensors
+from recurrentgemma_conversion.formats import Tensor as Held
+from recurrentgemma_conversion.kaggle_flax import flax_layout
 from recurrentgemma_conversion.native import save_folder
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
@@ -68,15 +70,27 @@ def save_checkpoint(
     """Writes a checkpoint folder, whole or not at all.
 
     Raises:
-      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
+        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        of another size than the vocabulary.
     """
-    params = params.get("params", params)
+    leaves = dict(_leaves(params.get("params", params)))
+    held = {name: Held.of(leaf) for name, leaf in leaves.items()}
+    dtypes = require_tensors(path, config, held, flax_layout)
 
     def parameter(spec: ParamSpec) -> np.ndarray:
-        return np.asarray(get_path(params, spec.path))
+        return np.asarray(leaves[spec.path])
 
-    dtypes = {s.path: np.dtype(get_path(params, s.path).dtype) for s in layer_spec(config)}
     save_folder(path, config, dtypes, parameter, tokenizer, force=force)
+
+
+def _leaves(tree: Params, parents: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of parameters, by dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{parents}{key}.")
+        else:
+            yield f"{parents}{key}", value
 
 
 def load_parameters(

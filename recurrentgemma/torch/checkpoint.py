@@ -16,7 +16,9 @@ from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.arrays import to_array, to_tensor
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
-from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.formats import Tensor as Held
+from recurrentgemma_conversion.formats import require_tensors
+from recurrentgemma_conversion.native import save_folder, torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
@@ -71,12 +73,15 @@ def save_checkpoint(
     at a time.
 
     Raises:
-      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
+        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        of another size than the vocabulary.
       RuntimeError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)
-    dtypes = {spec.path: _numpy_dtype(state[spec.torch.name]) for spec in specs}
+    held = {name: Held.of(tensor) for name, tensor in state.items()}
+    dtypes = require_tensors(path, model.config, held, torch_layout)
     tensors = (state[spec.torch.name] for spec in specs)
 
     def write(tensors: Iterable[Tensor]) -> None:
