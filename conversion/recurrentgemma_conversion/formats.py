@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.arrays import DTYPES, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
@@ -44,8 +44,7 @@ class Tensor(NamedTuple):
     @classmethod
     def of(cls, array: Any) -> Tensor:
         """Those of an array of either framework or NumPy."""
-        name = str(getattr(array, "dtype", None)).removeprefix("torch.")
-        return cls(tuple(np.shape(array)), DTYPES.get(name))
+        return cls(tuple(np.shape(array)), DTYPES.get(dtype_name(getattr(array, "dtype", None))))
 
 
 class Reader(abc.ABC):
@@ -238,7 +237,7 @@ def require_tensors(
 
 
 def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> None:
-    """Raises `TokenizerError` if a tokenizer, of this name, is of another size than a vocabulary."""
+    """Raises `TokenizerError`, with the tokenizer's name, if it has not the vocabulary's size."""
     if tokenizer.size != config.vocab_size:
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"

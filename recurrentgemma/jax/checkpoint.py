@@ -14,7 +14,7 @@ from flax.typing import Dtype
 from jax import Device
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from recurrentgemma.common.arrays import cast
+from recurrentgemma.common.arrays import cast, float_dtype
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.files import whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
@@ -38,16 +38,22 @@ def load_checkpoint(
 ) -> tuple[Griffin, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
+    On the CPU these are views of its mapped file where they can be: uncompressed, not cast, their
+    axes as JAX has them. Writing over that file in place changes them; replacing it, as
+    `save_checkpoint` does, does not.
+
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None.
+      dtype: Of the parameters and the computation; as stored if None. Where JAX has float64 turned
+        off, that is float32.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
       overrides: What the checkpoint does not say of the model, or says otherwise.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: The sharding is unknown, does not fit the tree, or comes with a device.
+      ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
+        parameters cannot be of the dtype.
     """
     if device is not None:
         if sharding != "single_device":
@@ -55,7 +61,7 @@ def load_checkpoint(
         sharding = SingleDeviceSharding(device)
     with open_checkpoint(path, overrides) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
-        param_dtype = checkpoint.dtypes["embedder.input_embedding"] if dtype is None else dtype
+    param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Griffin(checkpoint.config, param_dtype=param_dtype), params
 
 
@@ -99,6 +105,8 @@ def load_parameters(
 ) -> Params:
     """The parameters in a checkpoint of any format, such as an Orbax directory from Kaggle.
 
+    On the CPU views of its mapped file where they can be, as in `load_checkpoint`.
+
     Args:
       checkpoint_path: The checkpoint, absolute or relative.
       sharding: "single_device", "replicated" (on every device), one sharding for all, or a tree of
@@ -127,7 +135,7 @@ def _load(
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     for spec, value in checkpoint:
-        on_host = value if dtype is None else cast(value, jnp.dtype(dtype))
+        on_host = value if dtype is None else cast(value, float_dtype(jnp.dtype(dtype)))
         set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
     return params
 
