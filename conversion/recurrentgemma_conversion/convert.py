@@ -22,8 +22,15 @@ from recurrentgemma.common.files import destination_path, expanded, flush, whole
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.shards import SHARD_SIZE
 from recurrentgemma.common.text import Tokenizer
-from recurrentgemma_conversion.formats import Format, Reader, Request, Writer, checkpoint_name
-from recurrentgemma_conversion.huggingface import HuggingFaceWriter
+from recurrentgemma_conversion.formats import (
+    Format,
+    Reader,
+    Request,
+    Writer,
+    checkpoint_name,
+    require_size,
+)
+from recurrentgemma_conversion.huggingface import GENERATION, HuggingFaceWriter
 from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
 from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter
 from recurrentgemma_conversion.native import NativeWriter
@@ -72,6 +79,8 @@ class Summary(NamedTuple):
       seconds: The time it took, verification included.
       verified: Whether the result was read again and compared.
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
+      dropped: Files of the source's tokenizer for which the format has no place, where that leaves
+        the result without a tokenizer.
     """
 
     source_format: Format
@@ -83,6 +92,7 @@ class Summary(NamedTuple):
     seconds: float
     verified: bool
     nonfinite: dict[str, int]
+    dropped: list[str]
 
 
 def convert(
@@ -135,13 +145,15 @@ def convert(
         dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         read = None if pieces is None else Tokenizer(pieces)
-        request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt)
+        kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
+        ids = reader.special_ids if kept else {}
+        request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
-            if to is reader.format and tokenizer is None:
+            if kept:
                 for companion in reader.companions:
                     shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
@@ -161,6 +173,11 @@ def convert(
             seconds=time.perf_counter() - started,
             verified=verify,
             nonfinite=nonfinite,
+            dropped=[
+                companion.name
+                for companion in reader.companions
+                if pieces is None and not kept and companion.name != GENERATION
+            ],
         )
 
 
@@ -233,16 +250,16 @@ def find_tokenizer(
     path = reader.tokenizer if given is None else expanded(given)
     if path is None:
         if required:
-            raise TokenizerError(f"no tokenizer.model beside {reader.path}: a tokenizer is needed")
+            raise TokenizerError(
+                f"no {TOKENIZER} beside {reader.path}: a tokenizer is needed, "
+                "give the model's with --tokenizer"
+            )
         return None
     try:
-        size = Tokenizer(path).size
+        pieces = Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
-    if size != reader.config.vocab_size:
-        raise TokenizerError(
-            f"{path} has {size} pieces, and the vocabulary {reader.config.vocab_size} entries"
-        )
+    require_size(pieces, reader.config, path)
     return path
 
 

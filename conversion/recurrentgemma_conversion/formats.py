@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.arrays import DTYPES, dtype_name
+from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
@@ -38,6 +41,11 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype | None
 
+    @classmethod
+    def of(cls, array: Any) -> Tensor:
+        """Those of an array of either framework or NumPy."""
+        return cls(tuple(np.shape(array)), DTYPES.get(dtype_name(getattr(array, "dtype", None))))
+
 
 class Reader(abc.ABC):
     """An opened checkpoint: what it is, known from its headers, and its parameters one at a time.
@@ -50,6 +58,7 @@ class Reader(abc.ABC):
       config: What the model is.
       tokenizer: The sentencepiece model beside the weights, if there is one.
       companions: Other files that belong to the checkpoint in its own format.
+      special_ids: The special tokens' ids as its config has them, by their names there.
       tensors: The stored tensors, by name.
     """
 
@@ -64,15 +73,11 @@ class Reader(abc.ABC):
     ) -> None:
         """Checks the tensors; `homes` are the folders where a tokenizer would be."""
         self.path, self.config, self.tensors = path, config, tensors
-        found = (home / "tokenizer.model" for home in homes)
+        found = (home / TOKENIZER for home in homes)
         self.tokenizer = next((file for file in found if file.is_file()), None)
         self.companions: Sequence[Path] = ()
-        require_tensors(path, config, tensors, self.layout)
-        self.dtypes: dict[str, np.dtype] = {
-            spec.path: dtype
-            for spec in layer_spec(config)
-            if (dtype := tensors[self.layout(spec)[0].name].dtype) is not None
-        }
+        self.special_ids: Mapping[str, Any] = {}
+        self.dtypes = require_tensors(path, config, tensors, self.layout)
 
     @staticmethod
     @abc.abstractmethod
@@ -117,7 +122,7 @@ class Reader(abc.ABC):
           TokenizerError: There is none beside the weights, or it is damaged.
         """
         if self.tokenizer is None:
-            raise TokenizerError(f"there is no tokenizer.model beside the weights in {self.path}")
+            raise no_tokenizer(self.path)
         try:
             return Tokenizer(self.tokenizer)
         except ValueError as error:
@@ -139,6 +144,8 @@ class Request(NamedTuple):
       shard_size: Bytes in a safetensors file, at most.
       tokenizer: The tokenizer, where a format has files of its own for it.
       ocdbt: Whether an Orbax directory is to be a database, not a file for each array.
+      special_ids: The special tokens' ids, where a config has them; those not given are the
+        tokenizer's, or else as in the published vocabulary.
     """
 
     config: GriffinConfig
@@ -147,6 +154,7 @@ class Request(NamedTuple):
     shard_size: int = SHARD_SIZE
     tokenizer: Tokenizer | None = None
     ocdbt: bool = False
+    special_ids: Mapping[str, Any] = MappingProxyType({})
 
 
 class Writer(abc.ABC):
@@ -193,9 +201,19 @@ def checkpoint_name(config: GriffinConfig) -> str:
 
 
 def require_tensors(
-    path: Path, config: GriffinConfig, tensors: Mapping[str, Tensor], layout
-) -> None:
-    """Raises `MismatchError` with all differences between stored tensors and a config's."""
+    path: str | os.PathLike[str], config: GriffinConfig, tensors: Mapping[str, Tensor], layout
+) -> dict[str, np.dtype]:
+    """The dtype of each parameter, by path.
+
+    Args:
+      path: Where the tensors are, or go.
+      config: What the model is.
+      tensors: They, by name.
+      layout: How they store a parameter.
+
+    Raises:
+      MismatchError: They are not those of the config; it lists all differences.
+    """
     expected = {part.name: part.shape for spec in layer_spec(config) for part in layout(spec)}
     problems = mismatches(expected, {name: tensor.shape for name, tensor in tensors.items()})
     supported = ", ".join(DTYPES)
@@ -211,6 +229,19 @@ def require_tensors(
     ]
     if problems:
         raise MismatchError(f"{path}: the tensors are not those of the config", problems)
+    return {
+        spec.path: dtype
+        for spec in layer_spec(config)
+        if (dtype := tensors[layout(spec)[0].name].dtype) is not None
+    }
+
+
+def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> None:
+    """Raises `TokenizerError`, with the tokenizer's name, if it has not the vocabulary's size."""
+    if tokenizer.size != config.vocab_size:
+        raise TokenizerError(
+            f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
+        )
 
 
 def require_recurrent(path: Path, names: Sequence[str]) -> None:

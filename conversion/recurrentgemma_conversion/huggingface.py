@@ -44,13 +44,14 @@ _FIXED = {
 _ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # As in the published vocabulary.
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+GENERATION = "generation_config.json"
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 
 
@@ -79,6 +80,7 @@ class HuggingFaceReader(Reader):
         config = resolve_config(path, tensors, from_fields(folder / CONFIG, fields), overrides)
         head = tensors.pop(_HEAD, None)
         super().__init__(path, config, tensors, [folder])
+        self.special_ids = {name: fields[name] for name in SPECIAL if name in fields}
         self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
         # Some tools store the tied output matrix, too.
         if head is not None and not (
@@ -116,9 +118,10 @@ class HuggingFaceWriter(Writer):
     def finish(self) -> None:
         dtype = self.request.dtypes["embedder.input_embedding"].name
         tokenizer = self.request.tokenizer
-        ids = SPECIAL if tokenizer is None else special_ids(tokenizer)
+        ids: dict[str, Any] = SPECIAL if tokenizer is None else special_ids(tokenizer)
+        ids = ids | dict(self.request.special_ids)
         _write_json(self.folder / CONFIG, to_fields(self.request.config, dtype) | ids)
-        _write_json(self.folder / "generation_config.json", {"_from_model_config": True} | ids)
+        _write_json(self.folder / GENERATION, {"_from_model_config": True} | ids)
         if tokenizer is not None:
             write_tokenizer_files(self.folder, tokenizer)
 

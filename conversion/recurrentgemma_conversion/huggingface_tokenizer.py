@@ -15,10 +15,26 @@ _UNIGRAM, _BPE = 1, 2  # sentencepiece's model types
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # and types of pieces
 _TURNS = (START_OF_TURN, END_OF_TURN)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes for a space
+# In Jinja: BOS, then the turns of user and model one after the other, nothing stripped.
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{% if role != ['user', 'model'][loop.index0 % 2] %}"
+    "{{ raise_exception('user and assistant must alternate, the user first, got the role '"
+    " ~ message['role'] ~ ' for message ' ~ loop.index0) }}"
+    "{% endif %}"
+    f"{{{{ '{START_OF_TURN}' + role + '\\n' + message['content'] + '{END_OF_TURN}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{START_OF_TURN}model\\n' }}}}{{% endif %}}"
+)
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`: the same ids for any text.
+
+    Where there are pieces for turns, the chat template is among them: the text is that of
+    `apply_it_formatter`, turn after turn.
 
     A text that spells a special token has that token's id in `transformers`, and is text in
     sentencepiece. Of models that normalise text, which no published one does, nothing is written.
@@ -40,6 +56,8 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+    if all(model.has(turn) for turn in _TURNS):
+        config["chat_template"] = _CHAT_TEMPLATE
     _write(folder / "tokenizer.json", _tokenizer(model, tokenizer))
     _write(folder / "tokenizer_config.json", config)
 
@@ -55,6 +73,10 @@ class _Model(NamedTuple):
     kind: int
     byte_fallback: bool
     normalizes: bool
+
+    def has(self, text: str) -> bool:
+        """Whether a text is a piece."""
+        return any(piece.text == text for piece in self.pieces)
 
 
 def _tokenizer(model: _Model, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from recurrentgemma_conversion.formats import (
     Request,
     Tensor,
     Writer,
+    require_size,
     stored_tensors,
 )
 from recurrentgemma_conversion.overrides import Overrides, resolve_config
@@ -95,8 +96,10 @@ def save_folder(
       force: Whether to replace what is at `path`.
 
     Raises:
-      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      CheckpointError: `path` exists and `force` is not set, the disk has too little room, or the
+        tokenizer is of another size than the vocabulary.
     """
+    require_size(tokenizer, config, "the tokenizer")
     size = sum(spec.size * dtypes[spec.path].itemsize for spec in layer_spec(config))
     with whole_folder(path, force=force, size=size) as folder:
         writer = NativeWriter(folder, Request(config, dtypes, ""))

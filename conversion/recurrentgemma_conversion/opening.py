@@ -102,7 +102,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
         for grandchild in sorted(path.glob("*/*/")):
             found += _detect(grandchild)
     if not found:
-        missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (path / name).is_file()]
+        missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         raise UnknownFormatError(
             f"{path} is no Orbax checkpoint, PyTorch state dict or archive, and as a folder of "
             f"safetensors it lacks {', '.join(missing)}"

@@ -96,6 +96,11 @@ def convert(
             verify=verify,
             progress=progress,
         )
+    if summary.dropped:
+        sys.stderr.write(
+            f"{destination} has no tokenizer: {to} has no place for {', '.join(summary.dropped)}; "
+            "--tokenizer gives it a sentencepiece model\n"
+        )
     if as_json:
         paths = {"source": str(source), "destination": str(destination)}
         typer.echo(json.dumps(paths | summary._asdict()))

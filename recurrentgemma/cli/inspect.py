@@ -66,6 +66,7 @@ def inspect(
             config = opened.config
             report = described(config, dtypes, memory=memory)
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
+            report["tokenizer"] = opened.tokenizer and str(opened.tokenizer)
     elif checkpoint is None:
         known = member(Preset, preset.upper())
         source = {"preset": known.name}

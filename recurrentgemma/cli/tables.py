@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,7 +20,11 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
       report: The report.
       every_block: Whether to list all blocks, else the first of each kind.
     """
-    yield from _align(_config_rows(report["config"]), right=())
+    rows = list(_config_rows(report["config"]))
+    if "tokenizer" in report:
+        path = report["tokenizer"]
+        rows.append(("tokenizer", Path(path).name if path else "none beside the weights"))
+    yield from _align(rows, right=())
     yield ""
     yield from _parameter_lines(report, every_block)
     yield ""

@@ -22,6 +22,23 @@ _STRIP = 128  # rows of a matrix in a piece: it stays in the cache while it is c
 _TILE = 64  # columns of a strip that are turned at a time
 
 
+def dtype_name(dtype: object) -> str:
+    """What NumPy calls a dtype of NumPy, JAX or PyTorch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def float_dtype(dtype: object) -> np.dtype:
+    """NumPy's own of a floating-point dtype of NumPy, JAX or PyTorch.
+
+    Raises:
+      ValueError: Parameters cannot be of it.
+    """
+    name = dtype_name(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
 def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
     """The values of an array in C order, as flat contiguous pieces.
 

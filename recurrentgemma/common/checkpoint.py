@@ -1,7 +1,8 @@
 """Checkpoint folders as both twins read and write them: which files, which names, which errors.
 
 A folder holds `config.json`, `model.safetensors` (or shards with an index; tensors under their
-PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`.
+PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`, which only those
+who ask for it need.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from recurrentgemma.common.errors import (
     ConfigError,
     DamagedError,
     MismatchError,
+    TokenizerError,
     UnknownFormatError,
 )
 from recurrentgemma.common.files import expanded, whole_folder
@@ -53,7 +55,9 @@ class CheckpointFolder(NamedTuple):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, read now."""
+        """The tokenizer, read now; `TokenizerError` where there is none."""
+        if not (self.path / TOKENIZER).is_file():
+            raise no_tokenizer(self.path)
         return Tokenizer(self.path / TOKENIZER)
 
 
@@ -71,7 +75,7 @@ def open_folder(path: str | os.PathLike[str] | None = None) -> CheckpointFolder:
     folder = weights.parent if weights.is_file() else weights
     if not folder.is_dir():
         raise UnknownFormatError(f"no checkpoint folder at {folder}")
-    missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if (weights.is_file() or (folder / INDEX).is_file()) and WEIGHTS in missing:
         missing.remove(WEIGHTS)
     if missing:
@@ -114,6 +118,14 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     """
     found = BUNDLED if path is None else expanded(path)
     return Tokenizer(found / TOKENIZER if found.is_dir() else found)
+
+
+def no_tokenizer(path: Path) -> TokenizerError:
+    """The error that a checkpoint has no tokenizer, with what to do."""
+    return TokenizerError(
+        f"there is no {TOKENIZER} beside the weights in {path}: put the model's there, or write a "
+        "checkpoint with it by recurrentgemma convert --tokenizer"
+    )
 
 
 def write_folder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,13 +13,15 @@ from flax.typing import Dtype
 from jax import Device
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from recurrentgemma.common.arrays import cast
+from recurrentgemma.common.arrays import cast, float_dtype
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.files import expanded, whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
-from recurrentgemma_conversion.formats import Reader
+from recurrentgemma_conversion.formats import Reader, require_tensors
+from recurrentgemma_conversion.formats import Tensor as Held
+from recurrentgemma_conversion.kaggle_flax import flax_layout
 from recurrentgemma_conversion.native import save_folder
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
@@ -35,16 +37,22 @@ def load_checkpoint(
 ) -> tuple[Griffin, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
+    On the CPU these are views of its mapped file where they can be: uncompressed, not cast, their
+    axes as JAX has them. Writing over that file in place changes them; replacing it, as
+    `save_checkpoint` does, does not.
+
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None.
+      dtype: Of the parameters and the computation; as stored if None. Where JAX has float64 turned
+        off, that is float32.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
       overrides: What the checkpoint does not say of the model, or says otherwise.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: The sharding is unknown, does not fit the tree, or comes with a device.
+      ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
+        parameters cannot be of the dtype.
     """
     if device is not None:
         if sharding != "single_device":
@@ -52,7 +60,7 @@ def load_checkpoint(
         sharding = SingleDeviceSharding(device)
     with open_checkpoint(path, overrides) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
-        param_dtype = checkpoint.dtypes["embedder.input_embedding"] if dtype is None else dtype
+    param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Griffin(checkpoint.config, param_dtype=param_dtype), params
 
 
@@ -67,15 +75,27 @@ def save_checkpoint(
     """Writes a checkpoint folder, whole or not at all.
 
     Raises:
-      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
+        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        of another size than the vocabulary.
     """
-    params = params.get("params", params)
+    leaves = dict(_leaves(params.get("params", params)))
+    held = {name: Held.of(leaf) for name, leaf in leaves.items()}
+    dtypes = require_tensors(path, config, held, flax_layout)
 
     def parameter(spec: ParamSpec) -> np.ndarray:
-        return np.asarray(get_path(params, spec.path))
+        return np.asarray(leaves[spec.path])
 
-    dtypes = {s.path: np.dtype(get_path(params, s.path).dtype) for s in layer_spec(config)}
     save_folder(path, config, dtypes, parameter, tokenizer, force=force)
+
+
+def _leaves(tree: Params, parents: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of parameters, by dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{parents}{key}.")
+        else:
+            yield f"{parents}{key}", value
 
 
 def load_parameters(
@@ -83,6 +103,8 @@ def load_parameters(
     sharding: str | Sharding | Mapping[str, Any] = "single_device",
 ) -> Params:
     """The parameters in a checkpoint of any format, such as an Orbax directory from Kaggle.
+
+    On the CPU views of its mapped file where they can be, as in `load_checkpoint`.
 
     Args:
       checkpoint_path: The checkpoint, absolute or relative.
@@ -112,7 +134,7 @@ def _load(
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     for spec, value in checkpoint:
-        on_host = value if dtype is None else cast(value, jnp.dtype(dtype))
+        on_host = value if dtype is None else cast(value, float_dtype(jnp.dtype(dtype)))
         set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
     return params
 

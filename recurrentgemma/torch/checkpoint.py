@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.arrays import cast, float_dtype
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.arrays import to_array, to_tensor
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
-from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.formats import Tensor as Held
+from recurrentgemma_conversion.formats import require_tensors
+from recurrentgemma_conversion.native import save_folder, torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
@@ -32,7 +34,11 @@ def load_checkpoint(
     sharding: DeviceMesh | None = None,
     overrides: Overrides = NO_OVERRIDES,
 ) -> Griffin:
-    """The model in a checkpoint of any format; on the CPU a view of its mapped file where it can.
+    """The model in a checkpoint of any format.
+
+    On the CPU its parameters are views of the mapped file where they can be: stored as PyTorch has
+    them, and not cast. Writing over that file in place changes them; replacing it, as
+    `save_checkpoint` does, does not.
 
     Args:
       path: A folder, file or archive; the bundled model if None.
@@ -44,7 +50,7 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: There are both a device and a sharding.
+      ValueError: There are both a device and a sharding, or parameters cannot be of the dtype.
     """
     if device is not None and sharding is not None:
         raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
@@ -55,7 +61,8 @@ def load_checkpoint(
         places = model.state_dict()
         state = {}
         for spec, value in checkpoint:
-            tensor = to_tensor(spec.torch.encode(value)).to(device or "cpu", dtype)
+            on_host = value if dtype is None else cast(value, float_dtype(dtype))
+            tensor = to_tensor(spec.torch.encode(on_host)).to(device or "cpu")
             place = places[spec.torch.name]
             state[spec.torch.name] = tensor if sharding is None else part_of(tensor, place)
     model.load_state_dict(state, assign=True)
@@ -71,12 +78,15 @@ def save_checkpoint(
     at a time.
 
     Raises:
-      CheckpointError: `path` exists and `force` is not set, or the disk has too little room.
+      CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
+        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        of another size than the vocabulary.
       RuntimeError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)
-    dtypes = {spec.path: _numpy_dtype(state[spec.torch.name]) for spec in specs}
+    held = {name: Held.of(tensor) for name, tensor in state.items()}
+    dtypes = require_tensors(path, model.config, held, torch_layout)
     tensors = (state[spec.torch.name] for spec in specs)
 
     def write(tensors: Iterable[Tensor]) -> None:
@@ -91,7 +101,3 @@ def save_checkpoint(
         by_the_first(mesh, tensors, write)
     else:
         write(tensors)
-
-
-def _numpy_dtype(tensor: Tensor) -> np.dtype:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]

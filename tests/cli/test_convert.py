@@ -60,6 +60,7 @@ def test_json(cli, tmp_path, source):
         "dtypes": ["float32"],
         "verified": False,
         "nonfinite": {},
+        "dropped": [],
     }
 
 
@@ -77,6 +78,40 @@ def test_shards_and_given_config(cli, tmp_path, source):
     assert (config.attention_window_size, config.logits_soft_cap) == (7, 2.5)
     assert not config.embeddings_scale_by_sqrt_dim
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_a_folder_of_ours_without_a_tokenizer(cli, tmp_path, source):
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    assert cli("convert", source, bare, "--to", "recurrentgemma").code == 0
+    (bare / "tokenizer.model").unlink()
+    done = cli("convert", bare, out, "--to", "recurrentgemma")
+    assert done.code == 2
+    assert "no tokenizer.model beside" in done.err
+    assert "--tokenizer" in done.err
+    pieces = ("--tokenizer", source / "tokenizer.model")
+    assert cli("convert", bare, out, "--to", "recurrentgemma", *pieces).code == 0
+    assert (out / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    assert cli("convert", bare, tmp_path / "torch", "--to", "kaggle-torch").code == 0
+    assert not (tmp_path / "torch/tokenizer.model").exists()
+    (tmp_path / "text").write_text("a")
+    for command in (("sample", "a"), ("chat",), ("score", tmp_path / "text")):
+        done = cli(*command, "--checkpoint", bare)
+        assert done.code == 2
+        assert f"no tokenizer.model beside the weights in {bare}: put" in done.err
+        assert done.err.count("\n") == 1
+
+
+def test_a_tokenizer_that_is_dropped(cli, tmp_path):
+    source = write_checkpoint(tmp_path / "source", Format.HUGGINGFACE, CONFIG)
+    args = ("convert", source, tmp_path / "out", "--to", "kaggle-torch", "--force")
+    assert cli(*args).err == ""
+    pieces = (source / "tokenizer.model").rename(tmp_path / "pieces")
+    done = cli(*args)
+    assert done.code == 0
+    assert done.err.count("\n") == 1
+    for words in ("no tokenizer", "tokenizer.json, tokenizer_config.json", "--tokenizer"):
+        assert words in done.err
+    assert cli(*args, "--tokenizer", pieces).err == ""
 
 
 def test_nonfinite(cli, tmp_path):

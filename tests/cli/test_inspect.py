@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 
 import recurrentgemma_conversion
 from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import WEIGHTS, open_folder
+from recurrentgemma.common.checkpoint import TOKENIZER, WEIGHTS, open_folder
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.presets import Preset
@@ -46,6 +47,19 @@ def test_bundled_model(cli, bundled):
     assert report["checkpoint"] == str(bundled)
     assert report["num_parameters"]["total"] == num_parameters(open_folder().config)
     assert cli("inspect").out == cli("inspect", bundled).out
+
+
+def test_the_tokenizer_is_named_or_said_to_be_missing(cli, checkpoint, tmp_path):
+    report = cli("inspect", checkpoint, "--json").json
+    assert report["tokenizer"] == str(checkpoint / TOKENIZER)
+    assert ["tokenizer", TOKENIZER] in [
+        line.split() for line in cli("inspect", checkpoint).out.splitlines()
+    ]
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    (bare / TOKENIZER).unlink()
+    assert cli("inspect", bare, "--json").json["tokenizer"] is None
+    assert "none beside the weights" in cli("inspect", bare).out
+    assert "tokenizer" not in cli("inspect", "--preset", "HAWK_PAPER_7B", "--json").json
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

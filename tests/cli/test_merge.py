@@ -1,9 +1,11 @@
 """`recurrentgemma merge`: a base and its adapters in one folder."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 
 from recurrentgemma.common.adapters import Adapters, write_adapters
 from recurrentgemma.common.checkpoint import BUNDLED, open_folder
@@ -40,6 +42,19 @@ def test_merges(cli, tmp_path: Path, quantize: bool) -> None:
             expected = merge(spec, base.read(spec), adapters.arrays, adapters.options)
             np.testing.assert_array_equal(result.read(spec), np.float32(expected), spec.path)
     assert (merged / "tokenizer.model").read_bytes() == (BUNDLED / "tokenizer.model").read_bytes()
+
+
+def test_another_models_tokenizer_is_not_merged_in(cli, tmp_path: Path) -> None:
+    write(tmp_path / "adapters.safetensors", LoraOptions(rank=2))
+    base = shutil.copytree(BUNDLED, tmp_path / "base")
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a few pieces"] * 9), model_prefix=str(base / "tokenizer"),
+        vocab_size=20, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    done = cli("merge", base, tmp_path, tmp_path / "merged")
+    assert done.code == 2
+    assert "pieces, and the vocabulary 2048 entries" in done.err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_writes_for_peft(cli, tmp_path: Path) -> None:

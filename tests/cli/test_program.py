@@ -97,7 +97,7 @@ def test_broken_checkpoints(cli, checkpoint, tmp_path):
 
     (tmp_path / "empty").mkdir()
     done = cli("inspect", tmp_path / "empty")
-    assert_one_line(done, CONFIG, WEIGHTS, TOKENIZER)
+    assert_one_line(done, CONFIG, WEIGHTS)
     (broken("config") / CONFIG).write_text("{")
     assert_one_line(cli("inspect", tmp_path / "config"), CONFIG)
     weights = broken("weights") / WEIGHTS

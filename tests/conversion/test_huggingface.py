@@ -1,6 +1,7 @@
 """What `transformers` finds beside the weights: configs and tokenizers."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.text import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion import Format, convert
 from recurrentgemma_conversion.huggingface import SPECIAL, from_fields, to_fields
 from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
@@ -70,7 +71,10 @@ TEXTS = [
 ]
 
 
-def bpe_tokenizer(path: Path) -> Path:
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+
+
+def bpe_tokenizer(path: Path, symbols: tuple[str, ...] = (*TURNS, "\n", "\n\n")) -> Path:
     """A sentencepiece model of the kind that Gemma has."""
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter([text for text in TEXTS if text] * 50),
@@ -85,7 +89,7 @@ def bpe_tokenizer(path: Path) -> Path:
         eos_id=1,
         bos_id=2,
         unk_id=3,
-        user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "\n", "\n\n"],
+        user_defined_symbols=list(symbols),
         minloglevel=2,
     )
     return path.with_suffix(".model")
@@ -134,6 +138,68 @@ def test_special_tokens_and_decoding(tokenizers) -> None:
         assert padded[0][0] == ours.pad_id  # on the left, as generation wants it
 
 
+def messages(*texts: str, answer: str = "assistant") -> list[dict[str, str]]:
+    """A conversation in which the user speaks first."""
+    return [{"role": answer if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+
+CONVERSATIONS = [
+    ("Hi",),
+    (" spaces around \n\n",),
+    ("Who are you?", "I am.\n", "Sure?\nReally?"),
+    ("日本語", "", "{{ 1 + 1 }} {% raw %}", "é", "end"),
+]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("texts", CONVERSATIONS)
+def test_the_chat_template_is_ours(tokenizers, kind: str, texts: tuple[str, ...]) -> None:
+    pytest.importorskip("jinja2")
+    ours, theirs = tokenizers(kind)
+    expected = ""
+    for said, answered in itertools.zip_longest(texts[::2], texts[1::2]):
+        expected += apply_it_formatter(said)
+        expected += "" if answered is None else f"{answered}<end_of_turn>\n"
+    for answer in ("assistant", "model"):
+        said = messages(*texts, answer=answer)
+        text = theirs.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        assert text == theirs.bos_token + expected
+        ids = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        assert ids == ours.encode(expected)
+        text = theirs.apply_chat_template(said, tokenize=False)
+        assert text == theirs.bos_token + expected.removesuffix("<start_of_turn>model\n")
+
+
+@pytest.mark.parametrize(
+    "roles", [("system", "user"), ("user", "user"), ("assistant",), ("user", "tool")]
+)
+def test_the_chat_template_refuses_what_ours_has_no_form_for(
+    tokenizers, roles: tuple[str, ...]
+) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    said = [{"role": role, "content": "Hi"} for role in roles]
+    with pytest.raises(jinja2.TemplateError, match="user and assistant must alternate"):
+        tokenizers("unigram")[1].apply_chat_template(said)
+
+
+def test_a_model_that_does_not_chat_has_no_template(tmp_path: Path) -> None:
+    path = bpe_tokenizer(tmp_path / "plain", symbols=("\n",))
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(tmp_path / "out", Tokenizer(path))
+    fields = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "chat_template" not in fields
+
+
+def test_a_template_of_the_source_stays(tmp_path: Path, make) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("jinja2")
+    source = make("source", Format.HUGGINGFACE)
+    (source / "chat_template.jinja").write_text("theirs")
+    convert(source, tmp_path / "out", Format.HUGGINGFACE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(messages("Hi"), tokenize=False) == "theirs"
+
+
 def test_a_converted_folder_is_whole_for_transformers(tmp_path: Path, make) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch.nn")
@@ -165,6 +231,49 @@ def test_files_of_another_tokenizer_are_not_kept(tmp_path: Path, make) -> None:
     for name, mine in (("kept", True), ("new", False)):
         fields = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
         assert ("mine" in fields) == mine
+
+
+@pytest.fixture
+def without_pieces(make) -> Path:
+    """A folder with `tokenizer.json` alone and ids of its own."""
+    source = make("source", Format.HUGGINGFACE)
+    (source / TOKENIZER).unlink()
+    (source / "generation_config.json").unlink()
+    fields = json.loads((source / "config.json").read_text()) | OWN
+    (source / "config.json").write_text(json.dumps(fields))
+    return source
+
+
+OWN = {"bos_token_id": 8, "eos_token_id": [7, 107], "pad_token_id": None}
+
+
+def special(folder: Path, name: str) -> dict[str, int]:
+    fields = json.loads((folder / name).read_text())
+    return {key: fields[key] for key in OWN}
+
+
+def test_a_copy_keeps_the_special_ids_with_the_tokenizer(tmp_path: Path, without_pieces) -> None:
+    out, replaced = tmp_path / "out", tmp_path / "replaced"
+    assert convert(without_pieces, out, Format.HUGGINGFACE).dropped == []
+    convert(without_pieces, replaced, Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
+    ours = Tokenizer(BUNDLED / TOKENIZER)
+    ids = {"bos_token_id": ours.bos_id, "eos_token_id": ours.eos_id, "pad_token_id": ours.pad_id}
+    for name in ("config.json", "generation_config.json"):
+        assert special(out, name) == OWN
+        assert special(replaced, name) == ids
+    name = "tokenizer.json"
+    assert (out / name).read_bytes() == (without_pieces / name).read_bytes()
+
+
+def test_what_a_format_has_no_place_for_is_told(tmp_path: Path, without_pieces) -> None:
+    (without_pieces / "generation_config.json").write_text("{}")
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    for to in (Format.KAGGLE_TORCH, Format.KAGGLE_FLAX):
+        assert convert(without_pieces, tmp_path / to, to).dropped == files
+        given = convert(
+            without_pieces, tmp_path / to, to, tokenizer=BUNDLED / TOKENIZER, force=True
+        )
+        assert given.dropped == []
 
 
 def test_a_tokenizer_that_changes_text_is_left_to_sentencepiece(tmp_path: Path) -> None:

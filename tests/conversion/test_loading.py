@@ -14,7 +14,7 @@ from recurrentgemma.common import reference
 from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma_conversion import Format, Overrides, open_checkpoint
+from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 from tolerances import assert_close
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
@@ -25,6 +25,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from recurrentgemma.jax.griffin import get_path
+from recurrentgemma.torch.arrays import to_array
 
 CONFIG = CONFIGS["griffin"]
 TOKENS = make_tokens(CONFIG, 1, 12)
@@ -80,6 +81,56 @@ def test_dtypes_of_torch(make, format_: Format) -> None:
     assert {p.device.type for p in load_checkpoint(folder, device="meta").parameters()} == {"meta"}
 
 
+def loaded(twin: str, path: Path, dtype: str | None = None) -> tuple[dict[str, np.ndarray], str]:
+    """The parameters that are loaded, and the dtype that the model makes a cache in."""
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "torch":
+        model = module.load_checkpoint(path, dtype=dtype and getattr(torch, dtype))
+        values = {name: to_array(tensor) for name, tensor in model.state_dict().items()}
+        keys = model.init_cache(1)["blocks.2"].keys
+        specs = layer_spec(CONFIG)
+        values = {s.path: s.torch.decode(values[s.torch.name], s) for s in specs}
+        return values, str(keys.dtype).removeprefix("torch.")
+    model, params = module.load_checkpoint(path, dtype=dtype)
+    values = {s.path: np.asarray(get_path(params, s.path)) for s in layer_spec(CONFIG)}
+    return values, str(model.init_cache(1)["blocks.2"].keys.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("bfloat16", 1 + 2**-8 + 2**-40), ("float16", 1 + 2**-11 + 2**-40)]
+)
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_casts_round_once(tmp_path: Path, make, twin: str, dtype: str, value: float) -> None:
+    """By way of float32 these would come to lie halfway, and then go to the even 1."""
+    values = {"final_norm.scale": np.full(CONFIG.width, value)}
+    source = make("wide", Format.RECURRENTGEMMA, CONFIG, "float64", values)
+    params, _ = loaded(twin, source, dtype)
+    convert(source, tmp_path / "narrow", Format.RECURRENTGEMMA, dtype=dtype)
+    with open_checkpoint(tmp_path / "narrow") as reader:
+        for spec, expected in reader:
+            np.testing.assert_array_equal(params[spec.path], expected, err_msg=spec.path)
+    assert np.all(params["final_norm.scale"].astype(np.float64) > value)
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_parameters_are_of_a_float(make, twin: str) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be one of bfloat16, .*, got int8"):
+        loaded(twin, make("model", Format.RECURRENTGEMMA), "int8")
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_the_model_is_of_the_dtype_of_what_it_loaded(make, twin: str, dtype: str | None) -> None:
+    """As stored; but JAX has no float64 unless it is told so, and the model knows that too."""
+    source = make("wide", Format.RECURRENTGEMMA, CONFIG, "float64")
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            params, cache = loaded(twin, source, dtype)
+        expected = "float64" if x64 or twin == "torch" else "float32"
+        assert {value.dtype.name for value in params.values()} == {expected}
+        assert cache == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_torch_maps_the_file_and_leaves_it_alone(make) -> None:
     file = make("model", Format.RECURRENTGEMMA) / "model.safetensors"
@@ -93,6 +144,42 @@ def test_torch_maps_the_file_and_leaves_it_alone(make) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_jax_maps_the_file_where_no_axes_are_turned(make) -> None:
+    file = make("model", Format.RECURRENTGEMMA) / "model.safetensors"
+    _, params = importlib.import_module("recurrentgemma.jax").load_checkpoint(file.parent)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    (span,) = (line.split()[0] for line in lines if line.endswith(str(file)))
+    start, end = (int(part, 16) for part in span.split("-"))
+    embedding = params["embedder"]["input_embedding"]
+    assert start <= embedding.unsafe_buffer_pointer() < end
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_replacing_a_checkpoint_leaves_what_was_loaded_from_it(make, twin: str) -> None:
+    """Though it is a view of the file that was there."""
+    folder = make("model", Format.RECURRENTGEMMA)
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "torch":
+        model, other = module.load_checkpoint(folder), module.Griffin(CONFIG)
+        args, values = (other,), model.state_dict()
+        params = {s.path: values[s.torch.name] for s in layer_spec(CONFIG)}
+    else:
+        _, tree = module.load_checkpoint(folder)
+        args = (CONFIG, module.init_params(CONFIG, 7))
+        params = {s.path: get_path(tree, s.path) for s in layer_spec(CONFIG)}
+    module.save_checkpoint(folder, *args, load_tokenizer(folder), force=True)
+    expected = parameters(CONFIG, "float32")
+    for spec in layer_spec(CONFIG):
+        value = np.asarray(params[spec.path])
+        value = value if twin == "jax" else spec.torch.decode(value, spec)
+        np.testing.assert_array_equal(value, expected[spec.path], err_msg=spec.path)
+    changed, _ = loaded(twin, folder)
+    assert not np.array_equal(
+        changed["embedder.input_embedding"], expected["embedder.input_embedding"]
+    )
 
 
 @pytest.mark.parametrize("format_", Format)

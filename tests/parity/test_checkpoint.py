@@ -3,12 +3,15 @@
 import importlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 
 from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import MismatchError, TokenizerError
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.text import Tokenizer
 
@@ -36,6 +39,18 @@ def twin(request) -> str:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return load_tokenizer(BUNDLED / "tokenizer.model")
+
+
+@pytest.fixture
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of another model."""
+    prefix = str(tmp_path_factory.mktemp("pieces") / "small")
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a tokenizer of few pieces and of no more than that"] * 20),
+        model_prefix=prefix, vocab_size=60, byte_fallback=False, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    return Tokenizer(f"{prefix}.model")
 
 
 def save(twin: str, path: Path, tokenizer: Tokenizer, dtype: str = "float32", **kwargs) -> None:
@@ -122,6 +137,72 @@ def test_nothing_existing_is_replaced_unless_asked(
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+def changed(twin: str, changes: dict[str, np.ndarray | None]) -> tuple[Any, ...]:
+    """What `save_checkpoint` takes of a model some of whose parameters are others, or gone."""
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    if twin == "jax":
+        import jax
+
+        from recurrentgemma.jax.griffin import get_path, set_path
+
+        params = jax.tree.map(lambda leaf: leaf, module.init_params(CONFIG, 5))
+        for path, value in changes.items():
+            if value is None:
+                parent, leaf = path.rsplit(".", 1)
+                del get_path(params, parent)[leaf]
+            else:
+                set_path(params, path, jax.numpy.asarray(value))
+        return CONFIG, params
+    import torch
+
+    model = module.Griffin(CONFIG)
+    for path, value in changes.items():
+        parent, _, leaf = path.rpartition(".")
+        if value is None:
+            delattr(model.get_submodule(parent), leaf)
+        else:
+            tensor = torch.nn.Parameter(torch.from_numpy(value), requires_grad=False)
+            setattr(model.get_submodule(parent), leaf, tensor)
+    return (model,)
+
+
+def test_parameters_that_are_not_the_configs_are_not_written(
+    twin: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """All that is wrong is named at once, whether there is a folder already or not."""
+    save_checkpoint = importlib.import_module(f"recurrentgemma.{twin}").save_checkpoint
+    changes = {
+        "blocks.0.recurrent_block.conv_1d.w": np.zeros((3, 32), np.float32),
+        "blocks.0.recurrent_block.conv_1d.b": None,
+        "blocks.1.channel_pre_norm.scale": np.zeros(24, np.int32),
+        "blocks.1.extra": np.zeros(2, np.float32),
+    }
+    save(twin, tmp_path / "model", tokenizer)
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    for name in ("model", "new"):
+        with pytest.raises(MismatchError, match=r"\(4 differences\)") as caught:
+            save_checkpoint(tmp_path / name, *changed(twin, changes), tokenizer, force=True)
+        for problem in (
+            "blocks.0.recurrent_block.conv_1d.w must have shape (4, 32), got (3, 32)",
+            "missing blocks.0.recurrent_block.conv_1d.b (32,)",
+            "blocks.1.channel_pre_norm.scale must be of a dtype among bfloat16, float16",
+            "unexpected blocks.1.extra (2,)",
+        ):
+            assert problem in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+
+
+def test_another_models_tokenizer_is_not_written(
+    twin: str, tmp_path: Path, small: Tokenizer
+) -> None:
+    with pytest.raises(
+        TokenizerError, match=f"has {small.size} pieces, and the vocabulary 2048 entries"
+    ):
+        save(twin, tmp_path / "model", small)
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_interrupted_write_leaves_what_was_there(
     twin: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +232,7 @@ def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
 
     folder = broken("lacking")
     (folder / "config.json").unlink()
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"lacks config\.json, tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"lacks config\.json$"):
         load_checkpoint(folder)
     folder = broken("truncated")
     weights = folder / "model.safetensors"
@@ -175,6 +255,29 @@ def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text").write_text("not a tokenizer")
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         load_tokenizer(tmp_path / "text")
+
+
+def test_weights_are_read_without_a_tokenizer(
+    twin: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    module = importlib.import_module(f"recurrentgemma.{twin}")
+    folder = tmp_path / "model"
+    save(twin, folder, tokenizer)
+    expected, _ = load(twin, folder)
+    (folder / "tokenizer.model").unlink()
+    values, _ = load(twin, folder)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(values[path], value, err_msg=path)
+    if twin == "jax":
+        assert module.load_parameters(folder)["final_norm"]["scale"].shape == (CONFIG.width,)
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer\.model beside .*: put the model's there"
+    ):
+        module.load_tokenizer(folder)
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer\.model beside .*: put the model's there"
+    ):
+        assert open_folder(folder).tokenizer
 
 
 def test_torch_names_every_mismatch() -> None:

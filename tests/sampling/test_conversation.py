@@ -1,5 +1,7 @@
 """Conversations: the template exactly, only what is new is read, undo, files, an answer cut off."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from samplers import make_sampler
@@ -7,6 +9,7 @@ from samplers import make_sampler
 from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.state import StateError
 from recurrentgemma.common.text import apply_it_formatter
+from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
 
 STEPS = 8
 
@@ -50,6 +53,28 @@ def test_the_template_is_the_published_one(sampler) -> None:
     assert all_tokens(conversation) == sampler.tokenizer.encode(text)
     assert conversation.state is not None
     assert conversation.state.num_tokens == (len(sampler.tokenizer.encode(text)),)
+
+
+def test_transformers_reads_the_same_tokens(sampler, tmp_path: Path) -> None:
+    """By the template that is written for it, at each turn."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("jinja2")
+    write_tokenizer_files(tmp_path, sampler.tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    end = sampler.tokenizer.end_of_turn_id
+    answers = [[*spoken(sampler, text), end] for text in ("I am.", "No")]
+    answering(sampler, answers)
+    conversation = Conversation(sampler)
+    messages: list[dict[str, str]] = []
+    for question, answer in zip(("Who are you?", "Sure?\nReally?"), answers, strict=True):
+        messages.append({"role": "user", "content": question})
+        said = conversation.ask(question, 50)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert [*ids, *answer] == all_tokens(conversation)
+        messages.append({"role": "assistant", "content": said})
+    prompt = sampler._encode(["Who are you?"])[0]
+    said = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert said == prompt
 
 
 def test_an_answer_cut_short_is_closed_by_the_next_turn(sampler) -> None:

@@ -1,8 +1,10 @@
 """A model split over processes: each has its part, and together they load and save it."""
 
+import io
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import numpy as np
@@ -12,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
+from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
 
 TOKENS = np.arange(1, 13)[None]
@@ -57,6 +60,26 @@ def check_saving(sharded: Griffin, whole: Griffin, rank: int, folder: Path) -> N
         save_checkpoint(folder, sharded, tokenizer)
     assert sorted(path.name for path in folder.parent.iterdir()) == before
     save_checkpoint(folder, sharded, tokenizer, force=True)
+    check_refusing(sharded, rank, folder.with_name("refused"))
+
+
+def check_refusing(sharded: Griffin, rank: int, folder: Path) -> None:
+    """No process waits for another where what is to be saved is wrong."""
+    pieces = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a few pieces"] * 9), model_writer=pieces, vocab_size=20,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    small = Tokenizer(spm.SentencePieceProcessor(model_proto=pieces.getvalue()))
+    with pytest.raises(RuntimeError if rank else TokenizerError, match="and the vocabulary 2048"):
+        save_checkpoint(folder, sharded, small)
+    sharded.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    del sharded.final_norm.scale
+    with pytest.raises(MismatchError, match=r"2 differences") as caught:
+        save_checkpoint(folder, sharded, load_tokenizer())
+    assert "missing final_norm.scale" in str(caught.value)
+    assert "unexpected extra (2,)" in str(caught.value)
+    assert not folder.exists()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
