@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import json
 import os
+import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.common.state import State, StateError, empty_state
+from recurrentgemma.common.stops import checked_ids
 from recurrentgemma.common.text import END_OF_TURN, apply_it_formatter
 
 if TYPE_CHECKING:
@@ -40,8 +42,9 @@ class Conversation:
         for text in chat.send("Who are you?"):
             print(text, end="", flush=True)
 
-    In a notebook the object shows itself. Leaving the loop early, or Ctrl-C, ends the answer and
-    keeps what there is of it.
+    In a notebook the object shows itself. Leaving the loop early, Ctrl-C, or going on with the
+    conversation in any way ends the answer and keeps what there is of it; where it was not begun,
+    nothing was said.
 
     Attributes:
       sampler: What answers; `sampler.sampling` says how.
@@ -58,10 +61,13 @@ class Conversation:
         if sampler.tokenizer.end_of_turn_id is None:
             raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
         self.sampler = sampler
+        # Held by whoever iterates alone: once that is over, so is the answer.
+        self._answering: weakref.ref[Generator[str]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forgets all that was said."""
+        self._end_answer()
         self.turns: list[Turn] = []
         self.state: State | None = None
         self._earlier: list[State | None] = []  # before each turn
@@ -75,15 +81,20 @@ class Conversation:
           **options: Those of `Sampler.stream`.
 
         Raises:
-          ValueError: An option is out of range; nothing was said then.
+          ValueError: The text is no `str`, or an option is out of range; nothing was said then.
         """
+        self._end_answer()
         tokens = self._opening(text)
         start = self._extended(tokens)
         end = self.sampler.tokenizer.end_of_turn_id
         assert end is not None
-        stop_ids = {end, *options.pop("stop_ids", ())}
-        stream = self.sampler.stream(start, total_generation_steps, stop_ids=stop_ids, **options)
-        return self._answer(text, tokens, stream)
+        stop_ids = checked_ids(options.pop("stop_ids", ()), self.sampler.config.vocab_size)
+        stream = self.sampler.stream(
+            start, total_generation_steps, stop_ids={end, *stop_ids}, **options
+        )
+        answer = self._answer(text, tokens, stream)
+        self._answering = weakref.ref(answer)
+        return answer
 
     def ask(self, text: str, total_generation_steps: int = 1024, **options: Any) -> str:
         """The whole answer of `send`."""
@@ -91,6 +102,7 @@ class Conversation:
 
     def undo(self) -> Turn | None:
         """Takes back the last turn and returns it; None if there is none."""
+        self._end_answer()
         if not self.turns:
             return None
         turn, self.state = self.turns.pop(), self._earlier.pop()
@@ -105,6 +117,7 @@ class Conversation:
           ValueError: Nothing was said yet.
           DestinationError: `path` exists and `force` is not set, or cannot be written.
         """
+        self._end_answer()
         if self.state is None:
             raise ValueError("there is nothing to save: nothing was said yet")
         notes = {_NOTE: json.dumps(self.turns)}
@@ -116,14 +129,15 @@ class Conversation:
         Raises:
           StateError: It is no conversation with this model, or not whole; nothing changed then.
         """
+        self._end_answer()
         state, notes = self.sampler.load_state_and_notes(path)
+        if _NOTE not in notes:
+            raise StateError(f"{path} is a state, but of no conversation")
         try:
-            turns = [
-                Turn(user, model, tuple(map(int, tokens)))
-                for user, model, tokens in json.loads(notes[_NOTE])
-            ]
-        except (KeyError, ValueError, TypeError) as error:
-            raise StateError(f"{path} is a state, but of no conversation") from error
+            turns = [_turn(user, model, tokens) for user, model, tokens in json.loads(notes[_NOTE])]
+            _check_turns(turns, state)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StateError(f"{path} is no whole conversation: {error}") from error
         self.turns, self.state, self._earlier = turns, state, [None] * len(turns)
 
     def _opening(self, text: str) -> list[int]:
@@ -141,17 +155,22 @@ class Conversation:
 
     def _answer(self, text: str, tokens: list[int], stream: Any) -> Generator[str]:
         pieces: list[str] = []
-        answered: list[int] = []
         try:
-            for token, piece in stream:
+            for _, piece in stream:
                 pieces.append(piece)
-                answered.append(token)
                 if piece:
                     yield piece
         finally:
+            state, turn = stream.state, Turn(text, "".join(pieces), (*tokens, *stream.tokens))
             self._earlier.append(self.state)
-            self.state = stream.state
-            self.turns.append(Turn(text, "".join(pieces), (*tokens, *answered)))
+            self.turns.append(turn)
+            self.state = state
+
+    def _end_answer(self) -> None:
+        """Closes the answer that is still running, so that turns and state are of one moment."""
+        answer = None if self._answering is None else self._answering()
+        if answer is not None:
+            answer.close()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.padding import Padding
@@ -172,3 +191,23 @@ class Conversation:
             for who, words in (("user", turn.user), ("model", turn.model))
         )
         return f"<div>{''.join(said)}</div>"
+
+
+def _turn(user: Any, model: Any, tokens: Any) -> Turn:
+    turn = Turn(user, model, tuple(tokens))
+    if not isinstance(user, str) or not isinstance(model, str) or not tokens or not all(
+        type(token) is int for token in tokens
+    ):  # fmt: skip
+        raise ValueError(f"a turn must be two strings and the ids of its tokens, got {turn}")
+    return turn
+
+
+def _check_turns(turns: list[Turn], state: State) -> None:
+    """Raises `ValueError` unless the turns are what the state has read."""
+    tokens = [token for turn in turns for token in turn.tokens]
+    if state.num_tokens != (len(tokens),) or (
+        state.pending[0] != tuple(tokens[-len(state.pending[0]) :])
+    ):  # fmt: skip
+        raise ValueError("its turns are not what its state has read")
+    if not all(0 <= token < state.config.vocab_size for token in tokens):
+        raise ValueError("its turns have tokens outside the model's vocabulary")

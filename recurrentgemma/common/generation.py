@@ -99,12 +99,13 @@ class Generation:
 
     Attributes:
       texts: The rows' texts so far, with why they ended.
+      generated: The rows' tokens so far.
     """
 
     def __init__(self, engine: Engine, state: State, request: Request) -> None:
         self.texts = [RowText(engine.tokenizer, request.stops) for _ in range(state.num_rows)]
         self._engine, self._origin, self._request = engine, state, request
-        self._generated = [array.array("i") for _ in range(state.num_rows)]
+        self.generated = [array.array("i") for _ in range(state.num_rows)]
         self._run: Any = None  # also while a step changes it
 
     def __iter__(self) -> Generator[Step]:
@@ -131,7 +132,7 @@ class Generation:
             for row in rows:
                 token = int(tokens[row])
                 texts[row] = self.texts[row].add(token, last=step + 1 == request.steps)
-                self._generated[row].append(token)
+                self.generated[row].append(token)
             self._run = run
             yield Step(tokens, active, texts, logits, _logprobs(choice))
             active = active.copy()
@@ -143,8 +144,8 @@ class Generation:
     def state(self) -> State:
         """The state after all that was generated so far."""
         if self._run is None:  # a step was cut off, or none was made: read again from the start
-            return self._origin.extended(self._generated)
-        generated = self._generated
+            return self._origin.extended(self.generated)
+        generated = self.generated
         pairs = zip(self._origin.num_tokens, generated, strict=True)
         return State(
             self._origin.config,
@@ -191,6 +192,11 @@ class Stream(Iterator[tuple[int, str]]):
     def state(self) -> State:
         """The state after the last token; a copy, which later ones do not change."""
         return self._generation.state
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens so far: those that `state` has beyond what was continued."""
+        return tuple(self._generation.generated[0])
 
     @property
     def finish_reason(self) -> str:

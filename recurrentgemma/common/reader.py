@@ -118,6 +118,10 @@ class Reader(Engine):
         """A cache of copies of these rows."""
 
     @abc.abstractmethod
+    def _is_own(self, value: Any) -> bool:
+        """Whether it is an array of this framework."""
+
+    @abc.abstractmethod
     def _to_numpy(self, cache: Any) -> Arrays:
         """The cache as NumPy arrays, bfloat16 as float32."""
 

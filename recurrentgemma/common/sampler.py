@@ -15,7 +15,7 @@ from recurrentgemma.common.output import SamplerOutput, logprobs_of_row
 from recurrentgemma.common.reader import Reader
 from recurrentgemma.common.sampling import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.scoring import Score
-from recurrentgemma.common.state import State, StateError, check_state, empty_state
+from recurrentgemma.common.state import State, StateError, empty_state
 from recurrentgemma.common.state_files import (
     StoredState,
     narrowed,
@@ -24,7 +24,7 @@ from recurrentgemma.common.state_files import (
     write_state,
 )
 from recurrentgemma.common.stops import Stops, checked_ids, checked_strings
-from recurrentgemma.common.text import Tokenizer, apply_it_formatter
+from recurrentgemma.common.text import Tokenizer, apply_it_formatter, check_text
 
 _Array = TypeVar("_Array")
 
@@ -70,10 +70,11 @@ class BaseSampler(Reader, Generic[_Array]):
         Args:
           input_strings: Prompts; they may differ in length and be empty.
           total_generation_steps: At most this many tokens a row.
-          rng: Seed of the draws: an integer, one a prompt, or the framework's own; fresh if None. A
-            row's draws depend on its seed and on the positions of its tokens, not on other rows: of
-            one integer each row makes a seed of its own, and of a list of them each prompt's is the
-            same wherever the prompt stands.
+          rng: Seed of the draws: an integer; one a prompt, in a sequence or an array of any
+            framework; or the framework's own, a key (also JAX's old uint32 ones) or a
+            `torch.Generator`; fresh if None. A row's draws depend on its seed and on the positions
+            of its tokens, not on other rows: of one integer each row makes a seed of its own, and
+            of several each prompt's is the same wherever the prompt stands.
           echo: Whether to return the prompts too.
           return_logits: Whether to return logits.
           end_sampling_at_eos_token: Whether a row ends at EOS (and, of an instruction-tuned model,
@@ -100,7 +101,9 @@ class BaseSampler(Reader, Generic[_Array]):
             num_logprobs,
         )
         if not prompts:
-            return SamplerOutput([], [], [] if return_logits else None)
+            logits = [] if return_logits else None
+            logprobs = None if num_logprobs is None else []
+            return SamplerOutput([], [], logits, logprobs, [])
         prompt_logits = [self._prompt_logits(row) for row in prompts if echo and return_logits]
         state = empty_state(self.config, len(prompts)).extended(prompts)
         out = self._complete(self._repeated(state, samples), request, return_logits)
@@ -138,7 +141,7 @@ class BaseSampler(Reader, Generic[_Array]):
         that of the prompt it was made of.
 
         Raises:
-          StateError: It is the state of another model, or of nothing.
+          StateError: It is the state of another model or framework, or of nothing.
           ValueError: Something asked for is out of range.
         """
         self._require_own(state)
@@ -172,7 +175,7 @@ class BaseSampler(Reader, Generic[_Array]):
           An iterator over each token id with the text that became certain with it; see `Stream`.
 
         Raises:
-          StateError: The state is of another model, or has not one row.
+          StateError: The state is of another model or framework, or has not one row.
           ValueError: Something asked for is out of range.
         """
         if isinstance(input_string, State):
@@ -198,12 +201,14 @@ class BaseSampler(Reader, Generic[_Array]):
           state: What the text is added to, as it stands; if None the text is a prompt.
 
         Raises:
-          StateError: The state is of another model, or has another number of rows.
-          ValueError: The texts are no strings, or hold tokens outside the vocabulary.
+          StateError: The state is of another model or framework, or has another number of rows.
+          ValueError: The texts are no strings, none at all, or hold tokens outside the vocabulary.
         """
         texts = [text] if isinstance(text, str) else text
         if state is None:
             tokens = self._encode(texts)
+            if not tokens:
+                raise ValueError("at least one text is expected, got none")
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
@@ -238,11 +243,12 @@ class BaseSampler(Reader, Generic[_Array]):
         Args:
           path: The file.
           state: The state; arrays are stored in their own dtypes.
-          notes: Kept beside it.
+          notes: Kept beside it: strings by name.
           force: Whether to replace what is at `path`.
 
         Raises:
-          StateError: It is the state of another model.
+          StateError: It is the state of another model or framework, or of nothing.
+          ValueError: The notes are no strings.
           DestinationError: `path` exists and `force` is not set, or cannot be written.
         """
         self._require_own(state)
@@ -262,21 +268,17 @@ class BaseSampler(Reader, Generic[_Array]):
     def load_state_and_notes(self, path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
         """Reads a state file with what was kept beside it; see `load_state`."""
         stored = read_state(path, self.config)
-        cache = None
-        if stored.arrays is not None:
-            wide = widened(stored.arrays)
-            try:
-                check_state(self.config, wide, len(stored.lengths))
-            except ValueError as error:
-                raise StateError(f"{path}: {error}") from error
-            cache = self._from_numpy(wide)
+        arrays = stored.arrays
+        cache = None if arrays is None else self._from_numpy(widened(arrays))
         state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
         return state, stored.notes
 
     def _encode(self, input_strings: Sequence[str], as_prompts: bool = True) -> list[list[int]]:
-        strings = [] if input_strings is None else list(input_strings)
-        if isinstance(input_strings, str | None) or not all(isinstance(s, str) for s in strings):
+        if isinstance(input_strings, str | bytes) or not isinstance(input_strings, Iterable):
             raise ValueError(f"input_strings must be a sequence of strings, got {input_strings!r}")
+        strings = list(input_strings)
+        for row, string in enumerate(strings):
+            check_text(string, f"prompt {row}")
         texts = map(apply_it_formatter, strings) if self.is_it_model and as_prompts else strings
         prompts = [self.tokenizer.encode(text) for text in texts]
         for row, prompt in enumerate(prompts):
@@ -360,6 +362,13 @@ class BaseSampler(Reader, Generic[_Array]):
         ]
         if differences:
             raise StateError(f"this is the state of another model: {'; '.join(differences)}")
+        if not state.pending or not all(state.pending):
+            raise StateError("this is the state of nothing: prefill makes one of a text")
+        if state.cache is not None and not all(map(self._is_own, next(iter(state.cache.values())))):
+            raise StateError(
+                "this is the state of another framework's sampler: to move it, write it there with "
+                "save_state and read it here with load_state"
+            )
         return state
 
     def _joined(self, before: Sequence[np.ndarray], after: Sequence[Any]) -> list[Any]:

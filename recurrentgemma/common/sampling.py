@@ -8,11 +8,12 @@ batch it stands, and the same seed draws the same in both frameworks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
+
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Greedy:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_penalty(self.repetition_penalty)
+        _check_normal("repetition_penalty", self.repetition_penalty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Categorical:
     """A draw from softmax(logits / temperature), in float32, after cutting off unlikely tokens.
 
     Attributes:
-      temperature: Above 0; lower is closer to greedy.
+      temperature: Above 0; lower is closer to greedy. Like the penalty it must be a normal number
+        of float32, from 1.18e-38 to 3.4e+38.
       top_k: Keep the k most likely tokens, of equals the lowest ids first; None keeps all.
       top_p: Of what `top_k` keeps, keep the fewest most likely tokens whose probabilities reach p,
         in (0, 1].
@@ -57,38 +59,35 @@ class Categorical:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be above 0 and finite, got {self.temperature} "
-                "(for the most likely token use Greedy)"
-            )
+        _check_normal("temperature", self.temperature, "; for the most likely token use Greedy")
         if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be a positive integer, got {self.top_k}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        _check_penalty(self.repetition_penalty)
+        _check_normal("repetition_penalty", self.repetition_penalty)
 
 
 Sampling = Greedy | Categorical
 
 
-def row_keys(seeds: int | Sequence[int], num_texts: int, num_samples: int = 1) -> list[np.ndarray]:
+def row_keys(seeds: Any, num_texts: int, num_samples: int = 1) -> list[np.ndarray]:
     """The key of each row's random stream.
 
     Args:
-      seeds: One integer for all, of which each row makes its own, or one a text: alone with its own
-        seed a text draws what it draws in a batch.
+      seeds: One integer for all, of which each row makes its own, or one a text, in a sequence or
+        an array of any framework: alone with its own seed a text draws what it draws in a batch.
       num_texts: Number of texts.
       num_samples: Rows of each text, which draw differently.
 
     Raises:
       ValueError: A seed is no integer, or there is not one a text.
     """
+    seeds = _plain(seeds)
     if _is_integer(seeds):
         pairs = [(seeds, row) for row in range(num_texts * num_samples)]
-    elif isinstance(seeds, Sequence | np.ndarray) and all(map(_is_integer, seeds)):
+    elif isinstance(seeds, Sequence) and all(_is_integer(_plain(seed)) for seed in seeds):
         if len(seeds) != num_texts:
             raise ValueError(f"rng must have one seed a text, {num_texts}, got {len(seeds)}")
         pairs = [(seed, sample) for seed in seeds for sample in range(num_samples)]
@@ -109,9 +108,18 @@ def uniform(keys: Sequence[np.ndarray], positions: Sequence[int] | np.ndarray) -
     return ((np.array(raw, np.uint64) >> np.uint64(40)) + 1).astype(np.float32) * 2**-24
 
 
-def _check_penalty(penalty: Any) -> None:
-    if not _is_number(penalty) or not 0 < penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be above 0 and finite, got {penalty}")
+def _check_normal(name: str, value: Any, advice: str = "") -> None:
+    number = float(value) if isinstance(value, np.floating) else value
+    if not _is_number(value) or not _LEAST <= number <= _MOST:
+        raise ValueError(
+            f"{name} must be above 0 and finite, got {value} "
+            f"(in float32: from 1.18e-38 to 3.4e+38{advice})"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """An array of any framework as numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

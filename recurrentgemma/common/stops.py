@@ -24,8 +24,10 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
     """Stop strings, from one or several.
 
     Raises:
-      ValueError: One is empty or no string.
+      ValueError: One is empty or no string, or they are nothing to iterate over.
     """
+    if not isinstance(strings, Iterable):
+        raise ValueError(f"stop_strings must be a string or several, got {strings!r}")
     strings = (strings,) if isinstance(strings, str) else tuple(strings)
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -33,12 +35,14 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
     return strings
 
 
-def checked_ids(ids: Iterable[Any], vocab_size: int) -> tuple[int, ...]:
+def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
     """Stop ids.
 
     Raises:
-      ValueError: One is no token of the vocabulary.
+      ValueError: One is no token of the vocabulary, or they are nothing to iterate over.
     """
+    if not isinstance(ids, Iterable):
+        raise ValueError(f"stop_ids must be a sequence of token ids, got {ids!r}")
     ids = tuple(ids)
     for token in ids:
         if isinstance(token, bool) or not hasattr(token, "__index__") or not (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -12,8 +13,27 @@ import sentencepiece as spm
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
+def check_text(text: Any, name: str = "text") -> None:
+    """Raises `ValueError`, which calls it `name`, unless it is a `str` that UTF-8 can encode."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, got {type(text).__name__}: {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = text[error.start]
+        raise ValueError(
+            f"{name} must be Unicode text, got an unpaired surrogate, {surrogate!r}, at "
+            f"{error.start}; text.encode(errors='replace').decode() has '?' in its place"
+        ) from error
+
+
 def apply_it_formatter(input_string: str) -> str:
-    """One user turn in the template of instruction-tuned models, up to where the model speaks."""
+    """One user turn in the template of instruction-tuned models, up to where the model speaks.
+
+    Raises:
+      ValueError: It is no `str`, or holds an unpaired surrogate.
+    """
+    check_text(input_string)
     return f"{START_OF_TURN}user\n{input_string}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
@@ -50,7 +70,12 @@ class Tokenizer:
         return self.vocab.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the tokens of a text; the empty text is BOS alone."""
+        """BOS and the tokens of a text; the empty text is BOS alone.
+
+        Raises:
+          ValueError: It is no `str`, or holds an unpaired surrogate.
+        """
+        check_text(text)
         return [self.bos_id, *self.vocab.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -52,7 +52,7 @@ class Sampler(BaseSampler[Array]):
         Args:
           model: The model.
           vocab: Its vocabulary.
-          params: Its parameters, with or without a `params` level.
+          params: Its parameters, with or without a `params` level; NumPy's go to the device once.
           jit_compile: Whether to compile; False helps with debugging.
           deterministic_sampling: Whether to take the most likely token, else draw one; `sampling`
             says more.
@@ -78,10 +78,12 @@ class Sampler(BaseSampler[Array]):
         params = params.get("params", params)
         expected = {spec.path: spec.shape for spec in layer_spec(self.config)}
         require_match(expected, shapes_of(params))
-        self._params = params
+        self._params = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, Array) else jnp.asarray(leaf), params
+        )
         self._functions = functions(self.model)
         if self._jit_compile:
-            self._functions = compiled(self.model, platform_of(params))
+            self._functions = compiled(self.model, platform_of(self._params))
         self._ready: set[int] = set()
 
     def _read(self, state: State) -> tuple[Cache, np.ndarray, np.ndarray]:
@@ -157,6 +159,9 @@ class Sampler(BaseSampler[Array]):
     def _on_host(self, values: Array) -> np.ndarray:
         return np.asarray(values)
 
+    def _is_own(self, value: Any) -> bool:
+        return isinstance(value, Array)
+
     def _to_numpy(self, cache: Cache) -> Arrays:
         return cache_to_numpy(cache)
 
@@ -168,10 +173,17 @@ class Sampler(BaseSampler[Array]):
         if rng is None:
             return np.random.SeedSequence().entropy
         if isinstance(rng, Array):
-            is_key = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-            data = np.asarray(jax.random.key_data(rng) if is_key else rng)
-            return int.from_bytes(data.tobytes(), "little")
+            if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+                rng = jax.random.key_data(rng)
+            elif rng.dtype != jnp.uint32 or rng.shape != _old_key().shape:
+                return rng
+            return int.from_bytes(np.asarray(rng).tobytes(), "little")
         return rng
+
+
+def _old_key() -> jax.ShapeDtypeStruct:
+    """What `jax.random.PRNGKey` gives: an array of integers as any other."""
+    return jax.eval_shape(jax.random.PRNGKey, 0)
 
 
 def _choose(

@@ -64,12 +64,13 @@ def draw(
     if seen is not None:
         penalty = sampling.repetition_penalty
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        most = float(jnp.finfo(jnp.float32).max)  # infinities have no softmax
+        penalised = penalised.clip(-most, most)
         logits = jnp.where(seen, penalised, logits)
     if isinstance(sampling, Greedy):
         return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
     values, ids = cut_off(sampling, logits)
-    weights = jnp.exp(values - values.max(-1, keepdims=True))
+    weights = jnp.exp(values)
     # Rounding must neither choose a token of weight 0 nor leave none to choose.
     reached = jnp.where(weights > 0, weights.cumsum(-1), 0)
     goal = uniform[:, None] * reached.max(-1, keepdims=True)
@@ -82,18 +83,19 @@ def cut_off(
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"] | None]:
     """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
 
-    They come most likely first; without `top_k` and `top_p` as they are and without ids.
+    They are divided by the temperature, the highest is 0, and they come most likely first; without
+    `top_k` and `top_p` in the order of the vocabulary and without ids.
     """
     values, ids = logits, None
     if sampling.top_k is not None or sampling.top_p < 1:
         # Equals come in order of id.
         values, ids = jax.lax.top_k(logits, min(sampling.top_k or logits.shape[1], logits.shape[1]))
+    values = (values - values.max(-1, keepdims=True)) / sampling.temperature
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(values)
         before = probabilities.cumsum(-1) - probabilities
         kept = (before < sampling.top_p).at[:, 0].set(True)
         values = jnp.where(kept, values, -jnp.inf)
     if sampling.min_p > 0:
-        least = values.max(-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
-        values = jnp.where(values >= least, values, -jnp.inf)
+        values = jnp.where(values >= jnp.log(jnp.float32(sampling.min_p)), values, -jnp.inf)
     return values, ids

@@ -127,6 +127,9 @@ class Sampler(BaseSampler[Tensor]):
     def _on_host(self, values: Tensor) -> np.ndarray:
         return values.cpu().numpy()
 
+    def _is_own(self, value: Any) -> bool:
+        return isinstance(value, Tensor)
+
     def _to_numpy(self, cache: Cache) -> Arrays:
         return cache_to_numpy(cache)
 

@@ -65,12 +65,13 @@ def draw(
     if seen is not None:
         penalty = sampling.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        most = torch.finfo(torch.float32).max  # infinities have no softmax
+        penalised = penalised.clamp(-most, most)
         logits = torch.where(seen, penalised, logits)
     if isinstance(sampling, Greedy):
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     values, ids = cut_off(sampling, logits)
-    weights = torch.exp(values - values.amax(-1, keepdim=True))
+    weights = torch.exp(values)
     # Rounding must neither choose a token of weight 0 nor leave none to choose.
     reached = torch.where(weights > 0, weights.cumsum(-1), 0)
     goal = uniform[:, None] * reached.amax(-1, keepdim=True)
@@ -83,11 +84,13 @@ def cut_off(
 ) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"] | None]:
     """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
 
-    They come most likely first; without `top_k` and `top_p` as they are and without ids.
+    They are divided by the temperature, the highest is 0, and they come most likely first; without
+    `top_k` and `top_p` in the order of the vocabulary and without ids.
     """
     values, ids = logits, None
     if sampling.top_k is not None or sampling.top_p < 1:
         values, ids = top(logits, min(sampling.top_k or logits.shape[1], logits.shape[1]))
+    values = (values - values.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_p < 1:
         probabilities = values.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
@@ -95,8 +98,7 @@ def cut_off(
         kept[:, 0] = True
         values = torch.where(kept, values, -torch.inf)
     if sampling.min_p > 0:
-        least = values.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        values = torch.where(values >= least, values, -torch.inf)
+        values = torch.where(values >= math.log(sampling.min_p), values, -torch.inf)
     return values, ids
 
 

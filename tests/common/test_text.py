@@ -49,6 +49,20 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode([*tokens, tokenizer.eos_id, tokenizer.pad_id]) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ab\udfff", r"text must be Unicode text, got an unpaired surrogate, '\\udfff', at 2"),
+        (b"x", "text must be a str, got bytes: b'x'"),
+        (5, "text must be a str, got int: 5"),
+    ],
+)
+def test_what_is_no_text_is_named(tokenizer: Tokenizer, text, message: str) -> None:
+    for use in (tokenizer.encode, apply_it_formatter):
+        with pytest.raises(ValueError, match=message):
+            use(text)
+
+
 def test_the_empty_text_is_a_bos(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == [tokenizer.bos_id]
 

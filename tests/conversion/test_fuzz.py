@@ -12,6 +12,7 @@ from cases import make_config
 from checkpoints import files, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from junk import mutate
 
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
@@ -23,16 +24,6 @@ CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_w
 OVERRIDES = Overrides(None, True, 8, 5.0)
 LONGEST = 20  # seconds; a hang would be longer
 KINDS = [*Format, "ocdbt", "shards", "archive"]
-# What a damaged header tends to hold.
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([-1, 0, 1, 2**31, 2**63, 10**30, 1.5, float("inf"), float("nan")]),
-    st.text(max_size=4),
-    st.just([]),
-    st.just({}),
-    st.just([[[]]]),
-)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -92,21 +83,6 @@ def test_bytes(source: Path, data: st.DataObject) -> None:
             del content[place : place + data.draw(st.integers(1, 9))]
         path.write_bytes(content)
         assert_served_or_refused(copy, files(copy))
-
-
-def mutate(value, data: st.DataObject):
-    """One value somewhere in a JSON document replaced, removed or renamed."""
-    if isinstance(value, dict) and value and data.draw(st.booleans()):
-        key = data.draw(st.sampled_from(sorted(value)))
-        kind = data.draw(st.sampled_from(["into", "into", "into", "remove", "rename"]))
-        if kind == "into":
-            return value | {key: mutate(value[key], data)}
-        rest = {name: inner for name, inner in value.items() if name != key}
-        return rest if kind == "remove" else rest | {data.draw(st.text(max_size=5)): value[key]}
-    if isinstance(value, list) and value and data.draw(st.booleans()):
-        i = data.draw(st.integers(0, len(value) - 1))
-        return [*value[:i], mutate(value[i], data), *value[i + 1 :]]
-    return data.draw(JUNK)
 
 
 @given(data=st.data())

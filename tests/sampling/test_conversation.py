@@ -1,5 +1,7 @@
 """Conversations: the template exactly, only what is new is read, undo, files, an answer cut off."""
 
+import json
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +181,114 @@ def test_a_loop_left_early_keeps_what_was_said(sampler) -> None:
     first = next(answer)
     answer.close()
     assert [turn.model for turn in conversation.turns] == [first]
+
+
+def said(conversation: Conversation) -> list[str]:
+    """What the user said, once turns and state are seen to agree."""
+    tokens = all_tokens(conversation)
+    if not tokens:
+        assert conversation.state is None
+    else:
+        assert conversation.state is not None
+        assert conversation.state.num_tokens == (len(tokens),)
+        assert conversation.state.seen[0].sum() == len(set(tokens))
+    return [turn.user for turn in conversation.turns]
+
+
+def test_what_is_done_next_ends_a_running_answer(sampler, tmp_path) -> None:
+    """And keeps what was said; the old answer can do nothing any more."""
+    earlier = Conversation(sampler)
+    earlier.ask("zero", 4)
+    earlier.save(tmp_path / "zero")
+
+    def interrupted() -> tuple[Conversation, Generator[str], str]:
+        conversation = Conversation(sampler)
+        answer = conversation.send("one", 12)
+        return conversation, answer, next(answer)
+
+    conversation, answer, first = interrupted()
+    conversation.ask("two", 6)
+    assert list(answer) == []
+    assert said(conversation) == ["one", "two"]
+    assert conversation.turns[0].model == first
+    conversation, answer, first = interrupted()
+    turn = conversation.undo()
+    assert turn is not None
+    assert (turn.model, list(answer), said(conversation)) == (first, [], [])
+    conversation, answer, first = interrupted()
+    conversation.reset()
+    assert (list(answer), said(conversation)) == ([], [])
+    conversation, answer, first = interrupted()
+    conversation.load(tmp_path / "zero")
+    assert (list(answer), said(conversation)) == ([], ["zero"])
+    conversation, answer, first = interrupted()
+    conversation.save(tmp_path / "one")
+    assert (list(answer), said(conversation)) == ([], ["one"])
+    again = Conversation(sampler)
+    again.load(tmp_path / "one")
+    assert again.turns == conversation.turns
+    assert again.ask("two", 6) == conversation.ask("two", 6)
+
+
+def test_an_answer_that_was_not_begun_says_nothing(sampler) -> None:
+    conversation = Conversation(sampler)
+    answer = conversation.send("one", 12)
+    conversation.ask("two", 6)
+    assert (list(answer), said(conversation)) == ([], ["two"])
+    for _ in conversation.send("three", 12):
+        break
+    assert said(conversation) == ["two", "three"]  # at once: nobody can iterate any more
+
+
+def test_what_is_said_must_be_text(sampler) -> None:
+    conversation = Conversation(sampler)
+    for text, message in (
+        (None, "text must be a str, got NoneType: None"),
+        (b"x", "text must be a str, got bytes: b'x'"),
+        ("a\ud800", r"text must be Unicode text, got an unpaired surrogate, '\\ud800', at 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            conversation.ask(text, 2)  # pyright: ignore[reportArgumentType]
+    for ids in (5, None):
+        with pytest.raises(ValueError, match="stop_ids must be a sequence of token ids, got"):
+            conversation.ask("x", 2, stop_ids=ids)
+    assert said(conversation) == []
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        "5",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        "[[1, 2, [3]]]",
+        '[["a", "b"]]',
+        '[["a", "b", [2, 99999]]]',
+        '[["a", "b", [2, "3"]]]',
+        '[["a", "b", [2.5]]]',
+        '[["a", "b", []]]',
+        '[["a", "b", [2]]]',
+    ],
+)
+def test_damaged_conversations(sampler, tmp_path, turns: str) -> None:
+    conversation = Conversation(sampler)
+    sampler.save_state(tmp_path / "chat", sampler.prefill("x"), notes={"conversation": turns})
+    with pytest.raises(StateError, match="chat is no whole conversation: "):
+        conversation.load(tmp_path / "chat")
+    assert said(conversation) == []
+
+
+def test_turns_of_another_conversation_are_refused(sampler, tmp_path) -> None:
+    conversation = Conversation(sampler)
+    conversation.ask("x", 2)
+    assert conversation.state is not None
+    for tokens in ([*all_tokens(conversation)[:-1], 99999], all_tokens(conversation)[:-1]):
+        notes = {"conversation": json.dumps([["x", "y", tokens]])}
+        sampler.save_state(tmp_path / "chat", conversation.state, notes=notes, force=True)
+        with pytest.raises(StateError, match="its turns are not what its state has read"):
+            conversation.load(tmp_path / "chat")
+    assert said(conversation) == ["x"]
 
 
 def test_bad_options_say_nothing(sampler) -> None:

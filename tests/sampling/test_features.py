@@ -1,5 +1,8 @@
 """Several samples, stops, log-probabilities, streams and their end, scores, in both twins."""
 
+import contextlib
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,12 +47,67 @@ def test_draws_do_not_depend_on_place_or_neighbours(twin: str) -> None:
         assert generate(sampler, [prompt], rng=[seed], **FREE) == [row]
 
 
+def test_seeds_come_in_arrays_of_any_framework(twin: str) -> None:
+    sampler = make_sampler(twin, sampling=HOT)
+    one, several = (generate(sampler, PROMPTS[:2], rng=rng, **FREE) for rng in (3, [3, 4]))
+    for make in array_makers():
+        assert generate(sampler, PROMPTS[:2], rng=make(3), **FREE) == one
+        assert generate(sampler, PROMPTS[:2], rng=make([3, 4]), **FREE) == several
+        assert generate(sampler, PROMPTS[:2], rng=[make(3), make(4)], **FREE) == several
+        for bad in (make([0.5, 1.5]), make([True, False]), make([[3], [4]])):
+            with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
+                sampler(PROMPTS[:2], 1, rng=bad)
+
+
+def array_makers() -> list[Callable[[Any], Any]]:
+    makers: list[Callable[[Any], Any]] = [np.array]
+    for name, function in (("jax.numpy", "array"), ("torch", "tensor")):
+        with contextlib.suppress(ImportError):
+            makers.append(getattr(importlib.import_module(name), function))
+    return makers
+
+
+def test_keys_of_jax_are_keys() -> None:
+    """Old ones are arrays of two integers, and yet one key for all rows."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    sampler = make_sampler("jax", sampling=HOT)
+    expected = generate(sampler, PROMPTS[:2], rng=jax.random.key(7), **FREE)
+    old = jax.random.PRNGKey(7)
+    assert generate(sampler, PROMPTS[:2], rng=old, **FREE) == expected
+    assert len(generate(sampler, rng=old, **FREE)) == 4
+    assert generate(sampler, PROMPTS[:2], rng=[0, 7], **FREE) != expected
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
+        make_sampler("torch", sampling=HOT)(["x"], 1, rng=jax.random.key(7))
+
+
 def test_both_twins_draw_the_same_text() -> None:
     for submodule in SUBMODULES.values():
         pytest.importorskip(submodule, reason="parity needs both frameworks")
     strategy = Categorical(0.9, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.2)
     one, other = (make_sampler(twin, sampling=strategy) for twin in ("jax", "torch"))
     assert generate(one, rng=5, **FREE) == generate(other, rng=5, **FREE)
+
+
+def test_the_bundled_model_draws_the_same_text_in_both() -> None:
+    """What docs/quickstart.md says of float32."""
+    for submodule in SUBMODULES.values():
+        pytest.importorskip(submodule, reason="parity needs both frameworks")
+    import torch
+
+    import recurrentgemma.jax
+    import recurrentgemma.torch
+
+    vocab = recurrentgemma.jax.load_tokenizer()
+    model, params = recurrentgemma.jax.load_checkpoint(dtype="float32")
+    one = recurrentgemma.jax.Sampler(model, vocab, params)
+    other = recurrentgemma.torch.Sampler(
+        recurrentgemma.torch.load_checkpoint(dtype=torch.float32), vocab
+    )
+    options = {"sampling": Categorical(temperature=0.8, top_p=0.95), "num_samples": 2, "rng": 1}
+    assert one(["Emma"], 20, **options).text == other(["Emma"], 20, **options).text
 
 
 def test_several_samples_of_a_prompt(twin: str) -> None:
@@ -274,6 +332,9 @@ def test_two_streams_take_turns(twin: str) -> None:
         ({"stop_ids": [2048]}, "stop_ids must be tokens of the vocabulary of 2048, got 2048"),
         ({"stop_ids": [-1]}, "stop_ids must be tokens of the vocabulary of 2048, got -1"),
         ({"stop_ids": [True]}, "stop_ids must be tokens"),
+        ({"stop_ids": 5}, "stop_ids must be a sequence of token ids, got 5"),
+        ({"stop_ids": None}, "stop_ids must be a sequence of token ids, got None"),
+        ({"stop_strings": None}, "stop_strings must be a string or several, got None"),
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"num_logprobs": -1}, "num_logprobs must be an integer from 0 to 2048, got -1"),
         ({"num_logprobs": 2049}, "num_logprobs must be an integer from 0 to 2048, got 2049"),
@@ -291,3 +352,64 @@ def test_bad_requests(twin: str, kwargs: dict, message: str) -> None:
             sampler.stream("x", 3, **kwargs)
     with pytest.raises(ValueError, match=message):
         sampler.generate(sampler.prefill("x"), 3, **kwargs)
+
+
+def test_no_prompts(twin: str) -> None:
+    sampler = make_sampler(twin)
+    out = sampler([], 3, return_logits=True, num_logprobs=2)
+    assert out == ([], [], [], [], [], None)
+    assert sampler([], 3) == ([], [], None, None, [], None)
+    assert sampler.score([]) == []
+    with pytest.raises(ValueError, match="at least one text is expected, got none"):
+        sampler.prefill([])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\ud800", r"prompt 1 must be Unicode text, got an unpaired surrogate, '\\ud800', at 1"),
+        (b"x", "prompt 1 must be a str, got bytes: b'x'"),
+        (None, "prompt 1 must be a str, got NoneType: None"),
+        ([1, 2], r"prompt 1 must be a str, got list: \[1, 2\]"),
+    ],
+)
+def test_what_is_no_text_is_named(twin: str, text: Any, message: str) -> None:
+    for tuned in (False, True):
+        sampler = make_sampler(twin, is_it_model=tuned)
+        for use in (
+            lambda: sampler(["x", text], 3),  # noqa: B023
+            lambda: sampler.score(["x", text]),  # noqa: B023
+            lambda: sampler.prefill(["x", text]),  # noqa: B023
+            lambda: sampler.prefill(["x", text], sampler.prefill(["x", "y"])),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=message):
+                use()
+        with pytest.raises(ValueError, match=message.replace("prompt 1", "prompt 0")):
+            sampler.stream(text, 3)
+
+
+@pytest.mark.parametrize("texts", [5, None, b"x"])
+def test_texts_come_in_a_sequence(twin: str, texts: Any) -> None:
+    sampler = make_sampler(twin)
+    for use in (lambda: sampler(texts, 3), lambda: sampler.score(texts)):
+        with pytest.raises(ValueError, match="input_strings must be a sequence of strings, got"):
+            use()
+
+
+def test_parameters_may_be_numpys() -> None:
+    """They go to the device once, not at each step."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    sampler = make_sampler("jax")
+    expected = without_eos(sampler, ["x"])
+    params = jax.tree.map(np.asarray, sampler.params)
+    for given in (params, {"params": params}):
+        again = type(sampler)(sampler.model, sampler.tokenizer, given)
+        assert without_eos(again, ["x"]) == expected
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again.params))
+        np.testing.assert_array_equal(
+            again.score(["x y"])[0].logprobs, sampler.score(["x y"])[0].logprobs
+        )
+    sampler.params = params
+    assert without_eos(sampler, ["x"]) == expected

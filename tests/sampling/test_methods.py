@@ -8,6 +8,7 @@ import pytest
 from recurrentgemma.common.sampling import Categorical, Greedy, row_keys, uniform
 
 SIZE, COUNT, GROUPS = 4096, 4096, 64
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 CRITICAL = 103.4  # of chi-square with 63 degrees of freedom, p = 0.001
 
 
@@ -139,6 +140,51 @@ def test_extreme_numbers_choose_possible_tokens(twin: str) -> None:
             assert 9 <= token < SIZE - 9
 
 
+@pytest.mark.parametrize("value", [np.float16(0.5), np.float32(HUGE), np.int32(2), 2, TINY])
+def test_any_kind_of_number_will_do(value) -> None:
+    assert Categorical(value).temperature == Greedy(value).repetition_penalty == value
+
+
+@pytest.mark.parametrize("others", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_temperatures_at_the_ends_of_their_range(twin: str, others: dict) -> None:
+    """The least takes the likeliest token, the most makes all that are kept equally likely."""
+    logits = np.random.default_rng(0).permutation(np.linspace(-30, 30, SIZE))
+    drawn = draw_many(twin, Categorical(TINY, **others), logits, 1024)
+    assert set(drawn.tolist()) == {int(logits.argmax())}
+    drawn = draw_many(twin, Categorical(HUGE, **others), logits, 1024)
+    likely = np.argsort(-logits)[:40] if "top_k" in others else np.arange(SIZE)
+    assert set(drawn.tolist()) <= set(likely.tolist())
+    assert len(set(drawn.tolist())) > 30
+
+
+@pytest.mark.parametrize("temperature", [TINY, 1.0, HUGE])
+@pytest.mark.parametrize("penalty", [TINY, HUGE])
+def test_penalties_at_the_ends_of_their_range(
+    twin: str, penalty: float, temperature: float
+) -> None:
+    """Whatever the logits' signs, and even where every token was seen."""
+    for offset in (-20, 0, 20):
+        check_penalty(twin, penalty, temperature, offset)
+
+
+def check_penalty(twin: str, penalty: float, temperature: float, offset: float) -> None:
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    logits = np.random.default_rng(0).uniform(-10, 10, size=(3, 64)).astype(np.float32) + offset
+    seen = np.zeros((3, 64), bool)
+    seen[1, 5:9] = seen[2] = True
+    arrays = array(twin, logits), array(twin, [0.5] * 3), array(twin, seen, "bool")
+    greedy = np.asarray(module.draw(Greedy(penalty), *arrays))
+    assert greedy[0] == logits[0].argmax()
+    drawn = np.asarray(module.draw(Categorical(temperature, None, 1.0, 0.0, penalty), *arrays))
+    wide = logits.astype(np.float64)
+    penalised = np.where(wide > 0, wide / penalty, wide * penalty)
+    wide = np.where(seen, penalised.clip(-HUGE, HUGE), wide)
+    below = wide.max(-1, keepdims=True) - wide
+    near = 100 * TINY  # numbers so small may count as 0
+    assert (below[np.arange(3), greedy] <= near).all()
+    assert (below[np.arange(3), drawn] <= near + 104 * temperature).all()
+
+
 def test_repetition_penalty(twin: str) -> None:
     module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     logits = array(twin, [[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
@@ -204,6 +250,12 @@ def test_random_streams() -> None:
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"min_p": 1.1}, r"min_p must be in \[0, 1\], got 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0"),
+        ({"temperature": 1e-300}, r"got 1e-300 \(in float32: from 1.18e-38 to 3.4e\+38"),
+        ({"temperature": np.nextafter(TINY, 0)}, "got 1.1754943508222874e-38"),
+        ({"temperature": np.float16("inf")}, "temperature must be above 0 and finite, got inf"),
+        ({"temperature": 10**400}, "temperature must be above 0 and finite, got 1000"),
+        ({"repetition_penalty": 1e-40}, r"got 1e-40 \(in float32: from 1.18e-38 to 3.4e\+38\)"),
+        ({"repetition_penalty": 1e39}, r"got 1e\+39 \(in float32: from 1.18e-38 to 3.4e\+38\)"),
     ],
 )
 def test_bad_strategies(kwargs: dict, message: str) -> None:
@@ -211,12 +263,18 @@ def test_bad_strategies(kwargs: dict, message: str) -> None:
         Categorical(**kwargs)
 
 
+@pytest.mark.parametrize("seeds", [[3, 4], (np.int8(3), 4), np.array([3, 4], np.uint64)])
+def test_seeds_come_in_any_sequence(seeds) -> None:
+    np.testing.assert_array_equal(row_keys(seeds, 2), row_keys([3, 4], 2))
+    np.testing.assert_array_equal(row_keys(np.array(3), 2), row_keys(3, 2))
+
+
 def test_bad_seeds() -> None:
     with pytest.raises(ValueError, match="rng must be an integer or one a text, got 'x'"):
-        row_keys("x", 1)  # pyright: ignore[reportArgumentType]
-    for bad in (1.5, True, [1, "2"]):
+        row_keys("x", 1)
+    for bad in (1.5, True, [1, "2"], np.ones(2), np.ones(2, bool), np.ones((2, 1), int)):
         with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
-            row_keys(bad, 2)  # pyright: ignore[reportArgumentType]
+            row_keys(bad, 2)
     with pytest.raises(ValueError, match="rng must have one seed a text, 2, got 3"):
         row_keys([1, 2, 3], 2)
     with pytest.raises(ValueError, match="repetition_penalty must be above 0"):

@@ -11,7 +11,7 @@ from samplers import CONFIG, PROMPTS, STEPS, SUBMODULES, lists, make_sampler, wi
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DestinationError
 from recurrentgemma.common.sampling import Categorical
-from recurrentgemma.common.state import StateError, state_shapes
+from recurrentgemma.common.state import StateError, empty_state, state_shapes
 
 OTHER = {"jax": "torch", "torch": "jax"}
 FREE = {"end_sampling_at_eos_token": False}
@@ -73,7 +73,7 @@ def test_the_documented_size_of_a_2b_state() -> None:
     assert round(size / 1e6, 1) == 17.2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_file_goes_on_in_the_other_framework(twin: str, dtype: str, tmp_path) -> None:
     for submodule in SUBMODULES.values():
         pytest.importorskip(submodule, reason="parity needs both frameworks")
@@ -92,7 +92,7 @@ def test_a_file_goes_on_in_the_other_framework(twin: str, dtype: str, tmp_path) 
                 np.testing.assert_array_equal(back[block][field], value)
     expected = lists(one.generate(state, 30, **FREE).tokens)
     assert lists(one.generate(loaded_by(one, tmp_path), 30, **FREE).tokens) == expected
-    if dtype == "float32":  # bfloat16 rounds differently in the two
+    if dtype == "float32":  # others round differently in the two
         assert lists(other.generate(loaded_by(other, tmp_path), 30, **FREE).tokens) == expected
     assert (tmp_path / "state").stat().st_size < state.nbytes + 4 * CONFIG.vocab_size // 8 + 8000
 
@@ -107,6 +107,17 @@ def test_a_state_before_the_first_token_is_saved_too(twin: str, tmp_path) -> Non
     sampler.save_state(tmp_path / "state", untouched)
     out = sampler.generate(sampler.load_state(tmp_path / "state"), STEPS, **FREE)
     assert lists(out.tokens) == without_eos(sampler, ["In the beginning"])
+
+
+def test_files_in_the_home_folder(twin: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sampler = make_sampler(twin)
+    state = sampler.prefill("x")
+    for path in ("~/state", "~nobody-of-this-name"):
+        sampler.save_state(path, state)
+        assert sampler.load_state(path).pending == state.pending
+    assert sorted(os.listdir(tmp_path)) == ["state", "~nobody-of-this-name"]
 
 
 # ------------------------------------------------------------------------------------ bad files
@@ -186,9 +197,32 @@ def test_states_of_other_models(twin: str, tmp_path) -> None:
     ):
         with pytest.raises(StateError, match="this is the state of another model: mlp_expanded_"):
             use()
+    for nothing in (empty_state(CONFIG, 1), empty_state(CONFIG, 0)):
+        for use in (
+            lambda: sampler.generate(nothing, 1),  # noqa: B023
+            lambda: sampler.stream(nothing, 1),  # noqa: B023
+            lambda: sampler.prefill("y", nothing),  # noqa: B023
+            lambda: sampler.save_state("x", nothing),  # noqa: B023
+        ):
+            with pytest.raises(StateError, match="this is the state of nothing: prefill makes"):
+                use()
     with pytest.raises(StateError, match="a State is expected, got str"):
         sampler.generate("x", 1)
     with pytest.raises(StateError, match="a stream goes on from a state of one row, got 2"):
         sampler.stream(sampler.prefill(["x", "y"]), 1)
     with pytest.raises(StateError, match="2 texts cannot go on 1 rows"):
         sampler.prefill(["x", "y"], state)
+
+
+def test_states_of_the_other_framework(twin: str) -> None:
+    for submodule in SUBMODULES.values():
+        pytest.importorskip(submodule, reason="parity needs both frameworks")
+    sampler, state = make_sampler(twin), make_sampler(OTHER[twin]).prefill("x")
+    for use in (
+        lambda: sampler.generate(state, 1),
+        lambda: sampler.stream(state, 1),
+        lambda: sampler.prefill("y", state),
+        lambda: sampler.save_state("x", state),
+    ):
+        with pytest.raises(StateError, match=r"another framework's sampler.* save_state .* load_s"):
+            use()

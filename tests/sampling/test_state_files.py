@@ -1,0 +1,150 @@
+"""State files changed by hand and at random: a named error or a state that goes on."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from junk import mutate
+from samplers import SUBMODULES, make_sampler
+
+from recurrentgemma.common.state import StateError
+from recurrentgemma.common.state_files import _deserialized, _serialized
+
+TEXTS = ["In the beginning God created the heavens and the earth", "x"]  # beyond the window, within
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    pytest.importorskip(SUBMODULES["torch"], reason="torch is not installed")
+    return make_sampler("torch")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("states") / "state"
+
+
+@pytest.fixture(scope="module")
+def data(sampler, path: Path) -> bytes:
+    sampler.save_state(path, sampler.prefill(TEXTS), notes={"about": "x"})
+    return path.read_bytes()
+
+
+def test_a_whole_file_is_read(sampler, path: Path, data: bytes) -> None:
+    path.write_bytes(_serialized(*_deserialized(data)))
+    assert len(sampler.generate(sampler.load_state(path), 2).text) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("config", ["[]", "5", "null"]),
+        ("lengths", ["5", "null", "[]", '["a", 0]', "[-3, 0]", "[1.5, 0]", "[true, 0]"]),
+        ("lengths", ["[1]", "[3, 0]", f"[{10**30}, 0]"]),
+        ("pending", ["5", "{}", "[]", "[5, 6]", "[[], [2]]", "[[2], [2], [2]]", "[[2.0], [2]]"]),
+        ("pending", ["[[-1], [2]]", "[[2048], [2]]", '[["a"], [2]]', "[[true], [2]]"]),
+        ("notes", ["5", "[]", "null", '{"about": 5}']),
+    ],
+)
+def test_bad_metadata_is_named(
+    sampler, path: Path, data: bytes, field: str, values: list[str]
+) -> None:
+    arrays, metadata = _deserialized(data)
+    for value in values:
+        path.write_bytes(_serialized(arrays, {**metadata, field: value}))
+        with pytest.raises(StateError, match=f"{path}.*(\n  .*)*{field}"):
+            sampler.load_state(path)
+    path.write_bytes(_serialized(arrays, {k: v for k, v in metadata.items() if k != field}))
+    with pytest.raises(StateError, match=f"{path} is no complete state file: .*{field}"):
+        sampler.load_state(path)
+
+
+def nan(value: np.ndarray) -> np.ndarray:
+    return np.full_like(value, np.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("seen", lambda z: z[:, 1:], r"seen must be U8 of shape \(2, 256\), got U8 of \(2, 255\)"),
+        ("seen", lambda z: z.astype(np.int32), r"seen must be U8 .*, got I32 of \(2, 256\)"),
+        ("blocks.0.rg_lru_state", nan, r"rg_lru_state must be finite, got 64 values that are not"),
+        ("blocks.2.keys", nan, r"blocks\.2\.keys must be finite"),
+        ("blocks.0.rg_lru_state", lambda z: z.astype(np.int32), "one of BF16, .*, got I32"),
+        ("blocks.2.num_tokens", lambda z: z + 1, r"num_tokens must be I32 and lengths, \[.*, 1\]"),
+        ("blocks.2.num_tokens", lambda z: -z - 1, r"got I32 and \[-.*, -2\]"),
+        ("blocks.2.num_tokens", lambda z: z.astype(np.float32), "num_tokens .*, got F32 and"),
+        ("blocks.1.conv1d_state", lambda z: z[:1], r"batch size 2 expected, got \[1, 2\]"),
+        ("blocks.1.conv1d_state", lambda z: z[..., 1:], r"must have shape \[B, 3, 32\]"),
+    ],
+)
+def test_bad_arrays_are_named(
+    sampler, path: Path, data: bytes, name: str, change, message: str
+) -> None:
+    arrays, metadata = _deserialized(data)
+    path.write_bytes(_serialized({**arrays, name: change(arrays[name])}, metadata))
+    with pytest.raises(StateError, match=f"{path}.*(\n  .*)*{message}"):
+        sampler.load_state(path)
+
+
+def test_arrays_that_are_missing_or_too_many(sampler, path: Path, data: bytes) -> None:
+    arrays, metadata = _deserialized(data)
+    path.write_bytes(_serialized({"seen": arrays["seen"]}, metadata))
+    with pytest.raises(StateError, match=r"lengths is \[\d+, 1\], but there are no arrays"):
+        sampler.load_state(path)
+    path.write_bytes(_serialized({**arrays, "blocks.9.keys": np.zeros(2, np.float32)}, metadata))
+    with pytest.raises(StateError, match=r"unexpected blocks\.9\.keys"):
+        sampler.load_state(path)
+
+
+def test_notes_must_be_strings(sampler, path: Path) -> None:
+    with pytest.raises(ValueError, match=r"notes must be strings by name, got {'turn': 3}"):
+        sampler.save_state(path, sampler.prefill("x"), notes={"turn": 3}, force=True)
+
+
+def assert_served_or_refused(sampler, path: Path, content: bytes) -> None:
+    """It goes on, or a named error says of which file."""
+    path.write_bytes(content)
+    try:
+        state = sampler.load_state(path)
+    except StateError as error:
+        message = str(error)
+        assert message.startswith(str(path))
+        assert len(message) < 5000
+    else:
+        logits = sampler.generate(state, 1, return_logits=True).logits
+        assert all(np.isfinite(row).all() for row in map(np.asarray, logits))
+
+
+@given(drawn=st.data())
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+def test_metadata(sampler, path: Path, data: bytes, drawn: st.DataObject) -> None:
+    arrays, metadata = _deserialized(data)
+    field = drawn.draw(st.sampled_from(["config", "lengths", "pending", "notes"]))
+    value = json.dumps(mutate(json.loads(metadata[field]), drawn))
+    assert_served_or_refused(sampler, path, _serialized(arrays, {**metadata, field: value}))
+
+
+@given(drawn=st.data())
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+def test_headers(sampler, path: Path, data: bytes, drawn: st.DataObject) -> None:
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(mutate(json.loads(data[8:start]), drawn)).encode()
+    content = len(header).to_bytes(8, "little") + header + data[start:]
+    assert_served_or_refused(sampler, path, content)
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"[]", b"5", b'{"__metadata__": "a"}', b"\xff"])
+def test_headers_that_are_none(sampler, path: Path, data: bytes, text: bytes) -> None:
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(StateError, match="is no complete state file: ") as error:
+        sampler.load_state(path)
+    assert len(str(error.value)) < 500
+    path.write_bytes(b"\xff" * 8 + data[8:])
+    with pytest.raises(StateError, match="is no complete state file: ") as error:
+        sampler.load_state(path)
+    assert len(str(error.value)) < 500
