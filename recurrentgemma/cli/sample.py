@@ -40,6 +40,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.jsonl import require_writable
 
 _STATES, _BATCHES = "States", "Many prompts"
 
@@ -71,7 +72,7 @@ def sample(
         int | None,
         typer.Option(
             min=0,
-            help="With --json: log-probabilities of each token and of the N likeliest.",
+            help="With --json or --output: log-probabilities of each token and of the N likeliest.",
             metavar="N",
             show_default=False,
         ),
@@ -148,12 +149,19 @@ def sample(
     asked_seed = seed
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
+    if logprobs is not None and not as_json and output is None:
+        raise ValueError(
+            "--logprobs needs --json, or --input and --output: text has no place for it"
+        )
     framework = choose_framework(framework)
     path, tokenizer = find_checkpoint(checkpoint)
     if chat and tokenizer.end_of_turn_id is None:
         raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
-    if save_state is not None and save_state.exists() and not force:
-        raise ValueError(f"{save_state} exists; --force replaces it")
+    if save_state is not None:
+        save_state = expanded(save_state)
+        if os.path.lexists(save_state) and not force:
+            raise ValueError(f"{save_state} exists; --force replaces it")
+        require_writable(save_state, replaced=True)
     batch = None
     if input_ is not None and output is not None:
         batch = open_batch(input_, output, force=force)
@@ -203,6 +211,7 @@ def sample(
         "seed": seed,
     }
     shown = text + "\n" * chat if echo else ""
+    stream = None
     if num_samples > 1:
         out = sampler([text], rng=seed, num_samples=num_samples, **options)
         report["samples"] = [sample_fields(out, row) for row in range(num_samples)]
@@ -213,7 +222,7 @@ def sample(
     else:
         source = text
         if load_state is not None:
-            source = sampler.load_state(load_state)
+            source = sampler.load_state(expanded(load_state))
             source = sampler.prefill(text, source) if text else source
         stream = sampler.stream(source, rng=seed, **options)
         run = generate(stream, None if as_json else shown)
@@ -226,14 +235,14 @@ def sample(
             "first_token_s": run.first_token_s,
             "tokens_per_second": run.tokens_per_second,
         }
-        if save_state is not None:
-            sampler.save_state(save_state, stream.state, force=force)
     if as_json:
         sys.stdout.write(json.dumps(report | about | {"timings": timings}) + "\n")
     else:
         line = f"{framework}, {loaded.dtype} on {loaded.device}"
         line += f", seed {seed}" if seed is not None else ""
         sys.stderr.write(f"{speed}, loaded in {load_s:.2f} s\n{line}\n")
+    if save_state is not None and stream is not None:  # at last, so that no text is lost
+        sampler.save_state(save_state, stream.state, force=force)
 
 
 def _require_sense(

@@ -96,6 +96,43 @@ def test_states(cli, checkpoint, framework, tmp_path):
     assert sample("x", "--save-state", path, "--force").code == 0
 
 
+def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def sample(*args: str):
+        return cli("sample", "--checkpoint", checkpoint, "--json", "--max-new-tokens", "2", *args)
+
+    assert sample("x", "--save-state", "~/state").code == 0
+    done = sample("x", "--save-state", "~/state")
+    assert f"{tmp_path}/state exists; --force replaces it" in done.err
+    assert sample("--load-state", "~/state").code == 0
+    # What can be known is said before anything is generated.
+    monkeypatch.setattr("recurrentgemma.cli.sample.load_sampler", None)
+    for path, reason in (
+        (tmp_path / "no" / "state", "No such file or directory"),
+        (tmp_path / "state" / "x", "Not a directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        done = sample("x", "--force", "--save-state", str(path))
+        assert (done.code, done.out) == (2, "")
+        assert done.err == f"recurrentgemma: error: cannot write {path}: {reason}\n"
+
+
+def test_what_was_generated_is_printed_before_it_is_saved(cli, checkpoint, tmp_path, monkeypatch):
+    from recurrentgemma.common.errors import DestinationError
+
+    def full(path, *args, **options):
+        raise DestinationError(f"the disk of {path} became full")
+
+    monkeypatch.setattr("recurrentgemma.common.sampler.write_state", full)
+    args = ("sample", "x", "--checkpoint", checkpoint, "--save-state", tmp_path / "state")
+    done = cli(*args, "--json")
+    assert json.loads(done.out)["tokens"]
+    done = cli(*args)
+    assert (done.code, done.out[0]) == (2, "x")
+    assert done.err.splitlines()[1].startswith("torch, float32" if "torch" in done.err else "jax")
+
+
 def test_samples_stops_and_log_probabilities(cli, checkpoint):
     def sample(*args: str):
         return cli("sample", "It was", "--checkpoint", checkpoint, "--max-new-tokens", "8", *args)
