@@ -172,6 +172,8 @@ def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
     assert summary.startswith(f"{len(lines)} tokens, log-probability {report['logprob']:.4f}, ")
     path.write_text("")
     assert cli(*args, "--json").json["perplexity"] is None
+    assert cli("score", "-", *args[2:], stdin=b"It was").out.startswith("2 tokens, ")
+    assert "stdin must be UTF-8" in cli("score", "-", *args[2:], stdin=b"caf\xe9").err
     path.write_bytes(b"caf\xe9")
     assert "must be UTF-8 text, got byte 0xe9 at 3" in cli(*args).err
     assert "/nowhere: No such file" in cli("score", "/nowhere").err
