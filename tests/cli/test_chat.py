@@ -72,6 +72,63 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
     assert done.out.endswith("undone: And?\nundone: Hello\nnothing to undo\n")
 
 
+def test_ctrl_c_before_an_answer_begins(chat, monkeypatch):
+    from recurrentgemma.common.text import Tokenizer
+
+    encode = Tokenizer.encode
+    calls = []
+
+    def interrupted(tokenizer, text):
+        calls.append(text)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    done = chat("Hello", "And?", "/undo", "/undo")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(" [stopped]\n")
+    assert done.out.endswith("undone: And?\nnothing to undo\n")
+
+
+def test_lines_that_are_no_text(cli, chat, checkpoint):
+    args = ("chat", "--checkpoint", checkpoint, "--max-new-tokens", "6")
+    done = cli(*args, stdin=b"caf\xe9\nHello\n/load caf\xe9\n")
+    assert (done.code, done.err) == (0, "")
+    message, rest = done.out.split("\n", 1)
+    assert message == "what you say must be UTF-8 text; nothing was said"
+    assert rest == chat("Hello").out + "caf?: No such file or directory\n"
+
+
+def test_saving(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = chat("Hello", "/save  two  spaces", "/save two  spaces", "/save ~/h", "/save! ~/h",
+                "/save!", "/undo", "/save! ~/h", "/load two  spaces", "/help")  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    told = done.out.removeprefix(chat("Hello").out)
+    assert told.splitlines()[:8] == [
+        "saved to two  spaces",
+        "two  spaces exists; /save! two  spaces replaces it",
+        "saved to ~/h",
+        "saved to ~/h",
+        "/save! needs a file",
+        "undone: Hello",
+        "there is nothing to save: nothing was said yet",
+        "1 turns",
+    ]
+    assert "/save! FILE" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"two  spaces", "h"}
+
+
+def test_seeds_of_a_chat(chat):
+    first = chat("Hello", args=("--temperature", "1.5"))
+    about, _, seed = first.err.partition(", seed ")
+    assert about.endswith("float32 on cpu")
+    again = chat("Hello", args=("--temperature", "1.5", "--seed", seed.strip()))
+    assert again == first
+
+
 def test_chat_without_turns(cli, checkpoint, monkeypatch):
     monkeypatch.setattr("recurrentgemma.common.text.END_OF_TURN", "<no such piece>")
     done = cli("chat", "--checkpoint", checkpoint)
