@@ -3,57 +3,120 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import json
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from recurrentgemma.cli.paths import expanded, read_source, source_name
 from recurrentgemma.cli.sampling_options import SEEDS
+from recurrentgemma.common.jsonl import (
+    STDIO,
+    Line,
+    LineError,
+    OutputError,
+    ResultFile,
+    read_lines,
+)
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.jsonl import Line, ResultFile
     from recurrentgemma.common.sampler import BaseSampler
+    from recurrentgemma.common.sampling import Sampling
+
+
+class Batch(NamedTuple):
+    """Prompts, and where their results go.
+
+    Attributes:
+      lines: The lines of the input.
+      results: The output, which nothing has changed yet.
+    """
+
+    lines: list[Line]
+    results: ResultFile
+
+
+def open_batch(source: Path, output: Path, *, force: bool) -> Batch:
+    """Reads the whole input, and what the output holds already; - is stdin and stdout.
+
+    Raises:
+      OSError: The input cannot be read.
+      OutputError: The output is the input, holds something else than results of these prompts, or
+        cannot be written.
+    """
+    source, output = expanded(source), expanded(output)
+    name = source_name(source)
+    lines = read_lines(read_source(source, "prompts as JSON lines"), name)
+    if _is_one_file(source, output):
+        raise OutputError(f"--input and --output are one file, {output}: give another --output")
+    results = ResultFile(output, force=force)
+    prompts = {line.number: line.prompt for line in lines if not line.error}
+    for number, result in results.finished.items():
+        if "error" not in result and prompts.get(number) != result.get("prompt"):
+            raise OutputError(
+                f"{output} holds the result of another prompt than line {number} of {name}; "
+                "--force replaces it"
+            )
+    return Batch(lines, results)
+
+
+def recorded_options(sampling: Sampling, **others: Any) -> dict[str, Any]:
+    """What a result depends on, as JSON values by the names of the options."""
+    return others | {"temperature": 0.0} | dataclasses.asdict(sampling)
 
 
 def run_batch(
     sampler: BaseSampler[Any],
-    source: Path,
-    results: ResultFile,
+    batch: Batch,
     *,
     batch_size: int,
     keep_going: bool,
     seed: int | None,
     options: dict[str, Any],
+    record: dict[str, Any],
 ) -> int:
-    """Continues every prompt of a file that has no result yet; how many lines were wrong.
+    """Continues every prompt that has no result yet; how many lines of the input are wrong.
 
     Line n draws with the seed `seed + n`, so that results do not depend on what ran before.
 
+    Args:
+      sampler: What continues them.
+      batch: The prompts and their results.
+      batch_size: Prompts at a time.
+      keep_going: Whether a line that is no prompt gets an error as its result.
+      seed: Of the draws.
+      options: Of the sampler.
+      record: `recorded_options`, which each result is written with.
+
     Raises:
       LineError: A line is no prompt, and `keep_going` is not set.
-      OutputError: `results` holds those of other prompts, or cannot be written.
+      OutputError: `results` were made with other options, or cannot be written.
     """
-    from recurrentgemma.common.jsonl import LineError, read_lines
-
-    done = {result["line"] for result in results.finished}
-    _require_same_prompts(source, results)
-    with source.open("rb") as file:
-        total = sum(1 for _ in file)
-    errors = 0
-    with _progress(total, len(done)) as advance:
-        left = (line for line in read_lines(source) if line.number not in done)
-        while lines := list(itertools.islice(left, batch_size)):
-            wrong = next((line for line in lines if line.error), None)
+    lines, results = batch
+    _require_same_options(results, record)
+    # What had an error and now is a prompt is done again.
+    done = {
+        line.number
+        for line in lines
+        if (result := results.finished.get(line.number)) and (line.error or "error" not in result)
+    }
+    left = (line for line in lines if line.number not in done)
+    with results, _progress(len(lines), len(done), results) as advance:
+        while some := list(itertools.islice(left, batch_size)):
+            wrong = next((line for line in some if line.error), None)
             if wrong and not keep_going:
-                lines = lines[: lines.index(wrong)]
-            for result in _results(sampler, lines, seed, options):
-                results.write(result)
-                errors += "error" in result
+                some = some[: some.index(wrong)]
+            for result in _results(sampler, some, seed, options):
+                results.write(result if "error" in result else result | {"options": record})
                 advance()
             if wrong and not keep_going:
                 raise LineError(wrong.error)
-    return errors
+    return sum(line.error is not None for line in lines)
 
 
 def _results(
@@ -94,25 +157,39 @@ def logprob_fields(logprobs: Any) -> dict[str, Any]:
     return {name: part.tolist() for name, part in logprobs._asdict().items()}
 
 
-def _require_same_prompts(source: Path, results: ResultFile) -> None:
-    from recurrentgemma.common.jsonl import OutputError, read_lines
+def _is_one_file(source: Path, output: Path) -> bool:
+    """Whether both are the same regular file, by whatever names."""
+    if output == STDIO:
+        return False
+    try:
+        read = os.fstat(sys.stdin.fileno()) if source == STDIO else os.stat(source)
+        return stat.S_ISREG(read.st_mode) and os.path.samestat(read, os.stat(output))
+    except OSError:  # there is no output yet, or stdin is no file
+        return False
 
-    known = {result["line"]: result.get("prompt") for result in results.finished}
-    if not known:
-        return
-    prompts = {line.number: line.prompt for line in read_lines(source) if not line.error}
-    for number, prompt in known.items():
-        if prompt is not None and prompts.get(number) != prompt:
+
+def _require_same_options(results: ResultFile, record: dict[str, Any]) -> None:
+    """Raises `OutputError` where results were made with other options; some have no record."""
+    for result in results.finished.values():
+        before = result.get("options")
+        if not isinstance(before, dict) or before == record:
+            continue
+        differences = [
+            f"--{name.replace('_', '-')} was {json.dumps(before[name])}, is {json.dumps(value)}"
+            for name, value in record.items()
+            if name in before and before[name] != value
+        ]
+        if differences:
             raise OutputError(
-                f"{results.path} holds the result of another prompt than line {number} of "
-                f"{source}; --force replaces it"
+                f"{results.path} holds results of other options: {'; '.join(differences)}; "
+                "--force begins anew"
             )
 
 
 @contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], object]]:
-    """A progress bar on stderr, if that is a terminal; what it yields moves it on."""
-    if not sys.stderr.isatty():
+def _progress(total: int, done: int, results: ResultFile) -> Iterator[Callable[[], object]]:
+    """A progress bar on a terminal's stderr, but beside results; what it yields moves it on."""
+    if not sys.stderr.isatty() or results.path == STDIO:
         yield lambda: None
         return
     from rich.console import Console

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +21,7 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
+from recurrentgemma.cli.paths import expanded
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from recurrentgemma.common.conversation import Conversation
 
 COMMANDS = """\
-/save FILE   keep the conversation in a file
+/save FILE   keep the conversation in a file; /save! FILE replaces one that is there
 /load FILE   go on with one that was kept
 /undo        take back the last turn
 /reset       begin anew
@@ -74,14 +78,18 @@ def chat(
         loaded = load_sampler(framework, path, tokenizer, sampling, dtype, True)
     conversation = Conversation(loaded.sampler)
     if load is not None:
-        conversation.load(load)
+        conversation.load(expanded(load))
     options = {
         "total_generation_steps": max_new_tokens,
         "stop_strings": stop or (),
         "rng": seed,
     }
+    about = f"{framework}, {loaded.dtype} on {loaded.device}"
+    about += f", seed {seed}" if seed is not None else ""
     if sys.stdin.isatty():
-        sys.stderr.write(f"{framework}, {loaded.dtype} on {loaded.device}. /help for help.\n")
+        sys.stderr.write(f"{about}. /help for help.\n")
+    elif seed is not None:
+        sys.stderr.write(f"{about}\n")
     for line in _lines():
         if line == "/quit":
             return
@@ -95,6 +103,9 @@ def _lines() -> Any:
     """What the user types, a line at a time; an editable one in a terminal."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  # makes `input` editable
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # read from before
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text ends no chat
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -107,15 +118,17 @@ def _lines() -> Any:
 
 
 def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
-    answer = conversation.send(text, **options)
+    """Says something and prints the answer; a mistake is told, and the chat goes on."""
     try:
-        for piece in answer:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        _require_text(text)
+        with contextlib.closing(conversation.send(text, **options)) as answer:
+            for piece in answer:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" [stopped]")
-    finally:
-        answer.close()
+    except Exception as error:
+        sys.stdout.write(_told(error))
     sys.stdout.write("\n")
     sys.stdout.flush()
 
@@ -123,16 +136,19 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> N
 def _command(conversation: Conversation, line: str) -> None:
     """Does what a line that begins with / says; a mistake is told, and the chat goes on."""
     name, _, argument = line.partition(" ")
+    argument = argument.strip()
     try:
         if name == "/help":
             sys.stdout.write(COMMANDS)
-        elif name in ("/save", "/load") and not argument:
+        elif name in ("/save", "/save!", "/load") and not argument:
             raise ValueError(f"{name} needs a file")
-        elif name == "/save":
-            conversation.save(Path(argument).expanduser())
+        elif name == "/save" and os.path.lexists(expanded(argument)):
+            raise ValueError(f"{argument} exists; /save! {argument} replaces it")
+        elif name in ("/save", "/save!"):
+            conversation.save(expanded(argument), force=name == "/save!")
             sys.stdout.write(f"saved to {argument}\n")
         elif name == "/load":
-            conversation.load(Path(argument).expanduser())
+            conversation.load(expanded(argument))
             sys.stdout.write(f"{len(conversation.turns)} turns\n")
         elif name == "/undo":
             turn = conversation.undo()
@@ -143,8 +159,20 @@ def _command(conversation: Conversation, line: str) -> None:
         else:
             raise ValueError(f"there is no {name}; /help lists what there is")
     except Exception as error:
-        message = mistake(error)
-        if message is None:
-            raise
-        sys.stdout.write(f"{message}\n")
+        sys.stdout.write(f"{_told(error)}\n")
     sys.stdout.flush()
+
+
+def _require_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # from bytes that could not be decoded
+        raise ValueError("what you say must be UTF-8 text; nothing was said") from error
+
+
+def _told(error: Exception) -> str:
+    """What to tell of a mistake; anything else is raised."""
+    message = mistake(error)
+    if message is None:
+        raise error
+    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from recurrentgemma.cli.batch import logprob_fields, run_batch, sample_fields
+from recurrentgemma.cli.batch import (
+    logprob_fields,
+    open_batch,
+    recorded_options,
+    run_batch,
+    sample_fields,
+)
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
     Checkpoint,
@@ -21,6 +28,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.generation import generate
+from recurrentgemma.cli.paths import expanded
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -32,6 +40,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.jsonl import require_writable
 
 _STATES, _BATCHES = "States", "Many prompts"
 
@@ -63,7 +72,7 @@ def sample(
         int | None,
         typer.Option(
             min=0,
-            help="With --json: log-probabilities of each token and of the N likeliest.",
+            help="With --json or --output: log-probabilities of each token and of the N likeliest.",
             metavar="N",
             show_default=False,
         ),
@@ -103,7 +112,8 @@ def sample(
         Path | None,
         typer.Option(
             "--input",
-            help='Prompts instead: a JSON string a line, or an object with a string "prompt".',
+            help='Prompts instead: a JSON string a line, or an object with a string "prompt"; '
+            "- reads stdin.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,
@@ -112,7 +122,8 @@ def sample(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Their results, a JSON object a line. One that is there is gone on with.",
+            help="Their results, a JSON object a line; - is stdout. A file that is there is gone "
+            "on with.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,
@@ -135,17 +146,26 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.jsonl import ResultFile
-
+    asked_seed = seed
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
+    if logprobs is not None and not as_json and output is None:
+        raise ValueError(
+            "--logprobs needs --json, or --input and --output: text has no place for it"
+        )
     framework = choose_framework(framework)
     path, tokenizer = find_checkpoint(checkpoint)
     if chat and tokenizer.end_of_turn_id is None:
         raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
-    if save_state is not None and save_state.exists() and not force:
-        raise ValueError(f"{save_state} exists; --force replaces it")
-    text = "" if input_ else _prompt(prompt, needed=load_state is None)
+    if save_state is not None:
+        save_state = expanded(save_state)
+        if os.path.lexists(save_state) and not force:
+            raise ValueError(f"{save_state} exists; --force replaces it")
+        require_writable(save_state, replaced=True)
+    batch = None
+    if input_ is not None and output is not None:
+        batch = open_batch(input_, output, force=force)
+    text = "" if batch else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(framework, path, tokenizer, sampling, dtype, chat)
@@ -157,17 +177,28 @@ def sample(
         "stop_ids": stop_id or (),
         "num_logprobs": logprobs,
     }
-    if input_ is not None and output is not None:
-        with ResultFile(output, force=force) as results:
-            errors = run_batch(
-                sampler,
-                input_,
-                results,
-                batch_size=batch_size,
-                keep_going=keep_going,
-                seed=seed,
-                options=options | {"num_samples": num_samples},
-            )
+    if batch is not None:
+        errors = run_batch(
+            sampler,
+            batch,
+            batch_size=batch_size,
+            keep_going=keep_going,
+            seed=seed,
+            options=options | {"num_samples": num_samples},
+            record=recorded_options(
+                sampling,
+                checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
+                framework=framework,
+                dtype=loaded.dtype,
+                chat=chat,
+                max_new_tokens=max_new_tokens,
+                seed=asked_seed,
+                stop=stop or [],
+                stop_id=stop_id or [],
+                num_samples=num_samples,
+                logprobs=logprobs,
+            ),
+        )
         if errors:
             sys.stderr.write(f"{errors} of the lines have an error\n")
             raise typer.Exit(1)
@@ -180,6 +211,7 @@ def sample(
         "seed": seed,
     }
     shown = text + "\n" * chat if echo else ""
+    stream = None
     if num_samples > 1:
         out = sampler([text], rng=seed, num_samples=num_samples, **options)
         report["samples"] = [sample_fields(out, row) for row in range(num_samples)]
@@ -190,7 +222,7 @@ def sample(
     else:
         source = text
         if load_state is not None:
-            source = sampler.load_state(load_state)
+            source = sampler.load_state(expanded(load_state))
             source = sampler.prefill(text, source) if text else source
         stream = sampler.stream(source, rng=seed, **options)
         run = generate(stream, None if as_json else shown)
@@ -203,14 +235,14 @@ def sample(
             "first_token_s": run.first_token_s,
             "tokens_per_second": run.tokens_per_second,
         }
-        if save_state is not None:
-            sampler.save_state(save_state, stream.state, force=force)
     if as_json:
         sys.stdout.write(json.dumps(report | about | {"timings": timings}) + "\n")
     else:
         line = f"{framework}, {loaded.dtype} on {loaded.device}"
         line += f", seed {seed}" if seed is not None else ""
         sys.stderr.write(f"{speed}, loaded in {load_s:.2f} s\n{line}\n")
+    if save_state is not None and stream is not None:  # at last, so that no text is lost
+        sampler.save_state(save_state, stream.state, force=force)
 
 
 def _require_sense(

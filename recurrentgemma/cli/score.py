@@ -19,10 +19,11 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
+from recurrentgemma.cli.paths import expanded, read_source, source_name
 
 
 def score(
-    file: Annotated[Path, typer.Argument(help="A UTF-8 text.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="A UTF-8 text; - reads stdin.", metavar="FILE")],
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     dtype: DTypeOption = None,
@@ -36,18 +37,20 @@ def score(
     """Print the perplexity of a text and its log-probability, natural and a token."""
     from recurrentgemma.common.sampling import Greedy
 
-    data = file.read_bytes()
+    file = expanded(file)
+    name = source_name(file)
+    data = read_source(file, "text")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
+            f"{name} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
         ) from error
     framework = choose_framework(framework)
     path, tokenizer = find_checkpoint(checkpoint)
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
-    with working(f"Reading {file.name}"):
+    with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
     pieces = [tokenizer.vocab.id_to_piece(token) for token in result.tokens]
     perplexity = None if math.isnan(result.perplexity) else result.perplexity

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+STDIO = Path("-")  # stdin or stdout
+_OPENING = b'{"line": '  # of every result that is written
 
 
 class LineError(ValueError):
@@ -32,18 +37,14 @@ class Line(NamedTuple):
     error: str | None
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(data: bytes, name: str) -> list[Line]:
     """Every line of a file: a JSON string, or an object with a string "prompt". Empty ones count.
 
-    Raises:
-      OSError: The file cannot be read.
+    Args:
+      data: What the file holds.
+      name: What errors call it.
     """
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            try:
-                yield Line(number, _prompt(data), None)
-            except ValueError as error:
-                yield Line(number, "", f"{path}, line {number}: {error}")
+    return [_line(number, line, name) for number, line in enumerate(io.BytesIO(data), 1)]
 
 
 def json_value(data: bytes) -> Any:
@@ -58,55 +59,113 @@ def json_value(data: bytes) -> Any:
         raise ValueError("not JSON that can be read: too deep") from error
 
 
+def _line(number: int, data: bytes, name: str) -> Line:
+    try:
+        return Line(number, _prompt(data), None)
+    except ValueError as error:
+        return Line(number, "", f"{name}, line {number}: {error}")
+
+
 def _prompt(data: bytes) -> str:
     value = json_value(data)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise ValueError('a string or an object with a string "prompt" is expected')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        code = ord(prompt[error.start])
+        raise ValueError(f"not Unicode text: an unpaired surrogate \\u{code:04x}") from error
     return prompt
 
 
+def require_writable(path: Path, *, replaced: bool = False) -> None:
+    """Raises `OutputError` where it can be told beforehand that a file cannot be written.
+
+    Args:
+      path: The file, which need not be there.
+      replaced: Whether a new file will take its place, instead of its being opened.
+    """
+    folder = path.parent
+    if os.path.isdir(path):
+        reason = errno.EISDIR
+    elif not os.path.isdir(folder):
+        reason = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    elif not os.access(path if os.path.exists(path) and not replaced else folder, os.W_OK):
+        reason = errno.EACCES
+    else:
+        return
+    raise OutputError(f"cannot write {path}: {os.strerror(reason)}")
+
+
 class ResultFile:
-    """Results as JSON lines, in order, each on the disk before the next is begun.
+    """Results as JSON lines, each on the disk before the next is begun.
 
     A file that is there already is gone on with: its whole lines are results, and a last line that
-    was cut short is taken off.
+    was cut short is taken off. It stays as it is until the first result is written, or until the
+    block ends well. What is no regular file, such as stdout or a pipe, is never read.
 
     Attributes:
-      finished: The results that were there.
+      path: The file.
+      finished: The results that were there, by their lines; of several of one line the last.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        """Opens the file, or makes it.
+        """Reads what is there.
 
         Args:
-          path: The file.
+          path: The file; stdout if `STDIO`.
           force: Whether to begin anew if it is there.
 
         Raises:
           OutputError: It is there and holds something else than results, or cannot be written.
         """
         self.path = path
-        self.finished: list[dict[str, Any]] = []
-        try:
-            self._file = path.open("ab+")
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        try:
-            self._recover(force)
-        except BaseException:
-            self._file.close()
-            raise
+        self.finished: dict[int, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        self._force, self._regular = force, False
+        self._whole = self._size = 0  # bytes of whole lines, and of all
+        if path == STDIO:
+            self._file = sys.stdout
+            return
+        require_writable(path)
+        there = os.path.exists(path)
+        self._regular = path.is_file() or not there
+        if there and self._regular and not force:
+            self._read()
 
-    def _recover(self, force: bool) -> None:
-        whole = 0
-        self._file.seek(0)
-        for number, data in enumerate([] if force else self._file, 1):
-            if not data.endswith(b"\n"):
-                break
-            self.finished.append(_result(self.path, number, data))
-            whole += len(data)
-        self._file.truncate(whole)
+    def _read(self) -> None:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
+        with file:
+            for number, data in enumerate(file, 1):
+                self._size += len(data)
+                if _is_cut_short(data):
+                    break
+                result = _result(data)
+                if result is None:
+                    raise OutputError(
+                        f"{self.path} is there and its line {number} is no result; "
+                        "--force replaces it"
+                    )
+                self.finished[result["line"]] = result
+                self._whole += len(data)
+
+    def _opened(self) -> TextIO:
+        if self._file is None:
+            size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+            if self._regular and not self._force and size != self._size:
+                raise OutputError(
+                    f"another process has changed {self.path} meanwhile; "
+                    "once it has ended, the same command goes on after it"
+                )
+            mode = "a" if self._regular else "w"
+            self._file = self.path.open(mode, encoding="ascii", newline="\n")
+            if self._regular:
+                self._file.truncate(self._whole)
+        return self._file
 
     def write(self, result: dict[str, Any]) -> None:
         """Adds a result.
@@ -114,30 +173,53 @@ class ResultFile:
         Raises:
           OutputError: The disk is full, say; all results before it are kept.
         """
-        data = (json.dumps(result) + "\n").encode()
+        self._write(json.dumps(result) + "\n")
+
+    def _write(self, text: str) -> None:
         try:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            file = self._opened()
+            file.write(text)
+            file.flush()
+            if self._regular:
+                os.fsync(file.fileno())
+        except BrokenPipeError:  # whoever reads has stopped
+            raise
         except OSError as error:
+            name = "stdout" if self.path == STDIO else self.path
+            kept = "; the lines before are kept, and the same command goes on after them"
             raise OutputError(
-                f"cannot write {self.path}: {error.strerror}; the lines before are kept, "
-                "and the same command goes on after them"
+                f"cannot write {name}: {error.strerror}{kept if self._regular else ''}"
             ) from error
 
     def __enter__(self) -> ResultFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # what could not be written has been told
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._write("")
+        finally:
+            if self._file is not None and self.path != STDIO:
+                with contextlib.suppress(OSError):  # what could not be written has been told
+                    self._file.close()
 
 
-def _result(path: Path, number: int, data: bytes) -> dict[str, Any]:
+def _is_cut_short(data: bytes) -> bool:
+    """Whether a line is the beginning of a result, and not the whole."""
+    begun = data.startswith(_OPENING) or _OPENING.startswith(data)
+    return begun and not data.endswith(b"\n")
+
+
+def _result(data: bytes) -> dict[str, Any] | None:
+    """The result on a line, if that is what it is."""
     try:
-        result = json.loads(data)
-        if isinstance(result, dict) and isinstance(result["line"], int):
-            return result
-    except (ValueError, KeyError):
-        pass
-    raise OutputError(f"{path} is there and its line {number} is no result; --force replaces it")
+        result = json_value(data)
+    except ValueError:
+        return None
+    is_one = (
+        data.endswith(b"\n")
+        and isinstance(result, dict)
+        and type(result.get("line")) is int
+        and (isinstance(result.get("error"), str) or isinstance(result.get("samples"), list))
+    )
+    return result if is_one else None

@@ -1,6 +1,7 @@
 """`recurrentgemma sample --input`: JSON lines in and out, whatever goes wrong on the way."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import time
 
 import pytest
+
+from recurrentgemma.common.jsonl import OutputError, ResultFile
 
 PROMPTS = ["It was", "", "And he said", "“É”", "In the", "x", "Emma"]
 
@@ -28,7 +31,7 @@ def batch(cli, checkpoint, prompts, tmp_path):
         path = tmp_path / output
         done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6", "--input",
                    prompts, "--output", path, *args)  # fmt: skip
-        lines = path.read_text().split("\n") if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return done, [json.loads(line) for line in lines if line.startswith("{")]
 
     return run
@@ -102,6 +105,207 @@ def test_a_batch_is_gone_on_with(batch, prompts, tmp_path):
     assert [result["prompt"] for result in results] == ["other"]
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        "my only copy of a note, no newline",
+        '{"prompt": "hi"}',
+        '{"line": 1, "prompt": "hi"}\n',
+        '{"line": true, "samples": []}\n',
+        "[" * 100_000 + "\n",
+        '{"samples": [], "line": 1}',  # what is written after it would not be a line of its own
+    ],
+)
+def test_what_holds_no_results_is_kept(batch, tmp_path, note):
+    path = tmp_path / "out.jsonl"
+    path.write_text(note)
+    done, _ = batch()
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith(f"{path} is there and its line 1 is no result; --force replaces it\n")
+    assert path.read_text() == note
+
+
+def test_a_tail_is_cut_only_after_results(batch, tmp_path):
+    _, whole = batch()
+    path = tmp_path / "out.jsonl"
+    results = path.read_bytes()
+    first = results.splitlines(keepends=True)[0]
+    for cut in (1, 5, 10, len(first) - 1):
+        path.write_bytes(first + first[:cut])
+        assert batch() == ((0, "", ""), whole)
+        assert path.read_bytes() == results
+    path.write_bytes(first + b"a note")
+    done, _ = batch()
+    assert "its line 2 is no result" in done.err
+    assert path.read_bytes() == first + b"a note"
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_the_input_is_never_the_output(cli, checkpoint, prompts, tmp_path, force):
+    before = prompts.read_text()
+    link = tmp_path / "link"
+    link.symlink_to(prompts)
+    for output in (prompts, link):
+        done = cli("sample", "--checkpoint", checkpoint, "--input", prompts, "--output", output,
+                   *force)  # fmt: skip
+        assert (done.code, done.out, prompts.read_text()) == (2, "", before)
+        assert f"--input and --output are one file, {output}" in done.err
+    # Nor by way of stdin.
+    code = "import sys; from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
+    args = ["sample", "--input", "-", "--output", prompts, *force]
+    with prompts.open() as stdin:
+        command = [sys.executable, "-c", code, *args]
+        done = subprocess.run(command, stdin=stdin, capture_output=True, check=False)
+    assert (done.returncode, prompts.read_text()) == (2, before)
+    assert b"--input and --output are one file" in done.stderr
+
+
+def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path):
+    _, whole = batch()
+    args = ("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6")
+    read, write = os.pipe()
+    os.write(write, prompts.read_bytes())
+    os.close(write)
+    path = tmp_path / "piped.jsonl"
+    done = cli(*args, "--input", f"/dev/fd/{read}", "--output", path)
+    os.close(read)
+    assert done == (0, "", "")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == whole
+    done = cli(*args, "--input", "-", "--output", "-", stdin=prompts.read_bytes())
+    assert (done.code, done.err) == (0, "")
+    assert [json.loads(line) for line in done.out.splitlines()] == whole
+    done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n')
+    assert done.code == 2
+    assert "stdin, line 2: not JSON" in done.err
+    assert json.loads(done.out)["prompt"] == "a"
+
+
+def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
+    def to(output):
+        return cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
+                   "--input", prompts, "--output", output)  # fmt: skip
+
+    assert to("/dev/null") == (0, "", "")
+    for output, reason in (
+        ("/dev/full", "No space left on device"),  # which gives zeros without end
+        (tmp_path, "Is a directory"),
+        (tmp_path / "no" / "x", "No such file or directory"),
+        (prompts / "x", "Not a directory"),
+    ):
+        done = to(output)
+        assert (done.code, done.out) == (2, "")
+        assert done.err == f"recurrentgemma: error: cannot write {output}: {reason}\n"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    assert to(pipe) == (0, "", "")
+    out, _ = reader.communicate(timeout=60)
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == PROMPTS
+
+
+def test_prompts_that_are_no_text(batch, prompts):
+    prompts.write_text('"ok"\n"\\ud800"\n"\\ud83d\\ude00"\n')
+    done, results = batch("--keep-going")
+    assert done.code == 1
+    assert [result["line"] for result in results] == [1, 2, 3]
+    assert results[1]["error"].endswith(r"line 2: not Unicode text: an unpaired surrogate \ud800")
+    assert results[2]["prompt"] == "\N{GRINNING FACE}"
+
+
+def test_a_mistake_leaves_the_output_as_it_was(batch, prompts, tmp_path):
+    path = tmp_path / "out.jsonl"
+    batch()
+    first, *_ = path.read_bytes().splitlines(keepends=True)
+    cut = first + first[:20]
+    path.write_bytes(cut)
+    text = prompts.read_text()
+    prompts.write_text("no JSON\n" + text)
+    for force in ((), ("--force",)):
+        assert batch(*force)[0].code == 2
+        assert path.read_bytes() == cut
+    prompts.unlink()
+    for force in ((), ("--force",)):
+        done, _ = batch(*force)
+        assert "prompts.jsonl: No such file" in done.err
+        assert path.read_bytes() == cut
+        batch(*force, output="new")
+        assert not (tmp_path / "new").exists()
+    # An input without a line is no mistake.
+    prompts.write_text("")
+    done, results = batch(output="none")
+    assert (done, results) == ((0, "", ""), [])
+    assert (tmp_path / "none").read_text() == ""
+
+
+def test_a_file_that_another_process_writes(tmp_path):
+    path = tmp_path / "out.jsonl"
+    result = {"line": 1, "samples": []}
+    file = ResultFile(path)
+    with ResultFile(path) as other:
+        other.write(result)
+    with pytest.raises(OutputError, match="another process has changed"):
+        file.write(result)
+    assert ResultFile(path).finished == {1: result}
+    assert path.read_text() == json.dumps(result) + "\n"
+
+
+def test_a_corrected_line_is_done(batch, prompts, tmp_path):
+    prompts.write_text('"a"\n\n"b"\nwrong\n')
+    done, results = batch("--keep-going")
+    assert (done.code, done.err) == (1, "2 of the lines have an error\n")
+    # As long as it is wrong it counts, and nothing is written again.
+    for args in ((), ("--keep-going",)):
+        assert batch(*args) == (done, results)
+    prompts.write_text('"a"\n"fixed"\n"b"\nwrong\n')
+    done, more = batch()
+    assert (done.code, done.err) == (1, "1 of the lines have an error\n")
+    assert more[:4] == results  # what was finished stays where it is
+    assert [(result["line"], result["prompt"]) for result in more[4:]] == [(2, "fixed")]
+    prompts.write_text('"a"\n"fixed"\n"b"\n"right"\n')
+    done, all_ = batch()
+    assert (done, [result["line"] for result in all_]) == ((0, "", ""), [1, 2, 3, 4, 2, 4])
+    assert batch() == (done, all_)
+    prompts.write_text('"a"\n"other"\n"b"\n"right"\n')
+    assert "holds the result of another prompt than line 2" in batch()[0].err
+
+
+def test_results_of_other_options_are_not_mixed(batch, prompts, tmp_path):
+    path = tmp_path / "out.jsonl"
+    batch("--stop", "x")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    done, _ = batch("--max-new-tokens", "5", "--temperature", "1.5", "--seed", "3")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"recurrentgemma: error: {path} holds results of other options: --max-new-tokens was 6, "
+        'is 5; --seed was null, is 3; --stop was ["x"], is []; --temperature was 0.0, is 1.5; '
+        "--force begins anew\n"
+    )
+    assert path.read_text() == "".join(lines[:2])
+    assert batch("--stop", "x", "--batch-size", "1", "--temperature", "0")[0].code == 0
+    assert path.read_text() == "".join(lines)
+    assert batch("--max-new-tokens", "5", "--force")[0].code == 0
+    # Earlier versions wrote no options.
+    olds = [json.loads(line) for line in lines[:2]]
+    for old in olds:
+        del old["options"]
+    path.write_text("".join(json.dumps(old) + "\n" for old in olds))
+    done, results = batch("--max-new-tokens", "5")
+    assert (done.code, results[:2]) == (0, olds)
+    assert [result["line"] for result in results] == list(range(1, 8))
+
+
+def test_draws_with_fresh_seeds_are_gone_on_with(batch, tmp_path):
+    path = tmp_path / "out.jsonl"
+    batch("--temperature", "1")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    done, results = batch("--temperature", "1")
+    assert done == (0, "", "")
+    assert [json.dumps(result) + "\n" for result in results[:2]] == lines[:2]
+    assert len(results) == 7
+
+
 def start(checkpoint, prompts, path, limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     """Runs a batch in a process that may write files of so many bytes."""
     code = (
@@ -156,6 +360,7 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
         ("--input x", "--input and --output go together"),
         ("--output x", "--input and --output go together"),
         ("prompt --input x --output y", "--input takes the place of PROMPT"),
+        ("prompt --logprobs 2", "--logprobs needs --json, or --input and --output"),
         ("prompt --load-state x -n 2", "--num-samples must be 1"),
         ("prompt --load-state x --chat", "recurrentgemma chat --load"),
         ("prompt --stop ", "stop_strings must be strings that are not empty"),

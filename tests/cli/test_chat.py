@@ -72,6 +72,63 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
     assert done.out.endswith("undone: And?\nundone: Hello\nnothing to undo\n")
 
 
+def test_ctrl_c_before_an_answer_begins(chat, monkeypatch):
+    from recurrentgemma.common.text import Tokenizer
+
+    encode = Tokenizer.encode
+    calls = []
+
+    def interrupted(tokenizer, text):
+        calls.append(text)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    done = chat("Hello", "And?", "/undo", "/undo")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(" [stopped]\n")
+    assert done.out.endswith("undone: And?\nnothing to undo\n")
+
+
+def test_lines_that_are_no_text(cli, chat, checkpoint):
+    args = ("chat", "--checkpoint", checkpoint, "--max-new-tokens", "6")
+    done = cli(*args, stdin=b"caf\xe9\nHello\n/load caf\xe9\n")
+    assert (done.code, done.err) == (0, "")
+    message, rest = done.out.split("\n", 1)
+    assert message == "what you say must be UTF-8 text; nothing was said"
+    assert rest == chat("Hello").out + "caf?: No such file or directory\n"
+
+
+def test_saving(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = chat("Hello", "/save  two  spaces", "/save two  spaces", "/save ~/h", "/save! ~/h",
+                "/save!", "/undo", "/save! ~/h", "/load two  spaces", "/help")  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    told = done.out.removeprefix(chat("Hello").out)
+    assert told.splitlines()[:8] == [
+        "saved to two  spaces",
+        "two  spaces exists; /save! two  spaces replaces it",
+        "saved to ~/h",
+        "saved to ~/h",
+        "/save! needs a file",
+        "undone: Hello",
+        "there is nothing to save: nothing was said yet",
+        "1 turns",
+    ]
+    assert "/save! FILE" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"two  spaces", "h"}
+
+
+def test_seeds_of_a_chat(chat):
+    first = chat("Hello", args=("--temperature", "1.5"))
+    about, _, seed = first.err.partition(", seed ")
+    assert about.endswith("float32 on cpu")
+    again = chat("Hello", args=("--temperature", "1.5", "--seed", seed.strip()))
+    assert again == first
+
+
 def test_chat_without_turns(cli, checkpoint, monkeypatch):
     monkeypatch.setattr("recurrentgemma.common.text.END_OF_TURN", "<no such piece>")
     done = cli("chat", "--checkpoint", checkpoint)
@@ -94,6 +151,43 @@ def test_states(cli, checkpoint, framework, tmp_path):
     assert (done.code, done.out) == (2, "")
     assert "exists; --force replaces it" in done.err
     assert sample("x", "--save-state", path, "--force").code == 0
+
+
+def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def sample(*args: str):
+        return cli("sample", "--checkpoint", checkpoint, "--json", "--max-new-tokens", "2", *args)
+
+    assert sample("x", "--save-state", "~/state").code == 0
+    done = sample("x", "--save-state", "~/state")
+    assert f"{tmp_path}/state exists; --force replaces it" in done.err
+    assert sample("--load-state", "~/state").code == 0
+    # What can be known is said before anything is generated.
+    monkeypatch.setattr("recurrentgemma.cli.sample.load_sampler", None)
+    for path, reason in (
+        (tmp_path / "no" / "state", "No such file or directory"),
+        (tmp_path / "state" / "x", "Not a directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        done = sample("x", "--force", "--save-state", str(path))
+        assert (done.code, done.out) == (2, "")
+        assert done.err == f"recurrentgemma: error: cannot write {path}: {reason}\n"
+
+
+def test_what_was_generated_is_printed_before_it_is_saved(cli, checkpoint, tmp_path, monkeypatch):
+    from recurrentgemma.common.errors import DestinationError
+
+    def full(path, *args, **options):
+        raise DestinationError(f"the disk of {path} became full")
+
+    monkeypatch.setattr("recurrentgemma.common.sampler.write_state", full)
+    args = ("sample", "x", "--checkpoint", checkpoint, "--save-state", tmp_path / "state")
+    done = cli(*args, "--json")
+    assert json.loads(done.out)["tokens"]
+    done = cli(*args)
+    assert (done.code, done.out[0]) == (2, "x")
+    assert done.err.splitlines()[1].startswith("torch, float32" if "torch" in done.err else "jax")
 
 
 def test_samples_stops_and_log_probabilities(cli, checkpoint):
@@ -135,6 +229,8 @@ def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
     assert summary.startswith(f"{len(lines)} tokens, log-probability {report['logprob']:.4f}, ")
     path.write_text("")
     assert cli(*args, "--json").json["perplexity"] is None
+    assert cli("score", "-", *args[2:], stdin=b"It was").out.startswith("2 tokens, ")
+    assert "stdin must be UTF-8" in cli("score", "-", *args[2:], stdin=b"caf\xe9").err
     path.write_bytes(b"caf\xe9")
     assert "must be UTF-8 text, got byte 0xe9 at 3" in cli(*args).err
     assert "/nowhere: No such file" in cli("score", "/nowhere").err

@@ -1,0 +1,39 @@
+"""Files as the user names them, where - is stdin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from recurrentgemma.common.jsonl import STDIO
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as a shell has it: `~` is the home, unless there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def source_name(path: Path) -> str:
+    """What messages call a file that is read."""
+    return "stdin" if path == STDIO else str(path)
+
+
+def read_source(path: Path, what: str) -> bytes:
+    """All of a file or of stdin.
+
+    Args:
+      path: The file.
+      what: What to ask for in a terminal.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: Stdin is closed.
+    """
+    if path != STDIO:
+        return path.read_bytes()
+    if sys.stdin is None:
+        raise ValueError(f"there is no {what}: stdin is closed")
+    if sys.stdin.isatty():
+        sys.stderr.write(f"Type the {what}, then Ctrl-D on a line of its own:\n")
+    return sys.stdin.buffer.read()
