@@ -38,7 +38,8 @@ class Shards:
         if path.is_dir() and index.is_file():
             promised = _read_index(index)
             names = sorted(set(promised.values()))
-            missing = [name for name in names if not (path / name).is_file()]
+            present = {file.name for file in path.iterdir() if file.is_file()}
+            missing = [name for name in names if name not in present]
             if missing:
                 raise DamagedError(f"{path} lacks {', '.join(missing)}")
             opened = {name: TensorFile(path / name) for name in names}
