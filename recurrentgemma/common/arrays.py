@@ -22,6 +22,17 @@ _STRIP = 128  # rows of a matrix in a piece: it stays in the cache while it is c
 _TILE = 64  # columns of a strip that are turned at a time
 
 
+def named_dtype(name: str) -> np.dtype:
+    """The dtype of that name.
+
+    Raises:
+      ValueError: There is none among `DTYPES`.
+    """
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
 def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
     """The values of an array in C order, as flat contiguous pieces.
 

@@ -45,8 +45,11 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: The sharding is unknown, does not fit the tree, or comes with a device.
+      ValueError: The dtype is no floating-point type; or the sharding is unknown, does not fit the
+        tree, or comes with a device.
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
     if device is not None:
         if sharding != "single_device":
             raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")

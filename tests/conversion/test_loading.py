@@ -126,6 +126,8 @@ def test_devices_and_dtypes_of_jax(make) -> None:
     assert {leaf.device for leaf in jax.tree.leaves(params)} == {device}
     with pytest.raises(ValueError, match="either a device or a sharding"):
         load_checkpoint(folder, device=device, sharding="replicated")
+    with pytest.raises(ValueError, match="dtype must be a floating-point type, got 'int8'"):
+        load_checkpoint(folder, dtype="int8")
 
 
 @pytest.mark.parametrize("twin", ["jax", "torch"])
