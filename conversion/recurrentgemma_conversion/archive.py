@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
+import errno
 import tarfile
-import zlib
 from pathlib import Path
 
-from recurrentgemma.common.errors import DamagedError
+from recurrentgemma.common.errors import DamagedError, DiskSpaceError
 from recurrentgemma.common.files import require_room
 
 
@@ -29,5 +28,10 @@ def unpack(path: Path, folder: Path) -> None:
         with tarfile.open(path) as archive:
             require_room(folder, sum(member.size for member in archive))
             archive.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DamagedError(f"{path} cannot be unpacked: {error}") from error
+    except DiskSpaceError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise DiskSpaceError(f"the disk of {folder} became full") from error
+        reason = str(error) or type(error).__name__
+        raise DamagedError(f"{path} cannot be unpacked: {reason}") from error

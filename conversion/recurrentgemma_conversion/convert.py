@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from recurrentgemma.common.arrays import DTYPES, count_nonfinite, same_bits
+from recurrentgemma.common.arrays import count_nonfinite, float_dtype, same_bits
 from recurrentgemma.common.checkpoint import TOKENIZER
 from recurrentgemma.common.errors import (
     DestinationError,
@@ -142,7 +142,9 @@ def convert(
     with open_checkpoint(source, overrides, _existing(target.parent)) as reader:
         _require_apart(target, source, reader)
         specs = layer_spec(reader.config)
-        dtypes = dict(reader.dtypes) if dtype is None else {s.path: DTYPES[dtype] for s in specs}
+        dtypes = (
+            dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
+        )
         pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         read = None if pieces is None else Tokenizer(pieces)
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recurrentgemma.common.errors import DownloadError, MissingExtraError
+from recurrentgemma.common.errors import DiskSpaceError, DownloadError, MissingExtraError
 from recurrentgemma.common.files import destination_path, whole_folder
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
@@ -33,8 +36,9 @@ def download(
 
     Raises:
       MissingExtraError: The site's library is not installed.
-      DownloadError: There are no credentials, the licence is not accepted, there is no network, or
-        something else went wrong; the message says what to do.
+      DownloadError: There are no credentials, the licence is not accepted, the network or the site
+        fails, or something else went wrong; the message says what to do.
+      DiskSpaceError: The disk became full.
       CheckpointError: What came is no checkpoint, or `destination` exists and `force` is not set.
     """
     site, _, name = source.partition(":")
@@ -45,7 +49,8 @@ def download(
         )
     folder = destination_path(destination)
     with whole_folder(folder, force=force) as temporary:
-        _SITES[site](name, temporary)
+        with contextlib.redirect_stdout(sys.stderr):  # where the libraries' messages belong
+            _SITES[site](name, temporary)
         format_, _ = detect(temporary)
     return format_, folder
 
@@ -76,10 +81,8 @@ def _from_huggingface(name: str, folder: Path) -> None:
         ) from error
     except errors.HFValidationError as error:
         raise DownloadError(f"hf:{name} is no name of a model: OWNER/MODEL is expected") from error
-    except errors.HfHubHTTPError as error:
-        raise DownloadError(f"{page}: {_first_line(error)}") from error
-    except (errors.LocalEntryNotFoundError, OSError) as error:
-        raise _no_network("huggingface.co", error) from error
+    except Exception as error:  # of several libraries, which change with its versions
+        raise _failed("huggingface.co", page, error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
@@ -99,25 +102,24 @@ def _from_kaggle(name: str, folder: Path) -> None:
         kagglehub.model_download(name, output_dir=str(folder))
     except (exceptions.UnauthenticatedError, exceptions.CredentialError) as error:
         raise DownloadError(f"{page} needs credentials: {login}") from error
-    except ValueError as error:  # the handle
-        raise DownloadError(f"kaggle:{name}: {_first_line(error)}") from error
-    except OSError as error:  # of which its HTTP errors are
-        status = _status(error)
-        if status in (401, 403):
+    except exceptions.DataCorruptionError as error:
+        raise DownloadError(f"a file of kaggle:{name} arrived damaged: try again") from error
+    except Exception as error:  # of several libraries, which change with its versions
+        if _status(error) in (401, 403):
             credentials = kagglehub.config.get_kaggle_credentials()
             raise _refused(error, page, login, credentials) from error
-        if status == 404:
+        if _status(error) == 404 or isinstance(error, exceptions.NotFoundError):
             raise DownloadError(f"there is no kaggle:{name}: {page} has the names") from error
-        if status is not None:
-            raise DownloadError(f"{page}: {_first_line(error)}") from error
-        raise _no_network("www.kaggle.com", error) from error
+        if isinstance(error, ValueError) and not isinstance(error, OSError):  # the handle
+            raise DownloadError(f"kaggle:{name}: {_first_line(error)}") from error
+        raise _failed("www.kaggle.com", page, error) from error
     shutil.rmtree(folder / ".complete", ignore_errors=True)  # kagglehub's marks
 
 
 _SITES: dict[str, Callable[[str, Path], None]] = {"kaggle": _from_kaggle, "hf": _from_huggingface}
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -128,12 +130,28 @@ def _refused(error: Exception, page: str, login: str, credentials: Any) -> Downl
     return DownloadError(f"its licence is not accepted yet: open {page}, accept it, and try again")
 
 
-def _no_network(host: str, error: Exception) -> DownloadError:
+def _failed(host: str, page: str, error: Exception) -> DownloadError | DiskSpaceError:
+    """What came of it where neither the login nor the name is at fault."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return DiskSpaceError("the disk became full: make room, or choose a folder elsewhere")
+        status = _status(cause) or 200
+        if status == 429 or status >= 500:
+            return DownloadError(f"{host} cannot serve this now (HTTP {status}): try again later")
+        if status >= 400:
+            return DownloadError(f"{page}: {_first_line(cause)}")
     return DownloadError(
-        f"cannot reach {host} ({_first_line(error)}): check the network, or download the files "
-        "elsewhere and give their folder instead"
+        f"cannot reach {host}, or no longer ({_first_line(error)}): check the network and try "
+        "again, or download the files elsewhere and give their folder instead"
     )
 
 
-def _first_line(error: Exception) -> str:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -42,6 +42,9 @@ _FIXED = {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 _ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# Where configs say it: in the first since transformers 5, with the type's older name in the second.
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+_ROPE_TYPE = {"rope_type": "default", "type": "default"}
 # As in the published vocabulary.
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 GENERATION = "generation_config.json"
@@ -196,13 +199,15 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
         raise NotRecurrentGemmaError(
             f"{path}: model_type must be {MODEL_TYPE!r}, got {model_type!r}"
         )
-    rope = fields.get("rope_parameters")
-    said = {**fields, **(rope if isinstance(rope, dict) else {})}
-    problems = [
-        f"{name} must be {value!r}, got {said[name]!r}"
-        for name, value in (_FIXED | _ROPE).items()
-        if said.get(name) is not None and said[name] != value
-    ]
+    said, fixed = dict(fields), _FIXED | _ROPE
+    problems = []
+    for field in _ROPE_FIELDS:
+        rope = fields.get(field) or {}
+        if not isinstance(rope, dict):
+            problems.append(f"{field} must be an object, got {rope!r}")
+            continue
+        said |= {f"{field}.{name}": value for name, value in rope.items()}
+        fixed |= {f"{field}.{name}": value for name, value in (_ROPE | _ROPE_TYPE).items()}
     try:
         layers, pattern = fields["num_hidden_layers"], fields["block_types"]
         if not isinstance(pattern, list) or not pattern or type(layers) is not int:
@@ -227,6 +232,12 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
         raise ConfigError(f"{path} lacks {error}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    fixed["head_dim"] = config.head_dim
+    problems += [
+        f"{name} must be {value!r}, got {said[name]!r}"
+        for name, value in fixed.items()
+        if said.get(name) is not None and said[name] != value
+    ]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     return config

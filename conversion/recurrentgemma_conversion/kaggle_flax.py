@@ -37,6 +37,7 @@ from recurrentgemma_conversion.stated import around, stated_config
 DATABASE = "manifest.ocdbt"
 _ZARR = ".zarray"
 _ZARR_DTYPES = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "bfloat16": "bfloat16"}
+_SEPARATORS = (".", "/")
 _CHUNK = 64 << 20  # bytes of an array that go into a database together
 _WRAPPER = "params."
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
@@ -90,8 +91,9 @@ class KaggleFlaxReader(Reader):
         folder = self.path / (self._prefix + name)
         meta = array.metadata
         plain = meta.get("compressor") is None and not meta.get("filters")
-        if not self._database and plain and array.chunks == array.shape and meta["order"] == "C":
-            chunk = folder / _chunk_name((0,) * len(array.shape), meta)
+        whole = array.chunks == array.shape and meta["order"] == "C"
+        chunk = folder / _chunk_name((0,) * len(array.shape), meta)
+        if not self._database and plain and whole and chunk.is_file():
             expected = math.prod(array.shape) * dtype.itemsize
             if chunk.stat().st_size != expected:
                 raise DamagedError(
@@ -103,13 +105,9 @@ class KaggleFlaxReader(Reader):
     def _read_store(self, folder: Path, name: str) -> np.ndarray:
         ts = import_tensorstore()
         store = (
-            {
-                "driver": "ocdbt",
-                "base": _url(self.path),
-                "path": f"{folder.name}/",
-            }
+            {"driver": "ocdbt", "base": _files(self.path), "path": f"{folder.name}/"}
             if self._database
-            else {"driver": "file", "path": f"{folder.absolute()}/"}
+            else _files(folder)
         )
         try:
             value = (
@@ -138,7 +136,7 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
     """The keys of an OCDBT database, each with what reads it."""
     ts = import_tensorstore()
     try:
-        spec = {"driver": "ocdbt", "base": _url(path)}
+        spec = {"driver": "ocdbt", "base": _files(path)}
         database = ts.KvStore.open(spec).result()
         keys = [key.decode() for key in database.list().result()]
     except (ValueError, OSError, RuntimeError) as error:
@@ -159,12 +157,15 @@ def _arrays(path: Path, keys: Mapping[str, Any]) -> dict[str, _Array]:
     """The zarr arrays among keys, every chunk of which is there."""
     if any(key.endswith("/zarr.json") for key in keys):
         raise UnknownFormatError(f"{path} is stored as zarr 3; only zarr 2 is read")
-    chunks: dict[str, set[str]] = {}
+    chunks = {
+        key.removesuffix(f"/{_ZARR}"): set[str]() for key in keys if key.endswith(f"/{_ZARR}")
+    }
     for key in keys:
-        name, _, file = key.rpartition("/")
-        chunks.setdefault(name, set()).add(file)
+        for name in itertools.accumulate(key.split("/")[:-1], "{}/{}".format):
+            if name in chunks:
+                chunks[name].add(key.removeprefix(f"{name}/"))
     arrays, problems = {}, []
-    for name in sorted(name for name, files in chunks.items() if _ZARR in files):
+    for name in sorted(chunks):
         key = f"{name}/{_ZARR}"
         try:
             text = (path / key).read_bytes() if keys[key] is None else keys[key][key.encode()]
@@ -183,6 +184,8 @@ def _parse(metadata: Any) -> _Array:
         raise ValueError(f"sizes must be positive, got {shape=} {chunks=}")
     if len(shape) != len(chunks) or metadata["order"] not in ("C", "F"):
         raise ValueError(f"not the metadata of an array: {metadata}")
+    if metadata.get("dimension_separator") not in (None, *_SEPARATORS):
+        raise ValueError(f"dimension_separator must be one of {', '.join(_SEPARATORS)}")
     return _Array(shape, chunks, metadata | {"dtype": metadata["dtype"]})
 
 
@@ -257,7 +260,7 @@ class _Database:
         rows = min(len(parameter), max(1, _CHUNK // row_bytes))
         request = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": _url(self._root), "path": f"{spec.path}/"},
+            "kvstore": {"driver": "ocdbt", "base": _files(self._root), "path": f"{spec.path}/"},
             "metadata": _zarr_metadata(spec.shape, (rows, *spec.shape[1:]), dtype),
         }
         array = self._ts.open(request, create=True, context=self._context).result()
@@ -282,8 +285,9 @@ def _zarr_metadata(
     }
 
 
-def _url(folder: Path) -> str:
-    return f"file://{folder.absolute()}/"
+def _files(folder: Path) -> dict[str, str]:
+    """TensorStore's name of a folder; a URL would have to be quoted."""
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def orbax_metadata(paths: list[str], *, ocdbt: bool) -> dict[str, Any]:

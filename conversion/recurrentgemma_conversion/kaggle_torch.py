@@ -73,7 +73,7 @@ class KaggleTorchReader(Reader):
     def fetch(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._state[name].detach()
+        tensor = self._state[name].detach().resolve_neg()
         if tensor.dtype == torch.bfloat16:  # which NumPy's half of PyTorch does not know
             return tensor.view(torch.int16).numpy().view(BFLOAT16)
         return tensor.numpy()

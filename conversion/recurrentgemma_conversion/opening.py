@@ -134,7 +134,7 @@ def _detect(path: Path) -> list[tuple[Format | None, Path]]:
 def _detect_file(path: Path) -> list[tuple[Format | None, Path]]:
     with path.open("rb") as file:
         start = file.read(16)
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= start[1] <= 5):
+    if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
         return [(Format.KAGGLE_TORCH, path)]
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return [(_safetensors_format(path), path)]

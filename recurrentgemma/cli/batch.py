@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recurrentgemma.cli.paths import expanded, read_source, source_name
+from recurrentgemma.cli.paths import read_source, source_name
 from recurrentgemma.cli.sampling_options import SEEDS
+from recurrentgemma.common.files import expanded
 from recurrentgemma.common.jsonl import (
     STDIO,
     Line,

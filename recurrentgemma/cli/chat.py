@@ -21,7 +21,6 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
-from recurrentgemma.cli.paths import expanded
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -32,6 +31,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.files import expanded
 
 if TYPE_CHECKING:
     from recurrentgemma.common.conversation import Conversation

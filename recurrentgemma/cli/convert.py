@@ -131,7 +131,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+)\s*([KMG]I?)?B?", text.strip().upper())
     try:
         size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise ValueError(f"a size must be a number of bytes such as 500MB or 2GiB, got {text!r}")

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from recurrentgemma.common.jsonl import STDIO
-
-
-def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as a shell has it: `~` is the home, unless there is no such user."""
-    return Path(os.path.expanduser(path))
 
 
 def source_name(path: Path) -> str:

@@ -28,7 +28,6 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.generation import generate
-from recurrentgemma.cli.paths import expanded
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -40,6 +39,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.files import expanded
 from recurrentgemma.common.jsonl import require_writable
 
 _STATES, _BATCHES = "States", "Many prompts"

@@ -19,7 +19,8 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
-from recurrentgemma.cli.paths import expanded, read_source, source_name
+from recurrentgemma.cli.paths import read_source, source_name
+from recurrentgemma.common.files import expanded
 
 
 def score(

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType, m
 
 # What the shapes of a checkpoint cannot say.
 _NOT_IN_SHAPES = ("embeddings_scale_by_sqrt_dim", "attention_window_size", "logits_soft_cap")
+_LARGEST = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class GriffinConfig:
                 f"got {self.embeddings_scale_by_sqrt_dim!r}"
             )
         cap = self.logits_soft_cap
-        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 <= cap < math.inf:
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 <= cap <= _LARGEST:
             raise ValueError(f"logits_soft_cap must be finite and at least 0, got {cap!r}")
         set_field(self, "logits_soft_cap", float(cap))
         if self.width % self.num_heads:
@@ -330,4 +332,6 @@ def _limit_window(fields: Mapping[str, Any], max_sequence_length: int | None) ->
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if operator.index(value) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value!r}")
     return operator.index(value)

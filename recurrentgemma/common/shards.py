@@ -41,7 +41,8 @@ class Shards:
         promised = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
         names = sorted(set(promised.values()))
         if names and (path == folder or path.name in names):
-            missing = [name for name in names if not (folder / name).is_file()]
+            present = {file.name for file in folder.iterdir() if file.is_file()}
+            missing = [name for name in names if name not in present]
             if missing:
                 raise DamagedError(f"{folder} lacks {', '.join(missing)}")
             opened = {name: TensorFile(folder / name) for name in names}

@@ -10,14 +10,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from recurrentgemma.common.arrays import BFLOAT16, count_nonfinite
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.files import whole_file
+from recurrentgemma.common.files import expanded, whole_file
 from recurrentgemma.common.state import Arrays, StateError, check_state
 
 _FORMAT, _VERSION = "recurrentgemma-state", "1"
@@ -74,7 +73,7 @@ def write_state(
         "pending": json.dumps(state.pending),
         "notes": json.dumps(state.notes),
     }
-    with whole_file(_expanded(path), force=force) as temporary:
+    with whole_file(expanded(path), force=force) as temporary:
         temporary.write_bytes(_serialized(tensors, header))
 
 
@@ -86,7 +85,7 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
         field that no such state can have is named.
       OSError: It cannot be read.
     """
-    data = _expanded(path).read_bytes()
+    data = expanded(path).read_bytes()
     try:
         tensors, header = _deserialized(data)
         if header["format"] != _FORMAT:
@@ -200,11 +199,6 @@ def _is_notes(notes: Any) -> bool:
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with the home folder for `~`, and an unknown user's as it is."""
-    return Path(os.path.expanduser(path)).absolute()
 
 
 def _serialized(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

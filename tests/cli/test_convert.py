@@ -151,7 +151,11 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "1.2.3", "5TB", "five", "0.0001"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "0", "-1", "1.2.3", "5TB", "five", "0.0001", "9" * 400],
+    ids=lambda text: text[:9],
+)
 def test_no_sizes(text):
     with pytest.raises(ValueError, match="a size must be a number of bytes"):
         parse_size(text)
@@ -200,6 +204,12 @@ def test_inspect_with_what_the_shapes_do_not_tell(cli, source):
     said = ("--attention-window-size", "8", "--logits-soft-cap", "5")
     report = cli("inspect", source, "--json", *said, "--embeddings-scale-by-sqrt-dim").json
     assert report["config"] == CONFIG.to_dict()
+
+
+def test_inspect_with_a_window_that_no_computer_has(cli, source):
+    done = cli("inspect", source, "--attention-window-size", "9" * 400)
+    assert done.code == 2
+    assert "attention_window_size must be below 2**63, got 999" in done.err
 
 
 def test_inspect_of_an_archive(cli, tmp_path, source):

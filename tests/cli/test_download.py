@@ -4,11 +4,14 @@ The sites' libraries run in a process of their own, which is told where the stan
 """
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -19,8 +22,9 @@ from pathlib import Path
 import pytest
 from checkpoints import CONFIGS, files, write_checkpoint
 
+from recurrentgemma.common.errors import DiskSpaceError, DownloadError
 from recurrentgemma_conversion import Format, open_checkpoint
-from recurrentgemma_conversion.download import default_folder
+from recurrentgemma_conversion.download import default_folder, download
 
 COMMIT = "0" * 40
 HUB = "huggingface_hub"
@@ -28,10 +32,14 @@ HF, KAGGLE = "hf:google/recurrentgemma-2b-it", "kaggle:google/recurrentgemma/fla
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Serves a folder as both sites would, or refuses."""
+    """Serves a folder as both sites would, or refuses.
+
+    Its weights may be "reset", the connection lost on the way, or "damaged", with another checksum.
+    """
 
     folder: Path
     status = 200
+    weights = "whole"
     asked: list[str]
 
 
@@ -61,9 +69,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
+        weights = status == 200 and len(body) > 100_000
+        if weights and self.server.weights == "damaged":
+            self.send_header("x-goog-hash", "md5=AAAAAAAAAAAAAAAAAAAAAA==")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if weights and self.server.weights == "reset":
+            body = body[:1000]
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+        self.wfile.write(body)
 
     def answer(self) -> tuple[int, dict[str, str], bytes]:
         path, content = self.path.partition("?")[0], files(self.server.folder)
@@ -172,7 +189,7 @@ def test_refusals_of_hugging_face(tmp_path: Path, site: Site) -> None:
     site.status = 403
     done = run(tmp_path, site.server_port, HF, HF_TOKEN="hf_x")
     assert_refused(done, tmp_path, "licence is not accepted", "huggingface.co/google/recurrent")
-    with contextlib.closing(__import__("socket").socket()) as unused:
+    with contextlib.closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
         done = run(tmp_path, unused.getsockname()[1], HF)
     assert_refused(done, tmp_path, "cannot reach huggingface.co", "check the network")
@@ -183,8 +200,14 @@ def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
     site.folder = write_checkpoint(tmp_path / "source", format_)
     done = run(tmp_path, site.server_port, KAGGLE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"recurrentgemma-flax-2b-it: {format_} from {KAGGLE}\n")
+    assert done.stdout == f"recurrentgemma-flax-2b-it: {format_} from {KAGGLE}\n"
     assert files(tmp_path / "recurrentgemma-flax-2b-it") == files(site.folder)
+    done = run(tmp_path, site.server_port, KAGGLE, "elsewhere", "--json")
+    assert json.loads(done.stdout) == {
+        "source": KAGGLE,
+        "destination": "elsewhere",
+        "format": format_,
+    }
 
 
 def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
@@ -197,6 +220,61 @@ def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
     site.status = 404
     done = run(tmp_path, site.server_port, KAGGLE, **credentials)
     assert_refused(done, tmp_path, "there is no kaggle:google")
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "weights", "words"),
+    [
+        (HF, 200, "reset", ["cannot reach huggingface.co, or no longer", "try again"]),
+        (HF, 503, "whole", ["huggingface.co cannot serve this now (HTTP 503)", "try again later"]),
+        (KAGGLE, 200, "reset", ["cannot reach www.kaggle.com, or no longer", "try again"]),
+        (KAGGLE, 200, "damaged", ["arrived damaged: try again"]),
+        (KAGGLE, 503, "whole", ["www.kaggle.com cannot serve this now (HTTP 503)"]),
+    ],
+)
+def test_sites_that_fail(
+    tmp_path: Path, site: Site, source: str, status: int, weights: str, words: list[str]
+) -> None:
+    format_ = Format.HUGGINGFACE if source == HF else Format.KAGGLE_TORCH
+    site.folder = write_checkpoint(tmp_path / "source", format_)
+    site.status, site.weights = status, weights
+    assert_refused(run(tmp_path, site.server_port, source), tmp_path, *words)
+
+
+def wrapped(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (FULL, DiskSpaceError, "the disk became full: make room"),
+        (wrapped(RuntimeError("xet"), FULL), DiskSpaceError, "the disk became full"),
+        (ConnectionResetError("reset"), DownloadError, r"or no longer \(reset\): check the net"),
+        (RuntimeError("what\nwas it"), DownloadError, r"or no longer \(what\): check the network"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    ("source", "function"),
+    [(HF, "huggingface_hub.snapshot_download"), (KAGGLE, "kagglehub.model_download")],
+)
+def test_whatever_the_libraries_raise(
+    tmp_path: Path, monkeypatch, capsys, source: str, function: str, error, kind, words: str
+) -> None:
+    def fail(*args, **kwargs) -> None:
+        sys.stdout.write("Downloading")
+        raise error
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(kind, match=words):
+        download(source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "Downloading")
 
 
 def test_mistakes(cli, tmp_path: Path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import CONFIGS, parameters, write_checkpoint
 
@@ -65,6 +66,17 @@ def test_a_moved_weight_is_found(cli, folders: Path) -> None:
     report = cli("parity", folders / "one", folders / "moved", *SHORT, "--json")
     assert report.code == 1
     assert json.loads(report.out)["first_beyond"]["name"] == "blocks.1.mlp_block.ffw_down.bias"
+
+
+def test_nan_is_null_in_json(cli, tmp_path: Path) -> None:
+    bad = np.full(24, np.nan, np.float32)
+    path = write_checkpoint(
+        tmp_path / "nan", Format.RECURRENTGEMMA, changes={"final_norm.scale": bad}
+    )
+    done = cli("parity", path, *SHORT, "--json")
+    assert done.code == 1, done.err
+    report = json.loads(done.out, parse_constant=pytest.fail)
+    assert report["kl_divergence"] is None
 
 
 def test_transformers(cli, folders: Path) -> None:

@@ -45,6 +45,8 @@ def make(**changes: Any) -> GriffinConfig:
         ({"mlp_expanded_width": None}, "mlp_expanded_width must be a positive integer, got None"),
         ({"num_heads": True}, "num_heads must be a positive integer, got True"),
         ({"lru_width": 0}, "lru_width must be a positive integer, got 0"),
+        ({"width": 10**320}, r"width must be below 2\*\*63, got 1000"),
+        ({"attention_window_size": 2**63}, r"attention_window_size must be below 2\*\*63"),
         ({"attention_window_size": 0}, "attention_window_size must be a positive integer, got 0"),
         (
             {"width": 26, "num_heads": 3},
@@ -68,6 +70,7 @@ def make(**changes: Any) -> GriffinConfig:
         ({"logits_soft_cap": None}, "logits_soft_cap must be finite and at least 0, got None"),
         ({"logits_soft_cap": float("nan")}, "at least 0, got nan"),
         ({"logits_soft_cap": float("inf")}, "at least 0, got inf"),
+        ({"logits_soft_cap": 10**400}, "must be finite and at least 0, got 1000"),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value)[:60],
 )

@@ -13,6 +13,7 @@ from recurrentgemma.common import reference
 from recurrentgemma.common.arrays import DTYPES, same_bits
 from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 
@@ -206,6 +207,52 @@ def test_shards(tmp_path: Path, make, format_: Format) -> None:
             tmp_path / "out", output_loading_info=True
         )
         assert not any(info.values()), info
+
+
+@pytest.mark.parametrize("name", ["a%20b", "p#q", "p?q"])
+def test_databases_in_folders_whose_names_urls_would_quote(tmp_path: Path, make, name: str) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    convert(source, tmp_path / name / "database", Format.KAGGLE_FLAX, ocdbt=True)
+    convert(tmp_path / name / "database", tmp_path / name / "back", Format.KAGGLE_FLAX)
+    assert files(tmp_path / name / "back") == files(source)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", name}
+
+
+def test_the_fill_value_of_an_absent_chunk(make) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    array = source / "model/final_norm.scale"
+    metadata = json.loads((array / ".zarray").read_text())
+    (array / ".zarray").write_text(json.dumps(metadata | {"fill_value": 0.5}))
+    (array / "0").unlink()
+    expected = parameters(CONFIGS["griffin"], "float32")
+    expected["final_norm.scale"] = np.full(24, 0.5, np.float32)
+    assert_holds(source, CONFIGS["griffin"], expected)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_chunks_in_folders(make, refused, num_chunks: int) -> None:
+    source, name = make("source", Format.KAGGLE_FLAX), "blocks.0.mlp_block.ffw_down.kernel"
+    array, expected = source / "model" / name, parameters(CONFIGS["griffin"], "float32")
+    metadata = json.loads((array / ".zarray").read_text()) | {"dimension_separator": "/"}
+    metadata["chunks"][0] //= num_chunks
+    (array / ".zarray").write_text(json.dumps(metadata))
+    (array / "0.0").unlink()
+    for i, rows in enumerate(np.split(expected[name], num_chunks)):
+        (array / str(i)).mkdir()
+        (array / str(i) / "0").write_bytes(rows.tobytes())
+    assert_holds(source, CONFIGS["griffin"], expected)
+    (array / "0" / "0").unlink()
+    refused(source, DamagedError, "lacks 1 chunks", f"{name}/0/0")
+
+
+def test_tensors_whose_negative_bit_is_set(make) -> None:
+    path = make("source", Format.KAGGLE_TORCH) / "model.pt"
+    state = torch.load(path)
+    for name, tensor in state.items():
+        state[name] = torch.complex(tensor, -tensor).conj().imag
+        assert state[name].is_neg()
+    torch.save(state, path)
+    assert_holds(path, CONFIGS["griffin"], parameters(CONFIGS["griffin"], "float32"))
 
 
 @pytest.mark.parametrize("format_", Format)

@@ -1,5 +1,7 @@
 """Damaged files and pickles with code: named, and nothing is written."""
 
+import errno
+import json
 import os
 import pickle
 import shutil
@@ -11,7 +13,7 @@ import pytest
 from checkpoints import CONFIGS, files, write_orbax
 
 from recurrentgemma.common import errors
-from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
@@ -91,8 +93,11 @@ def test_damaged_databases(tmp_path: Path, refused, wrapped: bool) -> None:
 
 def test_damaged_metadata_of_an_array(make, refused) -> None:
     source = make("source", Format.KAGGLE_FLAX)
-    (source / "model/final_norm.scale/.zarray").write_text("{")
-    refused(source, errors.DamagedError, "final_norm.scale/.zarray is damaged")
+    path = source / "model/final_norm.scale/.zarray"
+    metadata = json.loads(path.read_text()) | {"fill_value": 0.0}
+    for text in ("{", json.dumps(metadata | {"dimension_separator": "x" * 300})):
+        path.write_text(text)
+        refused(source, errors.DamagedError, "final_norm.scale/.zarray is damaged")
 
 
 def test_damaged_index(tmp_path: Path, make, refused) -> None:
@@ -109,6 +114,8 @@ def test_damaged_index(tmp_path: Path, make, refused) -> None:
     refused(source, errors.DamagedError, "must be a name in this folder")
     index.write_text(text.replace('"model.final_norm.weight": ', '"model.norm.weight": '))
     refused(source, errors.MismatchError, "no model.norm.weight in", "model.final_norm.weight in")
+    index.write_text(text.replace("model-00001-of", "x" * 300))
+    refused(source, errors.DamagedError, "lacks xxx")
     index.write_text(text)
     shards = sorted(source.glob("model-*"))
     shards[0].rename(tmp_path / "first")
@@ -163,6 +170,60 @@ def test_archives_that_reach_outside(tmp_path: Path, refused) -> None:
     with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "evil", "../../evil")
     refused(tmp_path / "archive.tar.gz", errors.DamagedError, "cannot be unpacked")
+
+
+def member_of(name: str, **fields) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member
+
+
+@pytest.mark.parametrize(
+    ("member", "format_"),
+    [
+        (member_of("x", mtime=1e30), tarfile.PAX_FORMAT),
+        (member_of("x", mtime=10**25), tarfile.GNU_FORMAT),
+        (
+            member_of("x", pax_headers={"GNU.sparse.map": "a,b", "GNU.sparse.size": "5"}),
+            tarfile.PAX_FORMAT,
+        ),
+        (member_of("x", type=tarfile.LNKTYPE, linkname="nothing"), tarfile.PAX_FORMAT),
+        (member_of("model.pt/x"), tarfile.PAX_FORMAT),
+        (member_of("."), tarfile.PAX_FORMAT),
+        (member_of("x" * 300), tarfile.PAX_FORMAT),
+    ],
+    ids=["mtime", "mtime of GNU", "sparse", "link", "in a file", "dot", "long"],
+)
+def test_members_that_cannot_be(
+    tmp_path: Path, make, refused, member: tarfile.TarInfo, format_: int
+) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    with tarfile.open(tmp_path / "archive.tar", "w", format=format_) as archive:
+        archive.add(source, ".")
+        archive.addfile(member)
+    refused(tmp_path / "archive.tar", errors.DamagedError, "archive.tar cannot be unpacked: ")
+
+
+def test_a_disk_that_becomes_full_under_an_archive(
+    tmp_path: Path, make, refused, monkeypatch
+) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "a"), "tar", make("it", Format.KAGGLE_TORCH)))
+
+    def full(*args, **kwargs) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tarfile.TarFile.extractall", full)
+    refused(path, errors.DiskSpaceError, "became full")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80"])
+def test_files_of_no_byte_or_one(tmp_path: Path, make, refused, content: bytes) -> None:
+    (tmp_path / "alone").write_bytes(content)
+    refused(tmp_path / "alone", errors.UnknownFormatError, "is no Orbax checkpoint")
+    source = make("source", Format.RECURRENTGEMMA)
+    (source / "beside").write_bytes(content)
+    assert detect(source) == (Format.RECURRENTGEMMA, source)
 
 
 def test_a_zip_that_is_no_state_dict(tmp_path: Path, refused) -> None:

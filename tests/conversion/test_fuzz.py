@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +42,12 @@ def source(request, tmp_path_factory) -> Path:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(root / "source/2b", checkpointer.restore(base / "model"))
     return root / "source"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """What is put into archives."""
+    return write_checkpoint(tmp_path_factory.mktemp("fuzz") / "plain", Format.KAGGLE_FLAX, CONFIG)
 
 
 def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
@@ -83,6 +90,55 @@ def test_bytes(source: Path, data: st.DataObject) -> None:
             del content[place : place + data.draw(st.integers(1, 9))]
         path.write_bytes(content)
         assert_served_or_refused(copy, files(copy))
+
+
+# Where each field of a tar header is, and what damage or another program may put there.
+TAR_FIELDS = {
+    "name": (0, 100),
+    "mode": (100, 8),
+    "uid": (108, 8),
+    "size": (124, 12),
+    "mtime": (136, 12),
+    "type": (156, 1),
+    "link": (157, 100),
+    "magic": (257, 8),
+    "prefix": (345, 155),
+}
+TAR_JUNK = st.one_of(
+    st.binary(max_size=12),
+    st.sampled_from([b"model.pt", b"model.pt/x", b"..", b"/", b".", b"\xff" * 12, b"7" * 12]),
+    st.sampled_from([b"0", b"1", b"2", b"3", b"5", b"6", b"7", b"L", b"K", b"S", b"g", b"x"]),
+)
+PAX_KEYS = ["path", "linkpath", "size", "mtime", "uid", "hdrcharset"]
+PAX_KEYS += [f"GNU.sparse.{key}" for key in ("map", "size", "major", "minor", "realsize", "name")]
+PAX_JUNK = st.one_of(
+    st.text(max_size=9),
+    st.sampled_from(["a,b", "0,1", "-1", "1e30", "nan", "inf", "1", "9" * 30, "x" * 300, "../x"]),
+)
+
+
+@given(data=st.data())
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+def test_headers_of_archives(plain: Path, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "source/archive.tar"
+        path.parent.mkdir()
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+            archive.add(plain, ".")
+            member = tarfile.TarInfo("x")
+            member.pax_headers = data.draw(st.dictionaries(st.sampled_from(PAX_KEYS), PAX_JUNK))
+            archive.addfile(member)
+        content = bytearray(path.read_bytes())
+        headers = [i for i in range(0, len(content), 512) if content[i + 257 : i + 262] == b"ustar"]
+        for _ in range(data.draw(st.integers(0, 3))):
+            start = data.draw(st.sampled_from(headers))
+            offset, size = data.draw(st.sampled_from(sorted(TAR_FIELDS.values())))
+            field = data.draw(TAR_JUNK)[:size].ljust(size, b"\0")
+            content[start + offset : start + offset + size] = field
+            content[start + 148 : start + 156] = b" " * 8
+            content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+        path.write_bytes(content)
+        assert_served_or_refused(path.parent, files(path.parent))
 
 
 @given(data=st.data())

@@ -95,32 +95,34 @@ class Report:
             "dtype": self.dtype,
             "wide_dtype": self.wide,
             "argmax_agreement": self.argmax_agreement,
-            "kl_divergence": self.kl_divergence,
+            "kl_divergence": _finite(self.kl_divergence),
             "greedy_agreement": list(self.greedy_agreement),
             "num_greedy": self.num_greedy,
             "tensors": [_row_to_dict(row, self.dtype) for row in self.rows],
         }
 
 
-def _row_to_dict(row: Row, dtype: str) -> dict[str, Any]:
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
+
+def _row_to_dict(row: Row, dtype: str) -> dict[str, Any]:
     def error(error: Error) -> dict[str, Any]:
         return {
-            "max": finite(error.largest),
-            "rms": finite(error.rms),
-            "rounding": [finite(value) for value in error.rounding],
-            "budget": finite(error.budget),
-            "share": finite(error.share),
+            "max": _finite(error.largest),
+            "rms": _finite(error.rms),
+            "rounding": [_finite(value) for value in error.rounding],
+            "budget": _finite(error.budget),
+            "share": _finite(error.share),
         }
 
     return {
         "kind": row.kind,
         "name": row.name,
         "case": row.case,
-        "scale": finite(row.error.scale),
-        "ulps": finite(row.error.ulps(dtype)),
+        "scale": _finite(row.error.scale),
+        "ulps": _finite(row.error.ulps(dtype)),
         "within_budget": row.within,
         "dtypes": list(row.dtypes),
         **error(row.error),
