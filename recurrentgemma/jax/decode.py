@@ -92,8 +92,6 @@ def _compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 def platform_of(params: Params) -> str:
-    """Where the parameters are: "cpu", "gpu" or "tpu"; JAX's default for NumPy arrays."""
-    leaf: Any = jax.tree.leaves(params)[0]
-    if not isinstance(leaf, Array):
-        return jax.default_backend()
+    """Where the parameters are: "cpu", "gpu" or "tpu"."""
+    leaf: Array = jax.tree.leaves(params)[0]
     return next(iter(leaf.sharding.device_set)).platform
