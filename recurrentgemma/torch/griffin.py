@@ -53,7 +53,9 @@ class Griffin(SpecModule):
         self.final_norm = RMSNorm(config, "final_norm", **kwargs)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
-            self.to_empty(device=device)
+            for module in self.modules():  # not `to_empty`, which cannot replace fake tensors
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
             self.reset_parameters()
 
     def forward(

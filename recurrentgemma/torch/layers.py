@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import (
@@ -44,25 +45,33 @@ class SpecModule(nn.Module):
         bias = f"{self.prefix}.{name}.bias" in specs
         # On "meta" the layer's own initialisation costs nothing.
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-        device = torch.get_default_device() if device is None else device
-        return linear if device == "meta" else linear.to_empty(device=device)
+        linear.weight = self.parameter(f"{name}.kernel", device, dtype)
+        if bias:
+            linear.bias = self.parameter(f"{name}.bias", device, dtype)
+        return linear
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draws initial values as the layer spec says.
+        """Draws initial values as the layer spec says; of parameters without values none.
 
         Args:
           seed: The same seed gives the same values in the JAX twin, bit for bit. `None` takes one
-            from torch's global generator.
+            from torch's global generator on the CPU.
         """
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not (parameter.is_meta or isinstance(parameter, FakeTensor))
+        }
+        if not parameters:
+            return
         if seed is None:
-            seed = int(torch.randint(2**31, ()))
+            seed = int(torch.randint(2**31, (), device="cpu"))
         prefix = f"{self.prefix}." if self.prefix else ""
         specs = {spec.torch.name: spec for spec in layer_spec(self.config)}
-        for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                spec = specs[prefix + name]
-                parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
+        for name, parameter in parameters.items():
+            spec = specs[prefix + name]
+            parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
 
 
 class RMSNorm(SpecModule):
