@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -60,8 +60,8 @@ class Griffin(SpecModule):
 
     def forward(
         self,
-        tokens: Int[Tensor, "b t"] | np.ndarray,
-        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        tokens: Integer[Tensor, "b t"] | np.ndarray,
+        segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         return_logits: bool = True,
         return_cache: bool = True,
@@ -83,8 +83,8 @@ class Griffin(SpecModule):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
-            is not the state of B rows of this model.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of integers of one shape,
+            or `cache` is not the state of B rows of this model.
         """
         x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
         logits = self.embedder.decode(x) if return_logits else None
@@ -92,8 +92,8 @@ class Griffin(SpecModule):
 
     def hidden(
         self,
-        tokens: Int[Tensor, "b t"] | np.ndarray,
-        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        tokens: Integer[Tensor, "b t"] | np.ndarray,
+        segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "b _ d"], Cache]:
@@ -111,11 +111,14 @@ class Griffin(SpecModule):
         embedding = self.embedder.input_embedding
         # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
         tokens, segment_pos = (
-            z.to(embedding.device)
-            if isinstance(z, Tensor)
-            else torch.tensor(np.array(z)).to(embedding.device)
-            for z in (tokens, segment_pos)
+            z if isinstance(z, Tensor) else np.array(z) for z in (tokens, segment_pos)
         )
+        if not (_is_integer(tokens) and _is_integer(segment_pos)):
+            raise ValueError(
+                "tokens and segment_pos must be integers, "
+                f"got {tokens.dtype} and {segment_pos.dtype}"
+            )
+        tokens, segment_pos = (_as_index(z, embedding.device) for z in (tokens, segment_pos))
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "
@@ -168,6 +171,18 @@ class Griffin(SpecModule):
         """
         embedding = self.embedder.input_embedding
         return init_cache(self.config, batch_size, dtype or embedding.dtype, embedding.device)
+
+
+def _is_integer(z: Tensor | np.ndarray) -> bool:
+    if not isinstance(z, Tensor):
+        return z.dtype.kind in "iu"
+    return not (z.dtype == torch.bool or z.is_floating_point() or z.is_complex())
+
+
+def _as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """On a device, in a dtype that torch indexes with and that no position overflows."""
+    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 
 class _Block(ResidualBlock):

@@ -69,7 +69,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
     dembedding = torch.zeros_like(embedding, dtype=wide) if needed[1] else None
     nll = torch.empty_like(weights, dtype=wide).flatten()
     logits = torch.empty(min(size, length), len(embedding), dtype=wide, device=hidden.device)
-    counted = torch.where(weights == 0, 0, targets).long()
+    counted = torch.where(weights == 0, 0, targets.long())
     rows = hidden.flatten(0, 1), counted.flatten(), weights.flatten().to(wide)
     for chunk in (slice(i, i + size) for i in range(0, length, size)):
         x_cd, target_c, weight_c = (z[chunk] for z in rows)
