@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +21,14 @@ from recurrentgemma.torch.scan import wide_dtype
 
 EPS = 1e-6
 _PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in the cache
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where products keep the dtype of their factors, under `torch.autocast` too."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 class SpecModule(nn.Module):
@@ -200,6 +210,7 @@ class Embedder(SpecModule):
             if embedding.dtype == x.dtype
             else embedding.split(max(_PART_ELEMENTS // x.shape[-1], 1))
         )
-        logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
+        with without_autocast(x.device):
+            logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
         logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
         return logits.tanh_() * cap if cap else logits
