@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import sample_params
@@ -45,7 +45,7 @@ class Griffin(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"] | np.ndarray,
+        tokens: Integer[Array, "b t"] | np.ndarray,
         segment_pos: Int[Array, "b t"] | np.ndarray,
         cache: Cache | None = None,
         return_logits: bool = True,
@@ -68,8 +68,8 @@ class Griffin(nn.Module):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
-            is not the state of B rows of this model.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of integers of one shape,
+            or `cache` is not the state of B rows of this model.
         """
         x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
         logits = self.embedder.decode(x) if return_logits else None
@@ -78,7 +78,7 @@ class Griffin(nn.Module):
     @nn.compact
     def hidden(
         self,
-        tokens: Int[Array, "b t"] | np.ndarray,
+        tokens: Integer[Array, "b t"] | np.ndarray,
         segment_pos: Int[Array, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
@@ -100,6 +100,11 @@ class Griffin(nn.Module):
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tokens.shape} and {segment_pos.shape}"
+            )
+        if not all(jnp.issubdtype(z.dtype, jnp.integer) for z in (tokens, segment_pos)):
+            raise ValueError(
+                "tokens and segment_pos must be integers, "
+                f"got {tokens.dtype} and {segment_pos.dtype}"
             )
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}

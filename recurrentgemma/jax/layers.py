@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import (
@@ -194,7 +194,7 @@ class Embedder(SpecModule):
     def setup(self) -> None:
         self.input_embedding = self.parameter("input_embedding")
 
-    def encode(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    def encode(self, tokens: Integer[Array, "b t"]) -> Float[Array, "b t d"]:
         """The embeddings, times sqrt(D) rounded to bfloat16 where the config says so."""
         (x,) = promote_dtype(self.input_embedding[tokens], dtype=self.dtype)
         return x * self.config.embedding_scale

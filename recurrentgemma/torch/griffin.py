@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.config import GriffinConfig, shapes_of
 from recurrentgemma.common.layer_spec import require_match
 from recurrentgemma.common.state import check_state
 from recurrentgemma.torch.blocks import ResidualBlock
-from recurrentgemma.torch.cache import Cache, init_cache
+from recurrentgemma.torch.cache import Cache, ResidualBlockCache, init_cache
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 
 
@@ -47,18 +48,20 @@ class Griffin(SpecModule):
         kwargs = {"device": "meta", "dtype": dtype}
         self.embedder = Embedder(config, "embedder", **kwargs)
         self.blocks = nn.ModuleList(
-            ResidualBlock(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
+            _Block(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config, "final_norm", **kwargs)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
-            self.to_empty(device=device)
+            for module in self.modules():  # not `to_empty`, which cannot replace fake tensors
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
             self.reset_parameters()
 
     def forward(
         self,
-        tokens: Int[Tensor, "b t"] | np.ndarray,
-        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        tokens: Integer[Tensor, "b t"] | np.ndarray,
+        segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         return_logits: bool = True,
         return_cache: bool = True,
@@ -80,8 +83,8 @@ class Griffin(SpecModule):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
-            is not the state of B rows of this model.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of integers of one shape,
+            or `cache` is not the state of B rows of this model.
         """
         x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
         logits = self.embedder.decode(x) if return_logits else None
@@ -89,8 +92,8 @@ class Griffin(SpecModule):
 
     def hidden(
         self,
-        tokens: Int[Tensor, "b t"] | np.ndarray,
-        segment_pos: Int[Tensor, "b t"] | np.ndarray,
+        tokens: Integer[Tensor, "b t"] | np.ndarray,
+        segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "b _ d"], Cache]:
@@ -108,11 +111,14 @@ class Griffin(SpecModule):
         embedding = self.embedder.input_embedding
         # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
         tokens, segment_pos = (
-            z.to(embedding.device)
-            if isinstance(z, Tensor)
-            else torch.tensor(np.array(z)).to(embedding.device)
-            for z in (tokens, segment_pos)
+            z if isinstance(z, Tensor) else np.array(z) for z in (tokens, segment_pos)
         )
+        if not (_is_integer(tokens) and _is_integer(segment_pos)):
+            raise ValueError(
+                "tokens and segment_pos must be integers, "
+                f"got {tokens.dtype} and {segment_pos.dtype}"
+            )
+        tokens, segment_pos = (_as_index(z, embedding.device) for z in (tokens, segment_pos))
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "
@@ -126,10 +132,11 @@ class Griffin(SpecModule):
         if not x.numel():  # nothing happens to the state
             new_cache = cache or self.init_cache(tokens.shape[0])
         else:
+            recompute = self._recomputes()
             for i, block in enumerate(self.blocks):
                 name = f"blocks.{i}"
-                run = self._checkpointed(block) if self._recomputes() else block
-                x, new_cache[name] = run(x, segment_pos, cache[name] if cache else None)
+                block_cache = cache[name] if cache else None
+                x, new_cache[name] = block(x, segment_pos, block_cache, recompute)
         if last_only:
             x = x[:, -1:]
         return self.final_norm(x), new_cache
@@ -141,13 +148,6 @@ class Griffin(SpecModule):
             # Under torch.func transforms activations are not kept by autograd's hooks.
             and not torch._C._are_functorch_transforms_active()
         )
-
-    @staticmethod
-    def _checkpointed(block: nn.Module):
-        def run(*args):
-            return checkpoint(block, *args, use_reentrant=False)
-
-        return run
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -171,3 +171,60 @@ class Griffin(SpecModule):
         """
         embedding = self.embedder.input_embedding
         return init_cache(self.config, batch_size, dtype or embedding.dtype, embedding.device)
+
+
+def _is_integer(z: Tensor | np.ndarray) -> bool:
+    if not isinstance(z, Tensor):
+        return z.dtype.kind in "iu"
+    return not (z.dtype == torch.bool or z.is_floating_point() or z.is_complex())
+
+
+def _as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """On a device, in a dtype that torch indexes with and that no position overflows."""
+    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
+
+
+class _Block(ResidualBlock):
+    """A residual block whose activations the backward pass can compute again.
+
+    It does so from the parameters of the forward pass, which need not be the module's own: where
+    `torch.func.functional_call` hands in others, they are gone from the module by then. They are
+    looked up inside the module's hooks, where those that FSDP splits are whole.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        segment_pos: Int[Tensor, "b t"],
+        cache: ResidualBlockCache | None = None,
+        recompute: bool = False,
+    ) -> tuple[Float[Tensor, "b t d"], ResidualBlockCache]:
+        """As `ResidualBlock`; with `recompute` only the arguments are kept for the gradient."""
+        if not recompute:
+            return super().forward(x, segment_pos, cache)
+        # Parameters are inputs of a compiled graph, and what it computes again depends on these.
+        run = super().forward if torch.compiler.is_compiling() else self._bound()
+        return checkpoint(run, x, segment_pos, cache, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+    def _bound(self):
+        """The forward pass with the parameters that the module has now."""
+        inner = _WithoutHooks(self)
+        tensors = dict(inner.named_parameters(remove_duplicate=False))
+        tensors |= dict(inner.named_buffers(remove_duplicate=False))
+
+        def run(*args):
+            return functional_call(inner, tensors, args, tie_weights=False)
+
+        return run
+
+
+class _WithoutHooks(nn.Module):
+    """The forward pass of a block, without its hooks."""
+
+    def __init__(self, block: _Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return ResidualBlock.forward(self.block, *args)

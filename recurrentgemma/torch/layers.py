@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import (
@@ -18,6 +21,14 @@ from recurrentgemma.torch.scan import wide_dtype
 
 EPS = 1e-6
 _PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in the cache
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where products keep the dtype of their factors, under `torch.autocast` too."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 class SpecModule(nn.Module):
@@ -44,25 +55,33 @@ class SpecModule(nn.Module):
         bias = f"{self.prefix}.{name}.bias" in specs
         # On "meta" the layer's own initialisation costs nothing.
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-        device = torch.get_default_device() if device is None else device
-        return linear if device == "meta" else linear.to_empty(device=device)
+        linear.weight = self.parameter(f"{name}.kernel", device, dtype)
+        if bias:
+            linear.bias = self.parameter(f"{name}.bias", device, dtype)
+        return linear
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draws initial values as the layer spec says.
+        """Draws initial values as the layer spec says; of parameters without values none.
 
         Args:
           seed: The same seed gives the same values in the JAX twin, bit for bit. `None` takes one
-            from torch's global generator.
+            from torch's global generator on the CPU.
         """
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not (parameter.is_meta or isinstance(parameter, FakeTensor))
+        }
+        if not parameters:
+            return
         if seed is None:
-            seed = int(torch.randint(2**31, ()))
+            seed = int(torch.randint(2**31, (), device="cpu"))
         prefix = f"{self.prefix}." if self.prefix else ""
         specs = {spec.torch.name: spec for spec in layer_spec(self.config)}
-        for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                spec = specs[prefix + name]
-                parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
+        for name, parameter in parameters.items():
+            spec = specs[prefix + name]
+            parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
 
 
 class RMSNorm(SpecModule):
@@ -191,6 +210,7 @@ class Embedder(SpecModule):
             if embedding.dtype == x.dtype
             else embedding.split(max(_PART_ELEMENTS // x.shape[-1], 1))
         )
-        logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
+        with without_autocast(x.device):
+            logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
         logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
         return logits.tanh_() * cap if cap else logits

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from recurrentgemma.common.chunks import loss_chunk
 from recurrentgemma.torch.gates import wide_dtype
+from recurrentgemma.torch.layers import without_autocast
 
 _VOCABULARY_PART = 16_384
 
@@ -35,10 +36,11 @@ def cross_entropy(
       soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
       chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
     """
-    if not torch.is_grad_enabled():
-        inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
-        return _run(*inputs, needed=(False, False))[0]
-    return _CrossEntropy.apply(hidden, embedding, targets, weights, soft_cap, chunk_size)  # pyright: ignore[reportReturnType]
+    inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
+    with without_autocast(hidden.device):
+        if not torch.is_grad_enabled():
+            return _run(*inputs, needed=(False, False))[0]
+        return _CrossEntropy.apply(*inputs)  # pyright: ignore[reportReturnType]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -69,7 +71,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
     dembedding = torch.zeros_like(embedding, dtype=wide) if needed[1] else None
     nll = torch.empty_like(weights, dtype=wide).flatten()
     logits = torch.empty(min(size, length), len(embedding), dtype=wide, device=hidden.device)
-    counted = torch.where(weights == 0, 0, targets).long()
+    counted = torch.where(weights == 0, 0, targets.long())
     rows = hidden.flatten(0, 1), counted.flatten(), weights.flatten().to(wide)
     for chunk in (slice(i, i + size) for i in range(0, length, size)):
         x_cd, target_c, weight_c = (z[chunk] for z in rows)

@@ -43,6 +43,7 @@ def _fold_batch(op):
 def _define(name: str, arguments: str, like: tuple[str, ...]):
     """An operator whose outputs have the shapes and dtypes of the arguments named `like`.
 
+    They are contiguous, whatever the arguments are: compiled programs rely on it.
     Not `custom_op`: the autograd kernel that it adds does not run under torch.func transforms.
     """
     qualified = f"recurrentgemma::{name}"
@@ -54,7 +55,8 @@ def _define(name: str, arguments: str, like: tuple[str, ...]):
     @torch.library.impl(qualified, "default")
     def _(*args):
         *inputs, implementation = args
-        return getattr(_implementation(implementation), name)(*inputs)
+        results = getattr(_implementation(implementation), name)(*inputs)
+        return tuple(result.contiguous() for result in results)
 
     @torch.library.register_fake(qualified)
     def _(*args):

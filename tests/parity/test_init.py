@@ -1,5 +1,6 @@
 """Initial weights: the same in both twins, and distributed as the ledger says."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -174,3 +175,48 @@ def test_meta_models_have_no_values() -> None:
 
     model = Griffin(GriffinConfig.from_preset("RECURRENT_GEMMA_9B_V1"), device="meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["Griffin", "RMSNorm", "RecurrentBlock", "LocalAttentionBlock"])
+@pytest.mark.parametrize("where", ["device", "default", "fake"])
+def test_modules_have_no_values_where_none_can_be(where: str, name: str) -> None:
+    """On the meta device by `torch.device` or by default, and among fake tensors."""
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    import recurrentgemma.torch
+
+    prefixes = {
+        "Griffin": (),
+        "RMSNorm": ("final_norm",),
+        "RecurrentBlock": ("blocks.0.recurrent_block",),
+        "LocalAttentionBlock": ("blocks.2.attention_block",),
+    }
+    generator = torch.get_rng_state()
+    modes = {"device": torch.device("meta"), "fake": FakeTensorMode()}
+    torch.set_default_device("meta" if where == "default" else None)
+    try:
+        with modes.get(where, contextlib.nullcontext()):
+            module = getattr(recurrentgemma.torch, name)(CONFIGS["griffin"], *prefixes[name])
+            module.reset_parameters()
+    finally:
+        torch.set_default_device(None)
+    for parameter in module.parameters():
+        assert isinstance(parameter, FakeTensor) if where == "fake" else parameter.is_meta
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_meta_model_that_is_given_memory_is_initialised() -> None:
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+
+    from recurrentgemma.torch import Griffin
+
+    with torch.device("meta"):
+        model = Griffin(LARGE)
+    torch.manual_seed(3)
+    model.to_empty(device="cpu").reset_parameters()
+    torch.manual_seed(3)
+    for name, value in Griffin(LARGE).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name

@@ -115,6 +115,52 @@ def test_numpy_arrays_of_any_kind(twin: str) -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
+INTEGERS = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_tokens_of_any_integer_type(twin: str, dtype: str) -> None:
+    forward, _ = make(twin)
+    expected = np.asarray(forward(TOKENS, np.array(SEGMENT_POS))[0])
+    actual = np.asarray(forward(TOKENS.astype(dtype), np.array(SEGMENT_POS))[0])
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_tensors_of_any_integer_type(dtype: str) -> None:
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+
+    forward, _ = make("torch")
+    tokens, segment_pos = (
+        torch.from_numpy(np.array(z)).to(getattr(torch, dtype)) for z in (TOKENS, SEGMENT_POS)
+    )
+    expected = forward(TOKENS, SEGMENT_POS)[0]
+    assert torch.equal(forward(tokens, segment_pos)[0], expected)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bool", "complex64"])
+def test_what_is_no_integer_is_refused(twin: str, dtype: str) -> None:
+    forward, _ = make(twin)
+    for inputs in ((TOKENS.astype(dtype), SEGMENT_POS), (TOKENS, SEGMENT_POS.astype(dtype))):
+        with pytest.raises(ValueError, match="tokens and segment_pos must be integers, got "):
+            forward(*inputs)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_tensors_that_are_no_integers_are_refused() -> None:
+    pytest.importorskip("torch.nn", reason="torch is not installed")
+    import torch
+
+    forward, _ = make("torch")
+    tokens = torch.from_numpy(TOKENS)
+    for dtype in (torch.bfloat16, torch.bool, torch.complex64):
+        match = f"must be integers, got {dtype} and torch.int64"
+        with pytest.raises(ValueError, match=match):
+            forward(tokens.to(dtype), tokens)
+
+
 def test_states_that_do_not_fit(twin: str) -> None:
     forward, init_cache = make(twin)
     with pytest.raises(ValueError, match="batch size 2 expected, got 3"):

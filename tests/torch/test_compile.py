@@ -112,6 +112,19 @@ for checkpointing in (False, True):
     state = cache if checkpointing else None
     sizes = compare(loss, lambda n: inputs(n, state))
     assert all(len(set(found)) == 1 for found in sizes.values()), sizes
+
+# Parameters that are not the module's own, which the backward pass computes with too.
+torch._dynamo.reset()
+model = loss.model
+arguments = inputs(20, None)
+names = [name for name, _ in model.named_parameters()]
+others = [torch.rand_like(p).requires_grad_() for p in model.parameters()]
+
+def handed_in(*others):
+    parameters = dict(zip(names, others))
+    return torch.func.functional_call(model, parameters, arguments)[0].square().sum()
+
+compare(handed_in, lambda length: others, (20,))
 """
 
 

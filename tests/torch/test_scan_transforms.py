@@ -217,3 +217,51 @@ def test_export(torch_scan: Implementation, function: str) -> None:
     assert sum(f"recurrentgemma.{function}" in target for target in targets) == 1
     for got, want in zip(program.module()(*arguments(9)), Module()(*arguments(9)), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "name", ["linear_scan", "linear_scan_backward", "rg_lru_scan", "rg_lru_scan_backward"]
+)
+def test_operators_keep_what_they_promise(
+    torch_scan: Implementation, name: str, strides: str
+) -> None:
+    """What a compiled program relies on: shapes, dtypes and strides, whatever those of inputs."""
+    import torch
+
+    if torch_scan.name not in ("native", "triton"):
+        pytest.skip("made of torch's own operations, or one of the others")
+    for length in (1, 5, 40):
+        if torch_scan.name == "triton" and length > 5:
+            continue  # interpreted kernels are slow
+
+        def values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            if strides == "expanded":
+                return torch.rand(shape[-1]).to(dtype).expand(shape)
+            if strides == "transposed":
+                return torch.rand(shape[::-1]).to(dtype).permute(*range(len(shape))[::-1])
+            return torch.rand(shape).to(dtype)
+
+        def sequence(length: int = length) -> torch.Tensor:
+            return values(2, length, 3)
+
+        def state() -> torch.Tensor:
+            return values(2, 3)
+
+        segment_pos = values(2, length, dtype=torch.int64)
+        reset = values(2, length, dtype=torch.bool)
+        gates = sequence(), sequence(), sequence(), state(), segment_pos, state()
+        arguments = {
+            "linear_scan": (sequence(), sequence(), state(), reset, True),
+            "linear_scan_backward": (
+                *(sequence(), state(), sequence(), state(), None, sequence()),
+                False,
+            ),
+            "rg_lru_scan": gates,
+            "rg_lru_scan_backward": (sequence(), state(), *gates, sequence()),
+        }
+        torch.library.opcheck(
+            getattr(torch.ops.recurrentgemma, name).default,
+            (*arguments[name], torch_scan.name),
+            test_utils=("test_schema", "test_faketensor"),
+        )

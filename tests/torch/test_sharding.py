@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
+from tolerances import assert_close
 
 TOKENS = np.arange(1, 13)[None]
 POSITIONS = np.arange(12)[None]
@@ -41,10 +42,26 @@ def check(rank: int, world: int, store: str) -> None:
         logits, _ = sharded(TOKENS, POSITIONS)
         expected, _ = whole(TOKENS, POSITIONS)
     assert torch.equal(logits, expected)
+    check_gradients(sharded, whole, rank)
     with pytest.raises(ValueError, match="either a device or a sharding"):
         load_checkpoint(device="cpu", sharding=mesh)
     check_saving(sharded, whole, rank, Path(store).with_name("saved"))
     dist.destroy_process_group()
+
+
+def check_gradients(sharded: Griffin, whole: Griffin, rank: int) -> None:
+    """Blocks are computed again from the parameters that are gathered again."""
+    assert sharded.gradient_checkpointing
+    whole.gradient_checkpointing = False
+    for model, scale in ((sharded, rank + 1), (whole, 1.5)):  # FSDP takes the processes' mean
+        (scale * model(TOKENS, POSITIONS)[0].square().mean()).backward()
+    for name, parameter in whole.named_parameters():
+        part = sharded.get_parameter(name).grad
+        assert isinstance(part, DTensor)
+        assert parameter.grad is not None
+        gradient = part.full_tensor().numpy()
+        assert_close(gradient, parameter.grad.numpy(), "gradient", "float32", name=name)
+        assert gradient.any()
 
 
 def check_saving(sharded: Griffin, whole: Griffin, rank: int, folder: Path) -> None:

@@ -1,0 +1,147 @@
+"""A model under `torch.func`: parameters that are handed in, and derivatives of derivatives."""
+
+import pytest
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import numpy as np
+import torch
+from cases import CONFIGS, make_batch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from recurrentgemma.torch import Griffin
+from tolerances import assert_close
+
+CONFIG = CONFIGS["griffin"]
+BATCH = tuple(map(torch.from_numpy, make_batch(CONFIG, 11)))
+
+
+def make_model(checkpointing: bool) -> Griffin:
+    model = Griffin(CONFIG, checkpointing, dtype=torch.float64)
+    model.reset_parameters(seed=0)
+    return model
+
+
+def other_parameters(scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """Not those of `make_model`."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: p.shape for name, p in make_model(False).named_parameters()}
+    return {
+        name: scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+
+
+def loss(model: Griffin, parameters: dict[str, torch.Tensor], tokens, segment_pos, cache=None):
+    logits, state = functional_call(model, parameters, (tokens, segment_pos, cache))
+    return logits.square().sum() + state["blocks.0"].rg_lru_state.sum()
+
+
+def gradients(model: Griffin, parameters: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    loss(model, leaves, *BATCH).backward()
+    return {name: to_numpy(leaf.grad) for name, leaf in leaves.items()}
+
+
+def to_numpy(gradient: torch.Tensor | None) -> np.ndarray:
+    assert gradient is not None
+    return gradient.numpy()
+
+
+def test_recomputes_with_the_parameters_handed_in() -> None:
+    parameters = other_parameters()
+    actual = gradients(make_model(True), parameters)
+    assert_close(actual, gradients(make_model(False), parameters), "gradient", "float64")
+
+
+def test_recomputes_with_one_tensor_in_two_places() -> None:
+    """Which are not tied in the module."""
+    grads = []
+    for checkpointing in (True, False):
+        parameters = other_parameters()
+        shared = parameters["blocks.0.temporal_pre_norm.scale"].clone().requires_grad_()
+        for name in ("temporal_pre_norm", "channel_pre_norm"):
+            parameters[f"blocks.0.{name}.scale"] = shared
+        loss(make_model(checkpointing), parameters, *BATCH).backward()
+        grads.append(to_numpy(shared.grad))
+    assert_close(grads[0], grads[1], "gradient", "float64")
+
+
+def test_recomputes_with_the_parameters_it_had() -> None:
+    """Others put in their place before the backward pass change nothing."""
+    grads = []
+    for checkpointing in (True, False):
+        model = make_model(checkpointing)
+        before = dict(model.named_parameters())
+        total = model(*BATCH)[0].square().sum()
+        model.load_state_dict(other_parameters(), assign=True)
+        total.backward()
+        grads.append({name: to_numpy(p.grad) for name, p in before.items()})
+    assert_close(grads[0], grads[1], "gradient", "float64")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_func_grad(checkpointing: bool) -> None:
+    model, parameters = make_model(checkpointing), other_parameters()
+    actual = torch.func.grad(loss, 1)(model, parameters, *BATCH)
+    actual = {name: to_numpy(gradient) for name, gradient in actual.items()}
+    assert_close(actual, gradients(make_model(False), parameters), "gradient", "float64")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_each_row(checkpointing: bool) -> None:
+    model, parameters = make_model(checkpointing), other_parameters()
+
+    def of_a_row(parameters, tokens, segment_pos):
+        return loss(model, parameters, tokens[None], segment_pos[None])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        each = torch.vmap(torch.func.grad(of_a_row), (None, 0, 0))(parameters, *BATCH)
+    actual = {name: to_numpy(gradient.sum(0)) for name, gradient in each.items()}
+    assert_close(actual, gradients(make_model(False), parameters), "gradient", "float64")
+
+
+def test_hooks_of_a_block_run_once() -> None:
+    """And what they do to its output is differentiated."""
+    model, calls = make_model(True), []
+
+    def double(block, args, output):
+        calls.append(block)
+        return 2 * output[0], output[1]
+
+    model.blocks[-1].register_forward_hook(double)
+    weight = model.get_parameter("blocks.0.mlp_block.ffw_down.weight")
+    grads = []
+    for model.gradient_checkpointing in (True, False):
+        total = model(*BATCH)[0].square().sum()
+        grads.append(to_numpy(torch.autograd.grad(total, weight)[0]))
+    assert len(calls) == 2
+    assert_close(grads[0], grads[1], "gradient", "float64")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_second_derivatives(checkpointing: bool) -> None:
+    """Where attention is made of operations that have them: against a central difference."""
+    model, step = make_model(checkpointing), 1e-5
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+
+    def along(create_graph: bool) -> torch.Tensor:
+        total = model(*BATCH)[0].square().sum()
+        grads = torch.autograd.grad(total, parameters, create_graph=create_graph)
+        return torch.stack([(g * d).sum() for g, d in zip(grads, direction, strict=True)]).sum()
+
+    def moved(by: float) -> None:
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=by)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        second = torch.autograd.grad(along(create_graph=True), parameters)
+    given = sum(float((g * d).sum()) for g, d in zip(second, direction, strict=True))
+    moved(step)
+    above = along(create_graph=False)
+    moved(-2 * step)
+    slope = float(above - along(create_graph=False)) / (2 * step)
+    assert_close(given, slope, "slope", "float64")
