@@ -110,10 +110,10 @@ class _Program:
     def inputs(self, refs: Inputs, channels: tuple[Array, ...], t: Array) -> Inputs:
         """Those of a step; past the end it is padding."""
         valid = t < self.length
-        position = jnp.where(valid, 1, -1)
+        mine = jnp.int32(1)  # and no literal: of two of these Triton's lowering makes a bool
         if refs.position is not None:
             mine = refs.position[self.row, jnp.minimum(t, self.length - 1)]
-            position = jnp.where(valid, mine, -1)
+        position = jnp.where(valid, mine, jnp.int32(-1))
         x = jnp.zeros(_WIDTH, jnp.float32) if refs.x is None else self.step(refs.x, t)
         sequences = tuple(self.step(ref, t) for ref in refs.sequences)
         return Inputs(x, sequences, channels, position)

@@ -314,7 +314,7 @@ class PallasTPUScan(Scan):
         return gradients._replace(channels=channels), dh0[:, 0]
 
     def _call(self, kernel, blocks: _Blocks, *, out_shape, **kwargs):
-        return pl.pallas_call(
+        call = pl.pallas_call(
             kernel,
             grid=blocks.grid,
             out_shape=jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), out_shape),
@@ -324,3 +324,5 @@ class PallasTPUScan(Scan):
             interpret=self.interpret,
             **kwargs,
         )
+        # Indices are of int32 also where `jax_enable_x64` has made those of Python int64.
+        return jax.enable_x64(False)(call)
