@@ -317,7 +317,7 @@ class PallasTPUScan(Scan):
         call = pl.pallas_call(
             kernel,
             grid=blocks.grid,
-            out_shape=jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), out_shape),
+            out_shape=jax.eval_shape(lambda z: z, out_shape),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
             ),
