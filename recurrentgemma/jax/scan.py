@@ -98,7 +98,9 @@ def linear_scan(
       ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
         device or dtype.
     """
-    x, a, h0, reset = jax.tree.map(jnp.asarray, (x, a, h0, reset))
+    x, a = jnp.asarray(x), jnp.asarray(a)
+    h0 = None if h0 is None else jnp.asarray(h0)
+    reset = None if reset is None else jnp.asarray(reset)
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
     _check("a", a, x.shape)
@@ -143,9 +145,9 @@ def rg_lru_scan(
       ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
         device or dtype.
     """
-    x, input_gate, a_gate, a_param, segment_pos, h0 = jax.tree.map(
-        jnp.asarray, (x, input_gate, a_gate, a_param, segment_pos, h0)
-    )
+    x, input_gate, a_gate = jnp.asarray(x), jnp.asarray(input_gate), jnp.asarray(a_gate)
+    a_param, segment_pos = jnp.asarray(a_param), jnp.asarray(segment_pos)
+    h0 = None if h0 is None else jnp.asarray(h0)
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
     _check("input_gate", input_gate, x.shape)

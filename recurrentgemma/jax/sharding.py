@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,8 @@ def split(
     rows, steps, channels = jax.typeof(inputs.x).sharding.spec
     partitions = PartitionSpec(rows, steps, channels), PartitionSpec(rows, channels)
     out_sharding = tuple(NamedSharding(mesh, partition) for partition in partitions)
-    return jax.sharding.auto_axes(split_run, out_sharding=out_sharding)(inputs, h0)
+    explicit: Any = jax.sharding.auto_axes(split_run, out_sharding=out_sharding)
+    return explicit(inputs, h0)
 
 
 def _padded(inputs: Inputs, h0: Array, spec: ShardingSpec) -> tuple[Inputs, Array]:
