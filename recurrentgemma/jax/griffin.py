@@ -39,6 +39,14 @@ class Griffin(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_sharding_spec: ShardingSpec | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(
+                f"gradient_checkpointing must be a bool, got {self.gradient_checkpointing!r}; "
+                "a ShardingSpec is given by name, as scan_sharding_spec"
+            )
+        super().__post_init__()
+
     def setup(self) -> None:
         settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
         self.embedder = Embedder(self.config, "embedder", *settings)

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
-from jax import core
+from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.presets import Choice, ScanType
 from recurrentgemma.common.reference import RG_LRU_C
 from recurrentgemma.jax import scan_xla
 from recurrentgemma.jax.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
-from recurrentgemma.jax.sharding import ShardedScan, ShardingSpec
+from recurrentgemma.jax.sharding import ShardingSpec, split
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
 SCAN_TYPES = {
@@ -69,10 +70,10 @@ def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
 
 
 def linear_scan(
-    x: Float[Array, "b t d"],
-    a: Float[Array, "b t d"],
-    h0: Float[Array, "b d"] | None = None,
-    reset: Bool[Array, "b t"] | None = None,
+    x: Float[Array, "b t d"] | np.ndarray,
+    a: Float[Array, "b t d"] | np.ndarray,
+    h0: Float[Array, "b d"] | np.ndarray | None = None,
+    reset: Bool[Array, "b t"] | np.ndarray | None = None,
     *,
     reverse: bool = False,
     implementation: str = "auto",
@@ -97,6 +98,9 @@ def linear_scan(
       ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
         device or dtype.
     """
+    x, a = jnp.asarray(x), jnp.asarray(a)
+    h0 = None if h0 is None else jnp.asarray(h0)
+    reset = None if reset is None else jnp.asarray(reset)
     if x.ndim != 3 or x.shape != a.shape:
         raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
     _check("a", a, x.shape)
@@ -108,12 +112,12 @@ def linear_scan(
 
 
 def rg_lru_scan(
-    x: Float[Array, "b t d"],
-    input_gate: Float[Array, "b t d"],
-    a_gate: Float[Array, "b t d"],
-    a_param: Float[Array, "d"],
-    segment_pos: Int[Array, "b t"],
-    h0: Float[Array, "b d"] | None = None,
+    x: Float[Array, "b t d"] | np.ndarray,
+    input_gate: Float[Array, "b t d"] | np.ndarray,
+    a_gate: Float[Array, "b t d"] | np.ndarray,
+    a_param: Float[Array, "d"] | np.ndarray,
+    segment_pos: Int[Array, "b t"] | np.ndarray,
+    h0: Float[Array, "b d"] | np.ndarray | None = None,
     *,
     implementation: str = "auto",
     sharding_spec: ShardingSpec | None = None,
@@ -141,6 +145,9 @@ def rg_lru_scan(
       ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
         device or dtype.
     """
+    x, input_gate, a_gate = jnp.asarray(x), jnp.asarray(input_gate), jnp.asarray(a_gate)
+    a_param, segment_pos = jnp.asarray(a_param), jnp.asarray(segment_pos)
+    h0 = None if h0 is None else jnp.asarray(h0)
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
     _check("input_gate", input_gate, x.shape)
@@ -228,9 +235,27 @@ def _run(
     h0 = jnp.zeros((batch, width), wide) if h0 is None else h0.astype(wide)
     if batch * length * width == 0:
         return inputs.x, h0
-    if spec is not None:
-        scan = ShardedScan(scan, spec)
-    return _scan(scan, gates, reverse, inputs, h0)
+
+    def run(scan: Scan, inputs: Inputs, h0: Array) -> tuple[Array, Array]:
+        return _scan(scan, gates, reverse, *_varying_alike(inputs, h0))
+
+    return run(scan, inputs, h0) if spec is None else split(run, scan, spec, inputs, h0)
+
+
+def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:
+    """All as varying over the axes of `jax.shard_map` that any of them varies over, as states do.
+
+    Out here, since the derivative of this sums what each device has of a gradient.
+    """
+
+    def axes(z: Array) -> frozenset[str]:
+        kind: Any = jax.typeof(z)
+        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # since 0.10
+
+    every = frozenset().union(*map(axes, jax.tree.leaves((inputs, h0))))
+    return jax.tree.map(
+        lambda z: lax.pcast(z, tuple(sorted(every - axes(z))), to="varying"), (inputs, h0)
+    )
 
 
 def _device(x: Array, spec: ShardingSpec | None) -> _Target:
@@ -238,7 +263,7 @@ def _device(x: Array, spec: ShardingSpec | None) -> _Target:
     target = _target.get()
     if target is not None:
         return target
-    if spec is not None:
+    if spec is not None and spec.mesh is not None:
         return _Target(spec.mesh.devices.flat[0].platform)
     if not isinstance(x, core.Tracer):
         return _Target(next(iter(x.devices())).platform)

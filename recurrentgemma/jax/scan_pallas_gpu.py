@@ -110,10 +110,10 @@ class _Program:
     def inputs(self, refs: Inputs, channels: tuple[Array, ...], t: Array) -> Inputs:
         """Those of a step; past the end it is padding."""
         valid = t < self.length
-        position = jnp.where(valid, 1, -1)
+        mine = jnp.int32(1)  # and no literal: of two of these Triton's lowering makes a bool
         if refs.position is not None:
             mine = refs.position[self.row, jnp.minimum(t, self.length - 1)]
-            position = jnp.where(valid, mine, -1)
+        position = jnp.where(valid, mine, jnp.int32(-1))
         x = jnp.zeros(_WIDTH, jnp.float32) if refs.x is None else self.step(refs.x, t)
         sequences = tuple(self.step(ref, t) for ref in refs.sequences)
         return Inputs(x, sequences, channels, position)
@@ -234,7 +234,7 @@ class PallasGPUScan(Scan):
         chunks = _Chunks(inputs.x.shape, reverse)
         states = h0[:, None]
         if chunks.grid[1] > 1:
-            added, decay = self._call(_summary_kernel, gates, chunks, self._states(chunks, 2))(
+            added, decay = self._call(_summary_kernel, gates, chunks, self._states(chunks, h0, 2))(
                 inputs
             )
             states = chunks.states_between(added, decay, h0)
@@ -257,10 +257,10 @@ class PallasGPUScan(Scan):
         states = dlast[:, None]
         if chunks.grid[1] > 1:
             added, decay = self._call(
-                _backward_summary_kernel, gates, chunks, self._states(chunks, 2)
+                _backward_summary_kernel, gates, chunks, self._states(chunks, h0, 2)
             )(inputs, dy)
             states = chunks.states_between(added, decay, dlast)
-        (sums,) = self._states(chunks, 1)
+        (sums,) = self._states(chunks, h0, 1)
         channels = (sums,) * len(inputs.channels)
         gradients, dh0 = self._call(
             _backward_kernel,
@@ -271,15 +271,17 @@ class PallasGPUScan(Scan):
         channels = tuple(total.sum((0, 1)) for total in gradients.channels)
         return gradients._replace(channels=channels), dh0[:, -1 if reverse else 0]
 
-    def _states(self, chunks: _Chunks, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def _states(self, chunks: _Chunks, h0: Array, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What there is of a state for each chunk, in each of several outputs."""
         batch, number, _ = chunks.grid
-        return (jax.ShapeDtypeStruct((batch, number, chunks.shape[2]), jnp.float32),) * count
+        shape = (batch, number, chunks.shape[2])
+        return (jax.eval_shape(lambda h0: jnp.broadcast_to(h0[:, None], shape), h0),) * count
 
     def _call(self, kernel, gates: Gates, chunks: _Chunks, outputs):
         return pl.pallas_call(
             functools.partial(kernel, gates, chunks),
             grid=chunks.grid,
-            out_shape=jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), outputs),
+            out_shape=jax.eval_shape(lambda z: z, outputs),
             compiler_params=plgpu.CompilerParams(num_warps=1),
             interpret=self.interpret,
         )

@@ -314,13 +314,15 @@ class PallasTPUScan(Scan):
         return gradients._replace(channels=channels), dh0[:, 0]
 
     def _call(self, kernel, blocks: _Blocks, *, out_shape, **kwargs):
-        return pl.pallas_call(
+        call = pl.pallas_call(
             kernel,
             grid=blocks.grid,
-            out_shape=jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), out_shape),
+            out_shape=jax.eval_shape(lambda z: z, out_shape),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
             ),
             interpret=self.interpret,
             **kwargs,
         )
+        # Indices are of int32 also where `jax_enable_x64` has made those of Python int64.
+        return jax.enable_x64(False)(call)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from recurrentgemma.jax.gates import Gates, Inputs, Scan
@@ -20,16 +22,19 @@ AxisName = str | tuple[str, ...] | None
 class ShardingSpec(NamedTuple):
     """Which mesh axes the scan's [B, T, D] arrays are split over.
 
-    Batch and width split without communication; see `ShardedScan` for the sequence.
+    Batch and width split without communication; see `ShardedScan` for the sequence. A single step
+    has no sequence to split. Sizes that the mesh does not divide are filled up with padding, which
+    costs what it adds and changes nothing. On a mesh with explicit axes the outputs are sharded as
+    x is.
 
     Attributes:
-      mesh: The devices.
+      mesh: The devices; None where each has its part already, as under `jax.pmap`.
       batch_axis_name: Mesh axis, or axes, of the batch.
       sequence_axis_name: Mesh axis of the sequence.
       activations_axis_name: Mesh axis, or axes, of the width.
     """
 
-    mesh: Mesh
+    mesh: Mesh | None = None
     batch_axis_name: AxisName = None
     sequence_axis_name: str | None = None
     activations_axis_name: AxisName = None
@@ -44,7 +49,88 @@ class ShardingSpec(NamedTuple):
     @property
     def activations_sharding(self) -> NamedSharding:
         """The sharding of [B, T, D] arrays."""
-        return NamedSharding(self.mesh, self.activations_sharding_spec)
+        return self._sharding(self.activations_sharding_spec)
+
+    @property
+    def rnn_state_sharding_spec(self) -> PartitionSpec:
+        """The partition of [B, D] states."""
+        return PartitionSpec(self.batch_axis_name, self.activations_axis_name)
+
+    @property
+    def rnn_state_sharding(self) -> NamedSharding:
+        """The sharding of [B, D] states."""
+        return self._sharding(self.rnn_state_sharding_spec)
+
+    def _sharding(self, partition: PartitionSpec) -> NamedSharding:
+        if self.mesh is None:
+            raise ValueError("a sharding needs ShardingSpec's mesh, got None")
+        return NamedSharding(self.mesh, partition)
+
+
+def split(
+    run: Callable[[Scan, Inputs, Array], tuple[Array, Array]],
+    scan: Scan,
+    spec: ShardingSpec,
+    inputs: Inputs,
+    h0: Array,
+) -> tuple[Array, Array]:
+    """`run(scan, inputs, h0)` as each device's part of it.
+
+    Raises:
+      ValueError: The sequence is to be split, but the spec has no mesh.
+    """
+    batch, length, width = inputs.x.shape
+    if length == 1:
+        spec = spec._replace(sequence_axis_name=None)
+    mesh = spec.mesh
+    if mesh is None:
+        if spec.sequence_axis_name is not None:
+            raise ValueError(
+                f"ShardingSpec must have a mesh to split a sequence of {length} steps over, got "
+                f"mesh=None and sequence_axis_name={spec.sequence_axis_name!r}"
+            )
+        return run(scan, inputs, h0)
+    # Of types that say how arrays are sharded, what is inside has none.
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    sharded = ShardedScan(scan, spec._replace(mesh=auto))
+
+    def split_run(inputs: Inputs, h0: Array) -> tuple[Array, Array]:
+        y, last = run(sharded, *_padded(inputs, h0, sharded.spec))
+        return y[:batch, :length, :width], last[:batch, :width]
+
+    meshes = [jax.typeof(z).sharding.mesh for z in jax.tree.leaves((inputs, h0))]
+    if not any(m.explicit_axes for m in (jax.sharding.get_abstract_mesh(), *meshes)):
+        return split_run(inputs, h0)
+    rows, steps, channels = jax.typeof(inputs.x).sharding.spec
+    partitions = PartitionSpec(rows, steps, channels), PartitionSpec(rows, channels)
+    out_sharding = tuple(NamedSharding(mesh, partition) for partition in partitions)
+    explicit: Any = jax.sharding.auto_axes(split_run, out_sharding=out_sharding)
+    return explicit(inputs, h0)
+
+
+def _padded(inputs: Inputs, h0: Array, spec: ShardingSpec) -> tuple[Inputs, Array]:
+    """Rows, steps and channels such that the mesh divides them."""
+    assert spec.mesh is not None
+    spare = []
+    for size, names in zip(inputs.x.shape, spec.activations_sharding_spec, strict=True):
+        spare.append((0, -size % math.prod(spec.mesh.shape[name] for name in _axes(names))))
+    if not any(after for _, after in spare):
+        return inputs, h0
+    rows, steps, channels = spare
+    x, sequences = jax.tree.map(lambda z: jnp.pad(z, spare), inputs[:2])
+    position = inputs.position
+    if position is None:
+        position = jnp.ones(inputs.x.shape[:2], jnp.int32)
+    position = jnp.pad(position, (rows, steps), constant_values=-1)
+    padded_channels = tuple(jnp.pad(channel, channels) for channel in inputs.channels)
+    return Inputs(x, sequences, padded_channels, position), jnp.pad(h0, (rows, channels))
+
+
+def _axes(names: AxisName) -> tuple[str, ...]:
+    """The mesh axes of one dimension."""
+    if names is None:
+        return ()
+    return names if isinstance(names, tuple) else (names,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +188,7 @@ class ShardedScan(Scan):
                 decay = decays(gates, inputs).prod(1)
                 reaching, dh0 = _states_between(added, decay, dlast, axis, not reverse)
                 gradients, _ = run(reaching)
-            split = (self.spec.batch_axis_name, axis)
-            axes = [
-                name
-                for names in split
-                for name in (names if isinstance(names, tuple) else (names,))
-                if name is not None
-            ]
+            axes = _axes(self.spec.batch_axis_name) + _axes(axis)
             channels = tuple(lax.psum(channel, axes) for channel in gradients.channels)
             return gradients._replace(channels=channels), dh0
 
@@ -129,13 +209,14 @@ class ShardedScan(Scan):
     def _specs(self, inputs: Inputs) -> tuple[PartitionSpec, Inputs, PartitionSpec]:
         """How sequences, inputs and states are split."""
         batch, sequence, width = full = self.spec.activations_sharding_spec
+        state = self.spec.rnn_state_sharding_spec
         specs = Inputs(
             full,
             (full,) * len(inputs.sequences),
             (PartitionSpec(width),) * len(inputs.channels),
             None if inputs.position is None else PartitionSpec(batch, sequence),
         )
-        return full, specs, PartitionSpec(batch, width)
+        return full, specs, state
 
 
 def _states_between(

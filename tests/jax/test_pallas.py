@@ -94,20 +94,49 @@ def test_a_race_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     assert "RACE DETECTED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def linear(reverse: bool, with_reset: bool, with_h0: bool):
+    """`linear_scan` of x, a, h0 and positions, those that are asked for."""
+
+    def run(x, a, h0, segment_pos):
+        reset = segment_pos == 0 if with_reset else None
+        return linear_scan(x, a, h0 if with_h0 else None, reset, reverse=reverse)
+
+    return run
+
+
+LOWERED = {
+    "linear_scan": linear(reverse=False, with_reset=True, with_h0=True),
+    "linear_scan, no reset, reverse": linear(reverse=True, with_reset=False, with_h0=True),
+    "linear_scan, x and a alone": linear(reverse=False, with_reset=False, with_h0=False),
+    "rg_lru_scan": lambda x, a, h0, position: rg_lru_scan(x, a, x, x[0, 0], position, h0),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x64"), [("float32", False), ("bfloat16", False), ("float32", True)]
+)
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_lowers_for_an_accelerator(operation: str, platform: str, dtype: str) -> None:
-    run, floats, cotangents = arguments(operation, (2, 300, 130))
-    floats = [value.astype(dtype) for value in floats[:-1]] + [floats[-1]]
-    dy, dlast = cotangents
+@pytest.mark.parametrize(
+    ("operation", "length"),
+    [(name, 300) for name in LOWERED] + [("linear_scan, x and a alone", 48)],
+)
+def test_lowers_for_an_accelerator(
+    operation: str, length: int, platform: str, dtype: str, x64: bool
+) -> None:
+    """Forward and backward, as "auto" chooses: whole blocks of steps or not, chunks or none."""
 
-    def evaluate(*floats):
-        outputs, pullback = jax.vjp(functools.partial(run, name="pallas"), *floats)
-        return outputs, pullback((dy.astype(dtype), dlast))
+    def evaluate(x, a, h0, segment_pos, dy, dlast):
+        outputs, pullback = jax.vjp(
+            lambda *floats: LOWERED[operation](*floats, segment_pos), x, a, h0
+        )
+        return outputs, pullback((dy, dlast))
 
-    with pallas_target({"cuda": "gpu"}.get(platform, platform)):
-        lowered = jax.jit(evaluate).trace(*floats).lower(lowering_platforms=(platform,))
+    x = jax.ShapeDtypeStruct((2, length, 130), dtype)
+    h0 = jax.ShapeDtypeStruct((2, 130), "float32")
+    segment_pos = jax.ShapeDtypeStruct((2, length), "int32")
+    with jax.enable_x64(x64), pallas_target({"cuda": "gpu"}.get(platform, platform)):
+        traced = jax.jit(evaluate).trace(x, x, h0, segment_pos, x, h0)
+        lowered = traced.lower(lowering_platforms=(platform,))
     kernel = {"tpu": "tpu_custom_call", "cuda": "triton"}[platform]
     assert kernel in lowered.as_text()
 

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
@@ -53,9 +55,178 @@ print(len(jax.devices()), "devices agree")
 """
 
 
+SETTING = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from recurrentgemma.jax import (
+    Griffin, GriffinConfig, ShardingSpec, init_params, linear_scan, rg_lru_scan
+)
+from recurrentgemma.jax.scan import pallas_target
+
+rng = np.random.default_rng(0)
+config = GriffinConfig(
+    vocab_size=16, width=8, mlp_expanded_width=8, num_heads=2, attention_window_size=4,
+    block_types=("recurrent", "attention"), embeddings_scale_by_sqrt_dim=True, logits_soft_cap=0,
+)
+params = init_params(config, 0)
+
+def check(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+"""
+ANY_SIZE = """
+mesh = jax.make_mesh((2, 2), ("one", "two"), axis_types=(AxisType.Auto,) * 2)
+spec = ShardingSpec(mesh, batch_axis_name="one", sequence_axis_name="two")
+w, x, a, gate = rng.normal(size=(4, 1, 7, 5)).astype(np.float32)
+a = np.tanh(a)
+
+def loss(x, a, gate, spec):
+    y, h = linear_scan(x, a, sharding_spec=spec, reverse=True)
+    position = np.arange(x.shape[1])[None] - 1
+    y, last = rg_lru_scan(y, gate, a, a[0, 0], position, h, sharding_spec=spec)
+    return (y * w[:, : x.shape[1]]).sum() + (last ** 2).sum(), (y, last)
+
+run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+for length in (7, 1):
+    arguments = x[:, :length], a[:, :length], gate[:, :length]
+    check(run(*arguments, spec), run(*arguments, None))
+
+plain, model = Griffin(config), Griffin(config, scan_sharding_spec=spec)
+tokens, positions = rng.integers(16, size=(1, 6)), np.arange(6)[None]
+model.init(jax.random.key(0), tokens[:, :1], positions[:, :1])
+state = model.apply({"params": params}, tokens[:, :5], positions[:, :5])[1]
+step = model.apply({"params": params}, tokens[:, 5:], positions[:, 5:], state)[0]
+check(step, plain.apply({"params": params}, tokens, positions, last_logits_only=True)[0])
+"""
+EXPLICIT_AXES = """
+mesh = jax.make_mesh((2, 2), ("one", "two"), axis_types=(AxisType.Explicit,) * 2)
+spec = ShardingSpec(mesh, batch_axis_name="one", sequence_axis_name="two")
+x, a = rng.normal(size=(2, 2, 8, 4)).astype(np.float32)
+a = np.tanh(a)
+
+def loss(x, a, spec):
+    y, last = linear_scan(x, a, sharding_spec=spec)
+    return (y ** 2).sum() + (last ** 2).sum(), (y, last)
+
+run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+expected = run(x, a, None)
+check(linear_scan(x, a, sharding_spec=spec), expected[0][1])
+with jax.set_mesh(mesh):
+    check(run(x, a, spec), expected)
+    placed = jax.device_put((x, a), spec.activations_sharding)
+    actual = run(*placed, spec)
+    check(actual, expected)
+    assert actual[0][1][0].sharding.spec == spec.activations_sharding_spec
+    assert actual[0][1][1].sharding.spec == spec.rnn_state_sharding_spec
+    tokens, positions = rng.integers(16, size=(2, 5)), np.tile(np.arange(5), (2, 1))
+    model = Griffin(config, scan_sharding_spec=spec)
+    logits, _ = model.apply({"params": params}, tokens, positions)
+check(logits, Griffin(config).apply({"params": params}, tokens, positions)[0])
+"""
+INSIDE_SHARD_MAP = """
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+split = PartitionSpec("data")
+x, a = rng.normal(size=(2, 4, 20, 3)).astype(np.float32)
+a = np.tanh(a[:1])
+
+def gradients(scan):
+    return jax.jit(jax.grad(lambda x, a: (scan(x, a)[0] ** 2).sum(), (0, 1)))
+
+for name, length in (("auto", 5), ("reference", 20), ("xla", 20), ("associative", 20)):
+    def scan(x, a):
+        a = jnp.broadcast_to(a, x.shape)
+        y, _ = linear_scan(x, a, implementation=name)
+        position = jnp.broadcast_to(jnp.arange(length), x.shape[:2])
+        return rg_lru_scan(y, a, x, a[0, 0], position, implementation=name)
+
+    def alone(x, a):  # of the rows that a device has
+        return linear_scan(x, a, implementation=name)
+
+    mapped = jax.shard_map(scan, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split)
+    check(gradients(mapped)(x[:, :length], a[:, :length]),
+          gradients(scan)(x[:, :length], a[:, :length]))
+    jax.shard_map(alone, mesh=mesh, in_specs=split, out_specs=split)(x, x)
+
+def loss(params, tokens, positions):
+    return Griffin(config).apply({"params": params}, tokens, positions)[0].sum()[None]
+
+tokens, positions = rng.integers(16, size=(4, 9)), np.tile(np.arange(9), (4, 1))
+mapped = jax.shard_map(
+    loss, mesh=mesh, in_specs=(PartitionSpec(), split, split), out_specs=split
+)
+actual, expected = (
+    jax.jit(jax.grad(lambda params: f(params, tokens, positions).sum()))(params)
+    for f in (mapped, loss)
+)
+jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-4, atol=1e-4), actual, expected)
+
+scan = jax.shard_map(lambda x: linear_scan(x, x)[0], mesh=mesh, in_specs=split, out_specs=split)
+for platform, target in (("tpu", "tpu"), ("cuda", "gpu")):
+    with pallas_target(target):
+        jax.jit(jax.grad(lambda x: scan(x).sum())).trace(jnp.ones((4, 300, 128))).lower(
+            lowering_platforms=(platform,))
+"""
+
+
 def test_every_axis() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "4 devices agree\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [ANY_SIZE, EXPLICIT_AXES, INSIDE_SHARD_MAP],
+    ids=["any size", "explicit axes", "inside shard_map"],
+)
+def test_meshes(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SETTING + program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_mesh() -> None:
+    """What a spec without a mesh can say: that the arrays are split already."""
+    from recurrentgemma.jax import ShardingSpec, linear_scan
+
+    x = np.ones((1, 9, 2), np.float32)
+    y, _ = linear_scan(x, x, sharding_spec=ShardingSpec(batch_axis_name="data"))
+    np.testing.assert_array_equal(y[0, -1], [9, 9])
+    with pytest.raises(ValueError, match=r"must have a mesh .* 9 steps over, got mesh=None"):
+        linear_scan(x, x, sharding_spec=ShardingSpec(sequence_axis_name="data"))
+    with pytest.raises(ValueError, match="needs ShardingSpec's mesh, got None"):
+        _ = ShardingSpec().rnn_state_sharding
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_spec_where_a_switch_goes() -> None:
+    from cases import make_config
+
+    from recurrentgemma.jax import Griffin, ShardingSpec
+
+    unusual: Any = ShardingSpec()
+    with pytest.raises(ValueError, match=r"must be a bool, got ShardingSpec.*by name"):
+        Griffin(make_config("RA"), unusual)
+
+
+@pytest.mark.parametrize("length", [0, 3, 20])
+def test_numpy_arrays(length: int) -> None:
+    from jax import Array
+
+    from recurrentgemma.jax import linear_scan, rg_lru_scan
+
+    x, h0 = np.ones((1, length, 2), np.float32), np.ones((1, 2), np.float32)
+    position = np.arange(length)[None]
+    for outputs in (
+        linear_scan(x, x, h0, position == 0),
+        rg_lru_scan(x, x, x, h0[0], position, h0),
+    ):
+        assert [output.shape for output in outputs] == [x.shape, h0.shape]
+        assert all(isinstance(output, Array) for output in outputs)
