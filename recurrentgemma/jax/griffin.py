@@ -68,8 +68,8 @@ class Griffin(nn.Module):
           state. What was not asked for is None.
 
         Raises:
-          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, or `cache`
-            is not the state of B rows of this model.
+          ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of one shape, positions
+            are not integers, or `cache` is not the state of B rows of this model.
         """
         x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
         logits = self.embedder.decode(x) if return_logits else None
@@ -96,6 +96,9 @@ class Griffin(nn.Module):
         """
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
+        if not jnp.issubdtype(segment_pos.dtype, jnp.integer):
+            raise ValueError(f"segment_pos must be of an integer dtype, got {segment_pos.dtype}")
+        segment_pos = segment_pos.astype(jnp.int32)
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "

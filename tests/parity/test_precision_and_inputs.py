@@ -126,6 +126,13 @@ def test_states_that_do_not_fit(twin: str) -> None:
         forward(TOKENS, SEGMENT_POS[:1])
 
 
+def test_positions_that_are_no_integers() -> None:
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    forward, _ = make("jax")
+    with pytest.raises(ValueError, match="segment_pos must be of an integer dtype, got float32"):
+        forward(TOKENS, SEGMENT_POS.astype(np.float32))
+
+
 def test_configs_of_numpy_integers_and_of_nothing() -> None:
     fields = CONFIG.to_dict()
     assert GriffinConfig.from_dict(fields | {"width": np.int64(16)}) == CONFIG
