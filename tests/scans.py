@@ -63,6 +63,9 @@ class Implementation(NamedTuple):
     def rg_lru_scan_vjp(self, *args: Any, **kwargs: Any) -> tuple[tuple[np.ndarray, ...], ...]:
         return self.backend.rg_lru_scan_vjp(*args, implementation=self.name, **kwargs)
 
+    def rg_lru_scan_second_vjp(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, ...]:
+        return self.backend.rg_lru_scan_second_vjp(*args, implementation=self.name, **kwargs)
+
 
 def implementations_and_shapes() -> list[Any]:
     """Test parameters: every implementation of both twins on each of its shapes."""
@@ -154,8 +157,8 @@ def linear_scan_grads(
         before = y[:, order[i - 1]] if i else case.h0
         kept = ~case.reset[:, t, None]
         dh = dh + case.dy[:, t]
-        dx[:, t], da[:, t] = dh, kept * dh * before
-        dh = kept * case.a[:, t] * dh
+        dx[:, t], da[:, t] = dh, np.where(kept, dh * before, 0)
+        dh = np.where(kept, case.a[:, t] * dh, 0)
     return dx, da, dh
 
 

@@ -69,3 +69,10 @@ def assert_close(actual, expected, kind: str, dtype: str, *, name: str = "") -> 
         atol=limit,
         err_msg=f"{name}: {kind} in {dtype}, of magnitude {scale:.3g}",
     )
+
+
+def assert_close_where_finite(actual, expected, kind: str, dtype: str, *, name: str = "") -> None:
+    """As `assert_close`; what is expected not to be finite must not be."""
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.isfinite(actual), finite, err_msg=name)
+    assert_close(np.where(finite, actual, 0), np.where(finite, expected, 0), kind, dtype, name=name)

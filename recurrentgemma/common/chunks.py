@@ -28,7 +28,7 @@ def chunk_lengths(length: int, sizes: Sequence[int], *, pad: bool) -> list[int]:
 
 
 def loss_chunk(length: int, vocab_size: int, limit: int | None = None) -> int:
-    """Tokens in each of the equal chunks in which the loss of so many tokens is computed.
+    """Tokens in each of the equal chunks in which the loss of so many tokens is computed, or 1.
 
     Args:
       length: Number of tokens.
@@ -41,4 +41,4 @@ def loss_chunk(length: int, vocab_size: int, limit: int | None = None) -> int:
     if limit is not None and limit < 1:
         raise ValueError(f"a chunk must have at least one token, got {limit}")
     limit = max(1, _LOSS_LOGITS // vocab_size) if limit is None else limit
-    return -(-length // max(1, -(-length // limit)))
+    return max(1, -(-length // max(1, -(-length // limit))))

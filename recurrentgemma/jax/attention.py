@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.jax.cache import AttentionBlockCache, num_padding, prepend_history
+from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.jax.cache import (
+    AttentionBlockCache,
+    init_block_cache,
+    num_padding,
+    prepend_history,
+)
 from recurrentgemma.jax.layers import SpecModule
 from recurrentgemma.jax.scan import wide_dtype
 
@@ -69,7 +75,8 @@ def local_attention(
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
     k_bgsh, v_bgsh = jnp.split(kv_bgsh, 2, -1)
     encoded = _attend(q_bgcnh, k_bgsh, v_bgsh, mask_bgcs)
-    return encoded.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:])[:, :length]
+    places = encoded.shape[1] * encoded.shape[2]
+    return encoded.reshape(encoded.shape[0], places, *encoded.shape[3:])[:, :length]
 
 
 def _attend(
@@ -100,7 +107,7 @@ def _blocks(x: Array, before: int, after: int, length: int) -> Array:
     no_document = 0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
     padding = ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))
     padded = jnp.pad(x, padding, constant_values=no_document)
-    return padded.reshape(x.shape[0], -1, length, *x.shape[2:])
+    return padded.reshape(x.shape[0], padded.shape[1] // length, length, *x.shape[2:])
 
 
 def _and_previous(blocks: Array) -> Array:
@@ -122,10 +129,13 @@ class LocalAttentionBlock(SpecModule):
     ) -> tuple[Float[Array, "b t d"], AttentionBlockCache]:
         """Returns the outputs and the state after them."""
         q_btd, k_bth, v_bth = (self.linear(f"proj_{name}")(x) for name in "qkv")
-        q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, -1)
+        q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         q_btnh = apply_rope(q_btnh, segment_pos)
         k_bth = apply_rope(k_bth[..., None, :], segment_pos)[..., 0, :]
-        if cache is not None and x.shape[1] == 1:
+        if not x.shape[1]:  # nothing happens to the state
+            encoded, kind = q_btnh, TemporalBlockType.ATTENTION
+            new_cache = cache or init_block_cache(self.config, kind, x.shape[0], v_bth.dtype)
+        elif cache is not None and x.shape[1] == 1:
             encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
         else:
             kv_bth = jnp.concatenate([k_bth, v_bth], -1)
@@ -167,7 +177,8 @@ def _step(
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
     slot = jnp.arange(window)
-    between = (segment_pos - 1 - slot) % window  # tokens since the one in the slot
+    # Tokens since the one in the slot; in this order, for segment_pos may be of a narrow dtype.
+    between = (segment_pos - slot - 1) % window
     sees_bs = jnp.pad(between < num_before, ((0, 0), (0, 1)), constant_values=True)
     replaced = ((between == window - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]
@@ -213,7 +224,7 @@ def _new_cache(
     length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
     starts = (segment_pos == 0).any(-1)
     num_new = length - num_padding(segment_pos)
-    num_new = jnp.where(starts, jnp.minimum(num_new, last_pos + 1), num_new)
+    num_new = jnp.where(starts, jnp.minimum(num_new - 1, last_pos) + 1, num_new)
     age = (last_pos[:, None] - jnp.arange(window)) % window
     rows = jnp.arange(age.shape[0])[:, None]
     newest = kv_bth[rows, (length - 1 - age).clip(min=0)]

@@ -31,8 +31,22 @@ def bounded_sqrt(x: Array) -> Array:
 
 @bounded_sqrt.defjvp
 def _bounded_sqrt_jvp(primals, tangents):
-    y = jnp.sqrt(primals[0])
-    return y, tangents[0] * jnp.minimum(0.5 / y, MAX_SQRT_GRADIENT)
+    y = bounded_sqrt(primals[0])
+    # Of no y so small that the derivative of this were infinite, which is none where it is clipped.
+    slope = 0.5 / jnp.maximum(y, 0.25 / MAX_SQRT_GRADIENT)
+    return y, tangents[0] * jnp.minimum(slope, MAX_SQRT_GRADIENT)
+
+
+@jax.custom_jvp
+def decayed(a: Array, h: Array) -> Array:
+    """a * h; 0 where a is 0, so that a state which is forgotten may be anything."""
+    return a * jnp.where(a == 0, 0.0, h)
+
+
+@decayed.defjvp
+def _decayed_jvp(primals, tangents):
+    (a, h), (da, dh) = primals, tangents
+    return decayed(a, h), da * h + a * dh
 
 
 Expm1 = Callable[[Array], Array]

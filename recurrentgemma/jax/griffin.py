@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import sample_params
@@ -54,7 +54,7 @@ class Griffin(nn.Module):
     def __call__(
         self,
         tokens: Integer[Array, "b t"] | np.ndarray,
-        segment_pos: Int[Array, "b t"] | np.ndarray,
+        segment_pos: Integer[Array, "b t"] | np.ndarray,
         cache: Cache | None = None,
         return_logits: bool = True,
         return_cache: bool = True,
@@ -87,7 +87,7 @@ class Griffin(nn.Module):
     def hidden(
         self,
         tokens: Integer[Array, "b t"] | np.ndarray,
-        segment_pos: Int[Array, "b t"] | np.ndarray,
+        segment_pos: Integer[Array, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "b _ d"], Cache]:
@@ -114,6 +114,7 @@ class Griffin(nn.Module):
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
+        segment_pos = segment_pos.astype(jnp.int32)
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
             check_state(self.config, arrays, tokens.shape[0])

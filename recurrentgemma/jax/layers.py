@@ -113,7 +113,7 @@ class BlockDiagonalLinear(SpecModule):
     @nn.compact
     def __call__(self, x: Float[Array, "b t l"]) -> Float[Array, "b t l"]:
         x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
-        x_bthi = x.reshape(*x.shape[:2], self.config.num_heads, -1)
+        x_bthi = x.reshape(*x.shape[:2], *w.shape[:2])
         y_bthj = jnp.einsum("bthi,hij->bthj", x_bthi, w) + b
         return y_bthj.reshape(x.shape)
 
@@ -162,11 +162,13 @@ class Conv1D(SpecModule):
 
     def _new_state(self, extended: Array, segment_pos: Array, continues: bool) -> Array:
         reach = CONV1D_WIDTH - 1
-        available = segment_pos[:, -1:] + 1
+        if not segment_pos.shape[1]:
+            return extended
+        last_pos = segment_pos[:, -1:]  # and not the number of tokens, which may overflow
         if continues:  # a row of padding only keeps what it had
-            available = jnp.where(available == 0, reach, available)
-        age = jnp.arange(reach, 0, -1)
-        return jnp.where((age <= available)[..., None], extended[:, -reach:], 0)
+            last_pos = jnp.where(last_pos < 0, reach, last_pos)
+        age = jnp.arange(reach - 1, -1, -1)
+        return jnp.where((age <= last_pos)[..., None], extended[:, -reach:], 0)
 
 
 class Einsum(SpecModule):

@@ -81,6 +81,9 @@ def linear_scan(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
+    Nothing is left of a state that is forgotten, be it infinite or NaN, unless it comes from
+    another device. A gradient that is not finite does cross a reset.
+
     Args:
       x: Inputs, [B, T, D].
       a: Decays, [B, T, D].
@@ -125,8 +128,9 @@ def rg_lru_scan(
     """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
 
     log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
-    forgotten and the square root is 1; padding changes nothing. The arithmetic is float32, or
-    float64 beside float64; the gradient of the square root is clipped at 1000.
+    forgotten, as by `linear_scan`, and the square root is 1; padding changes nothing. The
+    arithmetic is float32, or float64 beside float64; the gradient of the square root is clipped at
+    1000.
 
     Args:
       x: Inputs, [B, T, D].

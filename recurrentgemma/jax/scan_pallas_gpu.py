@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from recurrentgemma.jax import scan_xla
-from recurrentgemma.jax.gates import Gates, Inputs, Scan
+from recurrentgemma.jax.gates import Gates, Inputs, Scan, decayed
 
 _WIDTH = 64  # channels of a program
 _TILE = 8  # steps
@@ -129,7 +129,7 @@ def _summary_kernel(gates: Gates, chunks: _Chunks, inputs: Inputs, added, decay)
         loaded = [program.inputs(inputs, channels, t) for t in steps]
         for step in loaded:
             x, a = gates.function(step, jnp.expm1)
-            h, product = a * h + x, a * product
+            h, product = decayed(a, h) + x, a * product
         return h, product
 
     carry = jnp.zeros(_WIDTH, jnp.float32), jnp.ones(_WIDTH, jnp.float32)
@@ -147,7 +147,7 @@ def _forward_kernel(gates: Gates, chunks: _Chunks, inputs: Inputs, h0, y, last) 
         outputs = []
         for step in loaded:
             x, a = gates.function(step, jnp.expm1)
-            h = a * h + x
+            h = decayed(a, h) + x
             outputs.append(h)
         for t, output in zip(steps, outputs, strict=True):
             program.store_step(output, y, t)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from recurrentgemma.jax.gates import Gates, Inputs, Scan
+from recurrentgemma.jax.gates import Gates, Inputs, Scan, decayed
 
 _TILE = 16  # steps: the rows of a bfloat16 tile
 _BLOCK_TIME = 256
@@ -173,7 +173,7 @@ def _forward_kernel(gates: Gates, blocks: _Blocks, inputs: Inputs, h0, y, last, 
         x, a = gates.function(_inputs_of_tile(inputs, blocks, start, k), _expm1_with_slope)
         outputs = [h] * _TILE
         for row in reversed(range(_TILE)) if blocks.reverse else range(_TILE):
-            h = a[row : row + 1] * h + x[row : row + 1]
+            h = decayed(a[row : row + 1], h) + x[row : row + 1]
             outputs[row] = h
         y[0, _rows(k), :] = jnp.concatenate(outputs).astype(y.dtype)
         return h

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from recurrentgemma.jax.gates import Gates, Inputs, Scan, wide_dtype
+from recurrentgemma.jax.gates import Gates, Inputs, Scan, decayed, wide_dtype
 
 Recurrence = Callable[[Array, Array, Array, bool, bool], tuple[Array, Array]]
 UNROLLED_STEPS = 8
@@ -29,7 +29,7 @@ def loop(x: Array, a: Array, state: Array, reverse: bool, adjoint: bool) -> tupl
         x_t, a_t = inputs
         if adjoint:
             return a_t * (state + x_t), state + x_t
-        state = a_t * state + x_t
+        state = decayed(a_t, state) + x_t
         return state, state
 
     inputs = (x.swapaxes(0, 1), a.swapaxes(0, 1))
@@ -44,13 +44,13 @@ def associative(
     """A logarithmic number of passes over the sequence."""
 
     def combine(earlier, later):
-        return earlier[0] * later[0], earlier[1] * later[0] + later[1]
+        return earlier[0] * later[0], decayed(later[0], earlier[1]) + later[1]
 
     first, last = (-1, 0) if reverse else (0, -1)
     final = a[:, last]
     if adjoint:
         a = jnp.roll(a, -1 if reverse else 1, 1).at[:, first].set(1)
-    x = x.at[:, first].add(a[:, first] * state)
+    x = x.at[:, first].add(decayed(a[:, first], state))
     _, out = lax.associative_scan(combine, (a, x), axis=1, reverse=reverse)
     return out, final * out[:, last] if adjoint else out[:, last]
 
@@ -67,7 +67,7 @@ def in_place(x: Array, a: Array, state: Array, reverse: bool, adjoint: bool) -> 
         if adjoint:
             carried = jnp.where(i == 0, state, at(a, before) * at(out, before))
         else:
-            carried = at(a, t) * jnp.where(i == 0, state, at(out, before))
+            carried = decayed(at(a, t), jnp.where(i == 0, state, at(out, before)))
         return lax.dynamic_update_index_in_dim(out, carried + at(x, t), t, 1)
 
     out = lax.fori_loop(0, length, step, jnp.zeros_like(x))

@@ -7,7 +7,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.torch.cache import AttentionBlockCache, num_padding, prepend_history
+from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.torch.cache import (
+    AttentionBlockCache,
+    init_block_cache,
+    num_padding,
+    prepend_history,
+)
 from recurrentgemma.torch.layers import SpecModule
 from recurrentgemma.torch.scan import wide_dtype
 
@@ -135,7 +141,12 @@ class LocalAttentionBlock(SpecModule):
         qk_btmh = torch.cat([self.proj_q(x), self.proj_k(x)], -1).unflatten(-1, (num_heads + 1, -1))
         q_btnh, k_bt1h = apply_rope(qk_btmh, segment_pos).split([num_heads, 1], 2)
         k_bth, v_bth = k_bt1h[:, :, 0], self.proj_v(x)
-        if cache is not None and x.shape[1] == 1:
+        if not x.shape[1]:  # nothing happens to the state
+            encoded, kind = q_btnh, TemporalBlockType.ATTENTION
+            new_cache = cache or init_block_cache(
+                self.config, kind, x.shape[0], v_bth.dtype, x.device
+            )
+        elif cache is not None and x.shape[1] == 1:
             encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
         else:
             kv_bth = torch.cat([k_bth, v_bth], -1)
@@ -177,7 +188,8 @@ def _step(
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
     slot = torch.arange(window, device=segment_pos.device)
-    between = (segment_pos - 1 - slot) % window  # tokens since the one in the slot
+    # Tokens since the one in the slot; in this order, for segment_pos may be of a narrow dtype.
+    between = (segment_pos - slot - 1) % window
     sees_bs = nn.functional.pad(between < num_before, (0, 1), value=True)
     replaced = ((between == window - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]
@@ -223,7 +235,7 @@ def _new_cache(
     length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
     starts = (segment_pos == 0).any(-1)
     num_new = length - num_padding(segment_pos)
-    num_new = torch.where(starts, torch.minimum(num_new, last_pos + 1), num_new)
+    num_new = torch.where(starts, torch.minimum(num_new - 1, last_pos) + 1, num_new)
     age = (last_pos[:, None] - torch.arange(window, device=segment_pos.device)) % window
     rows = torch.arange(age.shape[0], device=age.device)[:, None]
     newest = kv_bth[rows, (length - 1 - age).clamp(min=0)]

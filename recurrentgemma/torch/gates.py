@@ -33,7 +33,10 @@ class _BoundedSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        return grad * (0.5 / y).clamp(max=MAX_SQRT_GRADIENT)
+        # Of no y so small that the derivative of this were infinite, which is none where it is
+        # clipped.
+        slope = 0.5 / y.clamp(min=0.25 / MAX_SQRT_GRADIENT)
+        return grad * slope.clamp(max=MAX_SQRT_GRADIENT)
 
 
 def bounded_sqrt(x: Tensor) -> Tensor:
@@ -48,10 +51,10 @@ def rg_lru_gates(
 ) -> tuple[Tensor, Tensor]:
     """sqrt(1 - a^2) sigmoid(input_gate) x and a = exp(rate sigmoid(a_gate)), all of one dtype.
 
-    The root is 1 where a document starts, and the state is forgotten; padding changes nothing.
+    The root is 1 where a document starts, where a is not for use; padding changes nothing.
     """
     start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
     log_a = -RG_LRU_C * softplus(a_param)[..., None, :] * torch.sigmoid(a_gate)
     multiplier = bounded_sqrt(-torch.expm1(2 * log_a)).masked_fill(start, 1)
     gated_x = (multiplier * torch.sigmoid(input_gate) * x).masked_fill(padding, 0)
-    return gated_x, torch.exp(log_a).masked_fill(start, 0).masked_fill(padding, 1)
+    return gated_x, torch.exp(log_a).masked_fill(padding, 1)

@@ -160,11 +160,13 @@ class Conv1D(SpecModule):
 
     def _new_state(self, extended: Tensor, segment_pos: Tensor, continues: bool) -> Tensor:
         reach = CONV1D_WIDTH - 1
-        available = segment_pos[:, -1:] + 1
+        if not segment_pos.shape[1]:
+            return extended
+        last_pos = segment_pos[:, -1:]  # and not the number of tokens, which may overflow
         if continues:  # a row of padding only keeps what it had
-            available = torch.where(available == 0, reach, available)
-        age = torch.arange(reach, 0, -1, device=extended.device)
-        return torch.where((age <= available)[..., None], extended[:, -reach:], 0)
+            last_pos = torch.where(last_pos < 0, reach, last_pos)
+        age = torch.arange(reach - 1, -1, -1, device=extended.device)
+        return torch.where((age <= last_pos)[..., None], extended[:, -reach:], 0)
 
 
 class Einsum(SpecModule):

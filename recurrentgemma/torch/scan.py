@@ -40,6 +40,10 @@ def linear_scan(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
+    Nothing is left of a state that is forgotten, be it infinite or NaN; of one within the sequence
+    not so with "native" on other devices than the CPU. A gradient that is not finite does cross a
+    reset.
+
     Args:
       x: Inputs, [B, T, D].
       a: Decays, [B, T, D].
@@ -74,9 +78,8 @@ def linear_scan(
         return x, state
     if implementation not in _RECURRENCES:
         return scan_ops.linear_scan(x, a, state, reset, reverse, implementation)
-    if reset is not None:
-        a = torch.where(reset[..., None], 0, a)
-    y, last = _RECURRENCES[implementation](x.to(state.dtype), a.to(state.dtype), state, reverse)
+    x_wide, a = x.to(state.dtype), a.to(state.dtype)
+    y, last = _RECURRENCES[implementation](x_wide, a, state, reset, reverse)
     return y.to(x.dtype), last
 
 
@@ -93,8 +96,9 @@ def rg_lru_scan(
     """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
 
     log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
-    forgotten and the square root is 1; padding changes nothing. The arithmetic is float32, or
-    float64 beside float64; the gradient of the square root is clipped at 1000.
+    forgotten, as by `linear_scan`, and the square root is 1; padding changes nothing. The
+    arithmetic is float32, or float64 beside float64; the gradient of the square root is clipped at
+    1000.
 
     Args:
       x: Inputs, [B, T, D].
@@ -133,7 +137,7 @@ def rg_lru_scan(
         )
     x_wide, input_gate, a_gate = (z.to(state.dtype) for z in (x, input_gate, a_gate))
     gated_x, a = rg_lru_gates(x_wide, input_gate, a_gate, a_param, segment_pos)
-    y, last = _RECURRENCES[implementation](gated_x, a, state, False)
+    y, last = _RECURRENCES[implementation](gated_x, a, state, segment_pos == 0, False)
     return y.to(x.dtype), last
 
 
@@ -202,25 +206,34 @@ def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
     return x.new_zeros(batch, width, dtype=wide) if h0 is None else h0.to(wide)
 
 
-def _loop(x: Tensor, a: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def _loop(
+    x: Tensor, a: Tensor, state: Tensor, reset: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """The definition."""
     outputs = []
     for t in range(x.shape[1])[:: -1 if reverse else 1]:
+        if reset is not None:
+            state = state.masked_fill(reset[:, t, None], 0)
         state = torch.addcmul(x[:, t], a[:, t], state)
         outputs.append(state)
     return torch.stack(outputs[::-1] if reverse else outputs, 1), state
 
 
-def _associative(x: Tensor, a: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def _associative(
+    x: Tensor, a: Tensor, state: Tensor, reset: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """In pass n each step takes in what the 2^n steps before it have gathered."""
+    forgets = x.new_zeros(x.shape[:2], dtype=torch.bool) if reset is None else reset
     if reverse:
-        x, a = x.flip(1), a.flip(1)
-    y = torch.cat([x[:, :1] + a[:, :1] * state[:, None], x[:, 1:]], 1)
+        x, a, forgets = x.flip(1), a.flip(1), forgets.flip(1)
+    first = x[:, 0] + a[:, 0] * state.masked_fill(forgets[:, :1], 0)
+    y = torch.cat([first[:, None], x[:, 1:]], 1)
     distance = 1
     while distance < x.shape[1]:
         place = (0, 0, distance, 0)
-        y = y + a * pad(y[:, :-distance], place)
+        y = y + a * pad(y[:, :-distance], place).masked_fill(forgets[..., None], 0)
         a = a * pad(a[:, :-distance], place, value=1.0)
+        forgets = forgets | pad(forgets[:, :-distance], (distance, 0))
         distance *= 2
     return y.flip(1) if reverse else y, y[:, -1]
 

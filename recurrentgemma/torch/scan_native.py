@@ -5,11 +5,15 @@ state gives its last state and total decay, the states between chunks are the sa
 these, and a second pass from the right state writes the outputs. The work is a few operations on
 [B, T / C, D] instead of T on [B, D]. Gates are computed a part of the sequence at a time, so that
 what lies between their operations stays in the cache.
+
+A state that is forgotten is multiplied by 0, which leaves of an infinity or NaN a NaN in all that
+follows: where the last state is none, step by step nothing is left of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +32,13 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]:
     """All states in x's dtype, and the last one visited."""
     wide = h0.dtype
+    if reset is not None:
+        h0 = _kept(h0, reset[:, -1 if reverse else 0])
     y = x.new_empty(x.shape, dtype=wide)
-    last = _scan(x.to(wide), _kept(a.to(wide), reset), h0, reverse, y)
+    inputs = x.to(wide), _kept(a.to(wide), reset), h0, reverse, y
+    last = _scan(*inputs)
+    if reset is not None and _is_lost(last, reset):
+        last = _scan_by_step(*inputs)
     return y.to(x.dtype), last.clone()
 
 
@@ -54,17 +63,33 @@ def rg_lru_scan(
     x: Tensor, input_gate: Tensor, a_gate: Tensor, a_param: Tensor, segment_pos: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All states in x's dtype, and the last one; a_param is [B, D]."""
+    inputs = x, input_gate, a_gate, a_param, segment_pos, h0
+    y, last = _rg_lru_scan(*inputs, scan=_scan)
+    if _is_lost(last, segment_pos == 0):
+        y, last = _rg_lru_scan(*inputs, scan=_scan_by_step)
+    return y.to(x.dtype), last.clone()
+
+
+def _rg_lru_scan(
+    x: Tensor,
+    input_gate: Tensor,
+    a_gate: Tensor,
+    a_param: Tensor,
+    segment_pos: Tensor,
+    h0: Tensor,
+    scan: Callable[[Tensor, Tensor, Tensor, bool, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     wide, rate = h0.dtype, _rate(a_param)
     y = x.new_empty(x.shape, dtype=wide)
-    state = h0
+    state = _kept(h0, segment_pos[:, 0] == 0)
     for part, multiplier, a, spare in _parts(x.shape, h0, 3):
         torch.sigmoid(a_gate[:, part].to(wide), out=multiplier)
         _decays(multiplier, rate, segment_pos[:, part], a, spare)
         h = torch.sigmoid(input_gate[:, part].to(wide), out=y[:, part])
         h.mul_(x[:, part]).mul_(multiplier)
         _clear_padding(segment_pos[:, part], h)
-        state = _scan(h, a, state, False, h)
-    return y.to(x.dtype), state.clone()
+        state = scan(h, a, state, False, h)
+    return y, state
 
 
 def rg_lru_scan_backward(
@@ -87,7 +112,7 @@ def rg_lru_scan_backward(
         pos = segment_pos[:, part]
         torch.sigmoid(a_gate[:, part].to(wide), out=r)
         _decays(multiplier.copy_(r), rate, pos, a, i)
-        before = y[:, part.start - 1] if part.start else h0
+        before = y[:, part.start - 1] if part.start else _kept(h0, pos[:, 0] == 0)
         dstate = _adjoint(dy[:, part].to(wide), dstate, a, before, y[:, part], False, dh, da)
 
         torch.sigmoid(input_gate[:, part].to(wide), out=i)
@@ -152,6 +177,14 @@ def _decays(r: Tensor, rate: Tensor, position: Tensor, a: Tensor, spare: Tensor)
     t.neg_().sqrt_().div_(half_difference)
 
 
+def _is_lost(last: Tensor, reset: Tensor) -> bool:
+    """Whether a state that is not finite may have crossed a reset; if to look is not to wait.
+
+    Such a state stays to the end, where it is enough to look.
+    """
+    return last.is_cpu and not math.isfinite(float(last.sum())) and bool(reset.any())
+
+
 def _adjoint(
     dy: Tensor,
     dlast: Tensor,
@@ -176,6 +209,13 @@ def _adjoint(
 def _steps(z: Tensor, dim: int, reverse: bool) -> tuple[Tensor, ...]:
     steps = z.unbind(dim)
     return steps[::-1] if reverse else steps
+
+
+def _scan_by_step(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Tensor:
+    """As `_scan`; where a is 0 the state may be anything."""
+    for x_t, a_t, out_t in zip(*(_steps(z, 1, reverse) for z in (x, a, out)), strict=True):
+        state = torch.addcmul(x_t, a_t, state.masked_fill(a_t == 0, 0), out=out_t)
+    return state
 
 
 def _scan(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Tensor:

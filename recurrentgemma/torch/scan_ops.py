@@ -178,7 +178,7 @@ class _RGLRUScan(torch.autograd.Function):
 
             (_, a), pullback = torch.func.vjp(gates, *inputs)  # pyright: ignore[reportAssignmentType]
             dh, da, dh0 = _differentiable_backward(
-                dy.to(h0.dtype), dlast, a, h0, None, y, False, ctx.implementation
+                dy.to(h0.dtype), dlast, a, h0, segment_pos == 0, y, False, ctx.implementation
             )
             dx, dinput_gate, da_gate, da_param = pullback((dh, da))
         return dx, dinput_gate, da_gate, da_param, None, dh0, None

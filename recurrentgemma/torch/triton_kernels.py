@@ -55,6 +55,12 @@ def _decay(a_gate, rate, position):
 
 
 @triton.jit
+def _decayed(a, h):
+    """a * h; 0 where a is 0, so that a state which is forgotten may be anything."""
+    return a * tl.where(a == 0, 0.0, h)
+
+
+@triton.jit
 def _program(D, num_chunks, CHANNELS: tl.constexpr):
     """Row, chunk, channels, and which of these exist."""
     blocks = (D + CHANNELS - 1) // CHANNELS
@@ -174,7 +180,7 @@ def summarize(
                     x = tl.where(positions[i] < 0, 0.0, x)
             elif position is not None:
                 a = tl.where(positions[i] == 0, 0.0, a)
-            h = a * (h + x) if ADJOINT else a * h + x
+            h = a * (h + x) if ADJOINT else _decayed(a, h) + x
             total *= a
     out = (row * num_chunks + index) * D + channel
     tl.store(totals + out, total, mask=exists)
@@ -255,7 +261,7 @@ def forward(
                 x_s = tl.where(positions[i] < 0, 0.0, x_s)
             elif position is not None:
                 a = tl.where(positions[i] == 0, 0.0, a)
-            h = a * h + x_s
+            h = _decayed(a, h) + x_s
             tl.store(y + (offset + i * stride), h.to(y.dtype.element_ty), mask=counts > i)
         xs, gates, decays, positions = following
     tl.store(last + state, h, mask=tl.where(index == num_chunks - 1, channel, D) < D)
@@ -349,7 +355,8 @@ def backward(
                 # At padding a and g stay as they are, but nothing depends on the inputs.
                 padding = positions[i] < 0
                 dgate = tl.where(padding, 0.0, dgate)
-                drate_s = tl.where(padding, 0.0, (g * befores[i].to(wide) - a * a * dsquare) * r)
+                da = _decayed(g, befores[i].to(wide)) - a * a * dsquare
+                drate_s = tl.where(padding, 0.0, da * r)
                 drate += drate_s
                 da = drate_s * rate * (1 - r)
                 tl.store(

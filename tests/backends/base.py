@@ -227,6 +227,26 @@ class Backend(abc.ABC):
         For x, input_gate, a_gate, a_param and h0.
         """
 
+    @abc.abstractmethod
+    def rg_lru_scan_second_vjp(
+        self,
+        x: np.ndarray,
+        input_gate: np.ndarray,
+        a_gate: np.ndarray,
+        a_param: np.ndarray,
+        segment_pos: np.ndarray,
+        h0: np.ndarray,
+        *,
+        dy: np.ndarray,
+        dlast: np.ndarray,
+        directions: tuple[np.ndarray, ...],
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, ...]:
+        """Gradients of the sum over all of `directions` times those that `rg_lru_scan_vjp` gives.
+
+        In float64.
+        """
+
     def implementations(self) -> list[str]:
         """Of the recurrences: those that run on this machine, interpreted or not."""
         return list(importlib.import_module(f"recurrentgemma.{self.name}.scan").IMPLEMENTATIONS)
@@ -239,6 +259,11 @@ class Backend(abc.ABC):
 
 def input_dtype(x: np.ndarray, dtype: str) -> str:
     return "int32" if x.dtype.kind in "iu" else dtype
+
+
+def position_dtype(segment_pos: np.ndarray) -> str:
+    """NumPy's own integers are int32; others are as they are."""
+    return "int32" if segment_pos.dtype == np.int64 else segment_pos.dtype.name
 
 
 def float_leaves(state: Any) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from backends.base import (
     float_leaves,
     input_dtype,
     named_grads,
+    position_dtype,
     wide_dtype,
 )
 from recurrentgemma.common.layer_spec import layer_spec
@@ -121,6 +122,35 @@ class JaxBackend(Backend):
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
             return self.to_numpy(_jax_functions()[5](*args, cotangents, **kwargs))
 
+    def rg_lru_scan_second_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        directions,
+        **kwargs,
+    ):
+        import jax
+
+        with self.precision("float64"):
+            *arrays, segment_pos, h0 = self.rg_lru_arguments(
+                x, input_gate, a_gate, a_param, segment_pos, h0, "float64"
+            )
+            cotangents = self.array(dy, "float64"), self.array(dlast, "float64")
+
+            def gradients(*arrays):
+                *arrays, h0 = arrays
+                return _jax_functions()[5](*arrays, segment_pos, h0, cotangents, **kwargs)[1]
+
+            _, pullback = jax.vjp(gradients, *arrays, h0)
+            return self.to_numpy(pullback(tuple(self.array(d, "float64") for d in directions)))
+
 
 PALLAS_TARGETS = ("tpu", "gpu")
 
@@ -215,7 +245,7 @@ class JaxNetwork(Network):
         # A whole number of arguments: those that some modules do not take are left out.
         arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
         if segment_pos is not None:
-            arguments.append(self.backend.array(segment_pos, "int32"))
+            arguments.append(self.backend.array(segment_pos, position_dtype(segment_pos)))
             arguments.append(self.backend.state(state, self.dtype, self.kind))
         return tuple(arguments)
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Backend, Network, float_leaves, input_dtype, named_grads, wide_dtype
+from backends.base import (
+    Backend,
+    Network,
+    float_leaves,
+    input_dtype,
+    named_grads,
+    position_dtype,
+    wide_dtype,
+)
 from recurrentgemma.common.layer_spec import layer_spec, spec_by_path
 
 
@@ -142,6 +150,30 @@ class TorchBackend(Backend):
             )
             return self.to_numpy((outputs, gradients))
 
+    def rg_lru_scan_second_vjp(
+        self,
+        x,
+        input_gate,
+        a_gate,
+        a_param,
+        segment_pos,
+        h0,
+        *,
+        dy,
+        dlast,
+        directions,
+        **kwargs,
+    ):
+        import torch
+
+        args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, "float64")
+        inputs = [value.requires_grad_() for value in args if value.is_floating_point()]
+        outputs = self.module.rg_lru_scan(*args, **kwargs)
+        cotangents = self.array(dy, "float64"), self.array(dlast, "float64")
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
+        directions = [self.array(d, "float64") for d in directions]
+        return self.to_numpy(torch.autograd.grad(gradients, inputs, directions))
+
 
 class TorchNetwork(Network):
     def __init__(self, backend: TorchBackend, kind: str, module, dtype: str) -> None:
@@ -150,7 +182,7 @@ class TorchNetwork(Network):
     def _arguments(self, x, segment_pos, state) -> list[Any]:
         arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
         if segment_pos is not None:
-            arguments.append(self.backend.array(segment_pos, "int32"))
+            arguments.append(self.backend.array(segment_pos, position_dtype(segment_pos)))
             arguments.append(self.backend.state(state, self.dtype, self.kind))
         return arguments
 

@@ -15,7 +15,7 @@ from scans import (
 
 from backends import Backend
 from recurrentgemma.common import reference
-from tolerances import assert_close
+from tolerances import assert_close, assert_close_where_finite
 
 
 @pytest.fixture(scope="module", params=implementations())
@@ -86,6 +86,28 @@ class TestScan:
         assert_close(gradients[0], dx, "scan", "bfloat16")
         assert_close(gradients[1], da, "output", "bfloat16")  # from states rounded to bfloat16
         assert_close(gradients[2], dh0, "gradient", "float32")
+
+    @pytest.mark.parametrize("value", [np.inf, np.nan])
+    @pytest.mark.parametrize("length", [1, 7, 65])
+    def test_nothing_crosses_a_reset(
+        self, scan: Implementation, length: int, value: float, reverse: bool
+    ) -> None:
+        """Neither an initial state nor a step's that is not finite; nor do their gradients."""
+        case = make_scan(3, length, 96)
+        first, second = (-1, -2) if reverse else (0, 1)
+        case.h0[:, ::2] = value
+        if length > 1:
+            case.x[0, second, ::3] = value
+            case.reset[:, first] = [True, True, False]
+        states, (dx, _, dh0) = scan.linear_scan_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, dtype=scan.dtype, reverse=reverse
+        )
+        expected = reference.linear_scan(*case.inputs, reverse=reverse)
+        for got, want in zip(states, expected, strict=True):
+            assert_close_where_finite(got, want, "state", scan.dtype)
+        expected_dx, _, expected_dh0 = linear_scan_grads(case, reverse)
+        assert_close(dx, expected_dx, "gradient", scan.dtype, name="x")
+        assert_close(dh0, expected_dh0, "gradient", scan.dtype, name="h0")
 
     @pytest.mark.parametrize("shape", [(3, 0, 5), (0, 7, 5), (0, 0, 5)], ids=str)
     def test_nothing_to_do(self, scan: Implementation, shape, reverse: bool) -> None:

@@ -15,7 +15,7 @@ from scans import (
 
 from backends import Backend
 from recurrentgemma.common import reference
-from tolerances import assert_close
+from tolerances import assert_close, assert_close_where_finite
 
 NAMES = ("x", "input_gate", "a_gate", "a_param", "h0")
 
@@ -74,6 +74,56 @@ class TestRGLRUScan:
         assert (last != bfloat16(last)).any()
         for name, got, want in zip(NAMES, gradients, rg_lru_scan_grads(case), strict=True):
             assert_close(got, want, "output", "bfloat16", name=name)
+
+    @pytest.mark.parametrize("length", [1, 17])
+    def test_second_derivatives(self, scan: Implementation, length: int) -> None:
+        """Slopes of the gradients, also where a is 1 and the square root's gradient clipped."""
+        if scan.dtype != "float64" or scan.name == "triton":
+            pytest.skip("a kernel's backward pass is not differentiated")
+        case = make_rg_lru(2, length, 3, a_gates=(-1000.0,))
+        rng = np.random.default_rng(1)
+        inputs = [getattr(case, name) for name in NAMES]
+        directions, along = (tuple(rng.standard_normal(z.shape) for z in inputs) for _ in range(2))
+
+        def projected(step: float) -> float:
+            moved = {
+                name: value + step * d for name, value, d in zip(NAMES, inputs, along, strict=True)
+            }
+            gradients = rg_lru_scan_grads(case._replace(**moved))
+            return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True))
+
+        seconds = scan.rg_lru_scan_second_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, directions=directions
+        )
+        slope = (projected(1e-5) - projected(-1e-5)) / 2e-5
+        expected = sum((d * g).sum() for d, g in zip(along, seconds, strict=True))
+        assert_close(slope, expected, "slope", "float64")
+
+    @pytest.mark.parametrize("value", [np.inf, np.nan])
+    @pytest.mark.parametrize("length", [1, 7, 65])
+    def test_nothing_crosses_a_start(self, scan: Implementation, length: int, value: float) -> None:
+        """Neither an initial state nor a step's that is not finite."""
+        case = make_rg_lru(3, length, 96)
+        case.segment_pos[1:] += 1  # no padding, and no start in the last row
+        case.segment_pos[:2, 0] = 0
+        case.h0[:2, ::2] = value
+        if length > 1:
+            case.x[0, 1, ::3] = value
+        actual = scan.rg_lru_scan(*case.inputs, dtype=scan.dtype)
+        for got, want in zip(actual, reference.rg_lru_scan(*case.inputs), strict=True):
+            assert_close_where_finite(got, want, "state", scan.dtype)
+
+    def test_no_gradient_crosses_a_start(self, scan: Implementation) -> None:
+        """From an initial state that is not finite."""
+        case = make_rg_lru(3, 7, 96)
+        case.segment_pos[:, 0] = 0
+        expected = rg_lru_scan_grads(case)
+        case.h0[:] = np.nan
+        _, gradients = scan.rg_lru_scan_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, dtype=scan.dtype
+        )
+        for name, got, want in zip(NAMES, gradients, expected, strict=True):
+            assert_close(got, want, "gradient", scan.dtype, name=name)
 
     @pytest.mark.parametrize("shape", [(3, 0, 5), (0, 7, 5), (0, 0, 5)], ids=str)
     def test_nothing_to_do(self, scan: Implementation, shape) -> None:

@@ -80,16 +80,18 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+def _tree_map(function: Callable[[np.ndarray], Any], tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _tree_map(function, part) for key, part in tree.items()}
+    return function(tree)
+
+
 def like(tree: Any, seed: int = 1) -> Any:
     """Random values in the shapes of a state's float arrays."""
     rng = np.random.default_rng(seed)
-
-    def fill(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {key: fill(value) for key, value in part.items()}
-        return rng.standard_normal(part.shape) if part.dtype.kind == "f" else part
-
-    return fill(tree)
+    return _tree_map(
+        lambda leaf: rng.standard_normal(leaf.shape) if leaf.dtype.kind == "f" else leaf, tree
+    )
 
 
 def earlier_state(name: str) -> Any:
@@ -128,6 +130,27 @@ def test_with_state(backend: Backend, name: str, segment_pos: np.ndarray) -> Non
     real = segment_pos >= 0
     assert_close(y[real], expected[real], "output", "float64")
     assert_close(new_state, expected_state, "state", "float64")
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 7), (0, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["nothing", "state"])
+@pytest.mark.parametrize("name", [*WITH_STATE, *WITHOUT_STATE])
+def test_on_nothing(backend: Backend, name: str, given: bool, shape: tuple[int, int]) -> None:
+    """Outputs are as empty, and the state stays as it is."""
+    if name in WITHOUT_STATE:
+        prefix, width, _ = WITHOUT_STATE[name]
+        x = np.zeros((*shape, width))
+        y, _ = backend.block(name, CONFIG, prefix, make_params(CONFIG))(x)
+        assert y.shape == x.shape
+        return
+    kind, prefix, width, _ = WITH_STATE[name]
+    state = earlier_state(name) if given else empty_state(name)
+    state = _tree_map(lambda leaf: leaf[: shape[0]], state)
+    x = np.zeros((*shape, width))
+    block = backend.block(kind, CONFIG, prefix, make_params(CONFIG))
+    y, new_state = block(x, np.zeros(shape, np.int32), state if given else None)
+    assert y.shape == x.shape
+    assert_close(new_state, state, "state", "float64")
 
 
 @pytest.mark.parametrize("name", WITHOUT_STATE)

@@ -6,6 +6,7 @@ from cases import CONFIGS, make_params, next_token_loss
 from trainers import TRAINERS, Trainer, make_batch
 
 from recurrentgemma.common import reference
+from recurrentgemma.common.batch import Batch
 from recurrentgemma.common.chunks import loss_chunk
 from tolerances import assert_close
 
@@ -138,6 +139,25 @@ def test_what_has_no_weight_does_not_matter(trainer: Trainer) -> None:
     assert not any(gradient.any() for gradient in gradients[:2])
 
 
+@pytest.mark.usefixtures("unchecked_types")  # JAX's batch is of NumPy arrays
+@pytest.mark.parametrize("shape", [(3, 0), (0, 7)], ids=str)
+def test_of_no_tokens(trainer: Trainer, shape: tuple[int, int]) -> None:
+    rows, length = shape
+    hidden, embedding, targets, weights = problem()
+    inputs = (
+        hidden[:rows, :length], embedding, targets[:rows, :length], weights[:rows, :length]
+    )  # fmt: skip
+    loss, (dhidden, dembedding, dweights) = trainer.cross_entropy(*inputs, dtype="float64")
+    assert loss == 0
+    assert (dhidden.shape, dweights.shape) == ((*shape, WIDTH), shape)
+    np.testing.assert_array_equal(dembedding, np.zeros_like(embedding))
+    nothing = Batch(*(np.zeros(shape, np.int32),) * 3, np.zeros(shape, np.float32))
+    state = trainer.state(CONFIGS["griffin"], make_params(CONFIGS["griffin"]))
+    params = [trainer.module.parameters(state)] if trainer.name == "jax" else []
+    _, metrics = trainer.module.loss_fn(state.model, *params, nothing)
+    assert float(metrics["loss"]) == float(metrics["tokens"]) == 0
+
+
 def test_no_logits_of_all_tokens_in_jax() -> None:
     """Neither going forward nor backward is there an array of as many values as all logits."""
     if "jax" not in TRAINERS:
@@ -199,7 +219,7 @@ def test_no_logits_of_all_tokens_in_torch() -> None:
         (1024, 8192, None, 1024),
         (1024, 8192, 1000, 512),
         (7, 10, 3, 3),
-        (0, 10, None, 0),
+        (0, 10, None, 1),
         (5, 1 << 26, None, 1),
     ],
 )
