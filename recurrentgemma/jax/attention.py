@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,8 +135,9 @@ class LocalAttentionBlock(SpecModule):
         q_btnh = apply_rope(q_btnh, segment_pos)
         k_bth = apply_rope(k_bth[..., None, :], segment_pos)[..., 0, :]
         if not x.shape[1]:  # nothing happens to the state
-            encoded, kind = q_btnh, TemporalBlockType.ATTENTION
-            new_cache = cache or init_block_cache(self.config, kind, x.shape[0], v_bth.dtype)
+            kind = TemporalBlockType.ATTENTION
+            empty: Any = init_block_cache(self.config, kind, x.shape[0], v_bth.dtype)
+            encoded, new_cache = q_btnh, cache or empty
         elif cache is not None and x.shape[1] == 1:
             encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
         else:

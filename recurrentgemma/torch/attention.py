@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -142,10 +144,9 @@ class LocalAttentionBlock(SpecModule):
         q_btnh, k_bt1h = apply_rope(qk_btmh, segment_pos).split([num_heads, 1], 2)
         k_bth, v_bth = k_bt1h[:, :, 0], self.proj_v(x)
         if not x.shape[1]:  # nothing happens to the state
-            encoded, kind = q_btnh, TemporalBlockType.ATTENTION
-            new_cache = cache or init_block_cache(
-                self.config, kind, x.shape[0], v_bth.dtype, x.device
-            )
+            kind = TemporalBlockType.ATTENTION
+            empty: Any = init_block_cache(self.config, kind, x.shape[0], v_bth.dtype, x.device)
+            encoded, new_cache = q_btnh, cache or empty
         elif cache is not None and x.shape[1] == 1:
             encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
         else:
