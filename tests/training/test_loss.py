@@ -151,7 +151,8 @@ def test_of_no_tokens(trainer: Trainer, shape: tuple[int, int]) -> None:
     assert loss == 0
     assert (dhidden.shape, dweights.shape) == ((*shape, WIDTH), shape)
     np.testing.assert_array_equal(dembedding, np.zeros_like(embedding))
-    nothing = Batch(*(np.zeros(shape, np.int32),) * 3, np.zeros(shape, np.float32))
+    zeros = np.zeros(shape, np.int32)
+    nothing = Batch(zeros, zeros, zeros, np.zeros(shape, np.float32))
     state = trainer.state(CONFIGS["griffin"], make_params(CONFIGS["griffin"]))
     params = [trainer.module.parameters(state)] if trainer.name == "jax" else []
     _, metrics = trainer.module.loss_fn(state.model, *params, nothing)
