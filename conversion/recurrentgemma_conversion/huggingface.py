@@ -121,10 +121,13 @@ class HuggingFaceWriter(Writer):
     def finish(self) -> None:
         dtype = self.request.dtypes["embedder.input_embedding"].name
         tokenizer = self.request.tokenizer
+        given = dict(self.request.special_ids)
         ids: dict[str, Any] = SPECIAL if tokenizer is None else special_ids(tokenizer)
-        ids = ids | dict(self.request.special_ids)
-        _write_json(self.folder / CONFIG, to_fields(self.request.config, dtype) | ids)
-        _write_json(self.folder / GENERATION, {"_from_model_config": True} | ids)
+        ends: dict[str, Any] = {}
+        if tokenizer is not None and tokenizer.end_of_turn_id is not None:
+            ends["eos_token_id"] = [tokenizer.eos_id, tokenizer.end_of_turn_id]
+        _write_json(self.folder / CONFIG, to_fields(self.request.config, dtype) | ids | given)
+        _write_json(self.folder / GENERATION, ids | ends | given)
         if tokenizer is not None:
             write_tokenizer_files(self.folder, tokenizer)
 

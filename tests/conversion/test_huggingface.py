@@ -203,6 +203,8 @@ def test_a_template_of_the_source_stays(tmp_path: Path, make) -> None:
 def test_a_converted_folder_is_whole_for_transformers(tmp_path: Path, make) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch.nn")
+    import torch
+
     source = make("source", Format.RECURRENTGEMMA)
     convert(source, tmp_path / "out", Format.HUGGINGFACE)
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -216,10 +218,18 @@ def test_a_converted_folder_is_whole_for_transformers(tmp_path: Path, make) -> N
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end_of_turn]
     tokens = tokenizer("In the beginning", return_tensors="pt")
-    out = model.generate(**tokens, max_new_tokens=3, do_sample=False)
-    assert out.shape[1] == tokens["input_ids"].shape[1] + 3
+    length = tokens["input_ids"].shape[1]
+    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] == length + 3
+    # A model that says nothing else ends its turn at once.
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data = torch.nn.functional.one_hot(
+        torch.tensor(end_of_turn), len(tokenizer)
+    ).float()
+    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] == length + 1
     assert json.loads((source / "config.json").read_text())["vocab_size"] == len(tokenizer)
 
 
@@ -258,9 +268,10 @@ def test_a_copy_keeps_the_special_ids_with_the_tokenizer(tmp_path: Path, without
     convert(without_pieces, replaced, Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
     ours = Tokenizer(BUNDLED / TOKENIZER)
     ids = {"bos_token_id": ours.bos_id, "eos_token_id": ours.eos_id, "pad_token_id": ours.pad_id}
-    for name in ("config.json", "generation_config.json"):
+    ends = {"eos_token_id": [ours.eos_id, ours.end_of_turn_id]}
+    for name, expected in (("config.json", ids), ("generation_config.json", ids | ends)):
         assert special(out, name) == OWN
-        assert special(replaced, name) == ids
+        assert special(replaced, name) == expected
     name = "tokenizer.json"
     assert (out / name).read_bytes() == (without_pieces / name).read_bytes()
 
