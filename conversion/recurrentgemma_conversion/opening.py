@@ -49,11 +49,11 @@ def open_checkpoint(
     Raises:
       CheckpointError: There is none, more than one, or it cannot be served.
     """
-    source = BUNDLED if path is None else expanded(path).absolute()
+    source = BUNDLED if path is None else expanded(path)
     with contextlib.ExitStack() as stack:
         if not source.exists():
             raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
-        format_, found = detect(source)
+        format_, found = detect(source.absolute())
         if format_ is None:
             folder = Path(tempfile.mkdtemp(prefix="recurrentgemma-", dir=scratch))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
