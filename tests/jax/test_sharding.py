@@ -97,10 +97,11 @@ for length in (7, 1):
 
 plain, model = Griffin(config), Griffin(config, scan_sharding_spec=spec)
 tokens, positions = rng.integers(16, size=(1, 6)), np.arange(6)[None]
-model.init(jax.random.key(0), tokens[:, :1], positions[:, :1])
-state = model.apply({"params": params}, tokens[:, :5], positions[:, :5])[1]
-step = model.apply({"params": params}, tokens[:, 5:], positions[:, 5:], state)[0]
-check(step, plain.apply({"params": params}, tokens, positions, last_logits_only=True)[0])
+jax.jit(model.init)(jax.random.key(0), tokens[:, :1], positions[:, :1])
+apply = jax.jit(model.apply)
+state = apply({"params": params}, tokens[:, :5], positions[:, :5])[1]
+step = apply({"params": params}, tokens[:, 5:], positions[:, 5:], state)[0]
+check(step, jax.jit(plain.apply)({"params": params}, tokens, positions)[0][:, 5:])
 """
 EXPLICIT_AXES = """
 mesh = jax.make_mesh((2, 2), ("one", "two"), axis_types=(AxisType.Explicit,) * 2)
@@ -124,8 +125,8 @@ with jax.set_mesh(mesh):
     assert actual[0][1][1].sharding.spec == spec.rnn_state_sharding_spec
     tokens, positions = rng.integers(16, size=(2, 5)), np.tile(np.arange(5), (2, 1))
     model = Griffin(config, scan_sharding_spec=spec)
-    logits, _ = model.apply({"params": params}, tokens, positions)
-check(logits, Griffin(config).apply({"params": params}, tokens, positions)[0])
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
+check(logits, jax.jit(Griffin(config).apply)({"params": params}, tokens, positions)[0])
 """
 INSIDE_SHARD_MAP = """
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -136,7 +137,7 @@ a = np.tanh(a[:1])
 def gradients(scan):
     return jax.jit(jax.grad(lambda x, a: (scan(x, a)[0] ** 2).sum(), (0, 1)))
 
-for name, length in (("auto", 5), ("reference", 20), ("xla", 20), ("associative", 20)):
+for name, length in (("auto", 5), ("xla", 20), ("associative", 20)):  # auto: reference
     def scan(x, a):
         a = jnp.broadcast_to(a, x.shape)
         y, _ = linear_scan(x, a, implementation=name)
