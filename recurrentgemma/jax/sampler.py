@@ -78,9 +78,9 @@ class Sampler(BaseSampler[Array]):
         params = params.get("params", params)
         expected = {spec.path: spec.shape for spec in layer_spec(self.config)}
         require_match(expected, shapes_of(params))
-        self._params = jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, Array) else jnp.asarray(leaf), params
-        )
+        if not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(params)):
+            params = jax.tree.map(jnp.asarray, params)
+        self._params = params
         self._functions = functions(self.model)
         if self._jit_compile:
             self._functions = compiled(self.model, platform_of(self._params))
