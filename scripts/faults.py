@@ -115,8 +115,8 @@ FAULTS = (
     Fault(
         "convolution: state one input short",
         _L,
-        "available = segment_pos[:, -1:] + 1",
-        "available = segment_pos[:, -1:]",
+        "(age <= last_pos)",
+        "(age < last_pos)",
     ),
     # RG-LRU
     Fault("gates: transposed", _L, "x_hzi, self.w)", "x_hzi, self.w.mT)"),
@@ -230,7 +230,7 @@ FAULTS = (
     Fault(
         "decoding: the ring's ages off by one",
         _A,
-        "(segment_pos - 1 - slot) % window",
+        "(segment_pos - slot - 1) % window",
         "(segment_pos - slot) % window",
     ),
 )
