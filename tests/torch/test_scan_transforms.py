@@ -23,6 +23,12 @@ def torch_scan(request: pytest.FixtureRequest) -> Implementation:
     return request.param
 
 
+def only(*names: str) -> pytest.MarkDecorator:
+    """Those that are operators: others are made of torch's own, as many as the length asks for."""
+    chosen = [param for param in implementations("torch") if str(param.id).endswith(names)]
+    return pytest.mark.parametrize("torch_scan", chosen, indirect=True)
+
+
 def tensors(case: ScanCase) -> Any:
     return BACKENDS["torch"].scan_arguments(*case.inputs, dtype="float64")
 
@@ -187,6 +193,7 @@ def test_autocast(torch_scan: Implementation, function: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@only("auto", "native", "triton")
 @pytest.mark.usefixtures("unchecked_types")  # sizes are symbols
 @pytest.mark.parametrize("function", ["linear_scan", "rg_lru_scan"])
 def test_export(torch_scan: Implementation, function: str) -> None:
@@ -195,8 +202,6 @@ def test_export(torch_scan: Implementation, function: str) -> None:
 
     import recurrentgemma.torch
 
-    if torch_scan.name in ("reference", "associative"):
-        pytest.skip("made of torch's own operations, as many as the length asks for")
     scan = getattr(recurrentgemma.torch, function)
 
     class Module(torch.nn.Module):
@@ -219,6 +224,7 @@ def test_export(torch_scan: Implementation, function: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@only("native", "triton")
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "expanded"])
 @pytest.mark.parametrize(
     "name", ["linear_scan", "linear_scan_backward", "rg_lru_scan", "rg_lru_scan_backward"]
@@ -229,8 +235,6 @@ def test_operators_keep_what_they_promise(
     """What a compiled program relies on: shapes, dtypes and strides, whatever those of inputs."""
     import torch
 
-    if torch_scan.name not in ("native", "triton"):
-        pytest.skip("made of torch's own operations, or one of the others")
     for length in (1, 5, 40):
         if torch_scan.name == "triton" and length > 5:
             continue  # interpreted kernels are slow
