@@ -134,7 +134,7 @@ def _rename(temporary: Path, folder: Path, force: bool) -> None:
     except OSError as error:
         if replaces:
             old.rename(folder)
-        if os.path.lexists(folder):
+        elif os.path.lexists(folder):
             raise DestinationError(f"{folder} came to exist meanwhile; it is as it was") from error
         raise
     if replaces:

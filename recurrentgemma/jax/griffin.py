@@ -104,17 +104,17 @@ class Griffin(nn.Module):
         """
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
-        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
-            raise ValueError(
-                "tokens and segment_pos must have one shape [B, T], "
-                f"got {tokens.shape} and {segment_pos.shape}"
-            )
         if not all(jnp.issubdtype(z.dtype, jnp.integer) for z in (tokens, segment_pos)):
             raise ValueError(
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
         segment_pos = segment_pos.astype(jnp.int32)
+        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
+            raise ValueError(
+                "tokens and segment_pos must have one shape [B, T], "
+                f"got {tokens.shape} and {segment_pos.shape}"
+            )
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
             check_state(self.config, arrays, tokens.shape[0])

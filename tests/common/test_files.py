@@ -134,3 +134,18 @@ def test_permissions_are_what_the_user_wants(tmp_path: Path) -> None:
         os.umask(before)
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("folder", "file")]
     assert modes == [0o750, 0o640]
+
+
+def test_a_replacement_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch) -> None:
+    folder_with(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise PermissionError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError, match="no"):
+        write(tmp_path / "out", force=True)
+    assert tree(tmp_path) == {"out/file": "old"}
