@@ -73,7 +73,7 @@ def write_state(
         "pending": json.dumps(state.pending),
         "notes": json.dumps(state.notes),
     }
-    with whole_file(expanded(path), force=force) as temporary:
+    with whole_file(path, force=force) as temporary:
         temporary.write_bytes(_serialized(tensors, header))
 
 
