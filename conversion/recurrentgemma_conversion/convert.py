@@ -189,7 +189,7 @@ def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> di
     try:
         with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
             for spec in _Steps("write", reader, writer.request, progress, total):
-                parameter = reader.read(spec)
+                parameter = reader.read_parts(spec)
                 count = counter.submit(count_nonfinite, parameter, writer.request.dtypes[spec.path])
                 writer.write(spec, parameter)
                 nonfinite[spec.path] = count.result()
@@ -211,11 +211,11 @@ def _verify(
     written = READERS[to](weights, NO_OVERRIDES)
     if written.config != request.config:
         raise VerificationError(f"the config reads back as {written.config}")
-    wrong = [
-        spec.path
-        for spec in _Steps("verify", reader, request, progress, total)
-        if not same_bits(reader.read(spec), written.read(spec), request.dtypes[spec.path])
-    ]
+    wrong = []
+    for spec in _Steps("verify", reader, request, progress, total):
+        parameter, reads_back = reader.read_parts(spec), written.read_parts(spec)
+        if not same_bits(parameter, reads_back, request.dtypes[spec.path]):
+            wrong.append(spec.path)
     if wrong:
         raise VerificationError(f"what was written reads back otherwise: {', '.join(wrong)}")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES, dtype_name
+from recurrentgemma.common.arrays import DTYPES, Stacked, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
@@ -90,19 +90,13 @@ class Reader(abc.ABC):
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         """A parameter in the Flax layout, as stored otherwise."""
+        return np.asarray(self.read_parts(spec))
+
+    def read_parts(self, spec: ParamSpec) -> np.ndarray | Stacked:
+        """`read`, not put together where it is stored in parts."""
         stored = self.layout(spec)
-        if stored[0].part is None:
-            return stored[0].decode(self.fetch(stored[0].name), spec)
         parts = [part.decode(self.fetch(part.name), spec) for part in stored]
-        # Together as they lay: the axes of the whole in the memory order of its parts.
-        swap = stored[0].transpose
-        whole = np.empty(
-            (len(parts), *(parts[0].swapaxes(-1, -2) if swap else parts[0]).shape), parts[0].dtype
-        )
-        whole = whole.swapaxes(-1, -2) if swap else whole
-        for i, part in enumerate(parts):
-            whole[i] = part
-        return whole
+        return parts[0] if stored[0].part is None else Stacked(parts)
 
     @property
     def stored_bytes(self) -> int:
@@ -164,7 +158,7 @@ class Writer(abc.ABC):
         self.folder, self.request = folder, request
 
     @abc.abstractmethod
-    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
         """Writes a parameter, given in the Flax layout, cast to the requested dtype."""
 
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.arrays import same_bits
+from recurrentgemma.common.arrays import Stacked, same_bits
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import ConfigError, MismatchError, NotRecurrentGemmaError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
@@ -111,7 +111,7 @@ class HuggingFaceWriter(Writer):
         tensors = stored_tensors(request, layout)
         self._shards = ShardsWriter(folder, tensors, {"format": "pt"}, request.shard_size)
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
         for part in spec.hf:
             self._shards.write(part.name, part.encode(parameter))
 

@@ -165,20 +165,28 @@ def _parse(proto: bytes) -> _Model:
     pieces, trainer, normalizer = [], {}, {}
     for field, value in _fields(proto):
         if field == 1:
-            piece = {1: b"", 2: struct.pack("<f", 0), 3: _NORMAL} | dict(_fields(value))
+            text, score, kind = _piece(value)
             try:
-                text = piece[1].decode()
+                pieces.append(_Piece(text.decode(), *struct.unpack("<f", score), kind))
             except UnicodeDecodeError as error:
                 raise TokenizerError(
-                    f"the tokenizer's piece {len(pieces)} must be UTF-8, got {piece[1]!r}"
+                    f"the tokenizer's piece {len(pieces)} must be UTF-8, got {text!r}"
                 ) from error
-            pieces.append(_Piece(text, struct.unpack("<f", piece[2])[0], piece[3]))
         elif field == 2:
             trainer = dict(_fields(value))
         elif field == 3:
             normalizer = dict(_fields(value))
     changes = normalizer.get(2) or normalizer.get(3, 1) or normalizer.get(4, 1)
     return _Model(pieces, trainer.get(3, _UNIGRAM), bool(trainer.get(35, 0)), bool(changes))
+
+
+def _piece(message: bytes) -> tuple[bytes, bytes, int]:
+    """The text, the score and the kind of a piece."""
+    size = len(message) - 7
+    if 0 <= size < 128 and message[:2] == bytes((0x0A, size)) and message[-5] == 0x15:
+        return message[2:-5], message[-4:], _NORMAL  # as nearly all: a text, a score and no more
+    fields = dict(_fields(message))
+    return fields.get(1, b""), fields.get(2, struct.pack("<f", 0)), fields.get(3, _NORMAL)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

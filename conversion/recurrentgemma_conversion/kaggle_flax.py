@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES, cast, pieces
+from recurrentgemma.common.arrays import BFLOAT16, DTYPES, Stacked, cast
 from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.tensor_files import write_pieces
+from recurrentgemma.common.tensor_files import write_array
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -216,7 +216,7 @@ class KaggleFlaxWriter(Writer):
         self._store = (_Database if request.ocdbt else _Folders)(self._root)
         self._root.mkdir()
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
         self._store.write(spec, parameter, self.request.dtypes[spec.path])
 
     def abandon(self) -> None:
@@ -237,13 +237,13 @@ class _Folders:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray, dtype: np.dtype) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked, dtype: np.dtype) -> None:
         metadata = _zarr_metadata(spec.shape, spec.shape, dtype)
         array = self._root / spec.path
         array.mkdir()
         _write_json(array / _ZARR, metadata)
         with (array / _chunk_name((0,) * len(spec.shape), metadata)).open("xb") as file:
-            write_pieces(file, pieces(parameter, dtype))
+            write_array(file, parameter, dtype)
 
 
 class _Database:
@@ -255,7 +255,7 @@ class _Database:
         # All is flushed together, at the end.
         self._context = self._ts.Context({"file_io_sync": False})
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray, dtype: np.dtype) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked, dtype: np.dtype) -> None:
         row_bytes = math.prod(spec.shape[1:]) * dtype.itemsize
         rows = min(len(parameter), max(1, _CHUNK // row_bytes))
         request = {

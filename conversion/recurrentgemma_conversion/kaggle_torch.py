@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES, pieces
+from recurrentgemma.common.arrays import BFLOAT16, DTYPES, Stacked
 from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.tensor_files import write_pieces
+from recurrentgemma.common.tensor_files import write_array
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,
@@ -133,18 +133,15 @@ class KaggleTorchWriter(Writer):
         self._file = (folder / f"{request.name}.pt").open("xb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         try:
-            self._record("data.pkl", [np.frombuffer(_pickle(tensors), np.uint8)])
-            self._record("byteorder", [np.frombuffer(b"little", np.uint8)])
+            self._record("data.pkl", np.frombuffer(_pickle(tensors), np.uint8))
+            self._record("byteorder", np.frombuffer(b"little", np.uint8))
         except BaseException:
             self.abandon()
             raise
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
-        dtype = self.request.dtypes[spec.path]
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
         stored = spec.torch.encode(parameter)
-        self._record(
-            self._records[spec.torch.name], pieces(stored, dtype), stored.size * dtype.itemsize
-        )
+        self._record(self._records[spec.torch.name], stored, self.request.dtypes[spec.path])
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # such as a full disk, once more
@@ -153,19 +150,22 @@ class KaggleTorchWriter(Writer):
             self._file.close()
 
     def finish(self) -> None:
-        self._record("version", [np.frombuffer(b"3\n", np.uint8)])
+        self._record("version", np.frombuffer(b"3\n", np.uint8))
         self._zip.close()
         self._file.close()
         (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
 
-    def _record(self, name: str, arrays: Iterable[np.ndarray], size: int = 0) -> None:
+    def _record(
+        self, name: str, array: np.ndarray | Stacked, dtype: np.dtype | None = None
+    ) -> None:
         info = zipfile.ZipInfo(f"{self._name}/{name}", _EPOCH)
+        size = math.prod(array.shape) * (array.dtype if dtype is None else dtype).itemsize
         large = size > zipfile.ZIP64_LIMIT // 2
         header = 30 + len(info.filename.encode()) + (20 if large else 0) + 4
         padding = -(self._file.tell() + header) % _ALIGNMENT
         info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
         with self._zip.open(info, "w", force_zip64=large) as record:
-            write_pieces(record, arrays)
+            write_array(record, array, dtype)
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recurrentgemma.common.arrays import Stacked
 from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER, metadata, open_folder
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.files import whole_folder
@@ -64,7 +65,7 @@ class NativeWriter(Writer):
             folder, stored_tensors(request, layout), metadata(request.config), request.shard_size
         )
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray) -> None:
+    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
         self._shards.write(spec.torch.name, spec.torch.encode(parameter))
 
     def abandon(self) -> None:

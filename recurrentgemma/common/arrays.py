@@ -5,7 +5,9 @@ bfloat16 is `ml_dtypes`' NumPy type, here and in every reader and writer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,13 +41,49 @@ def float_dtype(dtype: object) -> np.dtype:
     return DTYPES[name]
 
 
-def pieces(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+class Stacked:
+    """Arrays of one shape and dtype as the rows of one array, which is made when NumPy asks for it.
+
+    Attributes:
+      shape: That of the whole.
+      dtype: That of all.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray]) -> None:
+        self._rows = rows
+        self.shape, self.dtype = (len(rows), *rows[0].shape), rows[0].dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self._rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A row or, of a slice, an array of several."""
+        rows = self._rows[index]
+        return np.asarray(Stacked(rows)) if isinstance(index, slice) else rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole, its axes in the order in which those of its rows lie in memory."""
+        order = _order(self._rows[0])
+        whole = np.stack([row.transpose(order) for row in self._rows])
+        whole = whole.transpose(0, *(1 + np.argsort(order)))
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def reshape(self, shape: tuple[int, ...]) -> np.ndarray | Stacked:
+        return self if shape == self.shape else np.asarray(self).reshape(shape)
+
+
+def pieces(array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
     """The values of an array in C order, as flat contiguous pieces.
 
     Args:
       array: Of any strides.
       dtype: Each piece is cast to it, to nearest, ties to even; as it is if None.
     """
+    if isinstance(array, Stacked):
+        return itertools.chain.from_iterable(pieces(row, dtype) for row in array)
     return (_flat(part, dtype) for (part,) in _parts(array))
 
 
@@ -69,8 +107,10 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     return odd.astype(np.uint32).view(np.float32).astype(BFLOAT16)
 
 
-def count_nonfinite(array: np.ndarray, dtype: np.dtype | None = None) -> int:
+def count_nonfinite(array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> int:
     """How many values are NaN or infinite, once cast to `dtype` if that is given."""
+    if isinstance(array, Stacked):
+        return sum(count_nonfinite(row, dtype) for row in array)
     infinity = (array.dtype if dtype is None else dtype).type(np.inf)
     mask = infinity.view(f"u{infinity.itemsize}")
     return sum(
@@ -79,13 +119,17 @@ def count_nonfinite(array: np.ndarray, dtype: np.dtype | None = None) -> int:
     )
 
 
-def same_bits(one: np.ndarray, other: np.ndarray, dtype: np.dtype | None = None) -> bool:
+def same_bits(
+    one: np.ndarray | Stacked, other: np.ndarray | Stacked, dtype: np.dtype | None = None
+) -> bool:
     """Whether an array, cast to `dtype` if that is given, has the shape, dtype and bits of another.
 
     NaNs compare by their bits.
     """
     if one.shape != other.shape or (one.dtype if dtype is None else dtype) != other.dtype:
         return False
+    if isinstance(one, Stacked) or isinstance(other, Stacked):
+        return all(same_bits(a, b, dtype) for a, b in zip(one, other, strict=True))
     pairs = _parts(_as_it_lies(one, one), _as_it_lies(other, one))
     return all(np.array_equal(_bits(_flat(a, dtype)), _bits(_flat(b))) for a, b in pairs)
 
@@ -121,8 +165,12 @@ def _turned(strip: np.ndarray) -> np.ndarray:
 
 def _as_it_lies(array: np.ndarray, model: np.ndarray) -> np.ndarray:
     """The array with its axes in the order in which those of `model` lie in memory."""
-    order = sorted(range(model.ndim), key=lambda axis: -model.strides[axis])
-    return array.transpose(order)
+    return array.transpose(_order(model))
+
+
+def _order(array: np.ndarray) -> list[int]:
+    """Its axes in the order in which they lie in memory."""
+    return sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

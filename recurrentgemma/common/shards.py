@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recurrentgemma.common.arrays import Stacked
 from recurrentgemma.common.errors import DamagedError, MismatchError
 from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter, TensorInfo
 
@@ -116,7 +117,7 @@ class ShardsWriter:
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name: str, array: np.ndarray | Stacked) -> None:
         """Writes the next tensor, cast to the declared dtype."""
         file = list(self._shards)[self._written]
         part = self._shards[file]

@@ -10,13 +10,13 @@ import contextlib
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES, pieces
+from recurrentgemma.common.arrays import DTYPES, Stacked, pieces
 from recurrentgemma.common.errors import DamagedError
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -152,12 +152,12 @@ class TensorFileWriter:
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name: str, array: np.ndarray | Stacked) -> None:
         """Writes the next tensor, cast to the declared dtype."""
         shape, dtype = self._tensors[name]
         if self._pending.pop(0) != name or array.shape != shape:
             raise AssertionError(f"{name} {array.shape} is not the tensor declared next")
-        write_pieces(self._file, pieces(array, dtype))
+        write_array(self._file, array, dtype)
 
     def abandon(self) -> None:
         """Closes the file as it is."""
@@ -170,7 +170,7 @@ class TensorFileWriter:
         self._file.close()
 
 
-def write_pieces(file: Any, arrays: Iterable[np.ndarray]) -> None:
-    """Writes the bytes of contiguous arrays one after the other."""
-    for array in arrays:
-        file.write(array.view(np.uint8).data)
+def write_array(file: Any, array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> None:
+    """Writes the bytes of an array's values in C order, cast to `dtype` if that is given."""
+    for piece in pieces(array, dtype):
+        file.write(piece.view(np.uint8).data)

@@ -283,14 +283,14 @@ def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> 
 
 @pytest.mark.parametrize("to", Format)
 def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> None:
-    def full(file, arrays) -> None:
+    def full(file, array, dtype=None) -> None:
         file.write(b"some of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = make("source", Format.KAGGLE_TORCH)
     for module in ("recurrentgemma.common.tensor_files", "recurrentgemma_conversion.kaggle_flax",
                    "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
-        monkeypatch.setattr(f"{module}.write_pieces", full)
+        monkeypatch.setattr(f"{module}.write_array", full)
     refused(source, errors.DiskSpaceError, "became full", to=to)
 
 
