@@ -5,9 +5,13 @@
 For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
 what the imports took, and the rates of writing, of verifying, and of all of it with every byte
 flushed to the disk. Between safetensors, `cp` of the source runs just before each conversion, as it
-is and flushed, and two ratios say how the conversion compares: writing with `cp`, and all of it,
-verification included, with `cp` flushed. Where `cp` flushed is much slower than `cp`, the disk is
-the limit. The disk is idle when either starts. It reads /proc, so it runs on Linux.
+is and flushed, in as many rounds as asked for, and two ratios say how the conversion compares:
+writing with `cp`, and all of it, verification included, with `cp` flushed. Where `cp` flushed is
+much slower than `cp`, the disk is the limit.
+
+All start alike: the disk idle, and as much memory as the copy takes just used and given up, since a
+virtual machine's host takes back what was free for some seconds, and `cp` is three times as slow
+when it has to be asked for again. It reads /proc, so it runs on Linux.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import importlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -85,16 +90,23 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
     def progress(step: Step) -> None:
         times.setdefault(step.phase, []).append(time.perf_counter())
 
+    make_ready(sum(file.stat().st_size for file in source.rglob("*")))
     with Peak() as peak:
         summary = convert(source, destination, to, progress=progress, tokenizer=tokenizer)
     seconds = {phase: t[-1] - t[0] for phase, t in times.items()} | {"total": summary.seconds}
     print(json.dumps({"peak": peak.bytes, "bytes": summary.bytes} | seconds))
 
 
+def make_ready(size: int) -> None:
+    """Lets the disk come to rest, and has the host provide memory."""
+    os.sync()
+    subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
+
+
 def copy(source: Path, destination: Path, *, flush: bool) -> float:
     """The bytes per second of `cp`."""
     size = sum(file.stat().st_size for file in source.iterdir())
-    os.sync()
+    make_ready(size)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
     if flush:
@@ -109,6 +121,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where 6 copies have room")
     parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
     parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
+    parser.add_argument("--rounds", type=int, default=3, help="of what is compared with cp")
     parser.add_argument("--output", type=Path, help="file for the results, without suffix")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -118,20 +131,33 @@ def main() -> None:
         return
     config = GriffinConfig.from_preset(args.preset)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        rows = run(Path(name), config, [Format(f) for f in args.formats])
+        rows = run(Path(name), config, [Format(f) for f in args.formats], args.rounds)
     rates = ("write", "verify", "total", "cp", "cp flushed")
     columns = ("from", "to", "peak, GB", *(f"{rate}, MB/s" for rate in rates))
     table = Table(*columns, "write / cp", "total / cp flushed")
     for row in rows:
-        cells = [row["source"], row["to"], f"{row['peak'] / 1e9:.2f}"]
-        cells += [f"{row[rate] / 1e6:.0f}" if rate in row else "" for rate in rates]
+        cells = [row["source"], row["to"], f"{max(row['peak']) / 1e9:.2f}"]
+        cells += [middle([r / 1e6 for r in row[rate]], 0) if rate in row else "" for rate in rates]
         if "cp" in row:
-            cells += [f"{row['write'] / row['cp']:.2f}", f"{row['total'] / row['cp flushed']:.2f}"]
+            cells += [ratios(row["write"], row["cp"]), ratios(row["total"], row["cp flushed"])]
         table.add_row(*cells)
     publish(table, {"rows": rows}, args.output)
 
 
-def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict]:
+def middle(values: list[float], digits: int) -> str:
+    """Median and range."""
+    text = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratios(rates: list[float], others: list[float]) -> str:
+    """How rates compare with others, round by round."""
+    return middle([rate / other for rate, other in zip(rates, others, strict=True)], 2)
+
+
+def run(folder: Path, config: GriffinConfig, formats: list[Format], rounds: int) -> list[dict]:
     tokenizer = write_tokenizer(folder, config.vocab_size)
     make(folder / "recurrentgemma", config)
     shutil.copy(tokenizer, folder / "recurrentgemma/tokenizer.model")
@@ -140,26 +166,30 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format]) -> list[dict
     order = sorted(formats, key=lambda f: f is not Format.RECURRENTGEMMA)
     for source in order:
         for to in order:
-            keep = source is Format.RECURRENTGEMMA and to is not source
-            destination = folder / (to if keep else "out")
-            command = [sys.executable, __file__, "--child"]
-            command += [str(folder / source), str(destination), to, str(tokenizer)]
-            compared = {}
-            if {source, to} <= SAFETENSORS:
-                compared = {
-                    name: copy(folder / source, folder / "copy", flush=name == "cp flushed")
-                    for name in ("cp", "cp flushed")
-                }
-            os.sync()
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            measured = json.loads(done.stdout)
-            size = measured.pop("bytes")
-            rates = {phase: size / measured[phase] for phase in ("write", "verify", "total")}
-            row = {"source": source, "to": to, "bytes": size, "peak": measured["peak"]}
-            rows.append(row | rates | compared)
-            print(f"{source} to {to}: {rates['write'] / 1e6:.0f} MB/s", file=sys.stderr)
-            if not keep:
-                shutil.rmtree(destination)
+            kept = folder / to
+            compared = {source, to} <= SAFETENSORS
+            row: dict[str, Any] = {"source": source, "to": to}
+            for _ in range(rounds if compared else 1):
+                destination = folder / "out" if kept.exists() else kept
+                if compared:
+                    for name in ("cp", "cp flushed"):
+                        rate = copy(folder / source, folder / "copy", flush=name == "cp flushed")
+                        row.setdefault(name, []).append(rate)
+                command = [sys.executable, __file__, "--child"]
+                command += [str(folder / source), str(destination), to, str(tokenizer)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                measured = json.loads(done.stdout)
+                row["bytes"] = measured["bytes"]
+                row.setdefault("peak", []).append(measured["peak"])
+                for phase in ("write", "verify", "total"):
+                    row.setdefault(phase, []).append(row["bytes"] / measured[phase])
+                if destination != kept:
+                    shutil.rmtree(destination)
+            rows.append(row)
+            print(
+                f"{source} to {to}: {statistics.median(row['write']) / 1e6:.0f} MB/s",
+                file=sys.stderr,
+            )
     return rows
 
 
