@@ -145,8 +145,7 @@ def convert(
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
         )
-        pieces = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
-        read = None if pieces is None else Tokenizer(pieces)
+        pieces, read = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
         request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
@@ -242,8 +241,8 @@ class _Steps:
 
 def find_tokenizer(
     reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
-) -> Path | None:
-    """The tokenizer of a checkpoint: the one given, or else the one beside it.
+) -> tuple[Path, Tokenizer] | tuple[None, None]:
+    """The tokenizer of a checkpoint and its file: the one given, or else the one beside it.
 
     Raises:
       TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
@@ -256,13 +255,13 @@ def find_tokenizer(
                 f"no {TOKENIZER} beside {reader.path}: a tokenizer is needed, "
                 "give the model's with --tokenizer"
             )
-        return None
+        return None, None
     try:
-        pieces = Tokenizer(path)
+        tokenizer = Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
-    require_size(pieces, reader.config, path)
-    return path
+    require_size(tokenizer, reader.config, path)
+    return path, tokenizer
 
 
 def _name(reader: Reader) -> str:

@@ -20,6 +20,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 _VECTOR = 1 << 18  # values of a vector in a piece
+_SMALL = 1 << 15  # values of an array that is one piece, whatever its strides
 _STRIP = 128  # rows of a matrix in a piece: it stays in the cache while it is cast or turned
 _TILE = 64  # columns of a strip that are turned at a time
 
@@ -138,7 +139,9 @@ def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """Views of arrays of one shape, all cut alike, one after the other in C order."""
     if all(array.flags.c_contiguous for array in arrays):
         arrays = tuple(array.reshape(-1) for array in arrays)
-    if arrays[0].ndim > 2:
+    if arrays[0].size <= _SMALL:
+        yield arrays
+    elif arrays[0].ndim > 2:
         for rows in zip(*arrays, strict=True):
             yield from _parts(*rows)
     else:
@@ -148,7 +151,7 @@ def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def _flat(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-    """The values of an array of up to two axes in C order, cast to `dtype` if that is given."""
+    """The values of an array in C order, cast to `dtype` if that is given."""
     if array.ndim == 2 and array.strides[1] != array.itemsize:
         array = _turned(_bits(array)).view(array.dtype)  # NumPy is slow to move types not its own
     flat = np.ascontiguousarray(array).reshape(-1)
