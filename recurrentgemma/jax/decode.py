@@ -11,11 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from recurrentgemma.jax.cache import Cache
+from recurrentgemma.jax.compiler import compiler_options
 from recurrentgemma.jax.griffin import Griffin, Params
-
-# On a CPU a token's products are XLA's own loops, which by default use half of an AVX-512 register;
-# elsewhere it changes nothing.
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 
 class Functions(NamedTuple):
@@ -73,25 +70,6 @@ def compiled(model: Griffin, platform: str) -> Functions:
 def _compiled(model: Griffin, platform: str) -> Functions:
     prefill, feed, score, take = functions(model)
     compile = functools.partial(
-        jax.jit, donate_argnames=("cache",), compiler_options=_compiler_options(platform)
+        jax.jit, donate_argnames=("cache",), compiler_options=compiler_options(platform)
     )
     return Functions(compile(prefill), compile(feed), compile(score), jax.jit(take))
-
-
-@functools.lru_cache
-def _compiler_options(platform: str) -> dict[str, Any] | None:
-    """The options for a platform, if this version of XLA knows them."""
-    options = _COMPILER_OPTIONS.get(platform)
-    if options is None:
-        return None
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def platform_of(params: Params) -> str:
-    """Where the parameters are: "cpu", "gpu" or "tpu"."""
-    leaf: Array = jax.tree.leaves(params)[0]
-    return next(iter(leaf.sharding.device_set)).platform

@@ -20,7 +20,8 @@ from recurrentgemma.common.sampler import BaseSampler
 from recurrentgemma.common.state import Arrays, State
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.jax.decode import compiled, functions, platform_of
+from recurrentgemma.jax.compiler import platform_of
+from recurrentgemma.jax.decode import compiled, functions
 from recurrentgemma.jax.griffin import Griffin, Params
 from recurrentgemma.jax.sampling import Choice, Sampling, choose
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -31,11 +28,11 @@ from recurrentgemma.common.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.jax.gates import wide_dtype
-from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
-from recurrentgemma.jax.lora import adapted, frozen_base, merge
-from recurrentgemma.jax.loss import cross_entropy
+from recurrentgemma.jax.compiler import platform_of
+from recurrentgemma.jax.griffin import Griffin, Params, get_path
+from recurrentgemma.jax.lora import frozen_base, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
+from recurrentgemma.jax.step import compiled, divisor, total, tree_of
 
 Metrics = dict[str, Any]
 
@@ -131,7 +128,7 @@ def loss_fn(
       The loss, and "loss" and "tokens", the sum of the weights.
     """
     tokens = jnp.asarray(batch.weights).sum()
-    loss = _total(model, params, batch, adapters, lora) / _divisor(tokens)
+    loss = total(model, params, batch, adapters, lora) / divisor(tokens)
     return loss, {"loss": loss, "tokens": tokens}
 
 
@@ -149,7 +146,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
     rate = learning_rate(state.optimizer, state.step)
-    parameters, optimizer_state, metrics = _update(
+    parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
         state.model,
         state.optimizer,
         state.lora,
@@ -168,12 +165,13 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
-    total, tokens = 0.0, 0.0
+    function = compiled(platform_of(state.parameters)).total
+    loss, tokens = 0.0, 0.0
     for batch in batches:
         args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
-        total += float(_evaluate(*args))
+        loss += float(function(*args))
         tokens += float(np.sum(batch.weights))
-    loss = total / tokens if tokens else 0.0
+    loss = loss / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -223,7 +221,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
 def parameters(state: TrainState) -> Params:
     """The model's parameters, adapters merged: to sample from or to save."""
     if state.lora is None:
-        return _tree(state.parameters, state.dtype, copy=True)
+        return tree_of(state.parameters, state.dtype, copy=True)
     assert state.base is not None
     return merge(state.model.config, state.base, state.parameters, state.lora, state.dtype)
 
@@ -255,18 +253,6 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
     return merge(model.config, base, adapters, options, dtype)
 
 
-def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
-    """The sum over the weights of -log p(target)."""
-    with adapted(adapters, lora) if lora else contextlib.nullcontext():
-        hidden, _ = model.apply(
-            {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
-        )
-    embedding = get_path(params, "embedder.input_embedding")
-    hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
-    soft_cap = model.config.logits_soft_cap
-    return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
-
-
 def _placed(tree: Any, beside: Any) -> Any:
     """The arrays of a tree that are on no device of their own, on all that `beside` is on.
 
@@ -284,47 +270,3 @@ def _placed(tree: Any, beside: Any) -> Any:
 def _placed_like(new: Any, old: Any) -> Any:
     """The arrays of a tree where those of another tree are."""
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if y.committed else x, new, old)
-
-
-def _divisor(tokens: Array) -> Array:
-    return jnp.where(tokens > 0, tokens, 1)
-
-
-def _tree(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -> Params:
-    tree: dict[str, Any] = {}
-    for path, value in parameters.items():
-        set_path(tree, path, jnp.array(value, dtype, copy=copy))
-    return tree
-
-
-def _trained_total(model, lora, dtype, parameters, base, batch):
-    if lora is None:
-        return _total(model, _tree(parameters, dtype), batch, None, None)
-    return _total(model, base, batch, parameters, lora)
-
-
-_evaluate = jax.jit(_trained_total, static_argnums=(0, 1, 2))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5))
-def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
-    tokens = batches.weights.sum()
-
-    def share(parameters, batch):
-        return _trained_total(model, lora, dtype, parameters, base, batch) / _divisor(tokens)
-
-    def accumulate(sums, batch):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(parameters, batch)), None
-
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
-    (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
-    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
-    if options.clip_norm is not None:
-        scale = jnp.minimum(1.0, options.clip_norm / norm)
-        grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
-    decay = decay_mask(trainable_specs(model.config, lora))
-    optimizer = make_optimizer(options, decay, rate)
-    updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
-    parameters = optax.apply_updates(parameters, updates)
-    metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}
-    return parameters, optimizer_state, metrics

@@ -10,7 +10,7 @@ pytest.importorskip("flax.linen")
 import jax
 
 from recurrentgemma import jax as recurrentgemma
-from recurrentgemma.jax.training import _update
+from recurrentgemma.jax.step import compiled
 
 T = 8
 BATCH = recurrentgemma.Batch(
@@ -36,7 +36,7 @@ def test_one_compilation(
     optimizer = recurrentgemma.OptimizerOptions(name=name)
     model = recurrentgemma.Griffin(config)
     state = recurrentgemma.create_train_state(model, params, optimizer=optimizer, lora=lora)
-    update: Any = _update
+    update: Any = compiled("cpu").update
     update.clear_cache()
     for _ in range(2):
         state, _ = recurrentgemma.train_step(state, BATCH)

@@ -130,11 +130,11 @@ def test_compiled_or_not() -> None:
 
 def test_an_xla_that_lacks_the_options(monkeypatch) -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
-    from recurrentgemma.jax import decode
+    from recurrentgemma.jax import compiler
 
-    assert decode._compiler_options("cpu") == decode._COMPILER_OPTIONS["cpu"]
-    monkeypatch.setitem(decode._COMPILER_OPTIONS, "cpu", {"xla_no_such_option": 1})
-    unknown = decode._compiler_options.__wrapped__("cpu")
+    assert compiler.compiler_options("cpu") == compiler._OPTIONS["cpu"]
+    monkeypatch.setitem(compiler._OPTIONS, "cpu", {"xla_no_such_option": 1})
+    unknown = compiler.compiler_options.__wrapped__("cpu")
     assert unknown is None
 
 
