@@ -166,11 +166,14 @@ def gemma(path: Path, kind: str) -> Path:
         "huggingface": {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"},
         "huggingface without config": {"model.embed_tokens.weight", "model.layers.0.self_attn.x"},
         "torch": {"embedder.weight", "model.layers.0.self_attn.qkv_proj.weight"},
+        "torch in a level of its own": {"embedder.weight", "layers.0.self_attn.qkv_proj.weight"},
         "flax": {"transformer/layer_0/attn/attn_vec_einsum", "transformer/embedder"},
     }[kind]
     state = {name: torch.ones(4, 4) for name in tensors}
     if kind == "torch":
         torch.save(state, path / "model.pt")
+    elif kind.startswith("torch"):
+        torch.save({"model_state_dict": state}, path / "gemma-2b.ckpt")
     elif kind == "flax":
         tree: dict = {}
         for name in tensors:
@@ -194,7 +197,16 @@ def gemma(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "huggingface without config", "torch", "flax"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "huggingface",
+        "huggingface without config",
+        "torch",
+        "torch in a level of its own",
+        "flax",
+    ],
+)
 def test_gemma_is_recognised(tmp_path: Path, refused, kind: str) -> None:
     refused(gemma(tmp_path / "gemma", kind), errors.NotRecurrentGemmaError, "gemma")
 

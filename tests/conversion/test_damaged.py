@@ -150,6 +150,13 @@ def test_pickles_of_other_things(tmp_path: Path, refused, content) -> None:
     refused(tmp_path / "model.pt", errors.UnsafePickleError, "must hold")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_of_tensors(tmp_path: Path, refused) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"final_norm.scale": nested}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", errors.UnsafePickleError, "tensors alone, got final_norm.scale")
+
+
 @pytest.mark.parametrize("format_", Format)
 def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
     source = make("source", format_)
