@@ -78,11 +78,17 @@ class KaggleTorchReader(Reader):
         return tensor.numpy()
 
 
-def _load(path: Path) -> Mapping[str, torch.Tensor]:
+def import_torch(what: str = "reading a .pt file") -> Any:
+    """PyTorch."""
     try:
         import torch
     except ImportError as error:
-        raise MissingExtraError("reading a .pt file", "torch", "'recurrentgemma[torch]'") from error
+        raise MissingExtraError(what, "torch", "'recurrentgemma[torch]'") from error
+    return torch
+
+
+def _load(path: Path) -> Mapping[str, torch.Tensor]:
+    torch = import_torch()
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         start = file.read(2)

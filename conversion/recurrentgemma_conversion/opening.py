@@ -117,6 +117,8 @@ def _detect(path: Path) -> list[tuple[Format | None, Path]]:
     """The checkpoints right at a path."""
     if path.is_file():
         return _detect_file(path)
+    if not path.is_dir():
+        return []  # a pipe or a device
     if _is_orbax(path):
         return [(Format.KAGGLE_FLAX, path)]
     files = [file for file in sorted(path.iterdir()) if file.is_file()]

@@ -113,7 +113,7 @@ def test_integers_are_no_parameters(make, refused) -> None:
     refused(source, errors.MismatchError, "final_norm.scale must be of a dtype among bfloat16")
 
 
-def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused) -> None:
+def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused, monkeypatch) -> None:
     source = make("source", Format.HUGGINGFACE)
 
     def tie(tensors: dict[str, np.ndarray]) -> None:
@@ -129,6 +129,12 @@ def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused) -> None
     }
     rewrite(source / "model.safetensors", untie)
     refused(source, errors.MismatchError, "unexpected lm_head.weight (2048, 24): it must be")
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFile, "read", None)  # opening reads no weights
+        with open_checkpoint(source) as reader:
+            assert reader.config == CONFIG
+    rewrite(source / "model.safetensors", lambda ts: ts.update({"lm_head.weight": np.ones(3)}))
+    refused(source, errors.MismatchError, "unexpected lm_head.weight (3,): it must be")
 
 
 @pytest.mark.parametrize("format_", Format)
@@ -321,6 +327,23 @@ def test_extras_that_are_not_installed(
     refused(source, errors.MissingExtraError, missing, f"pip install 'recurrentgemma[{extra}]'")
 
 
+def test_an_extra_that_it_takes_to_verify_is_asked_for_before_writing(
+    tmp_path: Path, make, refused, monkeypatch
+) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    steps = []
+    refused(
+        source,
+        errors.MissingExtraError,
+        "verifying a .pt file, which can be left out, needs torch",
+        to=Format.KAGGLE_TORCH,
+        progress=steps.append,
+    )
+    assert not steps
+    convert(source, tmp_path / "out", Format.KAGGLE_TORCH, verify=False)
+
+
 def test_what_is_written_is_compared(make, refused, monkeypatch) -> None:
     from recurrentgemma_conversion.native import NativeWriter
 
@@ -483,6 +506,36 @@ def test_a_file_that_is_named_is_what_is_read(
     assert len(others) > sharded
     for other in [source, *others]:
         assert scale(other) != 7.0
+
+
+@pytest.mark.parametrize(
+    ("format_", "name"),
+    [
+        (Format.KAGGLE_FLAX, b".2b"),
+        (Format.KAGGLE_FLAX, b"2b\xff"),
+        (Format.KAGGLE_TORCH, b".2b.pt"),
+    ],
+)
+def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: bytes) -> None:
+    source = make("source", format_)
+    path = detect(source)[1].rename(source / os.fsdecode(name))
+    for to in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):
+        convert(path, tmp_path / to, to)
+        with open_checkpoint(tmp_path / to) as reader:
+            assert reader.config == CONFIG
+
+
+def test_weights_named_from_below(tmp_path: Path, make) -> None:
+    below = make("source", Format.KAGGLE_FLAX) / "model/below"
+    below.mkdir()
+    convert(below / "..", tmp_path / "out", Format.KAGGLE_FLAX)
+    assert detect(tmp_path / "out")[1] == tmp_path / "out/model"
+
+
+def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
 
 
 def test_what_trainers_leave_beside_the_weights(make) -> None:
