@@ -141,7 +141,7 @@ def convert(
         import_torch("verifying a .pt file, which can be left out,")
     target = destination_path(destination)
     _require_folder_name(target, force)
-    with open_checkpoint(source, overrides, _existing(target.parent)) as reader:
+    with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
         specs = layer_spec(reader.config)
         dtypes = (
@@ -298,7 +298,3 @@ def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader)
             raise DestinationError(f"the destination {target} must not hold the source {path}")
     if reader.path.is_dir() and target.is_relative_to(os.path.realpath(reader.path)):
         raise DestinationError(f"the destination {target} must not be in the source {reader.path}")
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
