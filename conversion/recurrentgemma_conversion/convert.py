@@ -32,7 +32,7 @@ from recurrentgemma_conversion.formats import (
 )
 from recurrentgemma_conversion.huggingface import GENERATION, HuggingFaceWriter
 from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
-from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter
+from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter, import_torch
 from recurrentgemma_conversion.native import NativeWriter
 from recurrentgemma_conversion.opening import READERS, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
@@ -137,9 +137,11 @@ def convert(
         raise DestinationError(f"shard_size must be positive, got {shard_size}")
     if ocdbt and to is not Format.KAGGLE_FLAX:
         raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
+    if verify and to is Format.KAGGLE_TORCH:
+        import_torch("verifying a .pt file, which can be left out,")
     target = destination_path(destination)
     _require_folder_name(target, force)
-    with open_checkpoint(source, overrides, _existing(target.parent)) as reader:
+    with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
         specs = layer_spec(reader.config)
         dtypes = (
@@ -265,12 +267,13 @@ def find_tokenizer(
 
 
 def _name(reader: Reader) -> str:
-    """What the weights are called: as in the source, where that gives them a name."""
-    if reader.format is Format.KAGGLE_FLAX:
-        return reader.path.name
-    if reader.format is Format.KAGGLE_TORCH:
-        return reader.path.stem
-    return checkpoint_name(reader.config)
+    """What the weights are called: as in the source, where that gives them a name.
+
+    Such as is found again: of Unicode, and not hidden.
+    """
+    path = Path(os.path.abspath(reader.path))  # of which the last part is no ".."
+    name = {Format.KAGGLE_FLAX: path.name, Format.KAGGLE_TORCH: path.stem}.get(reader.format, "")
+    return os.fsencode(name).decode(errors="replace").lstrip(".") or checkpoint_name(reader.config)
 
 
 def _nonfinite_message(path: Path, counts: dict[str, int]) -> str:
@@ -295,7 +298,3 @@ def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader)
             raise DestinationError(f"the destination {target} must not hold the source {path}")
     if reader.path.is_dir() and target.is_relative_to(os.path.realpath(reader.path)):
         raise DestinationError(f"the destination {target} must not be in the source {reader.path}")
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())

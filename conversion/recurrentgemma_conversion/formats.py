@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -60,9 +60,11 @@ class Reader(abc.ABC):
       companions: Other files that belong to the checkpoint in its own format.
       special_ids: The special tokens' ids as its config has them, by their names there.
       tensors: The stored tensors, by name.
+      named: What the user knows a path in it by: in an archive, the archive's.
     """
 
     format: Format
+    named: Callable[[Path], str] = staticmethod(str)
 
     def __init__(
         self,

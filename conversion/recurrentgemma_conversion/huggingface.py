@@ -81,21 +81,25 @@ class HuggingFaceReader(Reader):
         tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
         require_recurrent(path, list(tensors))
         config = resolve_config(path, tensors, from_fields(folder / CONFIG, fields), overrides)
-        head = tensors.pop(_HEAD, None)
+        self._head = tensors.pop(_HEAD, None)  # some tools store the tied output matrix, too
         super().__init__(path, config, tensors, [folder])
         self.special_ids = {name: fields[name] for name in SPECIAL if name in fields}
         self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
-        # Some tools store the tied output matrix, too.
-        if head is not None and not (
-            head == tensors[_EMBEDDING] and same_bits(self.fetch(_EMBEDDING), self.fetch(_HEAD))
-        ):
-            raise MismatchError(
-                f"{path}: the tensors are not those of the config",
-                [f"unexpected {_HEAD} {head.shape}: it must be the embedding, to which it is tied"],
-            )
+        if self._head not in (None, tensors[_EMBEDDING]):
+            raise self._untied()
 
     def fetch(self, name: str) -> np.ndarray:
-        return self.shards.read(name)
+        tensor = self.shards.read(name)
+        if name == _EMBEDDING and self._head and not same_bits(tensor, self.shards.read(_HEAD)):
+            raise self._untied()
+        return tensor
+
+    def _untied(self) -> MismatchError:
+        shape = self.shards.tensors[_HEAD].shape
+        return MismatchError(
+            f"{self.path}: the tensors are not those of the config",
+            [f"unexpected {_HEAD} {shape}: it must be the embedding, to which it is tied"],
+        )
 
     @property
     def weights(self) -> Sequence[Path]:

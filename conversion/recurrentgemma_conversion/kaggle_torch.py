@@ -66,7 +66,6 @@ class KaggleTorchReader(Reader):
         """
         self._state = _load(path)
         tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
-        require_recurrent(path, list(tensors))
         config = resolve_config(path, tensors, stated_config(path), overrides)
         super().__init__(path, config, tensors, [*around(path), path.parent.parent])
 
@@ -79,17 +78,24 @@ class KaggleTorchReader(Reader):
         return tensor.numpy()
 
 
-def _load(path: Path) -> Mapping[str, torch.Tensor]:
+def import_torch(what: str = "reading a .pt file") -> Any:
+    """PyTorch."""
     try:
         import torch
     except ImportError as error:
-        raise MissingExtraError("reading a .pt file", "torch", "'recurrentgemma[torch]'") from error
-    mapped = zipfile.is_zipfile(path)
+        raise MissingExtraError(what, "torch", "'recurrentgemma[torch]'") from error
+    return torch
+
+
+def _load(path: Path) -> Mapping[str, torch.Tensor]:
+    torch = import_torch()
+    zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         start = file.read(2)
-    if start == b"PK" and not mapped:
+    if start == b"PK" and not zipped:
         raise DamagedError(f"{path} is cut short: a zip archive without its directory")
     try:
+        mapped = zipped and _is_stored(path)
         state: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's advice, the reason, and more advice.
@@ -103,14 +109,22 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         raise DamagedError(f"{path} cannot be read: {reason}") from error
     if not isinstance(state, Mapping) or not state:
         raise UnsafePickleError(f"{path} must hold a state dict, got {type(state).__name__}")
+    trees = [state, *(value for value in state.values() if isinstance(value, Mapping))]
+    require_recurrent(path, [str(name) for tree in trees for name in tree])
     others = [
         str(name)
         for name, value in state.items()
-        if not isinstance(value, torch.Tensor) or not isinstance(name, str)
+        if not isinstance(value, torch.Tensor) or value.is_nested or not isinstance(name, str)
     ]
     if others:
         raise UnsafePickleError(f"{path} must hold named tensors alone, got {', '.join(others)}")
     return state
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether the records of a zip archive lie in it as they are, not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
 
 def _dtype(tensor: torch.Tensor) -> np.dtype | None:

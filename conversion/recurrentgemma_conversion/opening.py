@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
 from recurrentgemma.common.checkpoint import load_tokenizer as load_tokenizer_here
-from recurrentgemma.common.errors import UnknownFormatError
-from recurrentgemma.common.files import expanded
+from recurrentgemma.common.errors import CheckpointError, UnknownFormatError
+from recurrentgemma.common.files import expanded, scratch_folder
 from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
@@ -43,28 +42,34 @@ def open_checkpoint(
       path: A folder, one that holds a single checkpoint, a file of weights, or an archive; the
         bundled model if None.
       overrides: What the caller says of the model.
-      scratch: Where an archive is unpacked, for as long as the checkpoint is open; the system's
-        folder for temporary files if None.
+      scratch: Beside which path an archive is unpacked, for as long as the checkpoint is open; in
+        the system's folder for temporary files if None.
 
     Raises:
       CheckpointError: There is none, more than one, or it cannot be served.
     """
     source = BUNDLED if path is None else expanded(path)
-    with contextlib.ExitStack() as stack:
-        if not source.exists():
-            raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
-        format_, found = detect(source.absolute())
-        if format_ is None:
-            folder = Path(tempfile.mkdtemp(prefix="recurrentgemma-", dir=scratch))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            # In a folder of its own, beside which nothing is, under the archive's name.
-            unpacked = folder / found.name.partition(".tar")[0]
-            unpacked.mkdir()
+    if not source.exists():
+        raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
+    format_, found = detect(source.absolute())
+    if format_ is not None:
+        yield READERS[format_](found, overrides)
+        return
+    with scratch_folder(scratch or Path(tempfile.gettempdir(), "recurrentgemma")) as folder:
+        # In a folder of its own, beside which nothing is, under the archive's name.
+        unpacked = folder / found.name.partition(".tar")[0]
+        unpacked.mkdir()
+        try:
             unpack(found, unpacked)
-            format_, found = detect(unpacked)
+            format_, weights = detect(unpacked)
             if format_ is None:
                 raise UnknownFormatError(f"{source} is an archive in an archive")
-        yield READERS[format_](found, overrides)
+            reader = READERS[format_](weights, overrides)
+            reader.named = lambda path: str(path).replace(str(unpacked), str(found))
+            yield reader
+        except CheckpointError as error:
+            error.args = (str(error).replace(str(unpacked), str(found)),)
+            raise
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -117,6 +122,8 @@ def _detect(path: Path) -> list[tuple[Format | None, Path]]:
     """The checkpoints right at a path."""
     if path.is_file():
         return _detect_file(path)
+    if not path.is_dir():
+        return []  # a pipe or a device
     if _is_orbax(path):
         return [(Format.KAGGLE_FLAX, path)]
     files = [file for file in sorted(path.iterdir()) if file.is_file()]

@@ -66,7 +66,7 @@ def inspect(
             config = opened.config
             report = described(config, dtypes, memory=memory)
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
-            report["tokenizer"] = opened.tokenizer and str(opened.tokenizer)
+            report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
     elif checkpoint is None:
         known = member(Preset, preset.upper())
         source = {"preset": known.name}

@@ -19,7 +19,8 @@ except ImportError:  # Windows: what a killed process left behind stays there
     fcntl = None
 
 _SPARE = 16 << 20  # bytes, for all that is not tensors
-_PARTIAL, _OLD = ".partial", ".replaced"  # endings of what is written, and of what it replaces
+# Endings of what is being made, of what is written, and of what it replaces.
+_NEW, _PARTIAL, _OLD = ".new", ".partial", ".replaced"
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -56,27 +57,39 @@ def whole_folder(
       DiskSpaceError: There is no room for `size` bytes, or no longer.
     """
     folder = destination_path(path)
-    with _parents_of(folder):
+    with scratch_folder(folder) as temporary:
+        _require_free(folder, force)
+        require_room(folder.parent, size)
         try:
-            _recover(folder)
-            _require_free(folder, force)
-            require_room(folder.parent, size)
-            temporary = Path(
-                tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_PARTIAL, dir=folder.parent)
-            )
+            yield temporary
+            flush(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            _rename(temporary, folder, force)
         except OSError as error:
-            raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
-        with _locked(temporary):
-            try:
-                yield temporary
-                flush(temporary)
-                temporary.chmod(0o777 & ~_umask())
-                _rename(temporary, folder, force)
-            except BaseException as error:
-                shutil.rmtree(temporary, ignore_errors=True)
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    raise DiskSpaceError(f"the disk of {folder} became full") from error
-                raise
+            if error.errno == errno.ENOSPC:
+                raise DiskSpaceError(f"the disk of {folder} became full") from error
+            raise
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A hidden sibling of a path, there until the block ends.
+
+    One that a killed process left goes with the next that is made for the same path.
+
+    Raises:
+      DestinationError: The parent of `path` is no folder, or cannot be written.
+    """
+    with _parents_of(path), contextlib.ExitStack() as stack:
+        try:
+            _recover(path)
+            new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_NEW, dir=path.parent))
+            stack.enter_context(_locked(new))
+            temporary = new.rename(new.with_suffix(_PARTIAL))  # which others see only once locked
+        except OSError as error:
+            raise DestinationError(f"cannot write {path}: {error.strerror}") from error
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
 
 
 @contextlib.contextmanager
@@ -126,19 +139,21 @@ def require_room(folder: Path, size: int) -> None:
 
 def _rename(temporary: Path, folder: Path, force: bool) -> None:
     old = temporary.with_suffix(_OLD)
-    replaces = force and os.path.lexists(folder)
-    if replaces:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)  # which replaces nothing but an empty folder
-    except OSError as error:
-        if replaces:
-            old.rename(folder)
-        elif os.path.lexists(folder):
-            raise DestinationError(f"{folder} came to exist meanwhile; it is as it was") from error
-        raise
-    if replaces:
-        _remove(old)
+    while temporary.exists():
+        if force:
+            with contextlib.suppress(FileNotFoundError):  # there is none, or no longer
+                folder.rename(old)
+        try:
+            temporary.rename(folder)  # which replaces nothing but an empty folder
+        except OSError as error:
+            if not os.path.lexists(folder):
+                if os.path.lexists(old):
+                    old.rename(folder)
+                raise
+            if not force:
+                message = f"{folder} came to exist meanwhile; it is as it was"
+                raise DestinationError(message) from error
+        _remove(old)  # once more where another process has put its own there meanwhile
     _sync(folder.parent)
 
 
@@ -166,7 +181,11 @@ def _locked(folder: Path) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # another user's, or gone
+        yield False
+        return
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +208,8 @@ def _recover(folder: Path) -> None:
         if os.path.lexists(folder):
             _remove(path)
         else:
-            path.rename(folder)
+            with contextlib.suppress(OSError):  # another process was sooner
+                path.rename(folder)
     remove_partial(folder.parent, folder.name)
 
 

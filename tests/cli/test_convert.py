@@ -217,5 +217,6 @@ def test_inspect_of_an_archive(cli, tmp_path, source):
     report = cli("inspect", tmp_path / "archive.tar.gz", "--json").json
     assert json.dumps(report["config"]) == json.dumps(CONFIG.to_dict())
     assert report["format"] == "kaggle-torch"
+    assert report["tokenizer"] == str(tmp_path / "archive.tar.gz" / "tokenizer.model")
     done = cli("sample", "a", "--checkpoint", tmp_path / "archive.tar.gz", "--max-new-tokens", "1")
     assert done.code == 0

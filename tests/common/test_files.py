@@ -1,6 +1,8 @@
 """Folders and files that appear whole or not at all, and what is left alone beside them."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +151,37 @@ def test_a_replacement_that_fails_brings_the_old_back(tmp_path: Path, monkeypatc
     with pytest.raises(PermissionError, match="no"):
         write(tmp_path / "out", force=True)
     assert tree(tmp_path) == {"out/file": "old"}
+
+
+@pytest.mark.parametrize("moment", ["the old goes", "the new comes"])
+def test_two_processes_replace_one_folder(tmp_path: Path, monkeypatch, moment: str) -> None:
+    out = folder_with(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def raced(path: Path, target: Path) -> Path:
+        if moment == "the old goes" and path == out:
+            monkeypatch.undo()
+            shutil.rmtree(out)
+        if moment == "the new comes" and target == out:
+            monkeypatch.undo()
+            folder_with(out, "another's")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    write(out, force=True)
+    assert tree(tmp_path) == {"out/file": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_just_made_is_not_cleared_by_another_process(tmp_path: Path, monkeypatch) -> None:
+    make = tempfile.mkdtemp
+
+    def raced(**kwargs: str) -> str:
+        made = make(**kwargs)
+        monkeypatch.undo()
+        write(tmp_path / "out", "another's")
+        return made
+
+    monkeypatch.setattr(tempfile, "mkdtemp", raced)
+    write(tmp_path / "out", force=True)
+    assert tree(tmp_path) == {"out/file": "new"}

@@ -113,7 +113,7 @@ def test_integers_are_no_parameters(make, refused) -> None:
     refused(source, errors.MismatchError, "final_norm.scale must be of a dtype among bfloat16")
 
 
-def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused) -> None:
+def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused, monkeypatch) -> None:
     source = make("source", Format.HUGGINGFACE)
 
     def tie(tensors: dict[str, np.ndarray]) -> None:
@@ -129,6 +129,12 @@ def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused) -> None
     }
     rewrite(source / "model.safetensors", untie)
     refused(source, errors.MismatchError, "unexpected lm_head.weight (2048, 24): it must be")
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFile, "read", None)  # opening reads no weights
+        with open_checkpoint(source) as reader:
+            assert reader.config == CONFIG
+    rewrite(source / "model.safetensors", lambda ts: ts.update({"lm_head.weight": np.ones(3)}))
+    refused(source, errors.MismatchError, "unexpected lm_head.weight (3,): it must be")
 
 
 @pytest.mark.parametrize("format_", Format)
@@ -166,11 +172,14 @@ def gemma(path: Path, kind: str) -> Path:
         "huggingface": {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"},
         "huggingface without config": {"model.embed_tokens.weight", "model.layers.0.self_attn.x"},
         "torch": {"embedder.weight", "model.layers.0.self_attn.qkv_proj.weight"},
+        "torch in a level of its own": {"embedder.weight", "layers.0.self_attn.qkv_proj.weight"},
         "flax": {"transformer/layer_0/attn/attn_vec_einsum", "transformer/embedder"},
     }[kind]
     state = {name: torch.ones(4, 4) for name in tensors}
     if kind == "torch":
         torch.save(state, path / "model.pt")
+    elif kind.startswith("torch"):
+        torch.save({"model_state_dict": state}, path / "gemma-2b.ckpt")
     elif kind == "flax":
         tree: dict = {}
         for name in tensors:
@@ -194,7 +203,16 @@ def gemma(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "huggingface without config", "torch", "flax"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "huggingface",
+        "huggingface without config",
+        "torch",
+        "torch in a level of its own",
+        "flax",
+    ],
+)
 def test_gemma_is_recognised(tmp_path: Path, refused, kind: str) -> None:
     refused(gemma(tmp_path / "gemma", kind), errors.NotRecurrentGemmaError, "gemma")
 
@@ -307,6 +325,23 @@ def test_extras_that_are_not_installed(
         source = make("source", Format.KAGGLE_TORCH)
     monkeypatch.setitem(sys.modules, missing, None)
     refused(source, errors.MissingExtraError, missing, f"pip install 'recurrentgemma[{extra}]'")
+
+
+def test_an_extra_that_it_takes_to_verify_is_asked_for_before_writing(
+    tmp_path: Path, make, refused, monkeypatch
+) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    steps = []
+    refused(
+        source,
+        errors.MissingExtraError,
+        "verifying a .pt file, which can be left out, needs torch",
+        to=Format.KAGGLE_TORCH,
+        progress=steps.append,
+    )
+    assert not steps
+    convert(source, tmp_path / "out", Format.KAGGLE_TORCH, verify=False)
 
 
 def test_what_is_written_is_compared(make, refused, monkeypatch) -> None:
@@ -471,6 +506,36 @@ def test_a_file_that_is_named_is_what_is_read(
     assert len(others) > sharded
     for other in [source, *others]:
         assert scale(other) != 7.0
+
+
+@pytest.mark.parametrize(
+    ("format_", "name"),
+    [
+        (Format.KAGGLE_FLAX, b".2b"),
+        (Format.KAGGLE_FLAX, b"2b\xff"),
+        (Format.KAGGLE_TORCH, b".2b.pt"),
+    ],
+)
+def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: bytes) -> None:
+    source = make("source", format_)
+    path = detect(source)[1].rename(source / os.fsdecode(name))
+    for to in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):
+        convert(path, tmp_path / to, to)
+        with open_checkpoint(tmp_path / to) as reader:
+            assert reader.config == CONFIG
+
+
+def test_weights_named_from_below(tmp_path: Path, make) -> None:
+    below = make("source", Format.KAGGLE_FLAX) / "model/below"
+    below.mkdir()
+    convert(below / "..", tmp_path / "out", Format.KAGGLE_FLAX)
+    assert detect(tmp_path / "out")[1] == tmp_path / "out/model"
+
+
+def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
 
 
 def test_what_trainers_leave_beside_the_weights(make) -> None:

@@ -245,6 +245,19 @@ def test_chunks_in_folders(make, refused, num_chunks: int) -> None:
     refused(source, DamagedError, "lacks 1 chunks", f"{name}/0/0")
 
 
+def test_state_dicts_whose_records_are_compressed(tmp_path: Path, make) -> None:
+    """As a program that packs a zip archive anew leaves them: they cannot be mapped."""
+    source = make("source", Format.KAGGLE_TORCH)
+    convert(source, tmp_path / "expected", Format.RECURRENTGEMMA)
+    with zipfile.ZipFile(source / "model.pt") as records:
+        content = {name: records.read(name) for name in records.namelist()}
+    with zipfile.ZipFile(source / "model.pt", "w", zipfile.ZIP_DEFLATED) as records:
+        for name, record in content.items():
+            records.writestr(name, record)
+    convert(source, tmp_path / "out", Format.RECURRENTGEMMA)
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+
+
 def test_tensors_whose_negative_bit_is_set(make) -> None:
     path = make("source", Format.KAGGLE_TORCH) / "model.pt"
     state = torch.load(path)

@@ -150,6 +150,13 @@ def test_pickles_of_other_things(tmp_path: Path, refused, content) -> None:
     refused(tmp_path / "model.pt", errors.UnsafePickleError, "must hold")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_of_tensors(tmp_path: Path, refused) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"final_norm.scale": nested}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", errors.UnsafePickleError, "tensors alone, got final_norm.scale")
+
+
 @pytest.mark.parametrize("format_", Format)
 def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
     source = make("source", format_)
@@ -163,6 +170,24 @@ def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     refused(path, errors.DamagedError, "archive.tar.gz cannot be unpacked")
+
+
+def test_what_is_wrong_in_an_archive_is_named_after_it(tmp_path: Path, make, refused) -> None:
+    source = make("source", Format.KAGGLE_FLAX)
+    shutil.rmtree(source / "model/final_norm.scale")
+    path = Path(shutil.make_archive(str(tmp_path / "archive"), "gztar", source))
+    refused(path, errors.MismatchError, f"{path}/model: the tensors are not those of the config")
+
+
+def test_no_place_for_what_is_in_an_archive(tmp_path: Path, make, refused, monkeypatch) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    path = Path(shutil.make_archive(str(tmp_path / "archive"), "tar", source))
+
+    def read_only(*args, **kwargs) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "name")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    refused(path, errors.DestinationError, f"cannot write {tmp_path / 'out'}: Permission denied")
 
 
 def test_archives_that_reach_outside(tmp_path: Path, refused) -> None:

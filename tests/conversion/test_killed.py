@@ -101,3 +101,23 @@ def test_killed(tmp_path: Path, run: Run, to: Format, force: bool) -> None:
         shutil.rmtree(place)
     assert killed > 2
     assert unfinished > 1
+
+
+def test_killed_under_an_archive(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", Format.KAGGLE_FLAX, CONFIG)
+    archive = shutil.make_archive(str(tmp_path / "archive"), "tar", source)
+    out = tmp_path / "place" / "out"
+    code = (
+        "import os, signal, sys; from recurrentgemma_conversion import convert, opening; "
+        "opening.unpack = lambda *args: os.kill(os.getpid(), signal.SIGKILL); "
+        "convert(*sys.argv[1:])"
+    )
+    arguments = [archive, str(out), str(Format.KAGGLE_FLAX)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(out.parent.iterdir())) == 1
+    convert(*arguments)
+    assert files(out) == files(source)
+    assert list(out.parent.iterdir()) == [out]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "archive.tar", "place"}
