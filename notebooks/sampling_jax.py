@@ -89,7 +89,8 @@ for prompt, text in zip(prompts, out.text, strict=True):
 
 # %% [markdown]
 # The likeliest token again and again soon goes in circles. Drawing does not; the same seed gives
-# the same text, in JAX and in PyTorch, alone or in any batch.
+# the same text, in JAX and in PyTorch. With one seed a prompt it is the same alone and in any
+# batch.
 
 # %%
 drawn = recurrentgemma.Categorical(temperature=0.7, top_k=40)

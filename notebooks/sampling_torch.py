@@ -78,7 +78,7 @@ print(f"a window of {config.attention_window_size} tokens")
 # A batch may mix lengths, and each row ends by itself. Without more it takes the likeliest token.
 #
 # On a GPU the decode step is captured as a CUDA graph; `Sampler(..., jit_compile=True)` compiles
-# it with `torch.compile` instead.
+# it with `torch.compile` first.
 
 # %%
 prompts = ["In the beginning", "It is a truth universally acknowledged, that", "Emma"]
@@ -88,7 +88,8 @@ for prompt, text in zip(prompts, out.text, strict=True):
 
 # %% [markdown]
 # The likeliest token again and again soon goes in circles. Drawing does not; the same seed gives
-# the same text, in JAX and in PyTorch, alone or in any batch.
+# the same text, in JAX and in PyTorch. With one seed a prompt it is the same alone and in any
+# batch.
 
 # %%
 drawn = recurrentgemma.Categorical(temperature=0.7, top_k=40)

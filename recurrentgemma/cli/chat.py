@@ -32,6 +32,7 @@ from recurrentgemma.cli.sampling_options import (
     strategy,
 )
 from recurrentgemma.common.files import expanded
+from recurrentgemma.common.stops import checked_strings
 
 if TYPE_CHECKING:
     from recurrentgemma.common.conversation import Conversation
@@ -72,6 +73,7 @@ def chat(
     from recurrentgemma.common.conversation import Conversation
 
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    stop_strings = checked_strings(stop or ())
     framework = choose_framework(framework)
     path, tokenizer = find_checkpoint(checkpoint)
     with working(f"Loading {path.name} with {framework}"):
@@ -81,7 +83,7 @@ def chat(
         conversation.load(expanded(load))
     options = {
         "total_generation_steps": max_new_tokens,
-        "stop_strings": stop or (),
+        "stop_strings": stop_strings,
         "rng": seed,
     }
     about = f"{framework}, {loaded.dtype} on {loaded.device}"
@@ -91,10 +93,11 @@ def chat(
     elif seed is not None:
         sys.stderr.write(f"{about}\n")
     for line in _lines():
-        if line == "/quit":
-            return
         if line.startswith("/"):
-            _command(conversation, line)
+            name, *argument = line.split(maxsplit=1)
+            if name == "/quit":
+                return
+            _command(conversation, name, *argument)
         elif line:
             _answer(conversation, line, options)
 
@@ -133,10 +136,8 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> N
     sys.stdout.flush()
 
 
-def _command(conversation: Conversation, line: str) -> None:
+def _command(conversation: Conversation, name: str, argument: str = "") -> None:
     """Does what a line that begins with / says; a mistake is told, and the chat goes on."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
     try:
         if name == "/help":
             sys.stdout.write(COMMANDS)
@@ -158,6 +159,8 @@ def _command(conversation: Conversation, line: str) -> None:
             sys.stdout.write("begun anew\n")
         else:
             raise ValueError(f"there is no {name}; /help lists what there is")
+    except KeyboardInterrupt:
+        sys.stdout.write(f" [{name} stopped]\n")
     except Exception as error:
         sys.stdout.write(f"{_told(error)}\n")
     sys.stdout.flush()

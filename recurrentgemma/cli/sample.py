@@ -39,8 +39,9 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
-from recurrentgemma.common.files import expanded
+from recurrentgemma.common.files import expanded, require_replaceable
 from recurrentgemma.common.jsonl import require_writable
+from recurrentgemma.common.stops import checked_strings
 
 _STATES, _BATCHES = "States", "Many prompts"
 
@@ -146,7 +147,7 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    asked_seed = seed
+    asked_seed, stop_strings = seed, checked_strings(stop or ())
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
     if logprobs is not None and not as_json and output is None:
@@ -161,6 +162,7 @@ def sample(
         save_state = expanded(save_state)
         if os.path.lexists(save_state) and not force:
             raise ValueError(f"{save_state} exists; --force replaces it")
+        require_replaceable(save_state)
         require_writable(save_state, replaced=True)
     batch = None
     if input_ is not None and output is not None:
@@ -173,7 +175,7 @@ def sample(
     sampler = loaded.sampler
     options: dict[str, Any] = {
         "total_generation_steps": max_new_tokens,
-        "stop_strings": stop or (),
+        "stop_strings": stop_strings,
         "stop_ids": stop_id or (),
         "num_logprobs": logprobs,
     }
@@ -211,19 +213,22 @@ def sample(
         "seed": seed,
     }
     shown = text + "\n" * chat if echo else ""
+    source: Any = text
+    if load_state is not None:
+        source = sampler.load_state(expanded(load_state))
+        source = sampler.prefill(text, source) if text else source
+        if source.num_rows != 1:
+            raise ValueError(f"{load_state} is the state of {source.num_rows} texts, not of one")
     stream = None
     if num_samples > 1:
-        out = sampler([text], rng=seed, num_samples=num_samples, **options)
+        state = sampler.prefill(text) if load_state is None else source
+        out = sampler.generate(state, rng=seed, num_samples=num_samples, **options)
         report["samples"] = [sample_fields(out, row) for row in range(num_samples)]
         speed = f"{num_samples} samples"
         timings = {"load_s": load_s, "total_s": time.perf_counter() - started - load_s}
         if not as_json:
             sys.stdout.write("\n---\n".join(shown + new for new in out.text) + "\n")
     else:
-        source = text
-        if load_state is not None:
-            source = sampler.load_state(expanded(load_state))
-            source = sampler.prefill(text, source) if text else source
         stream = sampler.stream(source, rng=seed, **options)
         run = generate(stream, None if as_json else shown)
         report |= {"text": run.text, "tokens": run.tokens, "finish_reason": run.finish_reason}
@@ -259,8 +264,8 @@ def _require_sense(
         raise ValueError("--input and --output go together")
     if source is not None and (prompt is not None or load_state or save_state):
         raise ValueError("--input takes the place of PROMPT, --load-state and --save-state")
-    if (load_state or save_state) and num_samples > 1:
-        raise ValueError("a state goes on in one way: --num-samples must be 1")
+    if save_state and num_samples > 1:
+        raise ValueError("one text's state is saved: --num-samples must be 1")
     if load_state and chat:
         raise ValueError("--load-state goes on with the text as it is; for a conversation: "
                          "recurrentgemma chat --load")  # fmt: skip

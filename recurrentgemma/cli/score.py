@@ -73,7 +73,7 @@ def score(
         return
     if per_token:
         for piece, logprob in zip(pieces, result.logprobs, strict=True):
-            sys.stdout.write(f"{logprob:9.4f}  {piece}\n")
+            sys.stdout.write(f"{logprob:9.4f}  {piece!r}\n")  # in quotes: a piece may be a newline
     summary = f"{len(pieces)} tokens, log-probability {result.total:.4f}"
     if perplexity is not None and bits is not None:
         summary += f", perplexity {perplexity:.4f}, {bits:.4f} bits a byte"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recurrentgemma.common.sampler import BaseSampler
 
 _NOTE = "conversation"
+_KEPT = 8  # states before a turn, each as large as the model's: undoing more turns reads again
 
 
 class Turn(NamedTuple):
@@ -42,9 +43,9 @@ class Conversation:
         for text in chat.send("Who are you?"):
             print(text, end="", flush=True)
 
-    In a notebook the object shows itself. Leaving the loop early, Ctrl-C, or going on with the
-    conversation in any way ends the answer and keeps what there is of it; where it was not begun,
-    nothing was said.
+    In a notebook the object shows itself; `copy.copy` forks it. Leaving the loop early, Ctrl-C, or
+    going on with the conversation in any way ends the answer and keeps what there is of it; where
+    it was not begun, nothing was said.
 
     Attributes:
       sampler: What answers; `sampler.sampling` says how.
@@ -65,12 +66,22 @@ class Conversation:
         self._answering: weakref.ref[Generator[str]] | None = None
         self.reset()
 
+    def __copy__(self) -> Conversation:
+        """Another conversation with the same model, which goes on from here."""
+        fork = Conversation(self.sampler)
+        fork.turns, fork.state, fork._earlier = [*self.turns], self.state, [*self._earlier]
+        return fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
+        """A copy: turns and states never change, and the model is shared."""
+        return self.__copy__()
+
     def reset(self) -> None:
         """Forgets all that was said."""
         self._end_answer()
         self.turns: list[Turn] = []
         self.state: State | None = None
-        self._earlier: list[State | None] = []  # before each turn
+        self._earlier: list[State | None] = []  # before each turn; None: to be read again
 
     def send(self, text: str, total_generation_steps: int = 1024, **options: Any) -> Generator[str]:
         """Says something; yields the answer as it comes.
@@ -106,7 +117,7 @@ class Conversation:
         if not self.turns:
             return None
         turn, self.state = self.turns.pop(), self._earlier.pop()
-        if self.state is None and self.turns:  # loaded: read again what came before
+        if self.state is None and self.turns:
             self.state = self._extended([t for turn in self.turns for t in turn.tokens], True)
         return turn
 
@@ -163,6 +174,8 @@ class Conversation:
         finally:
             state, turn = stream.state, Turn(text, "".join(pieces), (*tokens, *stream.tokens))
             self._earlier.append(self.state)
+            if len(self._earlier) > _KEPT:
+                self._earlier[-_KEPT - 1] = None
             self.turns.append(turn)
             self.state = state
 
@@ -190,7 +203,8 @@ class Conversation:
             for turn in self.turns
             for who, words in (("user", turn.user), ("model", turn.model))
         )
-        return f"<div>{''.join(said)}</div>"
+        # By these classes notebooks know that dollars are no formulas.
+        return f"<div class='tex2jax_ignore mathjax_ignore'>{''.join(said)}</div>"
 
 
 def _turn(user: Any, model: Any, tokens: Any) -> Turn:

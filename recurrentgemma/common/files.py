@@ -52,8 +52,8 @@ def whole_folder(
       size: Bytes that will be written.
 
     Raises:
-      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or its
-        parent is no folder.
+      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or it
+        is a device, or its parent is no folder.
       DiskSpaceError: There is no room for `size` bytes, or no longer.
     """
     folder = destination_path(path)
@@ -118,6 +118,13 @@ def _umask() -> int:
 def _require_free(path: Path, force: bool) -> None:
     if not force and os.path.lexists(path):
         raise DestinationError(f"{path} exists; pass force=True to replace it")
+    require_replaceable(path)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises `DestinationError` if a path is a device, a pipe or a socket, which are not files."""
+    if os.path.lexists(path) and not (path.is_symlink() or path.is_file() or path.is_dir()):
+        raise DestinationError(f"{path} is a device, a pipe or a socket: nothing may replace it")
 
 
 def flush(folder: Path) -> None:

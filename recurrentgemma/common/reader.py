@@ -69,8 +69,13 @@ class Reader(Engine):
         read = np.array(state.lengths, np.int32) + np.array(list(map(len, rows)), np.int32)
         return self._run(cache), last, read
 
-    def _scored(self, tokens: list[int]) -> Iterable[tuple[Any, np.ndarray]]:
-        """By chunk, the logits [T, V] and the log-probabilities [T] of all tokens but the first."""
+    def _scored(
+        self, tokens: list[int], return_logits: bool = False
+    ) -> Iterable[tuple[Any, np.ndarray]]:
+        """Of all tokens but the first, by chunk: logits [T, V] or None, log-probabilities [T].
+
+        Padding is cut off here and not on the device, where each length would be compiled.
+        """
         inputs, targets = tokens[:-1], tokens[1:]
         lengths = chunk_lengths(len(inputs), self.score_chunks, pad=self._buckets)
         padded, segment_pos = pad_left([inputs], self.tokenizer.pad_id, sum(lengths))
@@ -83,13 +88,14 @@ class Reader(Engine):
                 cache, padded[:, chunk], segment_pos[:, chunk], goals[:, chunk]
             )
             new = slice(max(padding - start, 0), None)
-            yield logits[0, new], np.asarray(logprobs)[0, new]
+            scores = self._on_host(logits)[0, new] if return_logits else None
+            yield scores, self._on_host(logprobs)[0, new]
             start += length
 
     def _prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """What scored each token of a prompt, [T, V]: zeros for the first."""
         first = np.zeros((1, self.config.vocab_size), np.float32)
-        return np.concatenate([first, *(self._on_host(z) for z, _ in self._scored(prompt))])
+        return np.concatenate([first, *(z for z, _ in self._scored(prompt, return_logits=True))])
 
     @abc.abstractmethod
     def _seed(self, rng: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from recurrentgemma.common.text import StreamDecoder, Tokenizer
+from recurrentgemma.common.text import StreamDecoder, Tokenizer, check_text
 
 
 class Stops(NamedTuple):
@@ -24,7 +24,7 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
     """Stop strings, from one or several.
 
     Raises:
-      ValueError: One is empty or no string, or they are nothing to iterate over.
+      ValueError: One is empty, no string or no Unicode text, or they are nothing to iterate over.
     """
     if not isinstance(strings, Iterable):
         raise ValueError(f"stop_strings must be a string or several, got {strings!r}")
@@ -32,6 +32,7 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop_strings must be strings that are not empty, got {string!r}")
+        check_text(string, "a stop string")
     return strings
 
 

@@ -80,9 +80,12 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
+        return self.vocab.decode(self.spoken(tokens))
+
+    def spoken(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that text is made of, without special ones and those beyond the pieces."""
         special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
-        kept = [int(t) for t in tokens if t not in special and t < self.size]
-        return self.vocab.decode(kept)
+        return [int(t) for t in tokens if t not in special and t < self.size]
 
 
 def _load(path: Path) -> spm.SentencePieceProcessor:
@@ -101,27 +104,30 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the last printed one, and those after it
+        self._tokens: list[int] = []  # the last printed one, and at most three after it
         self._printed = 0  # a token's text may depend on the one before it
 
     def add(self, token: int) -> str:
         """The text that is certain after one more token, maybe none."""
-        self._tokens.append(token)
-        text = self._pending()
-        # An unfinished character decodes to U+FFFD: wait for the rest of its bytes.
-        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._advance(text)
+        self._tokens += self._tokenizer.spoken([token])
+        certain = len(self._tokens)
+        # An unfinished character decodes to U+FFFD: wait for its rest. It has three bytes at most.
+        least = max(self._printed, certain - 3)
+        while certain > least and self._text(certain).endswith("\N{REPLACEMENT CHARACTER}"):
+            certain -= 1
+        return self._advance(certain)
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        return self._advance(self._pending())
+        return self._advance(len(self._tokens))
 
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._tokens[: self._printed])
-        return self._tokenizer.decode(self._tokens)[len(before) :]
+    def _text(self, end: int) -> str:
+        return self._tokenizer.decode(self._tokens[:end])
 
-    def _advance(self, text: str) -> str:
-        self._tokens = self._tokens[self._printed :]
-        self._printed = len(self._tokens)
+    def _advance(self, end: int) -> str:
+        text = self._text(end)[len(self._text(self._printed)) :]
+        self._tokens = self._tokens[max(end - 1, 0) :]
+        self._printed = min(end, 1)
         return text
 
 

@@ -97,7 +97,7 @@ class Sampler(BaseSampler[Tensor]):
         logits, cache = self.model(tokens=tokens, segment_pos=segment_pos, cache=cache)
         goals = self._on_device(targets).long()
         logprobs = logits.float().log_softmax(-1).gather(-1, goals[..., None])[..., 0]
-        return logits, logprobs.cpu(), cache
+        return logits, logprobs, cache
 
     @torch.no_grad()
     def _choose(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -91,6 +92,37 @@ def test_ctrl_c_before_an_answer_begins(chat, monkeypatch):
     assert done.out.endswith("undone: And?\nnothing to undo\n")
 
 
+def test_ctrl_c_stops_a_command_and_not_the_chat(chat, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recurrentgemma.common.sampler.write_state", interrupted)
+        patch.setattr("recurrentgemma.common.sampler.read_state", interrupted)
+        done = chat("Hello", f"/save {tmp_path}/chat", f"/load {tmp_path}/chat", "/undo", "/undo")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith(" [/save stopped]\n [/load stopped]\nundone: Hello\nnothing to undo\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_and_what_follows_them(chat, tmp_path):
+    done = chat("Hello", f"/save\t{tmp_path}/chat", "/quit now", "never read")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith(f"saved to {tmp_path}/chat\n")
+
+
+@pytest.mark.parametrize("command", ["sample", "chat"])
+@pytest.mark.parametrize(("stop", "words"), [("", "not empty, got ''"), ("\udcff", "Unicode text")])
+def test_stop_strings_are_checked_before_anything_is_loaded(
+    cli, checkpoint, monkeypatch, command, stop, words
+):
+    monkeypatch.setattr(f"recurrentgemma.cli.{command}.load_sampler", None)
+    prompt = ["x"] if command == "sample" else []
+    done = cli(command, *prompt, "--checkpoint", checkpoint, "--stop", stop)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+
+
 def test_lines_that_are_no_text(cli, chat, checkpoint):
     args = ("chat", "--checkpoint", checkpoint, "--max-new-tokens", "6")
     done = cli(*args, stdin=b"caf\xe9\nHello\n/load caf\xe9\n")
@@ -153,6 +185,22 @@ def test_states(cli, checkpoint, framework, tmp_path):
     assert sample("x", "--save-state", path, "--force").code == 0
 
 
+def test_a_state_goes_on_in_several_ways(cli, checkpoint, framework, tmp_path):
+    """The text before is read once."""
+
+    def sample(*args: str):
+        return cli("sample", "--checkpoint", checkpoint, "--framework", framework, "--json",
+                   "--max-new-tokens", "5", "--temperature", "2", "--seed", "1", *args)  # fmt: skip
+
+    path = str(tmp_path / "state")
+    sample("It was", "--max-new-tokens", "0", "--save-state", path)
+    whole = sample("It was", "-n", "3").json["samples"]
+    assert sample("-n", "3", "--load-state", path).json["samples"] == whole
+    assert len({one["text"] for one in whole}) > 1
+    done = sample("x", "-n", "2", "--save-state", str(tmp_path / "other"))
+    assert "one text's state is saved: --num-samples must be 1" in done.err
+
+
 def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -173,6 +221,10 @@ def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
         done = sample("x", "--force", "--save-state", str(path))
         assert (done.code, done.out) == (2, "")
         assert done.err == f"recurrentgemma: error: cannot write {path}: {reason}\n"
+    os.mkfifo(tmp_path / "pipe")
+    done = sample("x", "--force", "--save-state", str(tmp_path / "pipe"))
+    assert (done.code, done.out) == (2, "")
+    assert "is a device, a pipe or a socket: nothing may replace it" in done.err
 
 
 def test_what_was_generated_is_printed_before_it_is_saved(cli, checkpoint, tmp_path, monkeypatch):
@@ -227,6 +279,10 @@ def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
     *lines, summary = done.out.splitlines()
     assert len(lines) == len(report["tokens"])
     assert summary.startswith(f"{len(lines)} tokens, log-probability {report['logprob']:.4f}, ")
+    path.write_text("One\n\nTwo\nend")
+    report = cli(*args, "--json").json
+    lines = cli(*args, "--per-token").out.splitlines()[:-1]
+    assert [line.split(maxsplit=1)[1] for line in lines] == [repr(p) for p in report["pieces"]]
     path.write_text("")
     assert cli(*args, "--json").json["perplexity"] is None
     assert cli("score", "-", *args[2:], stdin=b"It was").out.startswith("2 tokens, ")

@@ -185,3 +185,22 @@ def test_a_folder_just_made_is_not_cleared_by_another_process(tmp_path: Path, mo
     monkeypatch.setattr(tempfile, "mkdtemp", raced)
     write(tmp_path / "out", force=True)
     assert tree(tmp_path) == {"out/file": "new"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for whole in (whole_file, whole_folder):
+        with (
+            pytest.raises(DestinationError, match="is a device, a pipe or a socket"),
+            whole(pipe, force=True),
+        ):
+            raise AssertionError
+        assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+    link = tmp_path / "link"
+    link.symlink_to(os.devnull)  # what is replaced is the link
+    with whole_file(link, force=True) as file:
+        file.write_text("new")
+    assert (link.is_symlink(), link.read_text()) == (False, "new")

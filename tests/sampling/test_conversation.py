@@ -1,5 +1,6 @@
 """Conversations: the template exactly, only what is new is read, undo, files, an answer cut off."""
 
+import copy
 import json
 from collections.abc import Generator
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_each_turn_reads_only_what_is_new(sampler) -> None:
     # The last token said, the turn's template and its words, but the last.
     assert sum(read) == len(conversation.turns[1].tokens) - STEPS < first / 3
     tokens = all_tokens(conversation)
-    expected = np.concatenate([np.asarray(scores) for scores, _ in sampler._scored(tokens)])
+    expected = np.concatenate([np.asarray(scores) for scores, _ in sampler._scored(tokens, True)])
     np.testing.assert_array_equal(expected[-STEPS:].argmax(-1), tokens[-STEPS:])
 
 
@@ -125,6 +126,33 @@ def test_undo_and_reset(sampler) -> None:
     assert (conversation.turns, conversation.state) == ([], None)
     conversation.ask("One", STEPS)
     assert all_tokens(conversation) == kept
+
+
+def test_forks(sampler) -> None:
+    conversation = Conversation(sampler)
+    conversation.ask("One", STEPS)
+    for fork in (copy.copy(conversation), copy.deepcopy(conversation)):
+        assert fork.sampler is sampler
+        fork.ask("Two", STEPS)
+        assert (said(fork), said(conversation)) == (["One", "Two"], ["One"])
+        fork.undo()
+        fork.undo()
+        assert (said(fork), said(conversation)) == ([], ["One"])
+
+
+def test_a_long_conversation_holds_few_states(sampler) -> None:
+    """What was said before them is read again, once it is gone back to."""
+    conversation = Conversation(sampler)
+    answers = [conversation.ask(f"Number {i}", 3) for i in range(12)]
+    assert sum(state is not None for state in conversation._earlier) <= 8
+    for place in range(11, -1, -1):
+        turn = conversation.undo()
+        assert turn is not None
+        assert turn.model == answers[place]
+        assert said(conversation) == [f"Number {i}" for i in range(place)]
+        if place in (10, 2, 0):
+            assert conversation.ask(f"Number {place}", 3) == answers[place]
+            conversation.undo()
 
 
 def test_files(twin: str, sampler, tmp_path) -> None:
@@ -309,6 +337,7 @@ def test_display(sampler) -> None:
     page = conversation._repr_html_()
     assert "&lt;b&gt;[bold]1 &amp; 2" in page
     assert "<b>[bold]" not in page
+    assert page.startswith("<div class='tex2jax_ignore mathjax_ignore'>")
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(conversation)
     console.file.close()

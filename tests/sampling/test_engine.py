@@ -42,6 +42,13 @@ def test_nothing_compiles_after_the_first_call() -> None:
         for length in (*rng.integers(1, 4097, size=48), 1, 4096):
             complete(again, int(length), int(rng.integers(1, 5)))
         assert compiled == []
+        # Nor for any length of a text that is scored, or that is returned with its logits.
+        again.score(["x" * 400])
+        compiled.clear()
+        for length in range(1, 70, 3):
+            again.score(["x" * length])
+            again(["x" * length], 0, echo=True, return_logits=True)
+        assert compiled == []
         # Sanity: something that was never compiled is noticed.
         jax.jit(lambda x: x + 3)(np.ones(17)).block_until_ready()
         assert len(compiled) == 1

@@ -216,6 +216,24 @@ def test_the_decoder_keeps_no_history() -> None:
     assert len(decoder._tokens) == 1
 
 
+def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
+    """Nothing is held that no further byte can change, and the whole is the tokens' text."""
+    tokenizer = make_sampler_tokenizer()
+    piece_of = tokenizer.vocab.piece_to_id
+    decoder = StreamDecoder(tokenizer)
+    printed = [decoder.add(piece_of("<0x80>")) for _ in range(100)]
+    assert "".join(printed) == "\ufffd" * 97
+    assert len(decoder._tokens) == 4
+    assert decoder.flush() == "\ufffd" * 3
+    rng = np.random.default_rng(0)
+    pieces = [*(piece_of(f"<0x{byte:02X}>") for byte in b"a\x80\x9f\xf0\xe2\xc3"), 0, 1, 2, 300]
+    for _ in range(500):
+        tokens = rng.choice(pieces, size=12).tolist()
+        decoder = StreamDecoder(tokenizer)
+        text = "".join(map(decoder.add, tokens))
+        assert text + decoder.flush() == tokenizer.decode(tokens)
+
+
 def make_sampler_tokenizer():
     from recurrentgemma.common.checkpoint import load_tokenizer
 
@@ -329,6 +347,7 @@ def test_two_streams_take_turns(twin: str) -> None:
         ({"stop_strings": [""]}, "stop_strings must be strings that are not empty, got ''"),
         ({"stop_strings": ""}, "stop_strings must be strings that are not empty, got ''"),
         ({"stop_strings": ["a", 3]}, "stop_strings must be strings that are not empty, got 3"),
+        ({"stop_strings": ["a\udcff"]}, "a stop string must be Unicode text, got an unpaired"),
         ({"stop_ids": [2048]}, "stop_ids must be tokens of the vocabulary of 2048, got 2048"),
         ({"stop_ids": [-1]}, "stop_ids must be tokens of the vocabulary of 2048, got -1"),
         ({"stop_ids": [True]}, "stop_ids must be tokens"),

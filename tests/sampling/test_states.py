@@ -52,7 +52,7 @@ def test_text_is_added_to_a_state(twin: str) -> None:
         assert state.num_tokens == (len(tokens),)
         (out,) = lists(sampler.generate(state, STEPS, **FREE).tokens)
         scored = np.concatenate([np.asarray(logits) for logits, _ in sampler._scored(
-            [*tokens, *out])])  # fmt: skip
+            [*tokens, *out], True)])  # fmt: skip
         np.testing.assert_array_equal(scored[len(tokens) - 1 :].argmax(-1), out)
 
 
