@@ -113,10 +113,12 @@ def check_state(
         for name, shape in expected.items()
         if name in actual and (not actual[name] or actual[name][1:] != shape)
     ]
-    batch_sizes = {shape[0] for shape in actual.values() if shape}
-    if len(batch_sizes) > 1 or (batch_size is not None and batch_sizes - {batch_size}):
-        wanted = "one batch size" if batch_size is None else f"batch size {batch_size}"
-        came = sorted(batch_sizes) if len(batch_sizes) > 1 else batch_sizes.pop()
-        problems.append(f"{wanted} expected, got {came}")
+    # Compared, and not in a set: a size that is traced has no hash.
+    batch_sizes = [shape[0] for shape in actual.values() if shape]
+    wanted = batch_sizes[0] if batch_size is None and batch_sizes else batch_size
+    if any(size != wanted for size in batch_sizes):
+        expected_size = "one batch size" if batch_size is None else f"batch size {batch_size}"
+        came = sorted({int(size) for size in batch_sizes})
+        problems.append(f"{expected_size} expected, got {came if len(came) > 1 else came[0]}")
     if problems:
         raise ValueError("this is not the state of such a model:\n  " + "\n  ".join(problems))

@@ -81,8 +81,8 @@ def linear_scan(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
-    Nothing is left of a state that is forgotten, be it infinite or NaN, unless it comes from
-    another device. A gradient that is not finite does cross a reset.
+    Nothing is left of a state that is forgotten, be it infinite or NaN. A gradient that is not
+    finite does cross a reset.
 
     Args:
       x: Inputs, [B, T, D].

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from recurrentgemma.jax.gates import Gates, Inputs, Scan
+from recurrentgemma.jax.gates import Gates, Inputs, Scan, decayed
 from recurrentgemma.jax.scan_xla import decays
 
 AxisName = str | tuple[str, ...] | None
@@ -228,7 +228,7 @@ def _states_between(
     states, state = [], h0
     for i in reversed(order) if reverse else order:
         states.append(state)
-        state = decay[i] * state + added[i]
+        state = decayed(decay[i], state) + added[i]
     states = jnp.stack(states[::-1] if reverse else states)
     return lax.dynamic_index_in_dim(states, lax.axis_index(axis), keepdims=False), state
 

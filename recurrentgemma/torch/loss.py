@@ -26,7 +26,8 @@ def cross_entropy(
     Logits are `hidden` times the embedding, soft-capped, in float32 or wider; they are computed and
     differentiated so many tokens at a time, in one pass: the gradients, unscaled, are what the
     forward pass leaves behind. Products have their factors in the dtype of `hidden` and
-    `embedding`, and sums are wide.
+    `embedding`, and sums are wide. Derivatives of the gradients, and torch.func's transforms, take
+    all logits at a time.
 
     Args:
       hidden: What `Griffin.hidden` returns.
@@ -38,6 +39,9 @@ def cross_entropy(
     """
     inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
     with without_autocast(hidden.device):
+        # Transforms of torch.func take no operations in place.
+        if torch._C._are_functorch_transforms_active():
+            return _definition(hidden, embedding, weights, targets, soft_cap)
         if not torch.is_grad_enabled():
             return _run(*inputs, needed=(False, False))[0]
         return _CrossEntropy.apply(*inputs)  # pyright: ignore[reportReturnType]
@@ -48,15 +52,36 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, embedding, targets, weights, soft_cap, chunk_size):  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad[:2]
         loss, gradients = _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(hidden, embedding, targets, weights, *gradients)
+        ctx.soft_cap = soft_cap
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
-        scaled = (g if g is None else (dloss * g).to(g.dtype) for g in ctx.saved_tensors)
+        hidden, embedding, targets, weights, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient may itself be differentiated
+
+            def loss(hidden, embedding, weights):
+                return _definition(hidden, embedding, weights, targets, ctx.soft_cap)
+
+            with without_autocast(hidden.device):
+                _, pullback = torch.func.vjp(loss, hidden, embedding, weights)  # pyright: ignore[reportAssignmentType]
+                dhidden, dembedding, dweights = pullback(dloss)
+            return dhidden, dembedding, None, dweights, None, None
+        scaled = (g if g is None else (dloss * g).to(g.dtype) for g in gradients)
         dhidden, dembedding, dweights = scaled
         return dhidden, dembedding, None, dweights, None, None
+
+
+def _definition(hidden, embedding, weights, targets, soft_cap):
+    """The loss in differentiable operations, all tokens at a time."""
+    wide = wide_dtype(hidden.dtype)
+    logits = torch.nn.functional.linear(hidden.to(wide), embedding.to(wide))
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    counted = torch.where(weights == 0, 0, targets.long())
+    nll = logits.logsumexp(-1) - logits.gather(-1, counted[..., None])[..., 0]
+    return (weights.to(wide) * nll).sum()
 
 
 def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):

@@ -195,7 +195,8 @@ def _check(
     if value.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
     is_bool, is_float = value.dtype == torch.bool, value.is_floating_point()
-    kinds = {"a floating": is_float, "a bool": is_bool, "an integer": not is_bool and not is_float}
+    is_integer = not (is_bool or is_float or value.is_complex())
+    kinds = {"a floating": is_float, "a bool": is_bool, "an integer": is_integer}
     if not kinds[kind]:
         raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
 
@@ -235,7 +236,7 @@ def _associative(
         a = a * pad(a[:, :-distance], place, value=1.0)
         forgets = forgets | pad(forgets[:, :-distance], (distance, 0))
         distance *= 2
-    return y.flip(1) if reverse else y, y[:, -1]
+    return y.flip(1) if reverse else y, y[:, -1].clone()
 
 
 _RECURRENCES = {"reference": _loop, "associative": _associative}

@@ -182,3 +182,11 @@ class _RGLRUScan(torch.autograd.Function):
             )
             dx, dinput_gate, da_gate, da_param = pullback((dh, da))
         return dx, dinput_gate, da_gate, da_param, None, dh0, None
+
+
+# The operators alone differentiate too, as programs that `torch.export` makes have them. Not so
+# under torch.func, for which there are the functions above.
+for _op, _function in ((_linear_scan, _LinearScan), (_rg_lru_scan, _RGLRUScan)):
+    torch.library.register_autograd(
+        _op._name, _function.backward, setup_context=_function.setup_context
+    )

@@ -95,6 +95,15 @@ for length in (7, 1):
     arguments = x[:, :length], a[:, :length], gate[:, :length]
     check(run(*arguments, spec), run(*arguments, None))
 
+# What is forgotten, on another device: nothing is left.
+endless = x.copy()
+endless[:, 0] = np.inf
+reset = np.arange(7)[None] == 5
+for scan_spec in (spec, None):
+    y, last = jax.jit(lambda x: linear_scan(x, a, None, reset, sharding_spec=scan_spec))(endless)
+    assert np.isfinite(y[:, 5:]).all()
+    assert np.isfinite(last).all()
+
 plain, model = Griffin(config), Griffin(config, scan_sharding_spec=spec)
 tokens, positions = rng.integers(16, size=(1, 6)), np.arange(6)[None]
 jax.jit(model.init)(jax.random.key(0), tokens[:, :1], positions[:, :1])

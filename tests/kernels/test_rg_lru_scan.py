@@ -1,5 +1,6 @@
 """The fused RG-LRU recurrence: one suite that every implementation of both twins inherits."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,14 @@ class TestErrors:
         }
         with pytest.raises(ValueError, match=message):
             backend.rg_lru_scan(**inputs)
+
+    @pytest.mark.parametrize("dtype", ["bool", "float32", "complex64"])
+    def test_positions_are_integers(self, backend: Backend, dtype: str) -> None:
+        rg_lru_scan = importlib.import_module(f"recurrentgemma.{backend.name}").rg_lru_scan
+        x, a_param = (backend.array(np.zeros(shape), "float32") for shape in ((1, 2, 3), (3,)))
+        position = backend.array(np.zeros((1, 2)), dtype)
+        with pytest.raises(ValueError, match="segment_pos must be of an integer dtype, got "):
+            rg_lru_scan(x, x, x, a_param, position)
 
     def test_names(self, backend: Backend) -> None:
         with pytest.raises(

@@ -9,7 +9,7 @@ from cases import CONFIGS, make_batch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from recurrentgemma.torch import Griffin
+from recurrentgemma.torch import Griffin, cross_entropy
 from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]
@@ -145,3 +145,64 @@ def test_second_derivatives(checkpointing: bool) -> None:
     moved(-2 * step)
     slope = float(above - along(create_graph=False)) / (2 * step)
     assert_close(given, slope, "slope", "float64")
+
+
+def loss_problem() -> tuple[torch.Tensor, ...]:
+    """Hidden states, embedding, targets and weights, some of them 0."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    embedding = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    weights = torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    weights[0, 1] = 0
+    return hidden, embedding, torch.randint(7, (2, 3), generator=generator), weights
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_second_derivatives_of_the_loss(cap: float) -> None:
+    hidden, embedding, targets, weights = loss_problem()
+    leaves = [z.requires_grad_() for z in (hidden, embedding, weights)]
+
+    def run(hidden, embedding, weights):
+        return cross_entropy(hidden, embedding, targets, weights, cap, 4)
+
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_gradients_of_the_loss_of_each_row(cap: float) -> None:
+    hidden, embedding, targets, weights = loss_problem()
+
+    def of_a_row(hidden, embedding, targets, weights):
+        return cross_entropy(hidden[None], embedding, targets[None], weights[None], cap, 4)
+
+    each = torch.vmap(torch.func.grad(of_a_row, (0, 1)), (0, None, 0, 0))
+    dhidden, dembedding = each(hidden, embedding, targets, weights)
+    with torch.no_grad():
+        losses = torch.vmap(of_a_row, (0, None, 0, 0))(hidden, embedding, targets, weights)
+    hidden.requires_grad_()
+    embedding.requires_grad_()
+    total = cross_entropy(hidden, embedding, targets, weights, cap, 4)
+    expected = torch.autograd.grad(total, (hidden, embedding))
+    torch.testing.assert_close(losses.sum(), total.detach())
+    for got, want in zip((dhidden, dembedding.sum(0)), expected, strict=True):
+        assert_close(got.numpy(), want.numpy(), "gradient", "float64")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("grad", [False, True])
+def test_exported_models(grad: bool) -> None:
+    """A prompt, and a step of any number of rows; with gradients to be had."""
+    model = make_model(True)
+    tokens, segment_pos = BATCH
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, BATCH).module()
+        logits, cache = model(*BATCH)
+        cache = {name: type(z)(*(field.detach() for field in z)) for name, z in cache.items()}
+        torch.testing.assert_close(program(*BATCH)[0], logits)
+        step = tokens[:, -1:], segment_pos[:, -1:] + 1, cache
+        rows = {0: torch.export.Dim("rows", min=2)}
+        dynamic = (rows, rows, {name: type(z)(*(rows,) * len(z)) for name, z in cache.items()})
+        program = torch.export.export(model, step, dynamic_shapes=dynamic).module()
+        some = {name: type(block)(*(z[:2] for z in block)) for name, block in cache.items()}
+        step = step[0][:2], step[1][:2], some
+        torch.testing.assert_close(program(*step)[0], model(*step)[0])

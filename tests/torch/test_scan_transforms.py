@@ -223,6 +223,29 @@ def test_export(torch_scan: Implementation, function: str) -> None:
     for got, want in zip(program.module()(*arguments(9)), Module()(*arguments(9)), strict=True):
         torch.testing.assert_close(got, want)
 
+    def gradients(module) -> tuple[torch.Tensor, ...]:
+        leaves = [z.requires_grad_() for z in arguments(9) if z.is_floating_point()]
+        others = [z for z in arguments(9) if not z.is_floating_point()]
+        ordered = leaves + others if function == "linear_scan" else leaves[:4] + others + leaves[4:]
+        y, last = module(*ordered)
+        return torch.autograd.grad(y.sum() + last.sum(), leaves)
+
+    for got, want in zip(gradients(program.module()), gradients(Module()), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_outputs_share_no_memory(torch_scan: Implementation, length: int) -> None:
+    import torch
+
+    from recurrentgemma.torch import linear_scan
+
+    x, a = torch.rand(2, 2, length, 3)
+    y, last = linear_scan(x, a, implementation=torch_scan.name)
+    before = y.clone()
+    last.zero_()
+    assert torch.equal(y, before)
+
 
 @only("native", "triton")
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "expanded"])
