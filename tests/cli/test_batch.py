@@ -361,7 +361,7 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
         ("--output x", "--input and --output go together"),
         ("prompt --input x --output y", "--input takes the place of PROMPT"),
         ("prompt --logprobs 2", "--logprobs needs --json, or --input and --output"),
-        ("prompt --load-state x -n 2", "--num-samples must be 1"),
+        ("prompt --save-state x -n 2", "--num-samples must be 1"),
         ("prompt --load-state x --chat", "recurrentgemma chat --load"),
         ("prompt --stop ", "stop_strings must be strings that are not empty"),
         ("prompt --stop-id 99999", "stop_ids must be tokens of the vocabulary of 2048, got 99999"),
