@@ -171,3 +171,28 @@ def test_pad_left() -> None:
 def test_pad_left_to_too_short_a_length() -> None:
     with pytest.raises(ValueError, match="at least the longest prompt's 3, got 2"):
         pad_left([[1, 2, 3], [4]], pad_id=0, length=2)
+
+
+def test_the_decoder_keeps_no_history(tokenizer: Tokenizer) -> None:
+    decoder = StreamDecoder(tokenizer)
+    tokens = tokenizer.vocab.encode("And it came to pass in those days, " * 50)
+    text = "".join(decoder.add(token) for token in tokens)
+    assert text == tokenizer.decode(tokens)
+    assert len(decoder._tokens) == 1
+
+
+def test_bytes_that_are_no_text_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
+    """Nothing is held that no further byte can change, and the whole is the tokens' text."""
+    piece_of = tokenizer.vocab.piece_to_id
+    decoder = StreamDecoder(tokenizer)
+    printed = [decoder.add(piece_of("<0x80>")) for _ in range(100)]
+    assert "".join(printed) == "\ufffd" * 97
+    assert len(decoder._tokens) == 4
+    assert decoder.flush() == "\ufffd" * 3
+    rng = np.random.default_rng(0)
+    pieces = [*(piece_of(f"<0x{byte:02X}>") for byte in b"a\x80\x9f\xf0\xe2\xc3"), 0, 1, 2, 300]
+    for _ in range(500):
+        tokens = rng.choice(pieces, size=12).tolist()
+        decoder = StreamDecoder(tokenizer)
+        text = "".join(map(decoder.add, tokens))
+        assert text + decoder.flush() == tokenizer.decode(tokens)

@@ -10,7 +10,6 @@ import pytest
 from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, without_eos
 
 from recurrentgemma.common.sampling import Categorical, Greedy
-from recurrentgemma.common.text import StreamDecoder
 
 HOT = Categorical(temperature=1.5)
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
@@ -205,39 +204,6 @@ def test_texts_with_bytes_are_streamed_whole(twin: str) -> None:
     sampler._choose = chosen
     pieces = [piece for _, piece in sampler.stream("x", len(data), stop_strings="\0", **FREE)]
     assert pieces == ["h", "", "é", "", "é", "", "", "", "🐎", "", "", "–", "x"]
-
-
-def test_the_decoder_keeps_no_history() -> None:
-    tokenizer = make_sampler_tokenizer()
-    decoder = StreamDecoder(tokenizer)
-    tokens = tokenizer.vocab.encode("And it came to pass in those days, " * 50)
-    text = "".join(decoder.add(token) for token in tokens)
-    assert text == tokenizer.decode(tokens)
-    assert len(decoder._tokens) == 1
-
-
-def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
-    """Nothing is held that no further byte can change, and the whole is the tokens' text."""
-    tokenizer = make_sampler_tokenizer()
-    piece_of = tokenizer.vocab.piece_to_id
-    decoder = StreamDecoder(tokenizer)
-    printed = [decoder.add(piece_of("<0x80>")) for _ in range(100)]
-    assert "".join(printed) == "\ufffd" * 97
-    assert len(decoder._tokens) == 4
-    assert decoder.flush() == "\ufffd" * 3
-    rng = np.random.default_rng(0)
-    pieces = [*(piece_of(f"<0x{byte:02X}>") for byte in b"a\x80\x9f\xf0\xe2\xc3"), 0, 1, 2, 300]
-    for _ in range(500):
-        tokens = rng.choice(pieces, size=12).tolist()
-        decoder = StreamDecoder(tokenizer)
-        text = "".join(map(decoder.add, tokens))
-        assert text + decoder.flush() == tokenizer.decode(tokens)
-
-
-def make_sampler_tokenizer():
-    from recurrentgemma.common.checkpoint import load_tokenizer
-
-    return load_tokenizer()
 
 
 # ------------------------------------------------------------------------------------ log-probs
