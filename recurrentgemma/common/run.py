@@ -179,15 +179,16 @@ class Run:
                 metrics = trainer.train_step(batches)
                 self._pending.append((self._describe(batches), metrics))
                 step, last = trainer.step, trainer.step == plan.steps
+                stops = bool(signals) and not last  # a later signal is for the next step
                 evaluates = bool(self._validation) and (last or step % plan.evaluate_every == 0)
-                saves = last or bool(signals) or step % plan.checkpoint_every == 0
+                saves = last or stops or step % plan.checkpoint_every == 0
                 if evaluates or saves or step % plan.log_every == 0:
                     self._log()
                 if evaluates:
                     saves |= self._evaluate()
                 if saves:
                     self._save()
-                if signals and not last:
+                if stops:
                     assert self._last is not None
                     raise Interrupted(signals[0], self._last)
 

@@ -169,6 +169,20 @@ def test_a_signal_ends_after_the_step(tmp_path, number):
     assert [entry["step"] for entry in told.evaluations] == [9, 10]
 
 
+def test_a_signal_after_a_step_ends_after_the_next(tmp_path):
+    run, folder, told = make(tmp_path / "run", Counter(), PLAN._replace(log_every=1))
+
+    def stepped(entries):
+        if entries[-1]["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    told.stepped = stepped
+    with pytest.raises(Interrupted) as caught:
+        run()
+    assert caught.value.checkpoint == folder.checkpoint(3)
+    assert folder.steps() == [3]
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
