@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES, Stacked, dtype_name
+from recurrentgemma.common.arrays import DTYPES, Stacked, cast, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
@@ -128,6 +128,22 @@ class Reader(abc.ABC):
         """Every parameter, in the order of the layer spec."""
         for spec in layer_spec(self.config):
             yield spec, self.read(spec)
+
+    def read_as(self, dtype: np.dtype | None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+        """Every parameter, in the order of the layer spec, as a model computes with it.
+
+        Args:
+          dtype: Of all; as stored if None, but where the dtypes of what matrix products take differ,
+            that is float32, or float64 beside float64.
+        """
+        dtypes = {s.path: dtype or self.dtypes[s.path] for s in layer_spec(self.config)}
+        factors = [s.path for s in layer_spec(self.config) if not s.wide]
+        found = {dtypes[path] for path in factors}
+        if len(found) > 1:
+            widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
+            dtypes |= dict.fromkeys(factors, widest)
+        for spec, value in self:
+            yield spec, cast(value, dtypes[spec.path])
 
 
 class Request(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.arrays import cast, float_dtype
+from recurrentgemma.common.arrays import float_dtype
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.arrays import to_array, to_tensor
@@ -42,7 +42,8 @@ def load_checkpoint(
 
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None.
+      dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
+        what matrix products take is stored in several.
       device: Where the parameters go; the CPU if None.
       sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
         process then reads the whole checkpoint and keeps its part, a tensor at a time.
@@ -60,8 +61,8 @@ def load_checkpoint(
             shard(model, sharding)
         places = model.state_dict()
         state = {}
-        for spec, value in checkpoint:
-            on_host = value if dtype is None else cast(value, float_dtype(dtype))
+        wanted = None if dtype is None else float_dtype(dtype)
+        for spec, on_host in checkpoint.read_as(wanted):
             tensor = to_tensor(spec.torch.encode(on_host)).to(device or "cpu")
             place = places[spec.torch.name]
             state[spec.torch.name] = tensor if sharding is None else part_of(tensor, place)
