@@ -133,8 +133,8 @@ class Reader(abc.ABC):
         """Every parameter, in the order of the layer spec, as a model computes with it.
 
         Args:
-          dtype: Of all; as stored if None, but where the dtypes of what matrix products take differ,
-            that is float32, or float64 beside float64.
+          dtype: Of all; as stored if None, but where what matrix products take is stored in several
+            it is float32, or float64 beside float64.
         """
         dtypes = {s.path: dtype or self.dtypes[s.path] for s in layer_spec(self.config)}
         factors = [s.path for s in layer_spec(self.config) if not s.wide]

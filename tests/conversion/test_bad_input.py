@@ -371,6 +371,7 @@ def test_configs_that_conflict(make, refused) -> None:
         errors.ConfigError,
         "this is not RECURRENT_GEMMA_2B_V1: width is 24 in the checkpoint and 2560 in the preset",
         "num_heads is 2 in the checkpoint and 10",
+        "block_types is RRARR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
         overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
     )
     refused(source, errors.ConfigError, "not tell embeddings_scale_by_sqrt_dim, attention")
