@@ -28,6 +28,8 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.HUGGINGFACE: HuggingFaceReader,
     Format.RECURRENTGEMMA: NativeReader,
 }
+# Levels of folders around a checkpoint, at most: as in the cache of the hub of Hugging Face.
+_DEPTH = 3
 
 
 @contextlib.contextmanager
@@ -97,15 +99,11 @@ def detect(path: Path) -> tuple[Format | None, Path]:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       NotRecurrentGemmaError: There is one of another model.
     """
-    found = _detect(path)
-    if not found and path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                found += _detect(child)
-    if not found and path.is_dir() and list(path.iterdir()):
-        # An archive's own folder, around the folder of the weights.
-        for grandchild in sorted(path.glob("*/*/")):
-            found += _detect(grandchild)
+    found = _search(path, _DEPTH)
+    if len(found) > 1:
+        inside = (file for _, where in found for file in (where, *where.rglob("*")))
+        linked = {file.resolve() for file in inside if file.is_symlink()}
+        found = [it for it in found if it[1].is_symlink() or it[1].resolve() not in linked]
     if not found:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         raise UnknownFormatError(
@@ -116,6 +114,16 @@ def detect(path: Path) -> tuple[Format | None, Path]:
         several = ", ".join(f"{where} ({format_ or 'an archive'})" for format_, where in found)
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
     return found[0]
+
+
+def _search(path: Path, depth: int) -> list[tuple[Format | None, Path]]:
+    """The checkpoints right at a path or, if there are none, in each of the folders in it."""
+    found = _detect(path)
+    if not found and depth and path.is_dir():
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                found += _search(child, depth - 1)
+    return found
 
 
 def _detect(path: Path) -> list[tuple[Format | None, Path]]:

@@ -481,6 +481,27 @@ def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> N
     assert detect(tmp_path / "around")[0] is format_
 
 
+@pytest.mark.parametrize("format_", Format)
+def test_a_cache_of_links_to_nameless_files(tmp_path: Path, make, refused, format_: Format) -> None:
+    """As the hub's library keeps what it downloads."""
+    source, cache = make("source", format_), tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    for i, file in enumerate(sorted(file for file in source.rglob("*") if file.is_file())):
+        link = cache / "snapshots/1234" / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(shutil.copyfile(file, cache / f"blobs/{i}"))
+    before = files(cache)
+    for path in (cache, cache / "snapshots"):
+        with open_checkpoint(path) as checkpoint:
+            assert (checkpoint.format, checkpoint.config) == (format_, CONFIG)
+            assert checkpoint.tokenizer is not None
+    with pytest.raises(errors.DestinationError, match="must not hold the source"):
+        convert(cache, cache / "blobs", format_, force=True)
+    assert files(cache) == before
+    (cache / "snapshots/5678").symlink_to(shutil.copytree(source, tmp_path / "other"))
+    refused(cache, errors.UnknownFormatError, "snapshots/1234", "snapshots/5678")
+
+
 @pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
 @pytest.mark.parametrize("name", ["finetuned.safetensors", "weights.bin"])
 @pytest.mark.parametrize("sharded", [False, True])
