@@ -15,7 +15,12 @@ import numpy as np
 from recurrentgemma.common.arrays import DTYPES, Stacked, cast, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
+from recurrentgemma.common.errors import (
+    CheckpointError,
+    MismatchError,
+    NotRecurrentGemmaError,
+    TokenizerError,
+)
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
 from recurrentgemma.common.layouts import Stored
 from recurrentgemma.common.presets import Preset
@@ -254,6 +259,17 @@ def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> N
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
         )
+
+
+def require_utf8(path: Path, library: str) -> str:
+    """The path as text, for a library that opens no other; `CheckpointError` if it is none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: {library} cannot open names that are not UTF-8: rename what is"
+        ) from error
+    return str(path)
 
 
 def require_recurrent(path: Path, names: Sequence[str]) -> None:

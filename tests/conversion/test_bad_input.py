@@ -547,6 +547,27 @@ def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: by
             assert reader.config == CONFIG
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode")
+@pytest.mark.parametrize("kind", [*Format, "compressed", "ocdbt"])
+def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind: str) -> None:
+    """PyTorch and TensorStore cannot open what is in them."""
+    name, words = os.fsdecode(b"caf\xe9"), "cannot open names that are not UTF-8: rename"
+    if kind in list(Format):
+        source = make(f"{name}/source", Format(kind))
+    else:
+        source = write_orbax(tmp_path / "source", ocdbt=kind == "ocdbt")
+        source = source.rename(tmp_path / name)
+    if kind in (Format.KAGGLE_TORCH, "compressed", "ocdbt"):
+        refused(source, errors.CheckpointError, words, to=Format.KAGGLE_FLAX, overrides=OVERRIDES)
+        return
+    out, database = source.with_name("out"), source.with_name("database")
+    convert(source, out, Format.KAGGLE_FLAX)
+    assert detect(out)[0] is Format.KAGGLE_FLAX
+    with pytest.raises(errors.CheckpointError, match=words):
+        convert(source, database, Format.KAGGLE_FLAX, ocdbt=True)
+    assert not database.exists()
+
+
 def test_weights_named_from_below(tmp_path: Path, make) -> None:
     below = make("source", Format.KAGGLE_FLAX) / "model/below"
     below.mkdir()
