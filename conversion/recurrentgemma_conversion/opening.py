@@ -159,7 +159,7 @@ def _detect_file(path: Path) -> list[tuple[Format | None, Path]]:
 
 
 def _is_orbax(path: Path) -> bool:
-    marks = ("_METADATA", DATABASE, "_CHECKPOINT_METADATA")
+    marks = ("_METADATA", DATABASE)
     return any((path / mark).is_file() for mark in marks) or any(path.glob("*/.zarray"))
 
 

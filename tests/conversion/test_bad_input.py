@@ -1,6 +1,7 @@
 """What is wrong is named, all of it, and nothing is written."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -481,6 +482,16 @@ def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> N
     assert detect(tmp_path / "around")[0] is format_
 
 
+def test_an_item_of_a_step(make) -> None:
+    """As Orbax's checkpoint manager lays it out; the step has metadata of its own."""
+    source = make("source", Format.KAGGLE_FLAX)
+    (source / "3").mkdir()
+    (source / "model").rename(source / "3/default")
+    shutil.copy(source / "3/default/_CHECKPOINT_METADATA", source / "3")
+    for path in (source, source / "3", source / "3/default"):
+        assert detect(path) == (Format.KAGGLE_FLAX, source / "3/default")
+
+
 @pytest.mark.parametrize("format_", Format)
 def test_a_cache_of_links_to_nameless_files(tmp_path: Path, make, refused, format_: Format) -> None:
     """As the hub's library keeps what it downloads."""
@@ -579,6 +590,13 @@ def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
         refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
+
+
+def test_what_is_compressed_is_an_archive_if_it_holds_one(make) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    (source / "notes.gz").write_bytes(gzip.compress(b"not a tar archive" * 100))
+    (source / "half.gz").write_bytes(gzip.compress(b"not a tar archive" * 100)[:20])
+    assert detect(source) == (Format.KAGGLE_TORCH, source / "model.pt")
 
 
 def test_what_trainers_leave_beside_the_weights(make) -> None:
