@@ -513,6 +513,18 @@ def test_a_cache_of_links_to_nameless_files(tmp_path: Path, make, refused, forma
     refused(cache, errors.UnknownFormatError, "snapshots/1234", "snapshots/5678")
 
 
+@pytest.mark.parametrize("format_", Format)
+def test_the_nearest_checkpoint_whatever_is_deeper(tmp_path: Path, make, format_: Format) -> None:
+    near = detect(make("source", format_))[1]
+    deep = tmp_path / "source/steps/1"
+    shutil.copytree(tmp_path / "source", deep)
+    (deep / "model.safetensors").write_bytes(bytes(8) + b"{}")  # damaged
+    (tmp_path / "source/itself").symlink_to(".")
+    assert detect(tmp_path / "source") == (format_, near)
+    (tmp_path / "latest").symlink_to("source")
+    assert detect(tmp_path)[1].resolve() == near
+
+
 @pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
 @pytest.mark.parametrize("name", ["finetuned.safetensors", "weights.bin"])
 @pytest.mark.parametrize("sharded", [False, True])
