@@ -16,9 +16,9 @@ from recurrentgemma.common.arrays import DTYPES, Stacked, cast, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import (
-    CheckpointError,
     MismatchError,
     NotRecurrentGemmaError,
+    PathError,
     TokenizerError,
 )
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
@@ -262,11 +262,11 @@ def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> N
 
 
 def require_utf8(path: Path, library: str) -> str:
-    """The path as text, for a library that opens no other; `CheckpointError` if it is none."""
+    """The path as text, for a library that opens no other; `PathError` if it is none."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise CheckpointError(
+        raise PathError(
             f"{path}: {library} cannot open names that are not UTF-8: rename what is"
         ) from error
     return str(path)

@@ -581,12 +581,12 @@ def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind
         source = write_orbax(tmp_path / "source", ocdbt=kind == "ocdbt")
         source = source.rename(tmp_path / name)
     if kind in (Format.KAGGLE_TORCH, "compressed", "ocdbt"):
-        refused(source, errors.CheckpointError, words, to=Format.KAGGLE_FLAX, overrides=OVERRIDES)
+        refused(source, errors.PathError, words, to=Format.KAGGLE_FLAX, overrides=OVERRIDES)
         return
     out, database = source.with_name("out"), source.with_name("database")
     convert(source, out, Format.KAGGLE_FLAX)
     assert detect(out)[0] is Format.KAGGLE_FLAX
-    with pytest.raises(errors.CheckpointError, match=words):
+    with pytest.raises(errors.PathError, match=words):
         convert(source, database, Format.KAGGLE_FLAX, ocdbt=True)
     assert not database.exists()
 
