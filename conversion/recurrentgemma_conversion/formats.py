@@ -267,7 +267,7 @@ def require_utf8(path: Path, library: str) -> str:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise PathError(
-            f"{path}: {library} cannot open names that are not UTF-8: rename what is"
+            f"{path}: {library} opens only names that are UTF-8: rename what is not"
         ) from error
     return str(path)
 

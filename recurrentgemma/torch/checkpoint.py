@@ -51,11 +51,17 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: There are both a device and a sharding, or parameters cannot be of the dtype.
+      ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
+        is to be split has several.
     """
     if device is not None and sharding is not None:
         raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
     with open_checkpoint(path, overrides) as checkpoint:
+        stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
+        if sharding is not None and dtype is None and len(stored) > 1:
+            raise ValueError(
+                f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
+            )
         model = Griffin(checkpoint.config, device="meta")
         if sharding is not None:
             shard(model, sharding)

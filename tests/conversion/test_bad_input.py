@@ -574,7 +574,7 @@ def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: by
 @pytest.mark.parametrize("kind", [*Format, "compressed", "ocdbt"])
 def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind: str) -> None:
     """PyTorch and TensorStore cannot open what is in them."""
-    name, words = os.fsdecode(b"caf\xe9"), "cannot open names that are not UTF-8: rename"
+    name, words = os.fsdecode(b"caf\xe9"), "opens only names that are UTF-8: rename"
     if kind in list(Format):
         source = make(f"{name}/source", Format(kind))
     else:

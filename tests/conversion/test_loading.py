@@ -160,6 +160,15 @@ def test_what_is_multiplied_is_of_one_dtype(
     assert_close(load(twin, folder), expected, "logits", computation)
 
 
+def test_what_is_split_is_of_one_dtype(make) -> None:
+    """FSDP takes no other."""
+    dtypes = {"final_norm.scale": "float32"}
+    folder = make("model", Format.RECURRENTGEMMA, CONFIG, "bfloat16", dtypes=dtypes)
+    load_checkpoint = importlib.import_module("recurrentgemma.torch").load_checkpoint
+    with pytest.raises(ValueError, match="of one dtype, got bfloat16, float32; pass dtype"):
+        load_checkpoint(folder, sharding="a mesh")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_torch_maps_the_file_and_leaves_it_alone(make) -> None:
     file = make("model", Format.RECURRENTGEMMA) / "model.safetensors"
