@@ -37,12 +37,14 @@ def write_checkpoint(
     config: GriffinConfig = CONFIGS["griffin"],
     dtype: str = "float32",
     changes: Mapping[str, np.ndarray] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Path:
-    """Makes a checkpoint; `changes` are parameters with other values."""
+    """Makes a checkpoint; `changes` are parameters with other values, `dtypes` those of others."""
     folder.mkdir(parents=True)
     params = parameters(config, dtype) | dict(changes or {})
-    dtypes = {spec.path: DTYPES[dtype] for spec in layer_spec(config)}
-    request = Request(config, dtypes, "model", tokenizer=load_tokenizer())
+    names = {spec.path: dtype for spec in layer_spec(config)} | dict(dtypes or {})
+    stored = {path: DTYPES[name] for path, name in names.items()}
+    request = Request(config, stored, "model", tokenizer=load_tokenizer())
     writer = WRITERS[format_](folder, request)
     for spec in layer_spec(config):
         writer.write(spec, params[spec.path])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import tarfile
+import zlib
 from pathlib import Path
 
 from recurrentgemma.common.errors import DamagedError, DiskSpaceError
@@ -13,8 +15,12 @@ from recurrentgemma.common.files import require_room
 def is_archive(path: Path) -> bool:
     """Whether a file is a tar archive, compressed or not, by its first bytes."""
     with path.open("rb") as file:
-        start = file.read(265)
-    return start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar"
+        compressed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            return file.read(262)[257:] == b"ustar"
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -293,8 +293,8 @@ def _require_folder_name(target: Path, force: bool) -> None:
 
 def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader) -> None:
     """Neither may hold the other, under whatever names; `reader` may be of an unpacked archive."""
-    for path in (Path(os.path.realpath(expanded(source))), Path(os.path.realpath(reader.path))):
-        if path.is_relative_to(target):
+    for path in (expanded(source), reader.path, *reader.weights):
+        if Path(os.path.realpath(path)).is_relative_to(target):
             raise DestinationError(f"the destination {target} must not hold the source {path}")
     if reader.path.is_dir() and target.is_relative_to(os.path.realpath(reader.path)):
         raise DestinationError(f"the destination {target} must not be in the source {reader.path}")

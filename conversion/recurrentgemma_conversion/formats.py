@@ -12,10 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES, Stacked, dtype_name
+from recurrentgemma.common.arrays import DTYPES, Stacked, cast, dtype_name
 from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.errors import MismatchError, NotRecurrentGemmaError, TokenizerError
+from recurrentgemma.common.errors import (
+    MismatchError,
+    NotRecurrentGemmaError,
+    PathError,
+    TokenizerError,
+)
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
 from recurrentgemma.common.layouts import Stored
 from recurrentgemma.common.presets import Preset
@@ -129,6 +134,22 @@ class Reader(abc.ABC):
         for spec in layer_spec(self.config):
             yield spec, self.read(spec)
 
+    def read_as(self, dtype: np.dtype | None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+        """Every parameter, in the order of the layer spec, as a model computes with it.
+
+        Args:
+          dtype: Of all; as stored if None, but where what matrix products take is stored in several
+            it is float32, or float64 beside float64.
+        """
+        dtypes = {s.path: dtype or self.dtypes[s.path] for s in layer_spec(self.config)}
+        factors = [s.path for s in layer_spec(self.config) if not s.wide]
+        found = {dtypes[path] for path in factors}
+        if len(found) > 1:
+            widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
+            dtypes |= dict.fromkeys(factors, widest)
+        for spec, value in self:
+            yield spec, cast(value, dtypes[spec.path])
+
 
 class Request(NamedTuple):
     """What to write.
@@ -238,6 +259,17 @@ def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> N
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
         )
+
+
+def require_utf8(path: Path, library: str) -> str:
+    """The path as text, for a library that opens no other; `PathError` if it is none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise PathError(
+            f"{path}: {library} opens only names that are UTF-8: rename what is not"
+        ) from error
+    return str(path)
 
 
 def require_recurrent(path: Path, names: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from recurrentgemma_conversion.formats import (
     Tensor,
     Writer,
     require_recurrent,
+    require_utf8,
 )
 from recurrentgemma_conversion.overrides import Overrides, resolve_config
 from recurrentgemma_conversion.stated import around, stated_config
@@ -135,8 +136,8 @@ def _reason(error: Exception) -> str:
 def _database_keys(path: Path) -> Mapping[str, Any]:
     """The keys of an OCDBT database, each with what reads it."""
     ts = import_tensorstore()
+    spec = {"driver": "ocdbt", "base": _files(path)}
     try:
-        spec = {"driver": "ocdbt", "base": _files(path)}
         database = ts.KvStore.open(spec).result()
         keys = [key.decode() for key in database.list().result()]
     except (ValueError, OSError, RuntimeError) as error:
@@ -251,7 +252,7 @@ class _Database:
 
     def __init__(self, root: Path) -> None:
         self._ts = import_tensorstore("writing OCDBT")
-        self._root = root
+        self._base = _files(root)
         # All is flushed together, at the end.
         self._context = self._ts.Context({"file_io_sync": False})
 
@@ -260,7 +261,7 @@ class _Database:
         rows = min(len(parameter), max(1, _CHUNK // row_bytes))
         request = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": _files(self._root), "path": f"{spec.path}/"},
+            "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{spec.path}/"},
             "metadata": _zarr_metadata(spec.shape, (rows, *spec.shape[1:]), dtype),
         }
         array = self._ts.open(request, create=True, context=self._context).result()
@@ -287,7 +288,7 @@ def _zarr_metadata(
 
 def _files(folder: Path) -> dict[str, str]:
     """TensorStore's name of a folder; a URL would have to be quoted."""
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+    return {"driver": "file", "path": f"{require_utf8(folder.absolute(), 'TensorStore')}/"}
 
 
 def orbax_metadata(paths: list[str], *, ocdbt: bool) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from recurrentgemma_conversion.formats import (
     Tensor,
     Writer,
     require_recurrent,
+    require_utf8,
     stored_tensors,
 )
 from recurrentgemma_conversion.native import torch_layout
@@ -89,6 +90,7 @@ def import_torch(what: str = "reading a .pt file") -> Any:
 
 def _load(path: Path) -> Mapping[str, torch.Tensor]:
     torch = import_torch()
+    name = require_utf8(path, "PyTorch")
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         start = file.read(2)
@@ -96,7 +98,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         raise DamagedError(f"{path} is cut short: a zip archive without its directory")
     try:
         mapped = zipped and _is_stored(path)
-        state: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        state: Any = torch.load(name, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's advice, the reason, and more advice.
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]

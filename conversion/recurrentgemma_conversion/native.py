@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from recurrentgemma.common.arrays import Stacked
-from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER, metadata, open_folder
+from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER, metadata, read_config
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.files import whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.shards import ShardsWriter
+from recurrentgemma.common.shards import Shards, ShardsWriter
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
@@ -25,7 +26,7 @@ from recurrentgemma_conversion.formats import (
     require_size,
     stored_tensors,
 )
-from recurrentgemma_conversion.overrides import Overrides, resolve_config
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides, resolve_config
 
 
 def torch_layout(spec: ParamSpec) -> tuple[Stored, ...]:
@@ -39,13 +40,19 @@ class NativeReader(Reader):
     format = Format.RECURRENTGEMMA
     layout = staticmethod(torch_layout)
 
-    def __init__(self, path: Path, overrides: Overrides) -> None:
-        """Opens it; see `open_folder` for what can be wrong."""
-        folder = open_folder(path)
-        self.shards = folder.shards
-        tensors = {n: Tensor(t.shape, t.dtype) for n, t in folder.shards.tensors.items()}
-        config = resolve_config(path, tensors, folder.config, overrides)
-        super().__init__(path, config, tensors, [folder.path])
+    def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
+        """Opens it.
+
+        Raises:
+          CheckpointError: It is damaged, or not what its config says.
+        """
+        folder = path if path.is_dir() else path.parent
+        if not (folder / CONFIG).is_file():
+            raise DamagedError(f"the checkpoint folder {folder} lacks {CONFIG}")
+        self.shards = Shards(path)
+        tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
+        config = resolve_config(path, tensors, read_config(folder / CONFIG), overrides)
+        super().__init__(path, config, tensors, [folder])
 
     def fetch(self, name: str) -> np.ndarray:
         return self.shards.read(name)

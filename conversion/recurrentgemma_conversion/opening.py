@@ -28,6 +28,8 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.HUGGINGFACE: HuggingFaceReader,
     Format.RECURRENTGEMMA: NativeReader,
 }
+# Levels of folders around a checkpoint, at most: as in the cache of the hub of Hugging Face.
+_DEPTH = 3
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     """
     source = BUNDLED if path is None else expanded(path)
     around = source.is_dir() and not (source / TOKENIZER).is_file()
-    if around or (source.is_file() and _detect_file(source)):
+    if around or (source.is_file() and _kind(source)):
         with open_checkpoint(source, ANY_MODEL) as checkpoint:
             return checkpoint.load_tokenizer()
     return load_tokenizer_here(source)
@@ -97,15 +99,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       NotRecurrentGemmaError: There is one of another model.
     """
-    found = _detect(path)
-    if not found and path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                found += _detect(child)
-    if not found and path.is_dir() and list(path.iterdir()):
-        # An archive's own folder, around the folder of the weights.
-        for grandchild in sorted(path.glob("*/*/")):
-            found += _detect(grandchild)
+    found = _nearest(path)
     if not found:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         raise UnknownFormatError(
@@ -113,50 +107,80 @@ def detect(path: Path) -> tuple[Format | None, Path]:
             f"safetensors it lacks {', '.join(missing)}"
         )
     if len(found) > 1:
-        several = ", ".join(f"{where} ({format_ or 'an archive'})" for format_, where in found)
+        several = ", ".join(f"{where} ({_format(where) or 'an archive'})" for where in found)
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
-    return found[0]
+    return _format(found[0]), found[0]
 
 
-def _detect(path: Path) -> list[tuple[Format | None, Path]]:
-    """The checkpoints right at a path."""
+def _nearest(path: Path) -> list[Path]:
+    """The checkpoints at a path or, if there are none, the least deep in the folders in it.
+
+    One of several names is there once, and no file is to which another's links lead.
+    """
+    found: dict[Path, int] = {}
+    folders = [path]
+    for depth in range(_DEPTH + 1):
+        inside: list[Path] = []
+        for folder in folders:
+            here = _weights_at(folder)
+            found |= dict.fromkeys(here, depth)
+            if not here and folder.is_dir():
+                inside += [child for child in sorted(folder.iterdir()) if child.is_dir()]
+        folders = [folder for folder in inside if not folder.name.startswith(".")]
+    if len(found) < 2:
+        return list(found)
+    # Of its names the last counts: a link, beside which is what belongs to it, or the nearest.
+    names = sorted(found, key=lambda where: (where.is_symlink(), -found[where]))
+    places = {where.resolve(): where for where in names}
+    files = (file for where in places.values() for file in where.rglob("*") if file.is_file())
+    linked = {file.resolve() for file in files if file.is_symlink()}
+    alone = [where for place, where in places.items() if place not in linked]
+    least = min(found[where] for where in alone)
+    return [where for where in alone if found[where] == least]
+
+
+def _weights_at(path: Path) -> list[Path]:
+    """The checkpoints right at a path: it or, in a folder, files; not opened yet."""
     if path.is_file():
-        return _detect_file(path)
+        return [path] if _kind(path) else []
     if not path.is_dir():
         return []  # a pipe or a device
     if _is_orbax(path):
-        return [(Format.KAGGLE_FLAX, path)]
+        return [path]
     files = [file for file in sorted(path.iterdir()) if file.is_file()]
-    found: list[tuple[Format | None, Path]] = []
-    if any(file.name == INDEX or file.name.endswith(".safetensors") for file in files):
-        found.append((_safetensors_format(path), path))
-        if (path / CONFIG).is_file():
-            return found  # what else is there may be an optimiser's
-    for file in files:
-        if not file.name.startswith(".") and file.suffix != ".safetensors":
-            found += _detect_file(file)
-    return found
+    others = [file for file in files if file.suffix != ".safetensors" and file.name != INDEX]
+    found = [path] if len(others) < len(files) else []
+    if found and (path / CONFIG).is_file():
+        return found  # what else is there may be an optimiser's
+    return found + [file for file in others if not file.name.startswith(".") and _kind(file)]
 
 
-def _detect_file(path: Path) -> list[tuple[Format | None, Path]]:
+def _kind(path: Path) -> str | None:
+    """What a file is by its first bytes: safetensors, a pickle, an archive or something else."""
     with path.open("rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
-        return [(Format.KAGGLE_TORCH, path)]
+        return "pickle"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return [(_safetensors_format(path), path)]
-    if path.stat().st_size and is_archive(path):
-        return [(None, path)]
-    return []
+        return "safetensors"
+    return "archive" if path.stat().st_size and is_archive(path) else None
 
 
 def _is_orbax(path: Path) -> bool:
-    marks = ("_METADATA", DATABASE, "_CHECKPOINT_METADATA")
+    marks = ("_METADATA", DATABASE)
     return any((path / mark).is_file() for mark in marks) or any(path.glob("*/.zarray"))
 
 
-def _safetensors_format(path: Path) -> Format:
-    """Hugging Face's or ours, by the config beside the weights, or else by the tensors' names."""
+def _format(path: Path) -> Format | None:
+    """The format of weights; none for an archive.
+
+    Safetensors are Hugging Face's or ours, by the config beside them, or else by their names.
+    """
+    if path.is_dir() and _is_orbax(path):
+        return Format.KAGGLE_FLAX
+    kind = "safetensors" if path.is_dir() else _kind(path)
+    if kind != "safetensors":
+        return Format.KAGGLE_TORCH if kind == "pickle" else None
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file() and "model_type" in read_fields(config):
         return Format.HUGGINGFACE

@@ -68,17 +68,16 @@ def resolve_config(
             if empty:
                 raise ValueError(f"tensors must not be empty, got {', '.join(empty)}")
             stated = GriffinConfig.from_torch_params(tensors, overrides.preset, **overrides.fields)
-        known = {} if overrides.preset is None else overrides.preset.config_dict
-        conflicts = [
-            f"{name} is {getattr(stated, name)!r} in the checkpoint and {value!r} in the preset"
-            for name, value in known.items()
-            if name in ("width", "mlp_expanded_width", "num_heads", "lru_width", "block_types")
-            and getattr(stated, name) != value
-        ]
-        if conflicts:
-            name = overrides.preset.name if overrides.preset else ""
-            raise ValueError(f"this is not {name}: " + "; ".join(conflicts))
-        fields = {n: v for n, v in known.items() if hasattr(stated, n)} | overrides.fields
-        return dataclasses.replace(stated, **fields)
+        if overrides.preset is not None:
+            preset = GriffinConfig.from_preset(overrides.preset, stated.vocab_size)
+            conflicts = [
+                f"{name} is {here} in the checkpoint and {there} in the preset"
+                for name, (here, there) in stated.differences(preset).items()
+                if name not in Overrides._fields
+            ]
+            if conflicts:
+                raise ValueError(f"this is not {overrides.preset.name}: {'; '.join(conflicts)}")
+            stated = dataclasses.replace(preset, scan_type=stated.scan_type)
+        return dataclasses.replace(stated, **overrides.fields)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error

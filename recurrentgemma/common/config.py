@@ -224,6 +224,21 @@ class GriffinConfig:
         fields["scan_type"] = self.scan_type.value
         return fields
 
+    def differences(self, other: GriffinConfig) -> dict[str, tuple[Any, Any]]:
+        """What this model and another have otherwise, by field; of block types the initials.
+
+        Which scan computes the recurrence is not part of what a model is.
+        """
+        one, two = (
+            config.to_dict() | {"block_types": "".join(b.name[0] for b in config.block_types)}
+            for config in (self, other)
+        )
+        return {
+            name: (one[name], two[name])
+            for name in one
+            if name != "scan_type" and one[name] != two[name]
+        }
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> GriffinConfig:
         """The inverse of `to_dict`.

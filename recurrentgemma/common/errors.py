@@ -13,6 +13,10 @@ class UnknownFormatError(CheckpointError):
     """The path holds no checkpoint of a known format, or more than one."""
 
 
+class PathError(CheckpointError):
+    """A library that a format needs cannot open what has this name."""
+
+
 class DamagedError(CheckpointError):
     """A file is cut short, or is not what its kind of file must be."""
 

@@ -35,6 +35,8 @@ class ParamSpec(NamedTuple):
       lora: The group of LoRA targets this parameter belongs to, if any.
       torch: How a PyTorch state dict stores it.
       hf: How Hugging Face's RecurrentGemma stores it: one tensor or several.
+      wide: Whether it is computed with in float32 or wider, whatever its own dtype; the others meet
+        in matrix products, which take one dtype.
     """
 
     path: str
@@ -45,6 +47,7 @@ class ParamSpec(NamedTuple):
     lora: str | None
     torch: Stored
     hf: tuple[Stored, ...]
+    wide: bool = False
 
     @property
     def size(self) -> int:
@@ -122,10 +125,12 @@ class _Entry(NamedTuple):
     layouts: Layouts
     decay: bool = False
     lora: str | None = None
+    wide: bool = False
 
 
 def _norm(path: str, hf_name: str, c: GriffinConfig) -> _Entry:
-    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), same(f"{hf_name}.weight"))
+    layouts = same(f"{hf_name}.weight")
+    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), layouts, wide=True)
 
 
 def _linear(
@@ -158,10 +163,14 @@ def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
         ("conv", "lru"),
         conv_weight,
         decay=True,
+        wide=True,
     )
-    yield _Entry(f"{block}.conv_1d.b", (lru,), Zeros(), ("lru",), same(f"{hf}.conv_1d.bias"))
-    a_param = same(f"{hf}.rg_lru.recurrent_param")
-    yield _Entry(f"{block}.rg_lru.a_param", (lru,), RingLog(0.9, 0.999), ("lru",), a_param)
+    for path, init, hf_name in (
+        ("conv_1d.b", Zeros(), "conv_1d.bias"),
+        ("rg_lru.a_param", RingLog(0.9, 0.999), "rg_lru.recurrent_param"),
+    ):
+        layouts = same(f"{hf}.{hf_name}")
+        yield _Entry(f"{block}.{path}", (lru,), init, ("lru",), layouts, wide=True)
     per_head = lru // heads
     for gate, hf_gate in (("input_gate", "input_gate"), ("a_gate", "recurrent_gate")):
         yield _Entry(
@@ -256,12 +265,10 @@ def _residual_block(c: GriffinConfig, block_type: TemporalBlockType) -> Iterator
 
 
 def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
-    def place(entry: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
-        path = prefix + entry.path
-        torch, hf = entry.layouts(path, hf_prefix, entry.shape)
-        return ParamSpec(
-            path, entry.shape, entry.init, entry.axes, entry.decay, entry.lora, torch, hf
-        )
+    def place(e: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
+        path = prefix + e.path
+        torch, hf = e.layouts(path, hf_prefix, e.shape)
+        return ParamSpec(path, e.shape, e.init, e.axes, e.decay, e.lora, torch, hf, e.wide)
 
     embedding = _Entry(
         "embedder.input_embedding",

@@ -356,9 +356,8 @@ class BaseSampler(Reader, Generic[_Array]):
         if not isinstance(state, State):
             raise StateError(f"a State is expected, got {type(state).__name__}")
         differences = [
-            f"{name}={value!r}, the model's is {self.config.to_dict()[name]!r}"
-            for name, value in state.config.to_dict().items()
-            if name != "scan_type" and value != self.config.to_dict()[name]
+            f"{name}={its}, the model's is {own}"
+            for name, (its, own) in state.config.differences(self.config).items()
         ]
         if differences:
             raise StateError(f"this is the state of another model: {'; '.join(differences)}")

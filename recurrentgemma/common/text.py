@@ -93,7 +93,7 @@ def _load(path: Path) -> spm.SentencePieceProcessor:
         raise ValueError(f"no tokenizer at {path}: a sentencepiece model file is expected")
     vocab = spm.SentencePieceProcessor()
     try:
-        vocab.load(str(path))
+        vocab.load_from_serialized_proto(path.read_bytes())  # a path would have to be UTF-8
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
     return vocab

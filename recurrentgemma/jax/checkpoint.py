@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jax import Device
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from recurrentgemma.common.arrays import cast, float_dtype
+from recurrentgemma.common.arrays import float_dtype
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.files import expanded, whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
@@ -43,8 +43,9 @@ def load_checkpoint(
 
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None. Where JAX has float64 turned
-        off, that is float32.
+      dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
+        what matrix products take is stored in several. Where JAX has float64 turned off, float64 is
+        float32.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
       overrides: What the checkpoint does not say of the model, or says otherwise.
@@ -133,8 +134,8 @@ def _load(
     for spec in layer_spec(checkpoint.config):
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
-    for spec, value in checkpoint:
-        on_host = value if dtype is None else cast(value, float_dtype(jnp.dtype(dtype)))
+    wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
+    for spec, on_host in checkpoint.read_as(wanted):
         set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
     return params
 

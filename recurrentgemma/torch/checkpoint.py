@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.arrays import cast, float_dtype
+from recurrentgemma.common.arrays import float_dtype
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch.arrays import to_array, to_tensor
@@ -42,7 +42,8 @@ def load_checkpoint(
 
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None.
+      dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
+        what matrix products take is stored in several.
       device: Where the parameters go; the CPU if None.
       sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
         process then reads the whole checkpoint and keeps its part, a tensor at a time.
@@ -50,18 +51,24 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
-      ValueError: There are both a device and a sharding, or parameters cannot be of the dtype.
+      ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
+        is to be split has several.
     """
     if device is not None and sharding is not None:
         raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
     with open_checkpoint(path, overrides) as checkpoint:
+        stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
+        if sharding is not None and dtype is None and len(stored) > 1:
+            raise ValueError(
+                f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
+            )
         model = Griffin(checkpoint.config, device="meta")
         if sharding is not None:
             shard(model, sharding)
         places = model.state_dict()
         state = {}
-        for spec, value in checkpoint:
-            on_host = value if dtype is None else cast(value, float_dtype(dtype))
+        wanted = None if dtype is None else float_dtype(dtype)
+        for spec, on_host in checkpoint.read_as(wanted):
             tensor = to_tensor(spec.torch.encode(on_host)).to(device or "cpu")
             place = places[spec.torch.name]
             state[spec.torch.name] = tensor if sharding is None else part_of(tensor, place)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from recurrentgemma.cli import main
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER, write_folder
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import sample_params
 from recurrentgemma.common.text import Tokenizer, apply_it_formatter
+from recurrentgemma_conversion.native import save_folder
 
 CONFIG = GriffinConfig(
     vocab_size=2048,
@@ -44,11 +44,8 @@ def tokenizer() -> Tokenizer:
 
 
 def write(path: Path, params: dict[str, np.ndarray], tokenizer: Tokenizer) -> Path:
-    state = {
-        spec.torch.name: np.ascontiguousarray(spec.torch.encode(params[spec.path]))
-        for spec, _ in sample_params(CONFIG, 0)
-    }
-    write_folder(path, CONFIG, lambda file: save_file(state, file), tokenizer)
+    dtypes = {path: value.dtype for path, value in params.items()}
+    save_folder(path, CONFIG, dtypes, lambda spec: params[spec.path], tokenizer)
     return path
 
 

@@ -8,15 +8,17 @@ import pytest
 
 import recurrentgemma_conversion
 from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import TOKENIZER, WEIGHTS, open_folder
+from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.shards import WEIGHTS
+from recurrentgemma_conversion.native import NativeReader
 
 
 def test_json_of_a_checkpoint(cli, checkpoint):
     report = cli("inspect", checkpoint, "--json").json
-    config = open_folder(checkpoint).config
+    config = NativeReader(checkpoint).config
     total = num_parameters(config)
     assert report["checkpoint"] == str(checkpoint)
     assert GriffinConfig.from_dict(report["config"]) == config
@@ -45,7 +47,7 @@ def test_json_of_a_checkpoint(cli, checkpoint):
 def test_bundled_model(cli, bundled):
     report = cli("inspect", "--json").json
     assert report["checkpoint"] == str(bundled)
-    assert report["num_parameters"]["total"] == num_parameters(open_folder().config)
+    assert report["num_parameters"]["total"] == num_parameters(NativeReader(BUNDLED).config)
     assert cli("inspect").out == cli("inspect", bundled).out
 
 
@@ -64,7 +66,7 @@ def test_the_tokenizer_is_named_or_said_to_be_missing(cli, checkpoint, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_bytes(cli, checkpoint, framework, dtype):
-    config = open_folder(checkpoint).config
+    config = NativeReader(checkpoint).config
     if framework == "torch":
         import torch
 
@@ -124,7 +126,7 @@ def test_table(cli, checkpoint):
     table = everything[everything.index("parameter (all") : everything.index("\nembedding ")]
     counts = [line.split()[-1].replace(",", "") for line in table.splitlines() if line]
     total = sum(int(count) for count in counts if count.isdigit())
-    assert total == num_parameters(open_folder(checkpoint).config)
+    assert total == num_parameters(NativeReader(checkpoint).config)
 
 
 def test_mixed_dtypes_have_a_column(cli, checkpoint, monkeypatch):

@@ -8,15 +8,16 @@ import pytest
 import sentencepiece as spm
 
 from recurrentgemma.common.adapters import Adapters, write_adapters
-from recurrentgemma.common.checkpoint import BUNDLED, open_folder
+from recurrentgemma.common.checkpoint import BUNDLED
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.lora import LoraOptions, merge, trainable_specs
 from recurrentgemma_conversion import open_checkpoint
+from recurrentgemma_conversion.native import NativeReader
 
 
 def write(path: Path, options: LoraOptions) -> Adapters:
     """Random adapters of the bundled model."""
-    config = open_folder().config
+    config = NativeReader(BUNDLED).config
     rng = np.random.default_rng(0)
     arrays = {
         spec.path: (rng.standard_normal(spec.shape) / 16).astype(np.float32)

@@ -13,9 +13,9 @@ PROMPT = "It was a truth"
 
 def library_text(framework: str, path, prompt: str, steps: int) -> str:
     """The greedy continuation by the Python API in float32."""
-    from recurrentgemma.common.checkpoint import open_folder
+    from recurrentgemma.common.checkpoint import load_tokenizer
 
-    vocab = open_folder(path).tokenizer.vocab
+    vocab = load_tokenizer(path).vocab
     if framework == "torch":
         import torch
 

@@ -1,6 +1,7 @@
 """What is wrong is named, all of it, and nothing is written."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -371,6 +372,7 @@ def test_configs_that_conflict(make, refused) -> None:
         errors.ConfigError,
         "this is not RECURRENT_GEMMA_2B_V1: width is 24 in the checkpoint and 2560 in the preset",
         "num_heads is 2 in the checkpoint and 10",
+        "block_types is RRARR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
         overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
     )
     refused(source, errors.ConfigError, "not tell embeddings_scale_by_sqrt_dim, attention")
@@ -480,6 +482,49 @@ def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> N
     assert detect(tmp_path / "around")[0] is format_
 
 
+def test_an_item_of_a_step(make) -> None:
+    """As Orbax's checkpoint manager lays it out; the step has metadata of its own."""
+    source = make("source", Format.KAGGLE_FLAX)
+    (source / "3").mkdir()
+    (source / "model").rename(source / "3/default")
+    shutil.copy(source / "3/default/_CHECKPOINT_METADATA", source / "3")
+    for path in (source, source / "3", source / "3/default"):
+        assert detect(path) == (Format.KAGGLE_FLAX, source / "3/default")
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_a_cache_of_links_to_nameless_files(tmp_path: Path, make, refused, format_: Format) -> None:
+    """As the hub's library keeps what it downloads."""
+    source, cache = make("source", format_), tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    for i, file in enumerate(sorted(file for file in source.rglob("*") if file.is_file())):
+        link = cache / "snapshots/1234" / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(shutil.copyfile(file, cache / f"blobs/{i}"))
+    before = files(cache)
+    for path in (cache, cache / "snapshots"):
+        with open_checkpoint(path) as checkpoint:
+            assert (checkpoint.format, checkpoint.config) == (format_, CONFIG)
+            assert checkpoint.tokenizer is not None
+    with pytest.raises(errors.DestinationError, match="must not hold the source"):
+        convert(cache, cache / "blobs", format_, force=True)
+    assert files(cache) == before
+    (cache / "snapshots/5678").symlink_to(shutil.copytree(source, tmp_path / "other"))
+    refused(cache, errors.UnknownFormatError, "snapshots/1234", "snapshots/5678")
+
+
+@pytest.mark.parametrize("format_", Format)
+def test_the_nearest_checkpoint_whatever_is_deeper(tmp_path: Path, make, format_: Format) -> None:
+    near = detect(make("source", format_))[1]
+    deep = tmp_path / "source/steps/1"
+    shutil.copytree(tmp_path / "source", deep)
+    (deep / "model.safetensors").write_bytes(bytes(8) + b"{}")  # damaged
+    (tmp_path / "source/itself").symlink_to(".")
+    assert detect(tmp_path / "source") == (format_, near)
+    (tmp_path / "latest").symlink_to("source")
+    assert detect(tmp_path)[1].resolve() == near
+
+
 @pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
 @pytest.mark.parametrize("name", ["finetuned.safetensors", "weights.bin"])
 @pytest.mark.parametrize("sharded", [False, True])
@@ -525,6 +570,27 @@ def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: by
             assert reader.config == CONFIG
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode")
+@pytest.mark.parametrize("kind", [*Format, "compressed", "ocdbt"])
+def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind: str) -> None:
+    """PyTorch and TensorStore cannot open what is in them."""
+    name, words = os.fsdecode(b"caf\xe9"), "opens only names that are UTF-8: rename"
+    if kind in list(Format):
+        source = make(f"{name}/source", Format(kind))
+    else:
+        source = write_orbax(tmp_path / "source", ocdbt=kind == "ocdbt")
+        source = source.rename(tmp_path / name)
+    if kind in (Format.KAGGLE_TORCH, "compressed", "ocdbt"):
+        refused(source, errors.PathError, words, to=Format.KAGGLE_FLAX, overrides=OVERRIDES)
+        return
+    out, database = source.with_name("out"), source.with_name("database")
+    convert(source, out, Format.KAGGLE_FLAX)
+    assert detect(out)[0] is Format.KAGGLE_FLAX
+    with pytest.raises(errors.PathError, match=words):
+        convert(source, database, Format.KAGGLE_FLAX, ocdbt=True)
+    assert not database.exists()
+
+
 def test_weights_named_from_below(tmp_path: Path, make) -> None:
     below = make("source", Format.KAGGLE_FLAX) / "model/below"
     below.mkdir()
@@ -536,6 +602,13 @@ def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
         refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
+
+
+def test_what_is_compressed_is_an_archive_if_it_holds_one(make) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    (source / "notes.gz").write_bytes(gzip.compress(b"not a tar archive" * 100))
+    (source / "half.gz").write_bytes(gzip.compress(b"not a tar archive" * 100)[:20])
+    assert detect(source) == (Format.KAGGLE_TORCH, source / "model.pt")
 
 
 def test_what_trainers_leave_beside_the_weights(make) -> None:

@@ -11,7 +11,6 @@ from checkpoints import CONFIGS, files, parameters, write_checkpoint
 
 from recurrentgemma.common import reference
 from recurrentgemma.common.arrays import DTYPES, same_bits
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.layer_spec import layer_spec
@@ -290,22 +289,11 @@ def test_casts_round_to_nearest_even(tmp_path: Path, make, format_: Format) -> N
         assert set(reader.dtypes.values()) == {DTYPES["float32"]}
 
 
-def test_mixed_dtypes_stay_mixed(tmp_path: Path) -> None:
-    from recurrentgemma_conversion.convert import WRITERS
-    from recurrentgemma_conversion.formats import Request
-
+def test_mixed_dtypes_stay_mixed(tmp_path: Path, make) -> None:
     config = CONFIGS["recurrent"]
-    params = parameters(config, "bfloat16")
-    dtypes = {
-        path: DTYPES["float32" if path.endswith("a_param") else "bfloat16"] for path in params
-    }
-    folder = tmp_path / "source"
-    folder.mkdir()
-    writer = WRITERS[Format.HUGGINGFACE](folder, Request(config, dtypes, "model"))
-    for spec in layer_spec(config):
-        writer.write(spec, params[spec.path].astype(dtypes[spec.path]))
-    writer.finish()
-    (folder / TOKENIZER).write_bytes((BUNDLED / TOKENIZER).read_bytes())
+    wide = {s.path: "float32" for s in layer_spec(config) if s.path.endswith("a_param")}
+    dtypes = {s.path: DTYPES[wide.get(s.path, "bfloat16")] for s in layer_spec(config)}
+    folder = make("source", Format.HUGGINGFACE, config, "bfloat16", dtypes=wide)
     for format_ in Format:
         summary = convert(folder, tmp_path / format_, format_)
         assert summary.dtypes == ["bfloat16", "float32"]

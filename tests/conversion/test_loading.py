@@ -30,6 +30,7 @@ from recurrentgemma.torch.arrays import to_array
 CONFIG = CONFIGS["griffin"]
 TOKENS = make_tokens(CONFIG, 1, 12)
 POSITIONS = np.arange(12, dtype=np.int32)[None]
+WIDE = ("scale", "conv_1d.w", "conv_1d.b", "a_param")  # what enters in float32, however stored
 
 
 def load(twin: str, path: Path, **kwargs) -> np.ndarray:
@@ -129,6 +130,43 @@ def test_the_model_is_of_the_dtype_of_what_it_loaded(make, twin: str, dtype: str
         expected = "float64" if x64 or twin == "torch" else "float32"
         assert {value.dtype.name for value in params.values()} == {expected}
         assert cache == expected
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "computation"),
+    [
+        ("embedder.input_embedding", "float16", "float32"),
+        ("blocks.3.recurrent_block.linear_out.bias", "float32", "float32"),
+        (WIDE, "float32", "bfloat16"),
+    ],
+)
+def test_what_is_multiplied_is_of_one_dtype(
+    make, twin: str, name: str | tuple[str, ...], dtype: str, computation: str
+) -> None:
+    """Where it is not stored so it is loaded as what holds all; nothing else is."""
+    dtypes = {s.path: dtype for s in layer_spec(CONFIG) if s.path.endswith(name)}
+    folder = make("model", Format.RECURRENTGEMMA, CONFIG, "bfloat16", dtypes=dtypes)
+    params, cache = loaded(twin, folder)
+    assert cache == computation
+    found = {path: value.dtype.name for path, value in params.items()}
+    if computation == "bfloat16":
+        assert found == dict.fromkeys(params, "bfloat16") | dtypes
+    else:
+        assert {found[path] for path in params if not path.endswith(WIDE)} == {computation}
+        assert {found[path] for path in params if path.endswith(WIDE)} == {"bfloat16"}
+    values = {path: value.astype(np.float64) for path, value in params.items()}
+    expected, _ = reference.griffin(CONFIG, values, TOKENS, POSITIONS)
+    assert_close(load(twin, folder), expected, "logits", computation)
+
+
+def test_what_is_split_is_of_one_dtype(make) -> None:
+    """FSDP takes no other."""
+    dtypes = {"final_norm.scale": "float32"}
+    folder = make("model", Format.RECURRENTGEMMA, CONFIG, "bfloat16", dtypes=dtypes)
+    load_checkpoint = importlib.import_module("recurrentgemma.torch").load_checkpoint
+    with pytest.raises(ValueError, match="of one dtype, got bfloat16, float32; pass dtype"):
+        load_checkpoint(folder, sharding="a mesh")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

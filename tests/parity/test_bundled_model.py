@@ -11,7 +11,9 @@ import torch
 
 import recurrentgemma.jax
 import recurrentgemma.torch
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
+from recurrentgemma.common.arrays import BFLOAT16
+from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma_conversion.native import NativeReader
 
 STEPS = 200
 PROMPTS = [
@@ -78,7 +80,7 @@ def test_greedy_tokens_are_the_same_one_by_one(samplers, batch, twin: str) -> No
 def test_the_folder_is_small_and_stored_in_bfloat16() -> None:
     size = sum(file.stat().st_size for file in BUNDLED.iterdir())
     assert size <= 12_000_000
-    assert set(open_folder().dtypes.values()) == {"BF16"}
+    assert set(NativeReader(BUNDLED).dtypes.values()) == {BFLOAT16}
     assert {file.name for file in BUNDLED.iterdir()} == {
         "README.md",
         "config.json",

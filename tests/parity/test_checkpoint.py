@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
+from recurrentgemma.common.arrays import DTYPES
+from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, TokenizerError
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.text import Tokenizer
+from recurrentgemma_conversion.native import NativeReader
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 TOKENS, SEGMENT_POS = np.array([[2, 30, 31, 32, 33]]), np.arange(5)[None]
@@ -99,9 +101,7 @@ def test_each_twin_reads_what_the_other_wrote(
     for submodule in SUBMODULES.values():
         pytest.importorskip(submodule, reason="parity needs both frameworks")
     save(writer, tmp_path / "model", tokenizer, dtype)
-    assert set(open_folder(tmp_path / "model").dtypes.values()) == {
-        {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    }
+    assert set(NativeReader(tmp_path / "model").dtypes.values()) == {DTYPES[dtype]}
     written, _ = load(writer, tmp_path / "model")
     read, _ = load(reader, tmp_path / "model")
     assert written.keys() == read.keys()
@@ -120,7 +120,7 @@ def test_folders_hold_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert (tmp_path / "jax/config.json").read_bytes() == (
         tmp_path / "torch/config.json"
     ).read_bytes()
-    assert open_folder(tmp_path / "jax").config == CONFIG
+    assert NativeReader(tmp_path / "jax").config == CONFIG
 
 
 def test_nothing_existing_is_replaced_unless_asked(
@@ -133,7 +133,7 @@ def test_nothing_existing_is_replaced_unless_asked(
         save(twin, folder, tokenizer)
     assert [file.name for file in folder.iterdir()] == ["precious"]
     save(twin, folder, tokenizer, force=True)
-    assert open_folder(folder).config == CONFIG
+    assert NativeReader(folder).config == CONFIG
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
@@ -277,7 +277,7 @@ def test_weights_are_read_without_a_tokenizer(
     with pytest.raises(
         TokenizerError, match=r"no tokenizer\.model beside .*: put the model's there"
     ):
-        assert open_folder(folder).tokenizer
+        NativeReader(folder).load_tokenizer()
 
 
 def test_torch_names_every_mismatch() -> None:

@@ -6,18 +6,17 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from trainers import TRAINERS, Trainer
 
 from backends import TWINS
 from recurrentgemma.cli import main
 from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import load_tokenizer, write_folder
+from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import sample_params
+from recurrentgemma.common.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.training_log import read_log
+from recurrentgemma_conversion.native import save_folder
 
 CONFIG = GriffinConfig(
     vocab_size=2048,
@@ -84,13 +83,9 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A checkpoint in bfloat16, with random weights."""
-    state = {
-        spec.torch.name: np.ascontiguousarray(spec.torch.encode(value)).astype(BFLOAT16)
-        for spec, value in sample_params(CONFIG, 1)
-    }
+    dtypes = {spec.path: BFLOAT16 for spec in layer_spec(CONFIG)}
     path = tmp_path / "base"
-    tokenizer = load_tokenizer()
-    write_folder(path, CONFIG, lambda file: save_file(state, file), tokenizer)
+    save_folder(path, CONFIG, dtypes, lambda spec: sample_param(spec, 1), load_tokenizer())
     return path
 
 

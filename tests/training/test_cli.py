@@ -12,11 +12,12 @@ import pytest
 from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
 from recurrentgemma.common.adapters import ADAPTERS
-from recurrentgemma.common.checkpoint import BUNDLED, open_folder
+from recurrentgemma.common.checkpoint import BUNDLED
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.common.training_log import read_log
+from recurrentgemma_conversion.native import NativeReader
 
 LOGGED = {"step", "epoch", "read", "loss", "tokens", "grad_norm", "learning_rate",
           "tokens_per_second", "seconds"}  # fmt: skip
@@ -47,7 +48,7 @@ def test_what_a_run_leaves(corpus, framework, train, capsys):
     # All of them are checkpoints that the other commands take.
     folders = [run / "model", run / "best", *(run / "checkpoints").iterdir()]
     for folder in folders:
-        assert open_folder(folder).config.width == 16
+        assert NativeReader(folder).config.width == 16
     for command in (
         ["sample", "the", "--checkpoint", run / "best", "--max-new-tokens", 2],
         ["inspect", run / "model"],
@@ -207,7 +208,7 @@ def test_examples_that_are_too_long_are_counted(train, how, word):
 
 def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
     pytest.importorskip("torch.nn")
-    config = dataclasses.replace(open_folder(None).config, vocab_size=2000)
+    config = dataclasses.replace(NativeReader(BUNDLED).config, vocab_size=2000)
     (corpus / "other.json").write_text(config.to_json())
     done = train(config=corpus / "other.json")
     assert "the tokenizer has 2048 pieces, the model a vocabulary of 2000" in done.err
@@ -257,7 +258,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
     assert train(framework, config=None, checkpoint=base, lora_rank=2, steps=2).code == 0
     run = corpus / "run"
-    before, after = open_folder(base), open_folder(run / "model")
+    before, after = NativeReader(base), NativeReader(run / "model")
     for spec in layer_spec(before.config):
         one, other = (folder.shards.read(spec.torch.name) for folder in (before, after))
         changed = not np.array_equal(one.astype(np.float32), other.astype(np.float32))
@@ -266,7 +267,7 @@ def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, 
     assert last.read_bytes() == (run / ADAPTERS).read_bytes()
     args = ["merge", base, run, corpus / "merged", "--dtype", "float32"]
     assert main(list(map(str, args))) == 0
-    again = open_folder(corpus / "merged")
+    again = NativeReader(corpus / "merged")
     for name in after.shards.tensors:
         one, other = (folder.shards.read(name) for folder in (after, again))
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

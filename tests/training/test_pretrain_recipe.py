@@ -13,7 +13,9 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
 
 from recurrentgemma.cli import main
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer, open_folder
+from recurrentgemma.common.arrays import BFLOAT16
+from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma_conversion.native import NativeReader
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain"
 
@@ -71,8 +73,8 @@ def test_the_command_reads_what_is_prepared(script, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(finish, "TARGET", 0.5)
     monkeypatch.setattr("sys.argv", ["finish.py", "runs/pretrain/run", "--out", "out"])
     assert finish.main() == 1  # for after a few steps it is worse than that
-    assert open_folder(tmp_path / "out").config.width == 32
-    assert set(open_folder(tmp_path / "out").dtypes.values()) == {"BF16"}
+    assert NativeReader(tmp_path / "out").config.width == 32
+    assert set(NativeReader(tmp_path / "out").dtypes.values()) == {BFLOAT16}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "1.0 passes over the training text" in card
     assert "{" not in card

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from recurrentgemma.common.checkpoint import open_folder
 from recurrentgemma.common.run_folder import RunFolder
+from recurrentgemma_conversion.native import NativeReader
 
 KILLS = int(os.environ.get("KILLS", "2"))
 STEPS = int(os.environ.get("STEPS", "30"))
@@ -32,12 +32,12 @@ def require_readable(folder: Path) -> None:
     """Every checkpoint that is to be seen is whole."""
     run = RunFolder(folder)
     for step in run.steps():
-        opened = open_folder(run.checkpoint(step))
+        opened = NativeReader(run.checkpoint(step))
         assert all(opened.shards.read(name).size for name in opened.shards.tensors)
         progress, arrays = run.load(step)
         assert progress.step == step
         assert all(array.sum() == array.sum() for array in arrays.values())
-    assert not run.best.is_symlink() or open_folder(run.best)
+    assert not run.best.is_symlink() or NativeReader(run.best)
 
 
 def start(words: list[str]) -> subprocess.Popen:

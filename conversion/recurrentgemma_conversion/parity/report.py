@@ -131,18 +131,8 @@ def _row_to_dict(row: Row, dtype: str) -> dict[str, Any]:
 
 
 def require_same_config(names: tuple[str, str], one: GriffinConfig, other: GriffinConfig) -> None:
-    """Raises `MismatchError` where two models are different, with both values of what differs.
-
-    Which scan computes the recurrence is not part of what a model is.
-    """
-    fields = [config.to_dict() for config in (one, other)]
-    for values in fields:
-        values["block_types"] = "".join(kind[0].upper() for kind in values["block_types"])
-    problems = [
-        f"{name}: {fields[0][name]} | {fields[1][name]}"
-        for name in fields[0]
-        if name != "scan_type" and fields[0][name] != fields[1][name]
-    ]
+    """Raises `MismatchError` where two models are different, with both values of what differs."""
+    problems = [f"{name}: {a} | {b}" for name, (a, b) in one.differences(other).items()]
     if problems:
         raise MismatchError(f"{names[0]} | {names[1]}: the configs differ", problems)
 
