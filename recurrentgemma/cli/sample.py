@@ -28,6 +28,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.generation import generate
+from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -115,6 +116,7 @@ def sample(
             "--input",
             help='Prompts instead: a JSON string a line, or an object with a string "prompt"; '
             "- reads stdin.",
+            parser=named_path,
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,
@@ -125,6 +127,7 @@ def sample(
         typer.Option(
             help="Their results, a JSON object a line; - is stdout. A file that is there is gone "
             "on with.",
+            parser=named_path,
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,

@@ -160,7 +160,7 @@ def test_the_input_is_never_the_output(cli, checkpoint, prompts, tmp_path, force
     assert b"--input and --output are one file" in done.stderr
 
 
-def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path):
+def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path, monkeypatch):
     _, whole = batch()
     args = ("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6")
     read, write = os.pipe()
@@ -178,6 +178,13 @@ def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path
     assert done.code == 2
     assert "stdin, line 2: not JSON" in done.err
     assert json.loads(done.out)["prompt"] == "a"
+    # A file may have that name.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text('"a"\n')
+    assert cli(*args, "--input", "./-", "--output", "-").out == done.out
+    (tmp_path / "-").unlink()
+    assert cli(*args, "--input", "-", "--output", "./-", stdin=b'"a"\n') == (0, "", "")
+    assert (tmp_path / "-").read_text() == done.out
 
 
 def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
@@ -195,10 +202,16 @@ def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
         done = to(output)
         assert (done.code, done.out) == (2, "")
         assert done.err == f"recurrentgemma: error: cannot write {output}: {reason}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_with_a_name(cli, checkpoint, prompts, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    assert to(pipe) == (0, "", "")
+    done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
+               "--input", prompts, "--output", pipe)  # fmt: skip
+    assert done == (0, "", "")
     out, _ = reader.communicate(timeout=60)
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == PROMPTS
 

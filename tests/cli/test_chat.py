@@ -221,8 +221,14 @@ def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
         done = sample("x", "--force", "--save-state", str(path))
         assert (done.code, done.out) == (2, "")
         assert done.err == f"recurrentgemma: error: cannot write {path}: {reason}\n"
-    os.mkfifo(tmp_path / "pipe")
-    done = sample("x", "--force", "--save-state", str(tmp_path / "pipe"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_no_state_replaces_a_pipe(cli, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("recurrentgemma.cli.sample.load_sampler", None)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = cli("sample", "x", "--checkpoint", checkpoint, "--force", "--save-state", pipe)
     assert (done.code, done.out) == (2, "")
     assert "is a device, a pipe or a socket: nothing may replace it" in done.err
 
@@ -263,7 +269,7 @@ def test_samples_stops_and_log_probabilities(cli, checkpoint):
     assert all(place["chosen"] == place["top"][0] >= place["top"][1] for place in places)
 
 
-def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
+def test_score(cli, checkpoint, framework, tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "text"
     path.write_text("It was a truth – é")
     args = ("score", path, "--checkpoint", checkpoint, "--framework", framework)
@@ -287,6 +293,9 @@ def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
     assert cli(*args, "--json").json["perplexity"] is None
     assert cli("score", "-", *args[2:], stdin=b"It was").out.startswith("2 tokens, ")
     assert "stdin must be UTF-8" in cli("score", "-", *args[2:], stdin=b"caf\xe9").err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text("It was")
+    assert cli("score", "./-", *args[2:]).out.startswith("2 tokens, ")
     path.write_bytes(b"caf\xe9")
     assert "must be UTF-8 text, got byte 0xe9 at 3" in cli(*args).err
     assert "/nowhere: No such file" in cli("score", "/nowhere").err

@@ -58,7 +58,6 @@ def assert_one_line(done, *words: str) -> None:
         ("sample a --checkpoint /nowhere", ["no checkpoint folder at /nowhere"]),
         ("inspect /nowhere", ["no checkpoint folder at /nowhere"]),
         ("inspect --preset GEMMA", ["GEMMA", "HAWK_PAPER_7B"]),
-        ("inspect x --preset HAWK_PAPER_7B", ["either a checkpoint or --preset"]),
     ],
 )
 def test_mistakes(cli, args, words):
