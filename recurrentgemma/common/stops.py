@@ -42,7 +42,7 @@ def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
     Raises:
       ValueError: One is no token of the vocabulary, or they are nothing to iterate over.
     """
-    if not isinstance(ids, Iterable):
+    if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
         raise ValueError(f"stop_ids must be a sequence of token ids, got {ids!r}")
     ids = tuple(ids)
     for token in ids:
