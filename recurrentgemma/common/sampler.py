@@ -199,8 +199,9 @@ class BaseSampler(Reader, Generic[_Array]):
         """Reads text, to be continued any number of times.
 
         Args:
-          text: One text or, for a state of several rows, one a row.
-          state: What the text is added to, as it stands; if None the text is a prompt.
+          text: One text, or several for a state of so many rows.
+          state: What the texts are added to, as they stand: each to its row or, where there is
+            one row alone, all of them to that. If None they are prompts.
 
         Raises:
           StateError: The state is of another model or framework, or has another number of rows.
@@ -214,7 +215,9 @@ class BaseSampler(Reader, Generic[_Array]):
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
-            if len(tokens) != self._require_own(state).num_rows:
+            if tokens and self._require_own(state).num_rows == 1:
+                state = self._repeated(state, len(tokens))
+            if len(tokens) != state.num_rows:
                 raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
         return self._read_state(state.extended(tokens))
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import recurrentgemma.common.reader
 from recurrentgemma.common.jsonl import OutputError, ResultFile
 
 PROMPTS = ["It was", "", "And he said", "“É”", "In the", "x", "Emma"]
@@ -50,6 +51,26 @@ def test_results_are_those_of_single_prompts(cli, batch, framework, checkpoint):
         assert sample["text"] == alone.json["text"]
         assert sample["finish_reason"] == alone.json["finish_reason"]
         assert len(sample["logprobs"]["top"]) == len(sample["tokens"])
+
+
+def test_a_shared_prompt_is_read_once(cli, batch, checkpoint, framework, tmp_path, monkeypatch):
+    state = tmp_path / "shared"
+    args = ("sample", "--checkpoint", checkpoint, "--framework", framework, "--max-new-tokens")
+    assert cli(*args, "0", "--save-state", state, "It was a truth. " * 9).code == 0
+    read = []
+    pad = recurrentgemma.common.reader.pad_left
+    monkeypatch.setattr(
+        "recurrentgemma.common.reader.pad_left",
+        lambda rows, *others, **options: read.extend(rows) or pad(rows, *others, **options),
+    )
+    done, results = batch("--framework", framework, "--load-state", state, "--batch-size", "3")
+    assert done == (0, "", "")
+    assert max(map(len, read)) < 9
+    for result in results[:4]:
+        alone = cli(*args, "6", "--load-state", state, "--json", result["prompt"]).json
+        assert result["samples"][0]["tokens"] == alone["tokens"]
+    done, _ = batch("--framework", framework)
+    assert f'--load-state was "{state}", is null; --force' in done.err
 
 
 def test_draws_do_not_depend_on_batches(cli, batch, checkpoint):
