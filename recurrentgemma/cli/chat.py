@@ -86,6 +86,8 @@ def chat(
         "stop_strings": stop_strings,
         "rng": seed,
     }
+    if checkpoint is None:
+        sys.stderr.write("the bundled model was not tuned to chat; --checkpoint names another\n")
     about = f"{framework}, {loaded.dtype} on {loaded.device}"
     about += f", seed {seed}" if seed is not None else ""
     if sys.stdin.isatty():

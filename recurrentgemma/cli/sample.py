@@ -150,9 +150,13 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
+    from recurrentgemma.common.sampling import Greedy
+
     asked_seed, stop_strings = seed, checked_strings(stop or ())
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
+    if num_samples > 1 and isinstance(sampling, Greedy):
+        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if logprobs is not None and not as_json and output is None:
         raise ValueError(
             "--logprobs needs --json, or --input and --output: text has no place for it"
@@ -213,7 +217,7 @@ def sample(
             ),
         )
         if errors:
-            sys.stderr.write(f"{errors} of the lines have an error\n")
+            sys.stderr.write(f"{errors} line{'' if errors == 1 else 's'} with an error\n")
             raise typer.Exit(1)
         return
     report: dict[str, Any] = {"prompt": text}

@@ -38,13 +38,16 @@ class Line(NamedTuple):
 
 
 def read_lines(data: bytes, name: str) -> list[Line]:
-    """Every line of a file: a JSON string, or an object with a string "prompt". Empty ones count.
+    """The lines of a file: a JSON string each, or an object with a string "prompt".
+
+    Empty ones are passed over, but counted.
 
     Args:
       data: What the file holds.
       name: What errors call it.
     """
-    return [_line(number, line, name) for number, line in enumerate(io.BytesIO(data), 1)]
+    lines = enumerate(io.BytesIO(data), 1)
+    return [_line(number, line, name) for number, line in lines if line.strip()]
 
 
 def json_value(data: bytes) -> Any:

@@ -93,7 +93,7 @@ def test_malformed_lines(batch, prompts):
     assert [result["line"] for result in results] == [1, 2]
     done, results = batch("--keep-going", "--batch-size", "4")
     assert done.code == 1
-    assert done.err == "3 of the lines have an error\n"
+    assert done.err == "3 lines with an error\n"
     assert [result["line"] for result in results] == [1, 2, 3, 4, 5, 6]
     assert "line 4: a string or an object with a string" in results[3]["error"]
     assert "line 6: not UTF-8: byte 0xe9" in results[5]["error"]
@@ -195,9 +195,9 @@ def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path
     done = cli(*args, "--input", "-", "--output", "-", stdin=prompts.read_bytes())
     assert (done.code, done.err) == (0, "")
     assert [json.loads(line) for line in done.out.splitlines()] == whole
-    done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n')
+    done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n \n[\n')
     assert done.code == 2
-    assert "stdin, line 2: not JSON" in done.err
+    assert "stdin, line 4: not JSON" in done.err
     assert json.loads(done.out)["prompt"] == "a"
     # A file may have that name.
     monkeypatch.chdir(tmp_path)
@@ -284,15 +284,15 @@ def test_a_file_that_another_process_writes(tmp_path):
 
 
 def test_a_corrected_line_is_done(batch, prompts, tmp_path):
-    prompts.write_text('"a"\n\n"b"\nwrong\n')
+    prompts.write_text('"a"\nno\n"b"\nwrong\n')
     done, results = batch("--keep-going")
-    assert (done.code, done.err) == (1, "2 of the lines have an error\n")
+    assert (done.code, done.err) == (1, "2 lines with an error\n")
     # As long as it is wrong it counts, and nothing is written again.
     for args in ((), ("--keep-going",)):
         assert batch(*args) == (done, results)
     prompts.write_text('"a"\n"fixed"\n"b"\nwrong\n')
     done, more = batch()
-    assert (done.code, done.err) == (1, "1 of the lines have an error\n")
+    assert (done.code, done.err) == (1, "1 line with an error\n")
     assert more[:4] == results  # what was finished stays where it is
     assert [(result["line"], result["prompt"]) for result in more[4:]] == [(2, "fixed")]
     prompts.write_text('"a"\n"fixed"\n"b"\n"right"\n')

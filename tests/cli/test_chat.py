@@ -168,6 +168,12 @@ def test_chat_without_turns(cli, checkpoint, monkeypatch):
     assert "was not tuned to chat" in done.err
 
 
+def test_the_bundled_model_was_not_tuned_to_chat(cli):
+    done = cli("chat")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "the bundled model was not tuned to chat; --checkpoint names another\n"
+
+
 def test_states(cli, checkpoint, framework, tmp_path):
     def sample(*args: str):
         return cli("sample", "--checkpoint", checkpoint, "--framework", framework, *args)
@@ -194,6 +200,8 @@ def test_a_state_goes_on_in_several_ways(cli, checkpoint, framework, tmp_path):
 
     path = str(tmp_path / "state")
     sample("It was", "--max-new-tokens", "0", "--save-state", path)
+    done = sample("It was", "-n", "2", "--temperature", "0")
+    assert done.err == "all samples are the likeliest text: --temperature draws others\n"
     whole = sample("It was", "-n", "3").json["samples"]
     assert sample("-n", "3", "--load-state", path).json["samples"] == whole
     assert len({one["text"] for one in whole}) > 1
