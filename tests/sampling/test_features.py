@@ -58,6 +58,9 @@ def test_seeds_come_in_arrays_of_any_framework(twin: str) -> None:
         for bad in (make([0.5, 1.5]), make([True, False]), make([[3], [4]])):
             with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
                 sampler(PROMPTS[:2], 1, rng=bad)
+        assert generate(sampler, PROMPTS[:2], rng=3, stop_ids=make([3]), **FREE) == one
+        with pytest.raises(ValueError, match="stop_ids must be tokens of the vocabulary"):
+            sampler(PROMPTS[:2], 1, stop_ids=make([1.5]))
 
 
 def array_makers() -> list[Callable[[Any], Any]]:
@@ -330,6 +333,7 @@ def test_two_streams_take_turns(twin: str) -> None:
         ({"stop_ids": [2048]}, "stop_ids must be tokens of the vocabulary of 2048, got 2048"),
         ({"stop_ids": [-1]}, "stop_ids must be tokens of the vocabulary of 2048, got -1"),
         ({"stop_ids": [True]}, "stop_ids must be tokens"),
+        ({"stop_ids": np.ones((1, 2), int)}, r"stop_ids must be tokens .* got array\(\[1, 1\]\)"),
         ({"stop_ids": 5}, "stop_ids must be a sequence of token ids, got 5"),
         ({"stop_ids": None}, "stop_ids must be a sequence of token ids, got None"),
         ({"stop_strings": None}, "stop_strings must be a string or several, got None"),
