@@ -52,7 +52,9 @@ def chat(
     checkpoint: Checkpoint = None,
     load: Annotated[
         Path | None,
-        typer.Option(help="Go on with this one.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Go on with a conversation that was saved.", metavar="FILE", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
