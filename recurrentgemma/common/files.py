@@ -85,7 +85,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             stack.enter_context(_made(path.parent))
             _recover(path)
             new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_NEW, dir=path.parent))
-            stack.enter_context(_locked(new))
+            stack.enter_context(locked(new))
             temporary = new.rename(new.with_suffix(_PARTIAL))  # which others see only once locked
         except OSError as error:
             raise DestinationError(f"cannot write {path}: {error.strerror}") from error
@@ -107,7 +107,7 @@ def held_folder(path: Path) -> Iterator[None]:
             stack.enter_context(_made(path))
         except OSError as error:
             raise DestinationError(f"cannot write {path}: {error.strerror}") from error
-        if stack.enter_context(_locked(path)) is False:
+        if stack.enter_context(locked(path)) is False:
             raise DestinationError(f"another process is writing {path}")
         yield
 
@@ -200,13 +200,13 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Holds the lock that says that a process writes this folder; whether it was free, if known."""
+def locked(path: Path) -> Iterator[bool | None]:
+    """Holds the lock that says that a process writes this path; whether it was free, if known."""
     free = None
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             try:
-                descriptor = os.open(folder, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = True
@@ -222,7 +222,7 @@ def _recover(folder: Path) -> None:
     for path in _siblings(folder.parent, _OLD, folder.name):
         partial = path.with_suffix(_PARTIAL)
         if partial.exists():
-            with _locked(partial) as free:
+            with locked(partial) as free:
                 if not free:
                     continue  # another process is between its two steps
         if os.path.lexists(folder):
@@ -242,7 +242,7 @@ def remove_partial(parent: Path, name: str | None = None) -> None:
     """
     for path in _siblings(parent, _PARTIAL, name):
         if path.is_dir() and not path.is_symlink():
-            with _locked(path) as free:
+            with locked(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
         elif name is None:

@@ -277,6 +277,9 @@ def test_a_file_that_another_process_writes(tmp_path):
     file = ResultFile(path)
     with ResultFile(path) as other:
         other.write(result)
+        for force in (False, True):
+            with pytest.raises(OutputError, match="another process is writing"):
+                ResultFile(path, force=force).write(result)
     with pytest.raises(OutputError, match="another process has changed"):
         file.write(result)
     assert ResultFile(path).finished == {1: result}
