@@ -28,6 +28,7 @@ from recurrentgemma.common.jsonl import (
 if TYPE_CHECKING:
     from recurrentgemma.common.sampler import BaseSampler
     from recurrentgemma.common.sampling import Sampling
+    from recurrentgemma.common.state import State
 
 
 class Batch(NamedTuple):
@@ -78,6 +79,7 @@ def run_batch(
     batch_size: int,
     keep_going: bool,
     seed: int | None,
+    state: State | None,
     options: dict[str, Any],
     record: dict[str, Any],
 ) -> int:
@@ -91,6 +93,7 @@ def run_batch(
       batch_size: Prompts at a time.
       keep_going: Whether a line that is no prompt gets an error as its result.
       seed: Of the draws.
+      state: What each prompt is added to, if anything.
       options: Of the sampler.
       record: `recorded_options`, which each result is written with.
 
@@ -112,7 +115,7 @@ def run_batch(
             wrong = next((line for line in some if line.error), None)
             if wrong and not keep_going:
                 some = some[: some.index(wrong)]
-            for result in _results(sampler, some, seed, options):
+            for result in _results(sampler, some, seed, state, options):
                 results.write(result if "error" in result else result | {"options": record})
                 advance()
             if wrong and not keep_going:
@@ -121,11 +124,19 @@ def run_batch(
 
 
 def _results(
-    sampler: BaseSampler[Any], lines: list[Line], seed: int | None, options: dict[str, Any]
+    sampler: BaseSampler[Any],
+    lines: list[Line],
+    seed: int | None,
+    state: State | None,
+    options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     prompts = [line for line in lines if line.error is None]
     seeds = None if seed is None else [(seed + line.number) % SEEDS for line in prompts]
-    out = sampler([line.prompt for line in prompts], rng=seeds, **options)
+    texts = [line.prompt for line in prompts]
+    if state is None or not texts:
+        out = sampler(texts, rng=seeds, **options)
+    else:
+        out = sampler.generate(sampler.prefill(texts, state), rng=seeds, **options)
     samples = options["num_samples"]
     row = 0
     for line in lines:

@@ -52,7 +52,9 @@ def chat(
     checkpoint: Checkpoint = None,
     load: Annotated[
         Path | None,
-        typer.Option(help="Go on with this one.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Go on with a conversation that was saved.", metavar="FILE", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
@@ -86,6 +88,8 @@ def chat(
         "stop_strings": stop_strings,
         "rng": seed,
     }
+    if checkpoint is None:
+        sys.stderr.write("the bundled model was not tuned to chat; --checkpoint names another\n")
     about = f"{framework}, {loaded.dtype} on {loaded.device}"
     about += f", seed {seed}" if seed is not None else ""
     if sys.stdin.isatty():

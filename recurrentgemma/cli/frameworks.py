@@ -42,7 +42,7 @@ DTypeOption = Annotated[
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="Checkpoint folder. Default: the bundled model, which was not tuned to chat.",
+        help="Checkpoint of any format. Default: the bundled model, not tuned to chat.",
         metavar="PATH",
         show_default=False,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
-from recurrentgemma.common.presets import Preset, member
+from recurrentgemma.common.presets import Preset
 
 if TYPE_CHECKING:
     from recurrentgemma.common.config import GriffinConfig
@@ -29,7 +30,7 @@ def inspect(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A published model instead, without a checkpoint: "
+            help="The published model that the checkpoint is, or what to show without one: "
             f"{', '.join(known.name for known in Preset)}.",
             metavar="NAME",
             show_default=False,
@@ -58,8 +59,8 @@ def inspect(
     from recurrentgemma.common.tensor_files import DTYPE_NAMES
     from recurrentgemma_conversion import open_checkpoint
 
-    said = overrides(None, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
-    if preset is None:
+    said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
+    if said.preset is None or checkpoint is not None:
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
@@ -67,13 +68,10 @@ def inspect(
             report = described(config, dtypes, memory=memory)
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
-    elif checkpoint is None:
-        known = member(Preset, preset.upper())
-        source = {"preset": known.name}
-        config = GriffinConfig.from_preset(known)
-        report = described(config, {}, memory=memory)
     else:
-        raise ValueError("give either a checkpoint or --preset, not both")
+        source = {"preset": said.preset.name}
+        config = dataclasses.replace(GriffinConfig.from_preset(said.preset), **said.fields)
+        report = described(config, {}, memory=memory)
     if as_json:
         typer.echo(json.dumps(source | report))
     else:

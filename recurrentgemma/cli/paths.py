@@ -8,6 +8,12 @@ from pathlib import Path
 from recurrentgemma.common.jsonl import STDIO
 
 
+def named_path(word: str) -> Path:
+    """The path that a word names: `STDIO` only for - itself, not for a file of that name (./-)."""
+    path = Path(word)
+    return path.absolute() if path == STDIO and word != str(STDIO) else path
+
+
 def source_name(path: Path) -> str:
     """What messages call a file that is read."""
     return "stdin" if path == STDIO else str(path)

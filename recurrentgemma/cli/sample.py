@@ -28,6 +28,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.generation import generate
+from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,
@@ -94,7 +95,7 @@ def sample(
     load_state: Annotated[
         Path | None,
         typer.Option(
-            help="Go on from a saved state; PROMPT, if any, is added to it.",
+            help="Go on from a saved state; PROMPT, if any, or each of --input is added to it.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=_STATES,
@@ -115,6 +116,7 @@ def sample(
             "--input",
             help='Prompts instead: a JSON string a line, or an object with a string "prompt"; '
             "- reads stdin.",
+            parser=named_path,
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,
@@ -125,6 +127,7 @@ def sample(
         typer.Option(
             help="Their results, a JSON object a line; - is stdout. A file that is there is gone "
             "on with.",
+            parser=named_path,
             metavar="FILE",
             show_default=False,
             rich_help_panel=_BATCHES,
@@ -147,9 +150,13 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
+    from recurrentgemma.common.sampling import Greedy
+
     asked_seed, stop_strings = seed, checked_strings(stop or ())
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
+    if num_samples > 1 and isinstance(sampling, Greedy):
+        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if logprobs is not None and not as_json and output is None:
         raise ValueError(
             "--logprobs needs --json, or --input and --output: text has no place for it"
@@ -173,6 +180,12 @@ def sample(
         loaded = load_sampler(framework, path, tokenizer, sampling, dtype, chat)
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
+    before = None
+    if load_state is not None:
+        load_state = expanded(load_state)
+        before = sampler.load_state(load_state)
+        if before.num_rows != 1:
+            raise ValueError(f"{load_state} is the state of {before.num_rows} texts, not of one")
     options: dict[str, Any] = {
         "total_generation_steps": max_new_tokens,
         "stop_strings": stop_strings,
@@ -186,6 +199,7 @@ def sample(
             batch_size=batch_size,
             keep_going=keep_going,
             seed=seed,
+            state=before,
             options=options | {"num_samples": num_samples},
             record=recorded_options(
                 sampling,
@@ -199,10 +213,11 @@ def sample(
                 stop_id=stop_id or [],
                 num_samples=num_samples,
                 logprobs=logprobs,
+                load_state=None if load_state is None else os.path.abspath(load_state),
             ),
         )
         if errors:
-            sys.stderr.write(f"{errors} of the lines have an error\n")
+            sys.stderr.write(f"{errors} line{'' if errors == 1 else 's'} with an error\n")
             raise typer.Exit(1)
         return
     report: dict[str, Any] = {"prompt": text}
@@ -213,15 +228,10 @@ def sample(
         "seed": seed,
     }
     shown = text + "\n" * chat if echo else ""
-    source: Any = text
-    if load_state is not None:
-        source = sampler.load_state(expanded(load_state))
-        source = sampler.prefill(text, source) if text else source
-        if source.num_rows != 1:
-            raise ValueError(f"{load_state} is the state of {source.num_rows} texts, not of one")
+    source = text if before is None else sampler.prefill(text, before)
     stream = None
     if num_samples > 1:
-        state = sampler.prefill(text) if load_state is None else source
+        state = sampler.prefill(source) if isinstance(source, str) else source
         out = sampler.generate(state, rng=seed, num_samples=num_samples, **options)
         report["samples"] = [sample_fields(out, row) for row in range(num_samples)]
         speed = f"{num_samples} samples"
@@ -247,7 +257,8 @@ def sample(
         line += f", seed {seed}" if seed is not None else ""
         sys.stderr.write(f"{speed}, loaded in {load_s:.2f} s\n{line}\n")
     if save_state is not None and stream is not None:  # at last, so that no text is lost
-        sampler.save_state(save_state, stream.state, force=force)
+        state = sampler.prefill("", stream.state)  # read, also where nothing was generated
+        sampler.save_state(save_state, state, force=force)
 
 
 def _require_sense(
@@ -262,8 +273,8 @@ def _require_sense(
     """Raises `ValueError` for options that do not go together."""
     if (source is None) != (output is None):
         raise ValueError("--input and --output go together")
-    if source is not None and (prompt is not None or load_state or save_state):
-        raise ValueError("--input takes the place of PROMPT, --load-state and --save-state")
+    if source is not None and (prompt is not None or save_state):
+        raise ValueError("--input takes the place of PROMPT and --save-state")
     if save_state and num_samples > 1:
         raise ValueError("one text's state is saved: --num-samples must be 1")
     if load_state and chat:

@@ -19,12 +19,15 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
-from recurrentgemma.cli.paths import read_source, source_name
+from recurrentgemma.cli.paths import named_path, read_source, source_name
 from recurrentgemma.common.files import expanded
 
 
 def score(
-    file: Annotated[Path, typer.Argument(help="A UTF-8 text; - reads stdin.", metavar="FILE")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A UTF-8 text; - reads stdin.", metavar="FILE", parser=named_path),
+    ],
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     dtype: DTypeOption = None,

@@ -63,7 +63,9 @@ def train(
     learnt; or {"messages": [{"role": "user", "content": ...}, {"role": "model", ...}]}, of which
     the model's turns are.
     """
+    from recurrentgemma.common.files import held_folder
     from recurrentgemma.common.run import Interrupted
+    from recurrentgemma.common.run_folder import RunFolder
 
     given = {
         name: value
@@ -76,8 +78,12 @@ def train(
         raise ValueError("--out must name the folder of the run")
     if resume and force:
         raise ValueError("--resume and --force exclude each other")
+    folder = RunFolder(out)
+    resume = resume and folder.options.is_file()
+    if not resume:
+        folder.require_free(force=force)
     try:
-        with _prepared(out, given, from_file, resume, force) as prepared:
+        with held_folder(out), _prepared(folder, given, from_file, resume, force) as prepared:
             prepared.run()
             summary = prepared.finish()
     except Interrupted as interrupted:
@@ -98,7 +104,11 @@ class _Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def _prepared(
-    out: Path, given: dict[str, Any], from_file: dict[str, Any], resume: bool, force: bool
+    folder: RunFolder,
+    given: dict[str, Any],
+    from_file: dict[str, Any],
+    resume: bool,
+    force: bool,
 ) -> Iterator[_Prepared]:
     """Reads all that a run needs, then makes or opens its folder: mistakes change nothing."""
     from recurrentgemma.cli.train_display import (
@@ -113,10 +123,7 @@ def _prepared(
     from recurrentgemma.common.files import whole_file
     from recurrentgemma.common.loss_plot import can_draw, require_matplotlib
     from recurrentgemma.common.run import Run
-    from recurrentgemma.common.run_folder import RunFolder
 
-    folder = RunFolder(out)
-    resume = resume and folder.options.is_file()
     stored, files = read_toml(folder.options) if resume else ({}, {})
     options = merged(given, from_file, stored)
     if resume:

@@ -59,8 +59,7 @@ class Conversation:
         Raises:
           ValueError: The tokenizer has no `<end_of_turn>`: the model was not tuned to chat.
         """
-        if sampler.tokenizer.end_of_turn_id is None:
-            raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
+        sampler.tokenizer.require_end_of_turn()
         self.sampler = sampler
         # Held by whoever iterates alone: once that is over, so is the answer.
         self._answering: weakref.ref[Generator[str]] | None = None
@@ -97,8 +96,7 @@ class Conversation:
         self._end_answer()
         tokens = self._opening(text)
         start = self._extended(tokens)
-        end = self.sampler.tokenizer.end_of_turn_id
-        assert end is not None
+        end = self.sampler.tokenizer.require_end_of_turn()
         stop_ids = checked_ids(options.pop("stop_ids", ()), self.sampler.config.vocab_size)
         stream = self.sampler.stream(
             start, total_generation_steps, stop_ids={end, *stop_ids}, **options

@@ -80,11 +80,12 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     Raises:
       DestinationError: The parent of `path` is no folder, or cannot be written.
     """
-    with _parents_of(path), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
+            stack.enter_context(_made(path.parent))
             _recover(path)
             new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_NEW, dir=path.parent))
-            stack.enter_context(_locked(new))
+            stack.enter_context(locked(new))
             temporary = new.rename(new.with_suffix(_PARTIAL))  # which others see only once locked
         except OSError as error:
             raise DestinationError(f"cannot write {path}: {error.strerror}") from error
@@ -93,19 +94,35 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _parents_of(folder: Path) -> Iterator[None]:
-    """Makes the folders above; those made go again if the block fails and they are empty."""
-    made = [parent for parent in folder.parents if not os.path.lexists(parent)]
-    try:
+def held_folder(path: Path) -> Iterator[None]:
+    """Makes a folder, if there is none, which no other process can hold until the block ends.
+
+    If the block fails and nothing is in what was made, it goes again.
+
+    Raises:
+      DestinationError: Another process holds it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_made(path))
         except OSError as error:
-            raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
+            raise DestinationError(f"cannot write {path}: {error.strerror}") from error
+        if stack.enter_context(locked(path)) is False:
+            raise DestinationError(f"another process is writing {path}")
+        yield
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and those above; what was made goes again if the block fails, where empty."""
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for parent in made:
+        for path in made:
             with contextlib.suppress(OSError):
-                parent.rmdir()
+                path.rmdir()
         raise
 
 
@@ -183,25 +200,21 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock that says that a process writes this folder; whether it was free."""
-    if fcntl is None:
-        yield False
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # another user's, or gone
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+def locked(path: Path) -> Iterator[bool | None]:
+    """Holds the lock that says that a process writes this path; whether it was free, if known."""
+    free = None
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except BlockingIOError:
+                free = False
+            except OSError:  # it is another user's, or gone, or its disk has no locks
+                pass
+        yield free
 
 
 def _recover(folder: Path) -> None:
@@ -209,7 +222,7 @@ def _recover(folder: Path) -> None:
     for path in _siblings(folder.parent, _OLD, folder.name):
         partial = path.with_suffix(_PARTIAL)
         if partial.exists():
-            with _locked(partial) as free:
+            with locked(partial) as free:
                 if not free:
                     continue  # another process is between its two steps
         if os.path.lexists(folder):
@@ -229,7 +242,7 @@ def remove_partial(parent: Path, name: str | None = None) -> None:
     """
     for path in _siblings(parent, _PARTIAL, name):
         if path.is_dir() and not path.is_symlink():
-            with _locked(path) as free:
+            with locked(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
         elif name is None:

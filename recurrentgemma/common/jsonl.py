@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from recurrentgemma.common.files import locked
+
 STDIO = Path("-")  # stdin or stdout
 _OPENING = b'{"line": '  # of every result that is written
 
@@ -38,13 +40,16 @@ class Line(NamedTuple):
 
 
 def read_lines(data: bytes, name: str) -> list[Line]:
-    """Every line of a file: a JSON string, or an object with a string "prompt". Empty ones count.
+    """The lines of a file: a JSON string each, or an object with a string "prompt".
+
+    Empty ones are passed over, but counted.
 
     Args:
       data: What the file holds.
       name: What errors call it.
     """
-    return [_line(number, line, name) for number, line in enumerate(io.BytesIO(data), 1)]
+    lines = enumerate(io.BytesIO(data), 1)
+    return [_line(number, line, name) for number, line in lines if line.strip()]
 
 
 def json_value(data: bytes) -> Any:
@@ -123,6 +128,7 @@ class ResultFile:
         self.path = path
         self.finished: dict[int, dict[str, Any]] = {}
         self._file: TextIO | None = None
+        self._held = contextlib.ExitStack()  # the file and its lock
         self._force, self._regular = force, False
         self._whole = self._size = 0  # bytes of whole lines, and of all
         if path == STDIO:
@@ -155,17 +161,23 @@ class ResultFile:
 
     def _opened(self) -> TextIO:
         if self._file is None:
-            size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-            if self._regular and not self._force and size != self._size:
-                raise OutputError(
-                    f"another process has changed {self.path} meanwhile; "
-                    "once it has ended, the same command goes on after it"
-                )
-            mode = "a" if self._regular else "w"
-            self._file = self.path.open(mode, encoding="ascii", newline="\n")
-            if self._regular:
-                self._file.truncate(self._whole)
+            with contextlib.ExitStack() as stack:
+                mode = "a" if self._regular else "w"
+                file = stack.enter_context(self.path.open(mode, encoding="ascii", newline="\n"))
+                if self._regular:
+                    self._require_own(stack.enter_context(locked(self.path)), file)
+                    file.truncate(self._whole)
+                self._file, self._held = file, stack.pop_all()
         return self._file
+
+    def _require_own(self, free: bool | None, file: TextIO) -> None:
+        """Raises `OutputError` if another process writes the file, or has since it was read."""
+        size = os.fstat(file.fileno()).st_size
+        if free is False or (not self._force and size != self._size):
+            raise OutputError(
+                f"another process {'is writing' if free is False else 'has changed'} {self.path}; "
+                "once it has ended, the same command goes on after it"
+            )
 
     def write(self, result: dict[str, Any]) -> None:
         """Adds a result.
@@ -199,9 +211,8 @@ class ResultFile:
             if kind is None:
                 self._write("")
         finally:
-            if self._file is not None and self.path != STDIO:
-                with contextlib.suppress(OSError):  # what could not be written has been told
-                    self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self._held.close()
 
 
 def _is_cut_short(data: bytes) -> bool:

@@ -80,7 +80,8 @@ class RunFolder:
     def clean(self) -> None:
         """Removes what a killed process left half written or half removed."""
         for folder in (self.path, self.checkpoints):
-            remove_partial(folder)
+            if folder.exists():
+                remove_partial(folder)
 
     def save(
         self,
@@ -161,22 +162,26 @@ class RunFolder:
         """
         if not self.path.exists():
             return
-        if not self.path.is_dir() or (any(self.path.iterdir()) and not self.options.exists()):
+        if self.path.is_dir() and not self._entries():
+            return
+        if not self.path.is_dir() or not self.options.exists():
             raise DestinationError(f"{self.path} exists and is no folder of a training run")
-        if any(self.path.iterdir()) and not force:
+        if not force:
             raise DestinationError(
                 f"{self.path} holds a training run: --resume goes on with it, --force replaces it"
             )
 
     def begin(self) -> None:
         """Makes the folder, or empties it."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         # The options last: until they are gone the folder is known as a run's.
-        for path in sorted(self.path.iterdir(), key=lambda path: path == self.options):
-            if path != self.checkpoints:
-                _remove(path)
-        for path in self.checkpoints.iterdir():
+        for path in sorted(self._entries(), key=lambda path: path == self.options):
             _remove(path)
+
+    def _entries(self) -> list[Path]:
+        """What is in the folder, but for options that a killed process was writing."""
+        unfinished = f".{self.options.name}."
+        return [path for path in self.path.iterdir() if not path.name.startswith(unfinished)]
 
 
 def _remove(path: Path) -> None:

@@ -49,6 +49,8 @@ class BaseSampler(Reader, Generic[_Array]):
         self.tokenizer = vocab if isinstance(vocab, Tokenizer) else Tokenizer(vocab)
         self.sampling: Sampling = sampling or (Greedy() if greedy else Categorical())
         self.is_it_model = is_it_model
+        if is_it_model:
+            self.tokenizer.require_end_of_turn()
 
     def __call__(
         self,
@@ -71,10 +73,10 @@ class BaseSampler(Reader, Generic[_Array]):
           input_strings: Prompts; they may differ in length and be empty.
           total_generation_steps: At most this many tokens a row.
           rng: Seed of the draws: an integer; one a prompt, in a sequence or an array of any
-            framework; or the framework's own, a key (also JAX's old uint32 ones) or a
-            `torch.Generator`; fresh if None. A row's draws depend on its seed and on the positions
-            of its tokens, not on other rows: of one integer each row makes a seed of its own, and
-            of several each prompt's is the same wherever the prompt stands.
+            framework; or the framework's own, a key (also JAX's old uint32 ones), keys, one a
+            prompt, or a `torch.Generator`; fresh if None. A row's draws depend on its seed and on
+            the positions of its tokens, not on other rows: of one integer each row makes a seed of
+            its own, and of several each prompt's is the same wherever the prompt stands.
           echo: Whether to return the prompts too.
           return_logits: Whether to return logits.
           end_sampling_at_eos_token: Whether a row ends at EOS (and, of an instruction-tuned model,
@@ -197,8 +199,9 @@ class BaseSampler(Reader, Generic[_Array]):
         """Reads text, to be continued any number of times.
 
         Args:
-          text: One text or, for a state of several rows, one a row.
-          state: What the text is added to, as it stands; if None the text is a prompt.
+          text: One text, or several for a state of so many rows.
+          state: What the texts are added to, as they stand: each to its row or, where there is
+            one row alone, all of them to that. If None they are prompts.
 
         Raises:
           StateError: The state is of another model or framework, or has another number of rows.
@@ -212,7 +215,9 @@ class BaseSampler(Reader, Generic[_Array]):
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
-            if len(tokens) != self._require_own(state).num_rows:
+            if tokens and self._require_own(state).num_rows == 1:
+                state = self._repeated(state, len(tokens))
+            if len(tokens) != state.num_rows:
                 raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
         return self._read_state(state.extended(tokens))
 
@@ -309,8 +314,8 @@ class BaseSampler(Reader, Generic[_Array]):
         reasons = dict.fromkeys(checked_ids(ids, self.config.vocab_size), "stop_id")
         if at_eos:
             reasons[self.tokenizer.eos_id] = "eos"
-            if self.is_it_model and self.tokenizer.end_of_turn_id is not None:
-                reasons[self.tokenizer.end_of_turn_id] = "end_of_turn"
+            if self.is_it_model:
+                reasons[self.tokenizer.require_end_of_turn()] = "end_of_turn"
         return Request(
             steps=_checked("total_generation_steps", steps, least=0),
             sampling=sampling,

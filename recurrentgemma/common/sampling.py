@@ -87,7 +87,9 @@ def row_keys(seeds: Any, num_texts: int, num_samples: int = 1) -> list[np.ndarra
     seeds = _plain(seeds)
     if _is_integer(seeds):
         pairs = [(seeds, row) for row in range(num_texts * num_samples)]
-    elif isinstance(seeds, Sequence) and all(_is_integer(_plain(seed)) for seed in seeds):
+    elif isinstance(seeds, Sequence) and not isinstance(seeds, bytes | bytearray) and all(
+        _is_integer(_plain(seed)) for seed in seeds
+    ):  # fmt: skip
         if len(seeds) != num_texts:
             raise ValueError(f"rng must have one seed a text, {num_texts}, got {len(seeds)}")
         pairs = [(seed, sample) for seed in seeds for sample in range(num_samples)]

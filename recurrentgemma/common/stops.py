@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,17 +43,22 @@ def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
     Raises:
       ValueError: One is no token of the vocabulary, or they are nothing to iterate over.
     """
-    if not isinstance(ids, Iterable):
+    if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
         raise ValueError(f"stop_ids must be a sequence of token ids, got {ids!r}")
     ids = tuple(ids)
     for token in ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or not (
-            0 <= token < vocab_size
-        ):  # fmt: skip
+        if not _is_token(token, vocab_size):
             raise ValueError(
                 f"stop_ids must be tokens of the vocabulary of {vocab_size}, got {token!r}"
             )
-    return tuple(int(token) for token in ids)
+    return tuple(map(operator.index, ids))
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    try:
+        return not isinstance(value, bool) and 0 <= operator.index(value) < vocab_size
+    except TypeError:  # of a framework's number, say, that is no integer
+        return False
 
 
 class RowText:

@@ -64,6 +64,16 @@ class Tokenizer:
         end_of_turn = vocab.piece_to_id(END_OF_TURN)
         self.end_of_turn_id = None if end_of_turn == vocab.unk_id() else end_of_turn
 
+    def require_end_of_turn(self) -> int:
+        """The id that ends a turn.
+
+        Raises:
+          ValueError: There is none: the model was not tuned to chat.
+        """
+        if self.end_of_turn_id is None:
+            raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
+        return self.end_of_turn_id
+
     @property
     def size(self) -> int:
         """Number of pieces."""

@@ -18,7 +18,7 @@ from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.files import expanded, whole_folder
 from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.text import Tokenizer
-from recurrentgemma.jax.griffin import Griffin, Params, get_path, set_path
+from recurrentgemma.jax.griffin import Griffin, Params, get_path, require_available, set_path
 from recurrentgemma_conversion.formats import Reader, require_tensors
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.kaggle_flax import flax_layout
@@ -44,8 +44,8 @@ def load_checkpoint(
     Args:
       path: A folder, file or archive; the bundled model if None.
       dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
-        what matrix products take is stored in several. Where JAX has float64 turned off, float64 is
-        float32.
+        what matrix products take is stored in several, and float64 as float32 where JAX has it
+        turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
       overrides: What the checkpoint does not say of the model, or says otherwise.
@@ -53,8 +53,9 @@ def load_checkpoint(
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
       ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
-        parameters cannot be of the dtype.
+        parameters cannot be of the dtype, or JAX has it turned off.
     """
+    require_available(dtype)
     if device is not None:
         if sharding != "single_device":
             raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")

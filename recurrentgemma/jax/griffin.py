@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -48,6 +49,8 @@ class Griffin(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
+        for dtype in (self.dtype, self.param_dtype):
+            require_available(dtype)
         settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
         self.embedder = Embedder(self.config, "embedder", *settings)
 
@@ -77,7 +80,7 @@ class Griffin(nn.Module):
 
         Raises:
           ValueError: `tokens` and `segment_pos` are not two [B, T] arrays of integers of one shape,
-            or `cache` is not the state of B rows of this model.
+            or `cache` is not the state of B rows of this model, or JAX has the dtype turned off.
         """
         x, new_cache = self.hidden(tokens, segment_pos, cache, last_logits_only)
         logits = self.embedder.decode(x) if return_logits else None
@@ -145,11 +148,25 @@ class Griffin(nn.Module):
 
 
 def init_params(config: GriffinConfig, seed: int, dtype: Dtype = jnp.float32) -> Params:
-    """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit."""
+    """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit.
+
+    Raises:
+      ValueError: JAX has the dtype turned off.
+    """
+    require_available(dtype)
     params: dict[str, Any] = {}
     for spec, value in sample_params(config, seed):
         set_path(params, spec.path, jnp.asarray(value, dtype))
     return params
+
+
+def require_available(dtype: Dtype | None) -> None:
+    """Raises `ValueError` for a dtype in whose place JAX would take a narrower one."""
+    if dtype is not None and (taken := jax.dtypes.canonicalize_dtype(dtype)) != jnp.dtype(dtype):
+        raise ValueError(
+            f"dtype must be one that JAX has turned on, got {jnp.dtype(dtype)}, for which it would "
+            f"take {taken}: jax.config.update('jax_enable_x64', True) turns it on"
+        )
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -62,7 +62,8 @@ class Sampler(BaseSampler[Array]):
           sampling: How tokens are chosen.
 
         Raises:
-          ValueError: The parameters do not match the model's config; every difference is named.
+          ValueError: The parameters do not match the model's config; every difference is named. Or
+            the model is instruction-tuned and its vocabulary has no `<end_of_turn>`.
         """
         super().__init__(model.config, vocab, sampling, deterministic_sampling, is_it_model)
         self.model = model
@@ -86,6 +87,14 @@ class Sampler(BaseSampler[Array]):
         if self._jit_compile:
             self._functions = compiled(self.model, platform_of(self._params))
         self._ready: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled steps, which are looked up again."""
+        return {name: value for name, value in vars(self).items() if name != "_functions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.params = self._params
 
     def _read(self, state: State) -> tuple[Cache, np.ndarray, np.ndarray]:
         if self._jit_compile:
@@ -173,13 +182,22 @@ class Sampler(BaseSampler[Array]):
     def _seed(self, rng: Any) -> Any:
         if rng is None:
             return np.random.SeedSequence().entropy
-        if isinstance(rng, Array):
-            if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-                rng = jax.random.key_data(rng)
-            elif rng.dtype != jnp.uint32 or rng.shape != _old_key().shape:
-                return rng
-            return int.from_bytes(np.asarray(rng).tobytes(), "little")
+        return _as_seeds(rng)
+
+
+def _as_seeds(rng: Any) -> Any:
+    """Keys, alone or several, as the integers of their bits; anything else as it is."""
+    if isinstance(rng, list | tuple) or (_is_key(rng) and rng.ndim):
+        return [_as_seeds(key) for key in rng]
+    if _is_key(rng):
+        rng = jax.random.key_data(rng)
+    elif not isinstance(rng, Array) or rng.dtype != jnp.uint32 or rng.shape != _old_key().shape:
         return rng
+    return int.from_bytes(np.asarray(rng).tobytes(), "little")
+
+
+def _is_key(rng: Any) -> bool:
+    return isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
 
 
 def _old_key() -> jax.ShapeDtypeStruct:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -20,6 +21,14 @@ from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]
+
+
+class _Prepared(NamedTuple):
+    """A model with its decode step, maybe compiled, and that step as captured by batch size."""
+
+    model: Griffin
+    step: Callable[..., Any]
+    captured: dict[int, CapturedStep]
 
 
 class Sampler(BaseSampler[Tensor]):
@@ -51,20 +60,25 @@ class Sampler(BaseSampler[Tensor]):
           sampling: How tokens are chosen.
           jit_compile: Whether to compile the decode step with `torch.compile`: the first token of a
             batch size takes long, every later one less.
+
+        Raises:
+          ValueError: The model is instruction-tuned and its vocabulary has no `<end_of_turn>`.
         """
         super().__init__(model.config, vocab, sampling, greedy_sampling, is_it_model)
         self.model = model
         self._jit_compile = jit_compile
-        self._prepared: Griffin | None = None
+        self._prepared: _Prepared | None = None
 
-    def _prepare(self) -> None:
-        """The step of the model, which may have taken the place of another."""
-        if self._prepared is not self.model:
-            self._prepared = self.model
-            self._step = (
-                torch.compile(self.model, dynamic=False) if self._jit_compile else self.model
-            )
-            self._captured: dict[int, CapturedStep] = {}
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled and captured steps, which are made again."""
+        return vars(self) | {"_prepared": None}
+
+    def _prepare(self) -> _Prepared:
+        """The steps of the model, which may have taken the place of another."""
+        if self._prepared is None or self._prepared.model is not self.model:
+            step = torch.compile(self.model, dynamic=False) if self._jit_compile else self.model
+            self._prepared = _Prepared(self.model, step, {})
+        return self._prepared
 
     def _begin(self, state: State) -> Cache:
         if state.cache is None:
@@ -81,13 +95,13 @@ class Sampler(BaseSampler[Tensor]):
 
     @torch.no_grad()
     def _feed(self, run: Run, tokens: np.ndarray, segment_pos: np.ndarray) -> tuple[Tensor, Run]:
-        self._prepare()
+        _, step, captured = self._prepare()
         inputs = [torch.from_numpy(z[:, None]) for z in (tokens, segment_pos)]
         if self._device.type == "cuda":
-            if len(tokens) not in self._captured:
-                self._captured[len(tokens)] = CapturedStep(self.model, self._step, len(tokens))
-            return self._captured[len(tokens)](run, *inputs), run
-        logits, run.cache = self._step(tokens=inputs[0], segment_pos=inputs[1], cache=run.cache)
+            if len(tokens) not in captured:
+                captured[len(tokens)] = CapturedStep(self.model, step, len(tokens))
+            return captured[len(tokens)](run, *inputs), run
+        logits, run.cache = step(tokens=inputs[0], segment_pos=inputs[1], cache=run.cache)
         return logits[:, 0], run
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import recurrentgemma.common.reader
 from recurrentgemma.common.jsonl import OutputError, ResultFile
 
 PROMPTS = ["It was", "", "And he said", "“É”", "In the", "x", "Emma"]
@@ -52,6 +53,26 @@ def test_results_are_those_of_single_prompts(cli, batch, framework, checkpoint):
         assert len(sample["logprobs"]["top"]) == len(sample["tokens"])
 
 
+def test_a_shared_prompt_is_read_once(cli, batch, checkpoint, framework, tmp_path, monkeypatch):
+    state = tmp_path / "shared"
+    args = ("sample", "--checkpoint", checkpoint, "--framework", framework, "--max-new-tokens")
+    assert cli(*args, "0", "--save-state", state, "It was a truth. " * 9).code == 0
+    read = []
+    pad = recurrentgemma.common.reader.pad_left
+    monkeypatch.setattr(
+        "recurrentgemma.common.reader.pad_left",
+        lambda rows, *others, **options: read.extend(rows) or pad(rows, *others, **options),
+    )
+    done, results = batch("--framework", framework, "--load-state", state, "--batch-size", "3")
+    assert done == (0, "", "")
+    assert max(map(len, read)) < 9
+    for result in results[:4]:
+        alone = cli(*args, "6", "--load-state", state, "--json", result["prompt"]).json
+        assert result["samples"][0]["tokens"] == alone["tokens"]
+    done, _ = batch("--framework", framework)
+    assert f'--load-state was "{state}", is null; --force' in done.err
+
+
 def test_draws_do_not_depend_on_batches(cli, batch, checkpoint):
     args = ("--temperature", "1.5", "--seed", "7", "-n", "2")
     _, threes = batch(*args, "--batch-size", "3", output="threes")
@@ -72,7 +93,7 @@ def test_malformed_lines(batch, prompts):
     assert [result["line"] for result in results] == [1, 2]
     done, results = batch("--keep-going", "--batch-size", "4")
     assert done.code == 1
-    assert done.err == "3 of the lines have an error\n"
+    assert done.err == "3 lines with an error\n"
     assert [result["line"] for result in results] == [1, 2, 3, 4, 5, 6]
     assert "line 4: a string or an object with a string" in results[3]["error"]
     assert "line 6: not UTF-8: byte 0xe9" in results[5]["error"]
@@ -160,7 +181,7 @@ def test_the_input_is_never_the_output(cli, checkpoint, prompts, tmp_path, force
     assert b"--input and --output are one file" in done.stderr
 
 
-def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path):
+def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path, monkeypatch):
     _, whole = batch()
     args = ("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6")
     read, write = os.pipe()
@@ -174,10 +195,17 @@ def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path
     done = cli(*args, "--input", "-", "--output", "-", stdin=prompts.read_bytes())
     assert (done.code, done.err) == (0, "")
     assert [json.loads(line) for line in done.out.splitlines()] == whole
-    done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n')
+    done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n \n[\n')
     assert done.code == 2
-    assert "stdin, line 2: not JSON" in done.err
+    assert "stdin, line 4: not JSON" in done.err
     assert json.loads(done.out)["prompt"] == "a"
+    # A file may have that name.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text('"a"\n')
+    assert cli(*args, "--input", "./-", "--output", "-").out == done.out
+    (tmp_path / "-").unlink()
+    assert cli(*args, "--input", "-", "--output", "./-", stdin=b'"a"\n') == (0, "", "")
+    assert (tmp_path / "-").read_text() == done.out
 
 
 def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
@@ -195,10 +223,16 @@ def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
         done = to(output)
         assert (done.code, done.out) == (2, "")
         assert done.err == f"recurrentgemma: error: cannot write {output}: {reason}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_with_a_name(cli, checkpoint, prompts, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    assert to(pipe) == (0, "", "")
+    done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
+               "--input", prompts, "--output", pipe)  # fmt: skip
+    assert done == (0, "", "")
     out, _ = reader.communicate(timeout=60)
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == PROMPTS
 
@@ -243,6 +277,9 @@ def test_a_file_that_another_process_writes(tmp_path):
     file = ResultFile(path)
     with ResultFile(path) as other:
         other.write(result)
+        for force in (False, True):
+            with pytest.raises(OutputError, match="another process is writing"):
+                ResultFile(path, force=force).write(result)
     with pytest.raises(OutputError, match="another process has changed"):
         file.write(result)
     assert ResultFile(path).finished == {1: result}
@@ -250,15 +287,15 @@ def test_a_file_that_another_process_writes(tmp_path):
 
 
 def test_a_corrected_line_is_done(batch, prompts, tmp_path):
-    prompts.write_text('"a"\n\n"b"\nwrong\n')
+    prompts.write_text('"a"\nno\n"b"\nwrong\n')
     done, results = batch("--keep-going")
-    assert (done.code, done.err) == (1, "2 of the lines have an error\n")
+    assert (done.code, done.err) == (1, "2 lines with an error\n")
     # As long as it is wrong it counts, and nothing is written again.
     for args in ((), ("--keep-going",)):
         assert batch(*args) == (done, results)
     prompts.write_text('"a"\n"fixed"\n"b"\nwrong\n')
     done, more = batch()
-    assert (done.code, done.err) == (1, "1 of the lines have an error\n")
+    assert (done.code, done.err) == (1, "1 line with an error\n")
     assert more[:4] == results  # what was finished stays where it is
     assert [(result["line"], result["prompt"]) for result in more[4:]] == [(2, "fixed")]
     prompts.write_text('"a"\n"fixed"\n"b"\n"right"\n')

@@ -168,6 +168,12 @@ def test_chat_without_turns(cli, checkpoint, monkeypatch):
     assert "was not tuned to chat" in done.err
 
 
+def test_the_bundled_model_was_not_tuned_to_chat(cli):
+    done = cli("chat")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "the bundled model was not tuned to chat; --checkpoint names another\n"
+
+
 def test_states(cli, checkpoint, framework, tmp_path):
     def sample(*args: str):
         return cli("sample", "--checkpoint", checkpoint, "--framework", framework, *args)
@@ -194,6 +200,8 @@ def test_a_state_goes_on_in_several_ways(cli, checkpoint, framework, tmp_path):
 
     path = str(tmp_path / "state")
     sample("It was", "--max-new-tokens", "0", "--save-state", path)
+    done = sample("It was", "-n", "2", "--temperature", "0")
+    assert done.err == "all samples are the likeliest text: --temperature draws others\n"
     whole = sample("It was", "-n", "3").json["samples"]
     assert sample("-n", "3", "--load-state", path).json["samples"] == whole
     assert len({one["text"] for one in whole}) > 1
@@ -221,8 +229,14 @@ def test_where_a_state_goes(cli, checkpoint, tmp_path, monkeypatch):
         done = sample("x", "--force", "--save-state", str(path))
         assert (done.code, done.out) == (2, "")
         assert done.err == f"recurrentgemma: error: cannot write {path}: {reason}\n"
-    os.mkfifo(tmp_path / "pipe")
-    done = sample("x", "--force", "--save-state", str(tmp_path / "pipe"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_no_state_replaces_a_pipe(cli, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("recurrentgemma.cli.sample.load_sampler", None)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = cli("sample", "x", "--checkpoint", checkpoint, "--force", "--save-state", pipe)
     assert (done.code, done.out) == (2, "")
     assert "is a device, a pipe or a socket: nothing may replace it" in done.err
 
@@ -263,7 +277,7 @@ def test_samples_stops_and_log_probabilities(cli, checkpoint):
     assert all(place["chosen"] == place["top"][0] >= place["top"][1] for place in places)
 
 
-def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
+def test_score(cli, checkpoint, framework, tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "text"
     path.write_text("It was a truth – é")
     args = ("score", path, "--checkpoint", checkpoint, "--framework", framework)
@@ -287,6 +301,9 @@ def test_score(cli, checkpoint, framework, tmp_path, tokenizer):
     assert cli(*args, "--json").json["perplexity"] is None
     assert cli("score", "-", *args[2:], stdin=b"It was").out.startswith("2 tokens, ")
     assert "stdin must be UTF-8" in cli("score", "-", *args[2:], stdin=b"caf\xe9").err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text("It was")
+    assert cli("score", "./-", *args[2:]).out.startswith("2 tokens, ")
     path.write_bytes(b"caf\xe9")
     assert "must be UTF-8 text, got byte 0xe9 at 3" in cli(*args).err
     assert "/nowhere: No such file" in cli("score", "/nowhere").err

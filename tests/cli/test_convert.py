@@ -131,10 +131,12 @@ def test_mistakes(cli, tmp_path, source, monkeypatch):
     done = cli("convert", source, out, "--to", "gguf")
     assert done.code == 2
     assert all(name in done.err for name in FORMATS)
-    done = cli("convert", source, out, "--to", "recurrentgemma", "--preset", "HAWK_PAPER_7B")
-    assert "this is not HAWK_PAPER_7B: width is 24 in the checkpoint and 4096" in done.err
+    commands = ("convert", source, out, "--to", "recurrentgemma"), ("inspect", source)
+    for args in commands:
+        done = cli(*args, "--preset", "HAWK_PAPER_7B")
+        assert "this is not HAWK_PAPER_7B: width is 24 in the checkpoint and 4096" in done.err
     monkeypatch.setitem(sys.modules, "torch", None)
-    for args in (("convert", source, out, "--to", "recurrentgemma"), ("inspect", source)):
+    for args in commands:
         done = cli(*args)
         assert done.code == 2
         assert done.err.endswith(

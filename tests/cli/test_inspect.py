@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 import recurrentgemma_conversion
+from recurrentgemma.common import presets
 from recurrentgemma.common.arrays import BFLOAT16
 from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.config import GriffinConfig
@@ -101,6 +102,19 @@ def test_the_published_sizes(cli):
     """2.68B parameters, as Hugging Face counts the 2B model's."""
     report = cli("inspect", "--preset", "RECURRENT_GEMMA_2B_V1", "--json").json
     assert report["num_parameters"]["total"] == 2_682_862_080
+
+
+def test_what_is_said_of_a_model_overrides(cli, checkpoint, monkeypatch):
+    """A preset and single fields, of a checkpoint as `convert` takes them and without one."""
+    preset, fields = Preset.HAWK_PAPER_7B, vars(NativeReader(checkpoint).config)
+    known = {name: fields[name] for name in preset.config_dict} | {"attention_window_size": 9}
+    monkeypatch.setitem(presets._PRESETS, preset, known)
+    for source in ((), (checkpoint,)):
+        args = ("inspect", *source, "--json", "--preset", preset.name)
+        assert cli(*args).json["config"]["attention_window_size"] == 9
+        report = cli(*args, "--attention-window-size", "5").json
+        assert report["config"]["attention_window_size"] == 5
+    assert "stored" in report["bytes"]["parameters"]
 
 
 def test_table(cli, checkpoint):

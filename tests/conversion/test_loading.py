@@ -122,10 +122,14 @@ def test_parameters_are_of_a_float(make, twin: str) -> None:
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_the_model_is_of_the_dtype_of_what_it_loaded(make, twin: str, dtype: str | None) -> None:
-    """As stored; but JAX has no float64 unless it is told so, and the model knows that too."""
+    """As stored; but JAX has no float64 unless it is told so: whoever asks for it is told."""
     source = make("wide", Format.RECURRENTGEMMA, CONFIG, "float64")
     for x64 in (False, True):
         with jax.enable_x64(x64):
+            if dtype is not None and twin == "jax" and not x64:
+                with pytest.raises(ValueError, match="got float64, for which it would take float3"):
+                    loaded(twin, source, dtype)
+                continue
             params, cache = loaded(twin, source, dtype)
         expected = "float64" if x64 or twin == "torch" else "float32"
         assert {value.dtype.name for value in params.values()} == {expected}
@@ -167,6 +171,17 @@ def test_what_is_split_is_of_one_dtype(make) -> None:
     load_checkpoint = importlib.import_module("recurrentgemma.torch").load_checkpoint
     with pytest.raises(ValueError, match="of one dtype, got bfloat16, float32; pass dtype"):
         load_checkpoint(folder, sharding="a mesh")
+
+
+def test_jax_models_are_of_no_dtype_that_is_turned_off() -> None:
+    module, zeros = importlib.import_module("recurrentgemma.jax"), np.zeros((1, 1), np.int32)
+    for use in (
+        lambda: module.init_params(CONFIG, 0, "float64"),
+        lambda: module.Griffin(CONFIG, param_dtype="float64").init(jax.random.key(0), zeros, zeros),
+        lambda: module.Griffin(CONFIG, dtype="float64").apply({"params": {}}, zeros, zeros),
+    ):
+        with pytest.raises(ValueError, match="got float64, for which it would take float32: jax"):
+            use()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -319,14 +319,19 @@ def test_turns_of_another_conversation_are_refused(sampler, tmp_path) -> None:
     assert said(conversation) == ["x"]
 
 
-def test_bad_options_say_nothing(sampler) -> None:
+def test_bad_options_say_nothing(twin: str, sampler) -> None:
     conversation = Conversation(sampler)
     with pytest.raises(ValueError, match="stop_strings must be"):
         conversation.send("x", 5, stop_strings=[""])
     assert (conversation.turns, conversation.state) == ([], None)
     sampler.tokenizer.end_of_turn_id = None
-    with pytest.raises(ValueError, match="no <end_of_turn>: the model was not tuned to chat"):
-        Conversation(sampler)
+    for use in (
+        lambda: Conversation(sampler),
+        lambda: sampler(["x"], 1),
+        lambda: make_sampler(twin, vocab=sampler.tokenizer, is_it_model=True),
+    ):
+        with pytest.raises(ValueError, match="no <end_of_turn>: the model was not tuned to chat"):
+            use()
 
 
 def test_display(sampler) -> None:

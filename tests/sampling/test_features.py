@@ -1,7 +1,9 @@
 """Several samples, stops, log-probabilities, streams and their end, scores, in both twins."""
 
 import contextlib
+import copy
 import importlib
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +58,9 @@ def test_seeds_come_in_arrays_of_any_framework(twin: str) -> None:
         for bad in (make([0.5, 1.5]), make([True, False]), make([[3], [4]])):
             with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
                 sampler(PROMPTS[:2], 1, rng=bad)
+        assert generate(sampler, PROMPTS[:2], rng=3, stop_ids=make([3]), **FREE) == one
+        with pytest.raises(ValueError, match="stop_ids must be tokens of the vocabulary"):
+            sampler(PROMPTS[:2], 1, stop_ids=make([1.5]))
 
 
 def array_makers() -> list[Callable[[Any], Any]]:
@@ -77,6 +82,17 @@ def test_keys_of_jax_are_keys() -> None:
     assert generate(sampler, PROMPTS[:2], rng=old, **FREE) == expected
     assert len(generate(sampler, rng=old, **FREE)) == 4
     assert generate(sampler, PROMPTS[:2], rng=[0, 7], **FREE) != expected
+    # Several are one a prompt.
+    keys = jax.random.split(jax.random.key(7))
+    several = generate(sampler, PROMPTS[:2], rng=keys, **FREE)
+    assert generate(sampler, PROMPTS[:2], rng=list(keys), **FREE) == several
+    assert generate(sampler, PROMPTS[1:2], rng=keys[1:], **FREE) == several[1:]
+    olds = list(map(jax.random.key_data, keys))
+    assert generate(sampler, PROMPTS[:2], rng=olds, **FREE) == several
+    with pytest.raises(ValueError, match="rng must have one seed a text, 4, got 2"):
+        sampler(PROMPTS, 1, rng=keys)
+    with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
+        sampler(PROMPTS[:2], 1, rng=keys[:, None])
     pytest.importorskip("torch.nn", reason="torch is not installed")
     with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
         make_sampler("torch", sampling=HOT)(["x"], 1, rng=jax.random.key(7))
@@ -317,12 +333,15 @@ def test_two_streams_take_turns(twin: str) -> None:
         ({"stop_ids": [2048]}, "stop_ids must be tokens of the vocabulary of 2048, got 2048"),
         ({"stop_ids": [-1]}, "stop_ids must be tokens of the vocabulary of 2048, got -1"),
         ({"stop_ids": [True]}, "stop_ids must be tokens"),
+        ({"stop_ids": np.ones((1, 2), int)}, r"stop_ids must be tokens .* got array\(\[1, 1\]\)"),
         ({"stop_ids": 5}, "stop_ids must be a sequence of token ids, got 5"),
         ({"stop_ids": None}, "stop_ids must be a sequence of token ids, got None"),
         ({"stop_strings": None}, "stop_strings must be a string or several, got None"),
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"num_logprobs": -1}, "num_logprobs must be an integer from 0 to 2048, got -1"),
         ({"num_logprobs": 2049}, "num_logprobs must be an integer from 0 to 2048, got 2049"),
+        ({"stop_ids": b"a"}, "stop_ids must be a sequence of token ids, got b'a'"),
+        ({"rng": b"a"}, "rng must be an integer or one a text, got b'a'"),
         ({"rng": "seed"}, "rng must be an integer or one a text, got 'seed'"),
         ({"rng": [1, 2, 3]}, "rng must have one seed a text, 1, got 3"),
         ({"sampling": "greedy"}, "sampling must be Greedy or Categorical, got 'greedy'"),
@@ -379,6 +398,14 @@ def test_texts_come_in_a_sequence(twin: str, texts: Any) -> None:
     for use in (lambda: sampler(texts, 3), lambda: sampler.score(texts)):
         with pytest.raises(ValueError, match="input_strings must be a sequence of strings, got"):
             use()
+
+
+def test_samplers_are_copied_and_pickled(twin: str) -> None:
+    """As processes and notebooks do; what is compiled stays behind."""
+    sampler = make_sampler(twin)
+    expected = without_eos(sampler)
+    for again in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert without_eos(again) == expected
 
 
 def test_parameters_may_be_numpys() -> None:

@@ -43,17 +43,26 @@ def test_draws_go_on_where_they_were(twin: str) -> None:
 
 def test_text_is_added_to_a_state(twin: str) -> None:
     sampler = make_sampler(twin)
-    shared = sampler.prefill("In the beginning God created the heavens and the earth.")
-    for question in ("\nAnd then? ", "\nWho? " * 30):
-        state = sampler.prefill(question, shared)
-        tokens = sampler.tokenizer.encode(
-            "In the beginning God created the heavens and the earth."
-        ) + sampler.tokenizer.vocab.encode(question)
-        assert state.num_tokens == (len(tokens),)
-        (out,) = lists(sampler.generate(state, STEPS, **FREE).tokens)
+    prompt, questions = "In the beginning God created the heavens.", ["", "\nAnd?", "\nWho? " * 30]
+    shared = sampler.prefill(prompt)
+    read = []
+    prefill = sampler._prefill
+    sampler._prefill = lambda cache, tokens, pos: (
+        read.append(int((pos >= 0).sum())) or prefill(cache, tokens, pos)
+    )
+    several = sampler.prefill(questions, shared)
+    tokens = [sampler.tokenizer.vocab.encode(question) for question in questions]
+    assert sum(read) == sum(map(len, tokens))  # and the shared prompt no more
+    sampler._prefill = prefill
+    whole = [sampler.tokenizer.encode(prompt) + row for row in tokens]
+    assert several.num_tokens == tuple(map(len, whole))
+    outs = lists(sampler.generate(several, STEPS, **FREE).tokens)
+    for question, row, out in zip(questions, whole, outs, strict=True):
+        alone = sampler.prefill(question, shared)
+        assert lists(sampler.generate(alone, STEPS, **FREE).tokens) == [out]
         scored = np.concatenate([np.asarray(logits) for logits, _ in sampler._scored(
-            [*tokens, *out], True)])  # fmt: skip
-        np.testing.assert_array_equal(scored[len(tokens) - 1 :].argmax(-1), out)
+            [*row, *out], True)])  # fmt: skip
+        np.testing.assert_array_equal(scored[len(row) - 1 :].argmax(-1), out)
 
 
 def test_the_size_of_a_state_is_constant(twin: str) -> None:
@@ -210,8 +219,9 @@ def test_states_of_other_models(twin: str, tmp_path) -> None:
         sampler.generate("x", 1)
     with pytest.raises(StateError, match="a stream goes on from a state of one row, got 2"):
         sampler.stream(sampler.prefill(["x", "y"]), 1)
-    with pytest.raises(StateError, match="2 texts cannot go on 1 rows"):
-        sampler.prefill(["x", "y"], state)
+    for texts in ([], ["x", "y", "z"]):
+        with pytest.raises(StateError, match=f"{len(texts)} texts cannot go on 2 rows"):
+            sampler.prefill(texts, sampler.prefill(["x", "y"]))
 
 
 def test_states_of_the_other_framework(twin: str) -> None:

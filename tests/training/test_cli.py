@@ -14,6 +14,7 @@ from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to
 from recurrentgemma.common.adapters import ADAPTERS
 from recurrentgemma.common.checkpoint import BUNDLED
 from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.files import held_folder
 from recurrentgemma.common.layer_spec import layer_spec
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.common.training_log import read_log
@@ -235,6 +236,21 @@ def test_a_run_is_never_replaced_unasked(corpus, train):
     assert (corpus / "run" / "run.toml").read_bytes() == before
     assert train(force=True, steps=2).code == 0
     assert len(read_log(corpus / "run" / "train_log.jsonl")) == 2
+
+
+def test_a_run_has_one_writer(corpus, train):
+    pytest.importorskip("torch.nn")
+    with held_folder(corpus / "run"):
+        for how in ({}, {"resume": True}):
+            done = train(**how)
+            assert (done.code, done.out) == (2, "")
+            assert done.err == (
+                f"recurrentgemma: error: another process is writing {corpus / 'run'}\n"
+            )
+    # A mistake leaves no folder behind.
+    (corpus / "run").rmdir()
+    assert train(train="/nowhere").code == 2
+    assert not (corpus / "run").exists()
 
 
 def test_what_a_resumed_run_must_have_as_it_was(corpus, train):

@@ -200,7 +200,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
     with pytest.raises(DiskSpaceError, match="too little room"):
         run()
-    assert not list(folder.checkpoints.iterdir())
+    assert not folder.checkpoints.exists()
     monkeypatch.undo()
 
     class Filling(Counter):
@@ -254,7 +254,7 @@ def test_what_was_killed_is_cleared_away(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin()
     for name in (".step-0000004.abc.partial", ".step-0000002.removed.partial"):
-        (folder.checkpoints / name).mkdir()
+        (folder.checkpoints / name).mkdir(parents=True)
         (folder.checkpoints / name / "half").write_text("x")
     (folder.path / ".loss.png.abc.partial").write_text("x")
     assert folder.steps() == []
@@ -286,4 +286,10 @@ def test_no_other_folder_is_emptied(tmp_path):
         folder.require_free(force=False)
     folder.require_free(force=True)
     folder.begin()
-    assert [path.name for path in folder.path.iterdir()] == ["checkpoints"]
+    # Killed before its options are there, a run may be begun again.
+    (folder.path / ".run.toml.abcd1234.partial").write_text("length = ")
+    folder.require_free(force=False)
+    folder.begin()
+    folder.options.write_text("")
+    folder.clean()
+    assert [path.name for path in folder.path.iterdir()] == ["run.toml"]
