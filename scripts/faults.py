@@ -31,12 +31,12 @@ _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention
 
 FAULTS = (
     # Norms
-    Fault("RMSNorm: eps 1e-5", _L, "EPS = 1e-6", "EPS = 1e-5"),
+    Fault("RMSNorm: eps 1e-5", _L, "keepdim=True) + 1e-6", "keepdim=True) + 1e-5"),
     Fault(
         "RMSNorm: eps 1e-5, looked at in bfloat16",
         _L,
-        "EPS = 1e-6",
-        "EPS = 1e-5",
+        "keepdim=True) + 1e-6",
+        "keepdim=True) + 1e-5",
         "--dtype bfloat16",
     ),
     Fault("RMSNorm: scale without its 1", _L, "(1 + self.scale.to(", "(self.scale.to("),

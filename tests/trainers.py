@@ -83,6 +83,12 @@ class Trainer(abc.ABC):
     ) -> tuple[float, tuple[np.ndarray, ...]]:
         """The loss, and its gradients for `hidden`, `embedding` and `weights`."""
 
+    @abc.abstractmethod
+    def cross_entropy_second(
+        self, hidden, embedding, targets, weights, directions, **kwargs: Any
+    ) -> tuple[np.ndarray, ...]:
+        """Gradients of the sum over all of `directions` times those of the loss, in float64."""
+
     def steps(
         self, state: Any, batches: Sequence[Batch | Sequence[Batch]]
     ) -> tuple[Any, dict[str, np.ndarray]]:
@@ -146,6 +152,22 @@ class JaxTrainer(Trainer):
             assert [g.dtype for g in gradients] == [a.dtype for a in args]
             return float(value), tuple(map(self.backend.to_numpy, gradients))
 
+    def cross_entropy_second(self, hidden, embedding, targets, weights, directions, **kwargs):
+        import jax
+
+        with self.precision("float64"):
+            args, moves = (
+                tuple(self.backend.array(z, "float64") for z in part)
+                for part in ((hidden, embedding, weights), directions)
+            )
+            labels = self.backend.array(targets, "int32")
+
+            def loss(hidden, embedding, weights):
+                return self.module.cross_entropy(hidden, embedding, labels, weights, **kwargs)
+
+            _, pullback = jax.vjp(jax.grad(loss, (0, 1, 2)), *args)
+            return self.backend.to_numpy(pullback(moves))
+
 
 class TorchTrainer(Trainer):
     def state(
@@ -191,6 +213,19 @@ class TorchTrainer(Trainer):
         loss.backward()
         assert [z.grad.dtype for z in args] == [z.dtype for z in args]
         return float(loss.detach()), tuple(self.backend.to_numpy(z.grad) for z in args)
+
+    def cross_entropy_second(self, hidden, embedding, targets, weights, directions, **kwargs):
+        import torch
+
+        args, moves = (
+            tuple(self.backend.array(z, "float64") for z in part)
+            for part in ((hidden, embedding, weights), directions)
+        )
+        hidden, embedding, weights = (z.requires_grad_() for z in args)
+        labels = self.backend.array(targets, "int32")
+        loss = self.module.cross_entropy(hidden, embedding, labels, weights, **kwargs)
+        gradients = torch.autograd.grad(loss, args, create_graph=True)
+        return self.backend.to_numpy(torch.autograd.grad(gradients, args, moves))
 
 
 TRAINERS: dict[str, Trainer] = {

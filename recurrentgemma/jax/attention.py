@@ -17,7 +17,7 @@ from recurrentgemma.jax.cache import (
     prepend_history,
 )
 from recurrentgemma.jax.layers import SpecModule
-from recurrentgemma.jax.scan import wide_dtype
+from recurrentgemma.jax.scan import as_positions, wide_dtype
 
 MAX_WAVELENGTH = 10_000
 BLOCKS_PER_WINDOW = 4
@@ -66,11 +66,12 @@ def local_attention(
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
         kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
     else:
-        before, after = reach - history, -length % block
-        q_bgcnh = _blocks(q_btnh, 0, after, block)
-        document_bgc = _blocks(document_bt, 0, after, block)
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, block))
-        document_bgs = _and_previous(_blocks(document_bs, before, after, block))
+        before, number = reach - history, (length + block - 1) // block
+        q_bgcnh = _blocks(q_btnh, 0, number, block)
+        document_bgc = _blocks(document_bt, 0, number, block)
+        number += BLOCKS_PER_WINDOW
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, number, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, number, block))
         history = reach
     lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgsh.shape[2])
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
@@ -104,12 +105,13 @@ def _attend(
     return (out_bgcnh / weights_bgcns.sum(-1, keepdims=True)).astype(q_bgcnh.dtype)
 
 
-def _blocks(x: Array, before: int, after: int, length: int) -> Array:
-    """[B, T, ...] to [B, G, length, ...], T first padded with zeros (no document)."""
+def _blocks(x: Array, before: int, number: int, length: int) -> Array:
+    """[B, T, ...] to [B, number, length, ...], T padded with zeros (no document)."""
     no_document = 0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
+    after = number * length - before - x.shape[1]
     padding = ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))
     padded = jnp.pad(x, padding, constant_values=no_document)
-    return padded.reshape(x.shape[0], padded.shape[1] // length, length, *x.shape[2:])
+    return padded.reshape(x.shape[0], number, length, *x.shape[2:])
 
 
 def _and_previous(blocks: Array) -> Array:
@@ -130,6 +132,7 @@ class LocalAttentionBlock(SpecModule):
         cache: AttentionBlockCache | None = None,
     ) -> tuple[Float[Array, "b t d"], AttentionBlockCache]:
         """Returns the outputs and the state after them."""
+        segment_pos = as_positions(segment_pos, x)
         q_btd, k_bth, v_bth = (self.linear(f"proj_{name}")(x) for name in "qkv")
         q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         q_btnh = apply_rope(q_btnh, segment_pos)
@@ -180,8 +183,7 @@ def _step(
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
     slot = jnp.arange(window)
-    # Tokens since the one in the slot; in this order, for segment_pos may be of a narrow dtype.
-    between = (segment_pos - slot - 1) % window
+    between = (segment_pos - slot - 1) % window  # tokens since the one in the slot
     sees_bs = jnp.pad(between < num_before, ((0, 0), (0, 1)), constant_values=True)
     replaced = ((between == window - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.export import register_namedtuple_serialization
 from jaxtyping import Array, Float, Int, Shaped
 
 from recurrentgemma.common.config import GriffinConfig
@@ -47,6 +48,10 @@ class AttentionBlockCache(NamedTuple):
     values: Float[Array, "b w 1 h"]
     num_tokens: Int[Array, " b"]
 
+
+for _kind in (RecurrentBlockCache, AttentionBlockCache):
+    # What a program that `jax.export` makes names them when it is serialised.
+    register_namedtuple_serialization(_kind, serialized_name=f"recurrentgemma.{_kind.__name__}")
 
 ResidualBlockCache = RecurrentBlockCache | AttentionBlockCache
 Cache = dict[str, ResidualBlockCache]

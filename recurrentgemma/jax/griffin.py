@@ -112,7 +112,6 @@ class Griffin(nn.Module):
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
-        segment_pos = segment_pos.astype(jnp.int32)
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "

@@ -19,11 +19,10 @@ from recurrentgemma.common.layer_spec import (
     spec_by_path,
 )
 from recurrentgemma.jax.cache import num_padding, prepend_history
-from recurrentgemma.jax.scan import wide_dtype
+from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
-EPS = 1e-6
-MANY_TOKENS = 64
+MANY_STEPS = 64
 
 
 def initializer(init: Init):
@@ -97,13 +96,13 @@ class SpecModule(nn.Module):
 
 
 class RMSNorm(SpecModule):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
+    """y = x / sqrt(mean(x^2) + 1e-6) * (1 + scale), computed in float32."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         (x,) = promote_dtype(x, dtype=self.dtype)
         x32 = x.astype(wide_dtype(x.dtype))
-        rms = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + EPS)
+        rms = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
         return (x32 * rms * (1 + self.parameter("scale").astype(x32.dtype))).astype(x.dtype)
 
 
@@ -133,6 +132,7 @@ class Conv1D(SpecModule):
     ) -> tuple[Float[Array, "b t l"], Float[Array, "b 3 l"]]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         (x,) = promote_dtype(x, dtype=self.dtype)
+        segment_pos = as_positions(segment_pos, x)
         length, reach = x.shape[1], CONV1D_WIDTH - 1
         if state is not None and length == 1:
             return self._step(x, segment_pos, state)
@@ -164,7 +164,7 @@ class Conv1D(SpecModule):
         reach = CONV1D_WIDTH - 1
         if not segment_pos.shape[1]:
             return extended
-        last_pos = segment_pos[:, -1:]  # and not the number of tokens, which may overflow
+        last_pos = segment_pos[:, -1:]
         if continues:  # a row of padding only keeps what it had
             last_pos = jnp.where(last_pos < 0, reach, last_pos)
         age = jnp.arange(reach - 1, -1, -1)
@@ -178,9 +178,9 @@ class Einsum(SpecModule):
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t m"], ...]:
         x, w, b = promote_dtype(x, self.parameter("w"), self.parameter("b"), dtype=self.dtype)
         x_zd = x.reshape(-1, x.shape[-1])
-        # Of few tokens one batched product, since separate ones take copies of the matrices; of
+        # Of few steps one batched product, since separate ones take copies of the matrices; of
         # many separate products, which are faster. As jnp.einsum both would copy the weight.
-        if len(x_zd) < MANY_TOKENS:
+        if x.shape[1] < MANY_STEPS:
             y_czm = jnp.matmul(jnp.broadcast_to(x_zd, (len(w), *x_zd.shape)), w)
         else:
             y_czm = [x_zd @ w_dm for w_dm in w]

@@ -157,9 +157,9 @@ def rg_lru_scan(
     _check("input_gate", input_gate, x.shape)
     _check("a_gate", a_gate, x.shape)
     _check("a_param", a_param, x.shape[2:])
-    _check("segment_pos", segment_pos, x.shape[:2], "an integer")
+    segment_pos = as_positions(segment_pos, x)
     rate = -RG_LRU_C * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
-    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos.astype(jnp.int32))
+    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos)
     return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
 
 
@@ -219,6 +219,16 @@ def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a float
         raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     if not jnp.issubdtype(value.dtype, _KINDS[kind]):
         raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+
+
+def as_positions(segment_pos: Array, x: Array) -> Array:
+    """The positions of x's steps, [B, T], in a dtype that none overflows.
+
+    Raises:
+      ValueError: They are no integers, or of another shape than x.
+    """
+    _check("segment_pos", segment_pos, x.shape[:2], "an integer")
+    return segment_pos.astype(jnp.int32)
 
 
 def _run(

@@ -17,7 +17,7 @@ from recurrentgemma.torch.cache import (
     prepend_history,
 )
 from recurrentgemma.torch.layers import SpecModule
-from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.scan import as_positions, wide_dtype
 
 MAX_WAVELENGTH = 10_000
 BLOCKS_PER_WINDOW = 4
@@ -68,11 +68,12 @@ def local_attention(
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
         kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
     else:
-        before, after = reach - history, -length % block
-        q_bgcnh = _blocks(q_btnh, 0, after, block)
-        document_bgc = _blocks(document_bt, 0, after, block)
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, after, block))
-        document_bgs = _and_previous(_blocks(document_bs, before, after, block))
+        before, number = reach - history, (length + block - 1) // block
+        q_bgcnh = _blocks(q_btnh, 0, number, block)
+        document_bgc = _blocks(document_bt, 0, number, block)
+        number += BLOCKS_PER_WINDOW
+        kv_bgsh = _and_previous(_blocks(kv_bsh, before, number, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, number, block))
         history = reach
     lag_cs = (
         history
@@ -107,11 +108,11 @@ def _attend(
     return out_zcnh.unflatten(0, q_bgcnh.shape[:2])
 
 
-def _blocks(x: Tensor, before: int, after: int, length: int) -> Tensor:
-    """[B, T, ...] to [B, G, length, ...], T first padded with zeros (no document)."""
+def _blocks(x: Tensor, before: int, number: int, length: int) -> Tensor:
+    """[B, T, ...] to [B, number, length, ...], T padded with zeros (no document)."""
     no_document = 0 if x.is_floating_point() else -1
-    padding = (0, 0) * (x.ndim - 2) + (before, after)
-    return nn.functional.pad(x, padding, value=no_document).unflatten(1, (-1, length))
+    padding = (0, 0) * (x.ndim - 2) + (before, number * length - before - x.shape[1])
+    return nn.functional.pad(x, padding, value=no_document).unflatten(1, (number, length))
 
 
 def _and_previous(blocks: Tensor) -> Tensor:
@@ -138,6 +139,7 @@ class LocalAttentionBlock(SpecModule):
         cache: AttentionBlockCache | None = None,
     ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache]:
         """Returns the outputs and the state after them."""
+        segment_pos = as_positions(segment_pos, x)
         num_heads = self.config.num_heads
         # Rotated together: in decoding it is the number of operations that costs.
         qk_btmh = torch.cat([self.proj_q(x), self.proj_k(x)], -1).unflatten(-1, (num_heads + 1, -1))
@@ -189,8 +191,7 @@ def _step(
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
     slot = torch.arange(window, device=segment_pos.device)
-    # Tokens since the one in the slot; in this order, for segment_pos may be of a narrow dtype.
-    between = (segment_pos - slot - 1) % window
+    between = (segment_pos - slot - 1) % window  # tokens since the one in the slot
     sees_bs = nn.functional.pad(between < num_before, (0, 1), value=True)
     replaced = ((between == window - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]

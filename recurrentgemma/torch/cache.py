@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple as register_namedtuple
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import CONV1D_WIDTH
@@ -47,6 +48,11 @@ class AttentionBlockCache(NamedTuple):
     values: Float[Tensor, "b w 1 h"]
     num_tokens: Int[Tensor, " b"]
 
+
+for _kind in (RecurrentBlockCache, AttentionBlockCache):
+    # What a program that `torch.export` makes names them when it is saved; not public as yet.
+    register_namedtuple(_kind, serialized_type_name=f"recurrentgemma.{_kind.__name__}")
+    torch.serialization.add_safe_globals([_kind])
 
 ResidualBlockCache = RecurrentBlockCache | AttentionBlockCache
 Cache = dict[str, ResidualBlockCache]

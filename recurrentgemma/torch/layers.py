@@ -7,7 +7,6 @@ import contextlib
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.layer_spec import (
@@ -17,9 +16,8 @@ from recurrentgemma.common.layer_spec import (
     spec_by_path,
 )
 from recurrentgemma.torch.cache import num_padding, prepend_history
-from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.scan import as_positions, wide_dtype
 
-EPS = 1e-6
 _PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in the cache
 
 
@@ -71,7 +69,8 @@ class SpecModule(nn.Module):
         parameters = {
             name: parameter
             for name, parameter in self.named_parameters()
-            if not (parameter.is_meta or isinstance(parameter, FakeTensor))
+            # That of a fake tensor is on no other device.
+            if parameter.untyped_storage().device.type != "meta"
         }
         if not parameters:
             return
@@ -85,7 +84,7 @@ class SpecModule(nn.Module):
 
 
 class RMSNorm(SpecModule):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
+    """y = x / sqrt(mean(x^2) + 1e-6) * (1 + scale), computed in float32."""
 
     def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
         super().__init__(config, prefix)
@@ -94,7 +93,7 @@ class RMSNorm(SpecModule):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         x32 = x.to(wide_dtype(x.dtype))
-        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)
+        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
         return (x32 * rms * (1 + self.scale.to(x32.dtype))).to(x.dtype)
 
 
@@ -132,6 +131,7 @@ class Conv1D(SpecModule):
         state: Float[Tensor, "b 3 l"] | None = None,
     ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b 3 l"]]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
+        segment_pos = as_positions(segment_pos, x)
         length, reach = x.shape[1], CONV1D_WIDTH - 1
         if state is not None and length == 1:
             return self._step(x, segment_pos, state)
@@ -162,7 +162,7 @@ class Conv1D(SpecModule):
         reach = CONV1D_WIDTH - 1
         if not segment_pos.shape[1]:
             return extended
-        last_pos = segment_pos[:, -1:]  # and not the number of tokens, which may overflow
+        last_pos = segment_pos[:, -1:]
         if continues:  # a row of padding only keeps what it had
             last_pos = torch.where(last_pos < 0, reach, last_pos)
         age = torch.arange(reach - 1, -1, -1, device=extended.device)

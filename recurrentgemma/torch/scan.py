@@ -75,7 +75,7 @@ def linear_scan(
     implementation = _implementation(implementation, x)
     state = _initial_state(x, h0)
     if x.numel() == 0:
-        return x, state
+        return x.clone(), state.clone()
     if implementation not in _RECURRENCES:
         return scan_ops.linear_scan(x, a, state, reset, reverse, implementation)
     x_wide, a = x.to(state.dtype), a.to(state.dtype)
@@ -118,18 +118,18 @@ def rg_lru_scan(
     """
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D], got {tuple(x.shape)}")
-    batch, length, width = x.shape
+    batch, _, width = x.shape
     _check(x, "x", x, x.shape)
     _check(x, "input_gate", input_gate, x.shape)
     _check(x, "a_gate", a_gate, x.shape)
     _check(x, "a_param", a_param, (width,))
-    _check(x, "segment_pos", segment_pos, (batch, length), "an integer")
+    segment_pos = as_positions(segment_pos, x)
     if h0 is not None:
         _check(x, "h0", h0, (batch, width))
     implementation = _implementation(implementation, x)
     state = _initial_state(x, h0)
     if x.numel() == 0:
-        return x, state
+        return x.clone(), state.clone()
     a_param = a_param.to(state.dtype).expand(batch, width)
     if implementation not in _RECURRENCES:
         return scan_ops.rg_lru_scan(
@@ -199,6 +199,16 @@ def _check(
     kinds = {"a floating": is_float, "a bool": is_bool, "an integer": is_integer}
     if not kinds[kind]:
         raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+
+
+def as_positions(segment_pos: Tensor, x: Tensor) -> Tensor:
+    """The positions of x's steps, [B, T], in a dtype that none overflows.
+
+    Raises:
+      ValueError: They are no integers, or of another shape or device than x.
+    """
+    _check(x, "segment_pos", segment_pos, x.shape[:2], "an integer")
+    return segment_pos if segment_pos.dtype in (torch.int32, torch.int64) else segment_pos.long()
 
 
 def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:

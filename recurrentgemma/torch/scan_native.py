@@ -140,7 +140,7 @@ def _rate(a_param: Tensor) -> Tensor:
 def _parts(shape: torch.Size, h0: Tensor, num_scratch: int) -> list[tuple[Any, ...]]:
     """Slices of the sequence that fit the cache, each with the same scratch tensors, [B, P, D]."""
     batch, length, width = shape
-    steps = min(max(_PART_ELEMENTS // (batch * width), 1), length)
+    steps = min(max(_PART_ELEMENTS // max(batch * width, 1), 1), length)
     scratch = h0.new_empty(num_scratch, batch, steps, width)
     starts = range(0, length, steps)
     return [

@@ -26,15 +26,16 @@ def _fold_batch(op):
     """A vmap rule: the mapped axis joins the batch."""
 
     def rule(info, in_dims, *args):
-        folded = [
+        mapped = [
             arg
             if not isinstance(arg, Tensor)
-            else arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
+            else arg.expand(info.batch_size, *arg.shape)
             if dim is None
-            else arg.movedim(dim, 0).flatten(0, 1)
+            else arg.movedim(dim, 0)
             for arg, dim in zip(args, in_dims, strict=True)
         ]
-        outputs = tuple(out.unflatten(0, (info.batch_size, -1)) for out in op(*folded))
+        folded = [arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in mapped]
+        outputs = tuple(out.unflatten(0, mapped[0].shape[:2]) for out in op(*folded))
         return outputs, (0,) * len(outputs)
 
     return rule

@@ -41,7 +41,10 @@ def test_jit_vmap_and_gradients(jax_scan: Implementation, reverse: bool) -> None
         several = jnp.stack([x, 2 * x, x[::-1]], -1)
         starts = jnp.stack([h0, h0 + 1, h0[::-1]], 0)
         axes = (-1, None, 0, None)
-        actual = jax.jit(jax.vmap(run, axes))(several, a, starts, reset)
+        mapped = jax.jit(jax.vmap(run, axes))
+        nothing = mapped(several[..., :0], a, starts[:0], reset)
+        assert [z.shape for z in nothing] == [(0, *x.shape), (0, *h0.shape)]
+        actual = mapped(several, a, starts, reset)
         expected = [compiled(several[..., i], a, starts[i], reset) for i in range(3)]
         for got, want in zip(actual, zip(*expected, strict=True), strict=True):
             assert_close(np.asarray(got), np.stack(want), "state", "float64")

@@ -16,7 +16,7 @@ from recurrentgemma_conversion.parity.reading import CASES
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
-import recurrentgemma.torch.layers
+import recurrentgemma.torch.scan_native
 
 CONFIG = CONFIGS["griffin"]
 
@@ -97,7 +97,7 @@ def test_activations_add_up(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_constant_shows_in_any_dtype(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr(recurrentgemma.torch.layers, "EPS", 1.1e-6)
+    monkeypatch.setattr(recurrentgemma.torch.scan_native, "RG_LRU_C", 8.0001)
     report = compare_twins(CONFIG, make_params(CONFIG), dtype, num_greedy=0)
     assert not report.within
     first = report.first_beyond

@@ -46,20 +46,28 @@ def outcomes(network: Network, inputs: np.ndarray, dtype: str) -> list[Any]:
     return results
 
 
-@pytest.fixture(params=DTYPES)
-def dtype(request: pytest.FixtureRequest, backend: Backend) -> str:
-    if backend.name == "torch" and request.param == "uint16":
-        pytest.skip("PyTorch neither compares nor promotes uint16")
-    return request.param
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_of_a_model(backend: Backend, dtype: str) -> None:
     model = backend.griffin(CONFIG, make_params(CONFIG))
     check(model, make_tokens(CONFIG, 2, LENGTH), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_of_a_block_alone(backend: Backend, kind: str, dtype: str) -> None:
     prefix, width = BLOCKS[kind]
     x = np.random.default_rng(0).standard_normal((2, LENGTH, width))
     check(backend.block(kind, CONFIG, prefix, make_params(CONFIG)), x, dtype)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_of_no_integers_are_refused(backend: Backend, kind: str) -> None:
+    prefix, width = BLOCKS[kind]
+    block = backend.block(kind, CONFIG, prefix, make_params(CONFIG), "float32")
+    for length in (2, 1):
+        x, whole = np.zeros((1, length, width)), np.zeros((1, length))
+        for dtype in ("bool", "float32", "complex64"):
+            with pytest.raises(ValueError, match="segment_pos must be of an integer dtype, got "):
+                block(x, whole.astype(dtype))
+        with pytest.raises(ValueError, match=r"segment_pos must have shape \(1, .\), got \(2, .\)"):
+            block(x, np.tile(whole, (2, 1)).astype("int32"))

@@ -22,7 +22,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-def compare(function, make_inputs, lengths=(20, 90)):
+def compare(function, make_inputs, lengths=(20, 90), dynamic=False):
     "Compiled against not: values, gradients; returns the nodes of the graphs at each length."
     sizes = {"forward": [], "backward": []}
     def count(direction):
@@ -36,7 +36,7 @@ def compare(function, make_inputs, lengths=(20, 90)):
         inputs = make_inputs(length)
         leaves = [leaf for leaf in inputs if leaf.requires_grad]
         leaves += list(function.parameters()) if isinstance(function, torch.nn.Module) else []
-        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=False)
+        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
         results = []
         for run in (function, compiled):
             value = run(*inputs)
@@ -112,6 +112,9 @@ for checkpointing in (False, True):
     state = cache if checkpointing else None
     sizes = compare(loss, lambda n: inputs(n, state))
     assert all(len(set(found)) == 1 for found in sizes.values()), sizes
+
+# Sizes as symbols from the start.
+compare(loss, lambda n: inputs(n, None), (20,), dynamic=True)
 
 # Parameters that are not the module's own, which the backward pass computes with too.
 torch._dynamo.reset()

@@ -1,5 +1,7 @@
 """A model under `torch.func`: parameters that are handed in, and derivatives of derivatives."""
 
+import io
+
 import pytest
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
@@ -10,10 +12,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recurrentgemma.torch import Griffin, cross_entropy
+from recurrentgemma.torch.attention import BLOCKS_PER_WINDOW
 from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]
-BATCH = tuple(map(torch.from_numpy, make_batch(CONFIG, 11)))
+
+
+def batch_of(length: int) -> tuple[torch.Tensor, ...]:
+    """Tokens and positions."""
+    return tuple(map(torch.from_numpy, make_batch(CONFIG, length)))
+
+
+BATCH = batch_of(11)
 
 
 def make_model(checkpointing: bool) -> Griffin:
@@ -158,17 +168,6 @@ def loss_problem() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
-def test_second_derivatives_of_the_loss(cap: float) -> None:
-    hidden, embedding, targets, weights = loss_problem()
-    leaves = [z.requires_grad_() for z in (hidden, embedding, weights)]
-
-    def run(hidden, embedding, weights):
-        return cross_entropy(hidden, embedding, targets, weights, cap, 4)
-
-    assert torch.autograd.gradgradcheck(run, leaves)
-
-
-@pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_gradients_of_the_loss_of_each_row(cap: float) -> None:
     hidden, embedding, targets, weights = loss_problem()
 
@@ -188,21 +187,32 @@ def test_gradients_of_the_loss_of_each_row(cap: float) -> None:
         assert_close(got.numpy(), want.numpy(), "gradient", "float64")
 
 
+def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("grad", [False, True])
 def test_exported_models(grad: bool) -> None:
-    """A prompt, and a step of any number of rows; with gradients to be had."""
-    model = make_model(True)
-    tokens, segment_pos = BATCH
+    """A prompt of any number of blocks, a step of any number of rows; with gradients to be had."""
+    model, rows = make_model(True), {0: torch.export.Dim("rows", min=2)}
+    block = CONFIG.attention_window_size // BLOCKS_PER_WINDOW
+    prompt = rows | {1: block * torch.export.Dim("blocks", min=BLOCKS_PER_WINDOW + 2)}
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(model, BATCH).module()
-        logits, cache = model(*BATCH)
+        dynamic = prompt, prompt
+        program = torch.export.export(model, batch_of(20 * block), dynamic_shapes=dynamic)
+        tokens, segment_pos = batch_of(7 * block)
+        logits, cache = model(tokens, segment_pos)
+        torch.testing.assert_close(program.module()(tokens, segment_pos)[0], logits)
         cache = {name: type(z)(*(field.detach() for field in z)) for name, z in cache.items()}
-        torch.testing.assert_close(program(*BATCH)[0], logits)
         step = tokens[:, -1:], segment_pos[:, -1:] + 1, cache
-        rows = {0: torch.export.Dim("rows", min=2)}
         dynamic = (rows, rows, {name: type(z)(*(rows,) * len(z)) for name, z in cache.items()})
-        program = torch.export.export(model, step, dynamic_shapes=dynamic).module()
+        program = torch.export.export(model, step, dynamic_shapes=dynamic)
+        if not grad:  # else PyTorch saves what it refuses to load
+            program = saved_and_loaded(program)
         some = {name: type(block)(*(z[:2] for z in block)) for name, block in cache.items()}
         step = step[0][:2], step[1][:2], some
-        torch.testing.assert_close(program(*step)[0], model(*step)[0])
+        torch.testing.assert_close(program.module()(*step)[0], model(*step)[0])

@@ -142,6 +142,8 @@ def test_vmap(torch_scan: Implementation, length: int, reverse: bool) -> None:
         return linear_scan(x, a, h0, reset, reverse=reverse, implementation=torch_scan.name)
 
     dims = (-1, None, 0, None)
+    nothing = torch.vmap(run, dims)(several[..., :0], a, starts[:0], reset)
+    assert [z.shape for z in nothing] == [(0, *x.shape), (0, *h0.shape)]
     actual = torch.vmap(run, dims)(several, a, starts, reset)
     expected = [run(several[..., i], a, starts[i], reset) for i in range(3)]
     for got, want in zip(actual, zip(*expected, strict=True), strict=True):
@@ -152,7 +154,10 @@ def test_vmap(torch_scan: Implementation, length: int, reverse: bool) -> None:
         torch.func.grad(loss, (0, 1, 2))(several[..., i], a, starts[i], reset) for i in range(3)
     ]
     expected = [torch.stack(parts) for parts in zip(*each, strict=True)]
-    gradients = torch.vmap(torch.func.grad(loss, (0, 1, 2)), dims)(several, a, starts, reset)
+    mapped_grad = torch.vmap(torch.func.grad(loss, (0, 1, 2)), dims)
+    nothing = mapped_grad(several[..., :0], a, starts[:0], reset)
+    assert [z.shape for z in nothing] == [(0, *z.shape) for z in (x, a, h0)]
+    gradients = mapped_grad(several, a, starts, reset)
     for got, want in zip(gradients, expected, strict=True):
         assert_close(got.numpy(), want.numpy(), "gradient", "float64")
 
@@ -234,17 +239,28 @@ def test_export(torch_scan: Implementation, function: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("length", [1, 5])
-def test_outputs_share_no_memory(torch_scan: Implementation, length: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 5])
+@pytest.mark.parametrize("function", ["linear_scan", "rg_lru_scan"])
+def test_outputs_share_no_memory(torch_scan: Implementation, function: str, length: int) -> None:
+    """Neither with each other nor with an argument."""
     import torch
 
-    from recurrentgemma.torch import linear_scan
+    import recurrentgemma.torch
 
-    x, a = torch.rand(2, 2, length, 3)
-    y, last = linear_scan(x, a, implementation=torch_scan.name)
-    before = y.clone()
+    scan = getattr(recurrentgemma.torch, function)
+    x, h0 = torch.rand(2, length, 3), torch.rand(2, 3)
+    if function == "linear_scan":
+        arguments = x, torch.rand_like(x), h0
+    else:
+        segment_pos = torch.arange(7, 7 + length).expand(2, length)
+        arguments = x, torch.rand_like(x), torch.rand_like(x), torch.rand(3), segment_pos, h0
+    y, last = scan(*arguments, implementation=torch_scan.name)
+    others = y, *arguments
+    before = [z.clone() for z in others]
     last.zero_()
-    assert torch.equal(y, before)
+    assert all(map(torch.equal, others, before))
+    y.zero_()
+    assert all(map(torch.equal, arguments, before[1:]))
 
 
 @only("native", "triton")

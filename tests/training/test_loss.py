@@ -52,6 +52,33 @@ def test_is_the_plain_one(trainer: Trainer, soft_cap: float, chunk_size: int | N
     assert_close(gradients[2][counted], nll[counted], "gradient", "float64", name="weights")
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+def test_second_derivatives(trainer: Trainer, soft_cap: float) -> None:
+    """Slopes of the gradients, along random directions."""
+    hidden, embedding, targets, weights = problem()
+    rng = np.random.default_rng(1)
+
+    def direction() -> tuple[np.ndarray, ...]:
+        moves = (rng.standard_normal(z.shape) for z in (hidden, embedding, weights))
+        dhidden, dembedding, dweights = moves
+        return dhidden, dembedding, np.where(weights > 0, dweights, 0)
+
+    directions, along = direction(), direction()
+
+    def projected(step: float) -> float:
+        moved = (z + step * d for z, d in zip((hidden, embedding, weights), along, strict=True))
+        hidden_, embedding_, weights_ = moved
+        _, gradients = plain(hidden_, embedding_, targets, weights_, soft_cap)
+        return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True))
+
+    seconds = trainer.cross_entropy_second(
+        hidden, embedding, targets, weights, directions, soft_cap=soft_cap, chunk_size=4
+    )
+    slope = (projected(1e-5) - projected(-1e-5)) / 2e-5
+    expected = sum((d * g).sum() for d, g in zip(along, seconds, strict=True))
+    assert_close(slope, expected, "slope", "float64")
+
+
 @pytest.mark.parametrize("name", ["griffin", "attention_last"])
 def test_of_a_model(trainer: Trainer, name: str) -> None:
     """`loss_fn` is the reference's loss, and its gradient the one through the model's logits."""
