@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import numpy as np
 import pytest
 from cases import make_batch, make_config
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax import export
 
 from recurrentgemma.jax import Griffin, init_params
+from tolerances import assert_close
 
 CONFIG = make_config("RA")
 MODEL, PARAMS = Griffin(CONFIG, False), init_params(CONFIG, 0)
@@ -58,8 +58,10 @@ def test_any_number_of_rows_and_steps(cached: bool, shape: str, constraints, siz
     arguments: Any = (PARAMS, *batch_of(*sizes), *cache)
     logits, state = exported(cached, shape, *constraints).call(*arguments)
     expected, expected_state = run(*arguments)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state, expected_state)
+    assert_close(logits, expected, "logits", "float32")
+    assert state.keys() == expected_state.keys()
+    for name, block in expected_state.items():
+        assert_close(state[name]._asdict(), block._asdict(), "state", "float32", name=name)
 
 
 def test_serialised() -> None:
@@ -67,5 +69,5 @@ def test_serialised() -> None:
     program = export.deserialize(exported(True, "rows, 1").serialize())
     arguments: Any = (PARAMS, *batch_of(1, 1), MODEL.init_cache(1))
     logits, state = program.call(*arguments)
-    np.testing.assert_allclose(logits, run(*arguments)[0], atol=1e-5)
+    assert_close(logits, run(*arguments)[0], "logits", "float32")
     assert jax.tree.structure(state) == jax.tree.structure(arguments[-1])
