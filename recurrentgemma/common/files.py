@@ -19,8 +19,7 @@ except ImportError:  # Windows: what a killed process left behind stays there
     fcntl = None
 
 _SPARE = 16 << 20  # bytes, for all that is not tensors
-# Endings of what is being made, of what is written, and of what it replaces.
-_NEW, _PARTIAL, _OLD = ".new", ".partial", ".replaced"
+_PARTIAL, _OLD = ".partial", ".replaced"  # endings of what is written, and of what it replaces
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -84,13 +83,22 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         try:
             stack.enter_context(_made(path.parent))
             _recover(path)
-            new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_NEW, dir=path.parent))
-            stack.enter_context(locked(new))
-            temporary = new.rename(new.with_suffix(_PARTIAL))  # which others see only once locked
+            temporary = stack.enter_context(_locked_sibling(path))
         except OSError as error:
             raise DestinationError(f"cannot write {path}: {error.strerror}") from error
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         yield temporary
+
+
+@contextlib.contextmanager
+def _locked_sibling(path: Path) -> Iterator[Path]:
+    """A new hidden folder; another if one is cleared, as left behind, before it is locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        with locked(folder) as free:
+            if free is not False and folder.exists():
+                yield folder
+                return
 
 
 @contextlib.contextmanager

@@ -187,6 +187,22 @@ def test_a_folder_just_made_is_not_cleared_by_another_process(tmp_path: Path, mo
     assert tree(tmp_path) == {"out/file": "new"}
 
 
+def test_what_was_left_when_hardly_made_is_cleared(tmp_path: Path, monkeypatch) -> None:
+    make = tempfile.mkdtemp
+
+    def killed(**kwargs: str) -> str:
+        make(**kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "mkdtemp", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out")
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    write(tmp_path / "out")
+    assert tree(tmp_path) == {"out/file": "new"}
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
 def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"

@@ -75,7 +75,8 @@ def check_saving(sharded: Griffin, whole: Griffin, rank: int, folder: Path) -> N
     error = DestinationError if rank == 0 else RuntimeError
     with pytest.raises(error, match="DestinationError: .*force=True" if rank else "force=True"):
         save_checkpoint(folder, sharded, tokenizer)
-    assert sorted(path.name for path in folder.parent.iterdir()) == before
+    if rank == 0:  # which by the time another looks may be writing again
+        assert sorted(path.name for path in folder.parent.iterdir()) == before
     save_checkpoint(folder, sharded, tokenizer, force=True)
     check_refusing(sharded, rank, folder.with_name("refused"))
 
