@@ -154,7 +154,13 @@ def test_pickles_of_other_things(tmp_path: Path, refused, content) -> None:
 def test_tensors_of_tensors(tmp_path: Path, refused) -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     torch.save({"final_norm.scale": nested}, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", errors.UnsafePickleError, "tensors alone, got final_norm.scale")
+    try:
+        torch.load(tmp_path / "model.pt", weights_only=True)
+    except pickle.UnpicklingError:  # newer versions of PyTorch refuse it themselves
+        reason = "no plain state dict"
+    else:
+        reason = "tensors alone, got final_norm.scale"
+    refused(tmp_path / "model.pt", errors.UnsafePickleError, reason)
 
 
 @pytest.mark.parametrize("format_", Format)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from lowering import gpu_mesh
 from recurrentgemma.jax import (
     Griffin, GriffinConfig, ShardingSpec, init_params, linear_scan, rg_lru_scan
 )
@@ -174,11 +176,12 @@ actual, expected = (
 )
 jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-4, atol=1e-4), actual, expected)
 
-scan = jax.shard_map(lambda x: linear_scan(x, x)[0], mesh=mesh, in_specs=split, out_specs=split)
-for platform, target in (("tpu", "tpu"), ("cuda", "gpu")):
+targets = ("tpu", "tpu", mesh), ("cuda", "gpu", gpu_mesh((4,), ("data",)))
+for platform, target, mesh in targets:
+    scan = jax.shard_map(lambda x: linear_scan(x, x)[0], mesh=mesh, in_specs=split, out_specs=split)
+    x = jax.ShapeDtypeStruct((4, 300, 128), "float32", sharding=NamedSharding(mesh, split))
     with pallas_target(target):
-        jax.jit(jax.grad(lambda x: scan(x).sum())).trace(jnp.ones((4, 300, 128))).lower(
-            lowering_platforms=(platform,))
+        jax.jit(jax.grad(lambda x: scan(x).sum())).trace(x).lower(lowering_platforms=(platform,))
 """
 
 
@@ -197,7 +200,11 @@ def test_every_axis() -> None:
 )
 def test_meshes(program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SETTING + program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SETTING + program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
 
