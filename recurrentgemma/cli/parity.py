@@ -11,6 +11,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
+from recurrentgemma.common.files import expanded
 
 if TYPE_CHECKING:
     from recurrentgemma.common.text import Tokenizer
@@ -138,7 +139,7 @@ def parity(
         configs[0],
         length or default_length(configs[0]),
         seed=seed,
-        text=None if text is None else _tokens(text, tokenizers[0]),
+        text=None if text is None else _tokens(expanded(text), tokenizers[0]),
         plain=against is Implementation.TRANSFORMERS,
     )
     with working("Comparing"):

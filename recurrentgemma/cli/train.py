@@ -63,7 +63,7 @@ def train(
     learnt; or {"messages": [{"role": "user", "content": ...}, {"role": "model", ...}]}, of which
     the model's turns are.
     """
-    from recurrentgemma.common.files import held_folder
+    from recurrentgemma.common.files import expanded, held_folder
     from recurrentgemma.common.run import Interrupted
     from recurrentgemma.common.run_folder import RunFolder
 
@@ -72,8 +72,8 @@ def train(
         for name, value in flags.items()
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    from_file = read_toml(options)[0] if options is not None else {}
-    out = given.get("out", from_file.get("out"))
+    from_file = read_toml(expanded(options))[0] if options is not None else {}
+    out = merged(given, from_file).out
     if out is None:
         raise ValueError("--out must name the folder of the run")
     if resume and force:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from recurrentgemma.cli.frameworks import DType, Framework
+from recurrentgemma.common.files import expanded
 from recurrentgemma.common.presets import Preset
 
 _FILES = "files"  # the table of hashes in a run's own file
@@ -319,14 +320,23 @@ def differences(before: TrainOptions, now: TrainOptions) -> list[str]:
 
 
 def merged(given: Mapping[str, Any], *lower: Mapping[str, Any]) -> TrainOptions:
-    """Options, those that are given first before those below and before what these exclude."""
+    """Options, those that are given first before those below and before what these exclude.
+
+    In paths `~` is the home: no shell expands it in a TOML file, and not all do in `--out=~/run`.
+    """
     values: dict[str, Any] = {}
     for layer in (*reversed(lower), given):
         for group in _EXCLUSIVE:
             if any(layer.get(name) for name in group):
                 values = {name: value for name, value in values.items() if name not in group}
         values |= layer
-    return TrainOptions(**values)
+    return TrainOptions(**{name: _at_home(value) for name, value in values.items()})
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def require_consistent(options: TrainOptions) -> None:

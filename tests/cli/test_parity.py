@@ -90,9 +90,10 @@ def test_transformers(cli, folders: Path) -> None:
     assert kinds == {"parameter", "activation", "gradient"}  # their states have another layout
 
 
-def test_a_text(cli, folders: Path, tmp_path: Path) -> None:
+def test_a_text(cli, folders: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "text").write_text("In the beginning")
-    done = cli("parity", folders / "one", "--text", tmp_path / "text", *SHORT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = cli("parity", folders / "one", "--text=~/text", *SHORT)
     assert done.code == 0, done.err
     (tmp_path / "text").write_bytes(b"\xff")
     done = cli("parity", folders / "one", "--text", tmp_path / "text", *SHORT)

@@ -103,6 +103,20 @@ def test_flags_win_over_the_file(corpus, train):
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_paths_from_home(corpus, train, monkeypatch):
+    """Where no shell has put it: in a file, and after an equals sign."""
+    monkeypatch.setenv("HOME", str(corpus))
+    monkeypatch.chdir(corpus)
+    (corpus / "options.toml").write_text('train = ["~/train.jsonl"]\nout = "~/in-the-file"\n')
+    for flag, out in ((None, "in-the-file"), ("~/run", "run")):
+        done = train(options="~/options.toml", train=None, out=flag, steps=1)
+        assert done.code == 0, done.err
+        written = tomllib.loads((corpus / out / "run.toml").read_text())
+        assert written["out"] == str(corpus / out)
+        assert written["train"] == [str(corpus / "train.jsonl")]
+    assert not (corpus / "~").exists()
+
+
 def test_every_option_is_written_and_read(tmp_path):
     values = {}
     for field in dataclasses.fields(TrainOptions):

@@ -6,6 +6,7 @@ import math
 import os
 
 from recurrentgemma.common.errors import DestinationError, MissingExtraError
+from recurrentgemma.common.files import whole_file
 from recurrentgemma_conversion.parity.reading import CASES
 from recurrentgemma_conversion.parity.report import Report
 
@@ -24,8 +25,12 @@ def check_plot(file: str | os.PathLike[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if os.path.splitext(file)[1].removeprefix(".").lower() not in known:
+    if _suffix(file) not in known:
         raise DestinationError(f"the suffix of {file} must be one of {', '.join(known)}")
+
+
+def _suffix(file: str | os.PathLike[str]) -> str:
+    return os.path.splitext(file)[1].removeprefix(".").lower()
 
 
 def plot(report: Report, title: str, file: str | os.PathLike[str]) -> None:
@@ -34,7 +39,7 @@ def plot(report: Report, title: str, file: str | os.PathLike[str]) -> None:
     Args:
       report: What to draw.
       title: Above it.
-      file: Where the figure goes, in the format of its suffix.
+      file: Where the figure goes, in the format of its suffix; one that is there is replaced.
 
     Raises:
       CheckpointError: As of `check_plot`.
@@ -72,4 +77,5 @@ def plot(report: Report, title: str, file: str | os.PathLike[str]) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
+    with whole_file(file, force=True) as temporary:
+        figure.savefig(temporary, dpi=150, format=_suffix(file))
