@@ -40,7 +40,7 @@ def names() -> Iterator[str]:
         part = "" if one.part is None else f" (half {one.part})"
         return f"`{_numbered(one.name)}`{' ↔' if one.transpose else ''}{part}"
 
-    yield "| `kaggle-flax`, `recurrentgemma` | shape | `kaggle-torch` | `huggingface` |"
+    yield "| `kaggle-flax` | shape | `kaggle-torch`, `recurrentgemma` | `huggingface` |"
     yield "|---|---|---|---|"
     seen = set()
     for spec in layer_spec(config):

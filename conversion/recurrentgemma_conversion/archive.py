@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 from recurrentgemma.common.errors import DamagedError, DiskSpaceError
-from recurrentgemma.common.files import require_room
+from recurrentgemma.common.files import NO_ROOM, no_room, require_room
 
 
 def is_archive(path: Path) -> bool:
@@ -23,21 +23,29 @@ def is_archive(path: Path) -> bool:
         return False
 
 
-def unpack(path: Path, folder: Path) -> None:
+def unpack(path: Path, folder: Path, place: Path) -> None:
     """Unpacks an archive into a folder; nothing of it may land outside.
 
+    Args:
+      path: The archive.
+      folder: Where what is in it goes.
+      place: What messages call the disk of the folder.
+
     Raises:
-      DamagedError: It is cut short, no tar archive, or names files outside the folder.
+      DamagedError: It is cut short, damaged, no tar archive, or names files outside the folder.
       DiskSpaceError: There is no room for what is in it.
     """
     try:
         with tarfile.open(path) as archive:
-            require_room(folder, sum(member.size for member in archive))
+            require_room(place, sum(member.size for member in archive))
             archive.extractall(folder, filter="data")
+            file: Any = archive.fileobj
+            while file.read(1 << 20):
+                pass  # of what is compressed the checksum comes last
     except DiskSpaceError:
         raise
     except Exception as error:  # a damaged archive raises nearly anything
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise DiskSpaceError(f"the disk of {folder} became full") from error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise no_room(place, error) from error
         reason = str(error) or type(error).__name__
         raise DamagedError(f"{path} cannot be unpacked: {reason}") from error

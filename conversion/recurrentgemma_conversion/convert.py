@@ -29,6 +29,7 @@ from recurrentgemma_conversion.formats import (
     Writer,
     checkpoint_name,
     require_size,
+    require_utf8,
 )
 from recurrentgemma_conversion.huggingface import GENERATION, HuggingFaceWriter
 from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
@@ -133,13 +134,16 @@ def convert(
     """
     started = time.perf_counter()
     to = Format(to)
-    if shard_size < 1:
-        raise DestinationError(f"shard_size must be positive, got {shard_size}")
+    if not isinstance(shard_size, int) or shard_size < 1:
+        raise DestinationError(f"shard_size must be a positive integer, got {shard_size!r}")
     if ocdbt and to is not Format.KAGGLE_FLAX:
         raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
+    target = destination_path(destination)
     if verify and to is Format.KAGGLE_TORCH:
         import_torch("verifying a .pt file, which can be left out,")
-    target = destination_path(destination)
+        require_utf8(target, "PyTorch")
+    if ocdbt:
+        require_utf8(target, "TensorStore")
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)

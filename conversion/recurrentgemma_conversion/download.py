@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrentgemma.common.errors import DiskSpaceError, DownloadError, MissingExtraError
-from recurrentgemma.common.files import destination_path, whole_folder
+from recurrentgemma.common.files import NO_ROOM, destination_path, whole_folder
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
 
@@ -133,7 +132,7 @@ def _refused(error: Exception, page: str, login: str, credentials: Any) -> Downl
 def _failed(host: str, page: str, error: Exception) -> DownloadError | DiskSpaceError:
     """What came of it where neither the login nor the name is at fault."""
     for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             return DiskSpaceError("the disk became full: make room, or choose a folder elsewhere")
         status = _status(cause) or 200
         if status == 429 or status >= 500:

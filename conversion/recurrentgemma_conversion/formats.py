@@ -39,6 +39,10 @@ class Format(enum.StrEnum):
     HUGGINGFACE = "huggingface"
     RECURRENTGEMMA = "recurrentgemma"
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"a format must be one of {', '.join(cls)}, got {value!r}")
+
 
 class Tensor(NamedTuple):
     """Shape and dtype of a stored tensor; a dtype that is no float is None."""

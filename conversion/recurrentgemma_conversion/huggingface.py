@@ -185,6 +185,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a `config.json`."""
+    if not path.is_file():
+        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -232,7 +234,7 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
             embeddings_scale_by_sqrt_dim=fields.get("embeddings_scale_by_sqrt_dim", True),
             attention_window_size=fields["attention_window_size"],
             logits_soft_cap=fields["logits_soft_cap"],
-            lru_width=fields.get("lru_width") or fields["hidden_size"],
+            lru_width=fields.get("lru_width", fields["hidden_size"]),
             scan_type=fields.get("scan_type", ScanType.AUTO),
         )
     except KeyError as error:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,9 +149,9 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
 def _file_keys(path: Path) -> Mapping[str, Any]:
     """The files of a directory tree, relative to it."""
     found: dict[str, Any] = {}
-    for folder, _, files in os.walk(path):
-        for file in files:
-            found[(Path(folder) / file).relative_to(path).as_posix()] = None
+    for folder, _, names in os.walk(path):
+        files = (file for name in names if (file := Path(folder, name)).is_file())
+        found |= dict.fromkeys(file.relative_to(path).as_posix() for file in files)
     return found
 
 
@@ -264,10 +265,16 @@ class _Database:
             "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{spec.path}/"},
             "metadata": _zarr_metadata(spec.shape, (rows, *spec.shape[1:]), dtype),
         }
-        array = self._ts.open(request, create=True, context=self._context).result()
-        for i in range(0, len(parameter), rows):
-            part = cast(parameter[i : i + rows], dtype)
-            array[i : i + len(part)].write(part).result()
+        try:
+            array = self._ts.open(request, create=True, context=self._context).result()
+            for i in range(0, len(parameter), rows):
+                part = cast(parameter[i : i + rows], dtype)
+                array[i : i + len(part)].write(part).result()
+        except ValueError as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _zarr_metadata(

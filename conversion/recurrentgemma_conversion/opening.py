@@ -62,7 +62,7 @@ def open_checkpoint(
         unpacked = folder / found.name.partition(".tar")[0]
         unpacked.mkdir()
         try:
-            unpack(found, unpacked)
+            unpack(found, unpacked, folder.parent)
             format_, weights = detect(unpacked)
             if format_ is None:
                 raise UnknownFormatError(f"{source} is an archive in an archive")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import ConfigError
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.presets import Preset, member
 from recurrentgemma_conversion.formats import Tensor
 
 
@@ -69,14 +69,15 @@ def resolve_config(
                 raise ValueError(f"tensors must not be empty, got {', '.join(empty)}")
             stated = GriffinConfig.from_torch_params(tensors, overrides.preset, **overrides.fields)
         if overrides.preset is not None:
-            preset = GriffinConfig.from_preset(overrides.preset, stated.vocab_size)
+            name = member(Preset, overrides.preset).name
+            preset = GriffinConfig.from_preset(name, stated.vocab_size)
             conflicts = [
-                f"{name} is {here} in the checkpoint and {there} in the preset"
-                for name, (here, there) in stated.differences(preset).items()
-                if name not in Overrides._fields
+                f"{field} is {here} in the checkpoint and {there} in the preset"
+                for field, (here, there) in stated.differences(preset).items()
+                if field not in Overrides._fields
             ]
             if conflicts:
-                raise ValueError(f"this is not {overrides.preset.name}: {'; '.join(conflicts)}")
+                raise ValueError(f"this is not {name}: {'; '.join(conflicts)}")
             stated = dataclasses.replace(preset, scan_type=stated.scan_type)
         return dataclasses.replace(stated, **overrides.fields)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import typer
 
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma.common.extras import EXTRA_OF, is_installed, missing
+from recurrentgemma.common.files import NO_ROOM
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: options unknown, missing or malformed.
@@ -32,7 +32,7 @@ def mistake(error: Exception) -> str | None:
         return f"{_in_a_line(message)} (see {command} --help)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"cannot write the output: {error.strerror}"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]

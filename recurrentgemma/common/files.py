@@ -20,6 +20,12 @@ except ImportError:  # Windows: what a killed process left behind stays there
 
 _SPARE = 16 << 20  # bytes, for all that is not tensors
 _PARTIAL, _OLD = ".partial", ".replaced"  # endings of what is written, and of what it replaces
+# What a disk with too little room does, by the number of the error.
+NO_ROOM = {
+    errno.ENOSPC: "became full",
+    errno.EDQUOT: "gives this user no more room",
+    errno.EFBIG: "takes no file so large",
+}
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -65,23 +71,28 @@ def whole_folder(
             temporary.chmod(0o777 & ~_umask())
             _rename(temporary, folder, force)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DiskSpaceError(f"the disk of {folder} became full") from error
+            if error.errno in NO_ROOM:
+                raise no_room(folder, error) from error
             raise
 
 
 @contextlib.contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
+def scratch_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
     """A hidden sibling of a path, there until the block ends.
 
     One that a killed process left goes with the next that is made for the same path.
+
+    Args:
+      path: The path.
+      parents: Whether to make the folders above it.
 
     Raises:
       DestinationError: The parent of `path` is no folder, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_made(path.parent))
+            if parents:
+                stack.enter_context(_made(path.parent))
             _recover(path)
             temporary = stack.enter_context(_locked_sibling(path))
         except OSError as error:
@@ -167,6 +178,11 @@ def require_room(folder: Path, size: int) -> None:
             f"too little room in {folder}: {(size + _SPARE) / 1e9:.2f} GB are needed, "
             f"{free / 1e9:.2f} GB are free"
         )
+
+
+def no_room(path: Path, error: OSError) -> DiskSpaceError:
+    """What to raise when a write to a path failed with an error of `NO_ROOM`."""
+    return DiskSpaceError(f"the disk of {path} {NO_ROOM[error.errno or errno.ENOSPC]}")
 
 
 def _rename(temporary: Path, folder: Path, force: bool) -> None:
@@ -266,7 +282,9 @@ def _siblings(parent: Path, suffix: str, name: str | None) -> list[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling to write to; once the block ends well it takes the name `path`.
+    """A temporary file to write to; once the block ends well it takes the name `path`.
+
+    A process killed in between leaves a hidden sibling, which the next writer of `path` removes.
 
     Args:
       path: The file to make.
@@ -278,22 +296,14 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
     """
     target = destination_path(path)
     _require_free(target, force)
-    try:
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent
-        )
-    except OSError as error:
-        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        _require_free(target, force)
-        temporary.replace(target)
-    except OSError as error:
-        raise DestinationError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with scratch_folder(target, parents=False) as folder:
+        temporary = folder / target.name
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            _require_free(target, force)
+            temporary.replace(target)
+        except OSError as error:
+            raise DestinationError(f"cannot write {target}: {error.strerror}") from error

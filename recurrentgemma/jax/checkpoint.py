@@ -155,7 +155,10 @@ def save_parameters(
         whole_folder(checkpoint_path, force=force) as folder,
         ocp.PyTreeCheckpointer() as checkpointer,
     ):
-        checkpointer.save(folder, dict(params), force=True)  # of the folder's empty self
+        checkpointer.save(folder / "it", dict(params))  # beside which Orbax writes, too
+        for path in (folder / "it").iterdir():
+            path.rename(folder / path.name)
+        (folder / "it").rmdir()
 
 
 def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, Any]) -> Any:

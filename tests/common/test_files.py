@@ -1,14 +1,18 @@
 """Folders and files that appear whole or not at all, and what is left alone beside them."""
 
+import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.errors import DestinationError, DiskSpaceError
 from recurrentgemma.common.files import destination_path, whole_file, whole_folder
 
 RANDOM = "k3v_x9qa"  # as tempfile has it
@@ -201,6 +205,38 @@ def test_what_was_left_when_hardly_made_is_cleared(tmp_path: Path, monkeypatch) 
     monkeypatch.undo()
     write(tmp_path / "out")
     assert tree(tmp_path) == {"out/file": "new"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="locks of folders are POSIX's")
+@pytest.mark.parametrize("whole", ["whole_file", "whole_folder"])
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path, whole: str) -> None:
+    code = (
+        "import os, signal, sys; from recurrentgemma.common import files\n"
+        "with getattr(files, sys.argv[1])(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, whole, str(tmp_path / "out")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    with whole_file(tmp_path / "out") as file:
+        file.write_text("new")
+    assert tree(tmp_path) == {"out": "new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "became full"),
+        (errno.EDQUOT, "gives this user no more room"),
+        (errno.EFBIG, "takes no file so large"),
+    ],
+)
+def test_disks_with_too_little_room(tmp_path: Path, number: int, words: str) -> None:
+    expected = pytest.raises(DiskSpaceError, match=f"the disk of .*out {words}")
+    with expected, whole_folder(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -280,6 +281,14 @@ def test_a_destination_in_the_source(make) -> None:
     assert detect(source / "model")[0] is Format.KAGGLE_FLAX
 
 
+def test_requests_that_make_no_sense(make, refused) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    for size in (0, "5GB", 1.5):
+        refused(source, errors.DestinationError, "must be a positive integer", shard_size=size)
+    with pytest.raises(ValueError, match=r"a format must be one of kaggle-flax, .* 'gguf'"):
+        convert(source, source.with_name("out"), "gguf")
+
+
 def test_a_layout_of_another_format(make, refused) -> None:
     source = make("source", Format.KAGGLE_TORCH)
     refused(source, errors.DestinationError, "ocdbt is a layout of kaggle-flax", ocdbt=True)
@@ -311,6 +320,20 @@ def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> Non
                    "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
         monkeypatch.setattr(f"{module}.write_array", full)
     refused(source, errors.DiskSpaceError, "became full", to=to)
+
+
+def test_a_disk_that_becomes_full_under_a_database(
+    tmp_path: Path, make, refused, monkeypatch
+) -> None:
+    source = make("source", Format.KAGGLE_TORCH)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused(
+            source, errors.DiskSpaceError, "no file so large", to=Format.KAGGLE_FLAX, ocdbt=True
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +398,8 @@ def test_configs_that_conflict(make, refused) -> None:
         "block_types is RRARR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
         overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
     )
+    named = Overrides(preset="HAWK_PAPER_7B")  # pyright: ignore[reportArgumentType]
+    refused(source, errors.ConfigError, "this is not HAWK_PAPER_7B", overrides=named)
     refused(source, errors.ConfigError, "not tell embeddings_scale_by_sqrt_dim, attention")
 
 
@@ -400,6 +425,7 @@ def test_configs_that_conflict(make, refused) -> None:
         ("intermediate_size", 10**320, "mlp_expanded_width must be below 2**63, got 5000"),
         ("logits_soft_cap", 10**400, "logits_soft_cap must be finite and at least 0, got 1000"),
         ("intermediate_size", 33, "intermediate_size must be even"),
+        ("lru_width", 0, "lru_width must be a positive integer, got 0"),
         ("block_types", ["recurrent", "mamba"], "'mamba' is no TemporalBlockType"),
         ("vocab_size", None, "vocab_size must be a positive integer, got None"),
     ],
@@ -586,8 +612,12 @@ def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind
     out, database = source.with_name("out"), source.with_name("database")
     convert(source, out, Format.KAGGLE_FLAX)
     assert detect(out)[0] is Format.KAGGLE_FLAX
-    with pytest.raises(errors.PathError, match=words):
-        convert(source, database, Format.KAGGLE_FLAX, ocdbt=True)
+    steps = []
+    for to in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):  # it is said before anything is written
+        with pytest.raises(errors.PathError, match=words) as caught:
+            convert(source, database, to, ocdbt=to is Format.KAGGLE_FLAX, progress=steps.append)
+        assert str(database) in str(caught.value)
+    assert not steps
     assert not database.exists()
 
 
@@ -603,6 +633,25 @@ def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
         refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+@pytest.mark.parametrize(
+    ("format_", "name", "error", "words"),
+    [
+        (Format.HUGGINGFACE, "config.json", errors.ConfigError, "lacks config.json"),
+        (Format.KAGGLE_FLAX, "model/final_norm.scale/.zarray", errors.MismatchError, "missing fin"),
+        (Format.KAGGLE_FLAX, "model/final_norm.scale/0", errors.DamagedError, "lacks 1 chunks"),
+    ],
+)
+def test_pipes_in_checkpoints_are_not_waited_for(
+    make, refused, format_: Format, name: str, error: type, words: str
+) -> None:
+    path = make("source", format_) / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(error, match=words), open_checkpoint(path.parents[name.count("/")]):
+        raise AssertionError
 
 
 def test_what_is_compressed_is_an_archive_if_it_holds_one(make) -> None:

@@ -110,8 +110,9 @@ def test_damaged_index(tmp_path: Path, make, refused) -> None:
     text = index.read_text()
     index.write_text(text[:-20])
     refused(source, errors.DamagedError, "is no index of safetensors files")
-    index.write_text(text.replace("model-00001-of", "../model-00001-of"))
-    refused(source, errors.DamagedError, "must be a name in this folder")
+    for name in ("../model.safetensors", "..", ""):
+        index.write_text(text.replace("model-00001-of-00005.safetensors", name))
+        refused(source, errors.DamagedError, "must be a name in this folder")
     index.write_text(text.replace('"model.final_norm.weight": ', '"model.norm.weight": '))
     refused(source, errors.MismatchError, "no model.norm.weight in", "model.final_norm.weight in")
     index.write_text(text.replace("model-00001-of", "x" * 300))
@@ -176,6 +177,15 @@ def test_archives(tmp_path: Path, make, refused, format_: Format) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     refused(path, errors.DamagedError, "archive.tar.gz cannot be unpacked")
+
+
+def test_an_archive_whose_checksum_is_another(tmp_path: Path, make, refused) -> None:
+    source = make("source", Format.RECURRENTGEMMA)
+    path = Path(shutil.make_archive(str(tmp_path / "archive"), "gztar", source))
+    content = path.read_bytes()
+    for damaged in (content[:-4], content[:-8] + bytes(8)):
+        path.write_bytes(damaged)
+        refused(path, errors.DamagedError, f"{path} cannot be unpacked")
 
 
 def test_what_is_wrong_in_an_archive_is_named_after_it(tmp_path: Path, make, refused) -> None:
@@ -245,7 +255,7 @@ def test_a_disk_that_becomes_full_under_an_archive(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("tarfile.TarFile.extractall", full)
-    refused(path, errors.DiskSpaceError, "became full")
+    refused(path, errors.DiskSpaceError, f"the disk of {tmp_path} became full")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80"])

@@ -23,7 +23,7 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
 CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_width=4)
 OVERRIDES = Overrides(None, True, 8, 5.0)
-LONGEST = 20  # seconds; a hang would be longer
+LONGEST = 20  # seconds of this process, whatever else runs; a loop would be longer
 KINDS = [*Format, "ocdbt", "shards", "archive"]
 
 
@@ -53,7 +53,7 @@ def plain(tmp_path_factory) -> Path:
 def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
     """It converts wholly, or a named error leaves nothing."""
     out = source.with_name("out")
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         convert(source, out, Format.HUGGINGFACE, overrides=OVERRIDES, allow_nonfinite=True)
     except CheckpointError:
@@ -61,7 +61,7 @@ def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
     else:
         with open_checkpoint(out) as reader:
             assert sum(1 for _ in reader) > 0
-    assert time.perf_counter() - started < LONGEST
+    assert time.process_time() - started < LONGEST
     assert files(source) == before
     assert {path.name for path in source.parent.iterdir()} <= {"source", "out"}
 

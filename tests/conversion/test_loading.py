@@ -284,3 +284,22 @@ def test_what_a_twin_saves_is_what_it_loaded(
         assert (reader.format, reader.config) == (Format.RECURRENTGEMMA, CONFIG)
         for spec, value in reader:
             np.testing.assert_array_equal(value, parameters(CONFIG, "bfloat16")[spec.path])
+
+
+def test_parameters_that_cannot_be_saved_leave_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Orbax writes beside the folder that it is given."""
+    import orbax.checkpoint as ocp
+
+    def fail(self, path: Path, *args, **kwargs) -> None:
+        path.with_name(f"{path.name}.orbax-checkpoint-tmp").mkdir()
+        raise OSError("the disk is gone")
+
+    module = importlib.import_module("recurrentgemma.jax")
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        module.save_parameters(tmp_path / "out", module.init_params(CONFIG, 0))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    module.save_parameters(tmp_path / "out", module.init_params(CONFIG, 0))
+    assert "it" not in {path.name for path in (tmp_path / "out").iterdir()}
+    module.load_parameters(tmp_path / "out")
