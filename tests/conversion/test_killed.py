@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to be qu
 
 MOMENTS = 20
 CONFIG = make_config("RRA", vocab_size=2048, width=128, mlp_expanded_width=384)
-# Forks a child for each line, which converts, and kills itself at one of its calls: these are the
-# same, and as many, however fast the machine is.
+# Forks a child for each line, which converts and tells when it is at one of its calls, upon which
+# it is killed: a call, not a time, so that the moments are spread out on a busy machine, too.
 SERVER = """
 import json, mmap, os, signal, sys
 import torch
@@ -34,17 +34,23 @@ def count(frame, event, arg):
     global calls
     calls += 1
     if calls == request["after"]:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.write(tell, b"!")
 
 for line in sys.stdin:
     request = json.loads(line)
+    told, tell = os.pipe()
     child = os.fork()
     if not child:
-        sys.setprofile(count)
+        os.close(told)
+        sys.setprofile(None if request["after"] is None else count)
         convert(*request["args"], force=request["force"])
         sys.setprofile(None)
         shared[:] = calls.to_bytes(8, "little")
         os._exit(0)
+    os.close(tell)
+    if os.read(told, 1):
+        os.kill(child, signal.SIGKILL)
+    os.close(told)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(json.dumps([code, int.from_bytes(shared[:], "little")]), flush=True)
 """
@@ -82,9 +88,9 @@ def test_killed(tmp_path: Path, run: Run, to: Format, force: bool) -> None:
     convert(source, tmp_path / "whole", to)
     convert(source, tmp_path / "old", Format.RECURRENTGEMMA, dtype="bfloat16")
     whole, old = files(tmp_path / "whole"), files(tmp_path / "old")
-    _, calls = run(*args, force=force, after=None)
+    _, calls = run(*args, force=force, after=0)
     shutil.rmtree(place)
-    rng, killed, unfinished = random.Random(0), 0, 0
+    rng, killed, unfinished = random.Random(os.environ.get("KILLS_SEED", "0")), 0, 0
     for moment in range(MOMENTS):
         place.mkdir()
         if force:
@@ -104,7 +110,7 @@ def test_killed(tmp_path: Path, run: Run, to: Format, force: bool) -> None:
         if code:  # what the killed one left is gone once another has run
             assert [path.name for path in place.iterdir()] == ["out"]
         shutil.rmtree(place)
-    assert killed >= MOMENTS - 1  # replacing a folder is a few calls more, or fewer
+    assert killed > MOMENTS // 2  # all, but for those that were done sooner than killed
     assert unfinished > MOMENTS // 2
 
 
