@@ -37,7 +37,9 @@ def test_a_twin_imports_without_the_other(twin: str, other: str) -> None:
     # A submodule: under pytest tests/jax or tests/torch would do for the package itself.
     submodule = {"jax": "jax.numpy", "torch": "torch.nn"}[twin]
     pytest.importorskip(submodule, reason=f"{twin} is not installed")
-    done = import_without([f"recurrentgemma.{twin}"], FRAMEWORKS[other])
+    # Newer versions of JAX are to come without Pallas' way through Triton.
+    absent = (*FRAMEWORKS[other], "jax.experimental.pallas.triton")
+    done = import_without([f"recurrentgemma.{twin}"], absent)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ _XLA: dict[str, Scan] = {
 _FEW_STEPS = scan_xla.UNROLLED_STEPS
 _PALLAS_PLATFORMS = ("tpu", "gpu")
 _PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+_TRITON = "jax.experimental.pallas.triton"
 
 
 class _Target(NamedTuple):
@@ -181,9 +183,11 @@ def choose_implementation(
         return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
     if platform == "cpu":
         return Choice("xla", "a loop in place reads and writes each element once")
-    if platform in _PALLAS_PLATFORMS and jnp.dtype(dtype) in _PALLAS_DTYPES:
-        return Choice("pallas", f"a {platform} kernel reads and writes each element once")
-    return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+    if platform not in _PALLAS_PLATFORMS or jnp.dtype(dtype) not in _PALLAS_DTYPES:
+        return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+    if not _pallas_lowers(platform):
+        return Choice("associative", f"JAX {jax.__version__} has no {_TRITON}")
+    return Choice("pallas", f"a {platform} kernel reads and writes each element once")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -289,6 +293,16 @@ def _default_platform() -> str:
     return getattr(device, "platform", device)
 
 
+def _pallas_lowers(platform: str) -> bool:
+    """Whether this version of JAX lowers kernels for a platform: Triton's part is to go."""
+    if platform == "gpu":
+        try:
+            importlib.import_module(_TRITON)
+        except ImportError:
+            return False
+    return True
+
+
 def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: _Target) -> Scan:
     if name not in IMPLEMENTATIONS:
         raise ValueError(
@@ -307,6 +321,12 @@ def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target
         raise ValueError(
             "implementation 'pallas' takes float32 and bfloat16, got "
             f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
+        )
+    if not _pallas_lowers(target.platform):
+        raise ValueError(
+            f"implementation 'pallas' on {target.platform} needs {_TRITON}, which JAX "
+            f"{jax.__version__} does not have: install a version that does, such as 0.12, or ask "
+            f"for auto or one of {', '.join(_XLA)}"
         )
     # Not at the top: importing Pallas takes a while, and the CPU does without.
     if target.platform == "tpu":

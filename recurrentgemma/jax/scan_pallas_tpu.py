@@ -123,11 +123,12 @@ def _rows(k: Any) -> slice | pl.Slice:
 
 def _inputs_of_tile(refs: Inputs, blocks: _Blocks, start: Any, k: Any) -> Inputs:
     """Tile k in float32, the steps past the end as padding."""
+    tile = (_TILE, blocks.width)
 
     def load(ref):
-        return ref[0, _rows(k), :].astype(jnp.float32)
+        # Not ref[0, ...]: in JAX 0.9.0 that alone has the axes of `jax.shard_map` in its type.
+        return ref[:, _rows(k), :].reshape(tile).astype(jnp.float32)
 
-    tile = (_TILE, blocks.width)
     x = jnp.zeros(tile, jnp.float32) if refs.x is None else load(refs.x)
     sequences = tuple(load(ref) for ref in refs.sequences)
     channels = tuple(jnp.broadcast_to(ref[...], tile) for ref in refs.channels)

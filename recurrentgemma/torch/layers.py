@@ -24,7 +24,8 @@ _PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Where products keep the dtype of their factors, under `torch.autocast` too."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Dynamo does not trace `torch.amp.is_autocast_available` in PyTorch 2.6 to 2.10.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -158,6 +159,24 @@ def test_only_where_there_is_a_kernel() -> None:
     message = r"'pallas' takes float32 and bfloat16, got float16, which reference, xla, associative"
     with pallas_target("tpu"), pytest.raises(ValueError, match=message):
         linear_scan(x.astype("float16"), a, h0, implementation="pallas")
+
+
+def test_a_jax_that_has_given_up_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then "auto" does without the kernel on a GPU; on a TPU nothing changes."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delitem(sys.modules, "recurrentgemma.jax.scan_pallas_gpu", raising=False)
+    choice = choose_implementation((1, 9, 4), "float32", "gpu")
+    assert choice.name == "associative"
+    assert jax.__version__ in choice.reason
+    assert choose_implementation((1, 9, 4), "float32", "tpu").name == "pallas"
+
+    x = jnp.ones((1, 9, 4))
+    with pallas_target("gpu"):
+        lowered = jax.jit(linear_scan).trace(x, x).lower(lowering_platforms=("cuda",))
+        assert "triton" not in lowered.as_text()
+        message = r"on gpu needs jax\.experimental\.pallas\.triton, which JAX .* for auto or one of"
+        with pytest.raises(ValueError, match=message):
+            linear_scan(x, x, implementation="pallas")
 
 
 @pytest.mark.parametrize(

@@ -176,12 +176,18 @@ actual, expected = (
 )
 jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-4, atol=1e-4), actual, expected)
 
+def rg_lru(x):
+    position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return rg_lru_scan(x, x, x, x[0, 0], position)[0]
+
 targets = ("tpu", "tpu", mesh), ("cuda", "gpu", gpu_mesh((4,), ("data",)))
 for platform, target, mesh in targets:
-    scan = jax.shard_map(lambda x: linear_scan(x, x)[0], mesh=mesh, in_specs=split, out_specs=split)
     x = jax.ShapeDtypeStruct((4, 300, 128), "float32", sharding=NamedSharding(mesh, split))
-    with pallas_target(target):
-        jax.jit(jax.grad(lambda x: scan(x).sum())).trace(x).lower(lowering_platforms=(platform,))
+    for scan in (lambda x: linear_scan(x, x)[0], rg_lru):
+        mapped = jax.shard_map(scan, mesh=mesh, in_specs=split, out_specs=split)
+        with pallas_target(target):
+            traced = jax.jit(jax.grad(lambda x: mapped(x).sum())).trace(x)
+        traced.lower(lowering_platforms=(platform,))
 """
 
 
