@@ -53,6 +53,7 @@ def load_checkpoint(
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
       ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
         is to be split has several.
+      RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and sharding is not None:
         raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")

@@ -51,7 +51,7 @@ class Griffin(SpecModule):
             _Block(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config, "final_norm", **kwargs)
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = torch.empty(()).device if device is None else torch.device(device)
         if device.type != "meta":
             for module in self.modules():  # not `to_empty`, which cannot replace fake tensors
                 for name, parameter in module.named_parameters(recurse=False):

@@ -154,7 +154,7 @@ def choose_implementation(
       device: A device; the default one if None.
     """
     del dtype  # each implementation takes any
-    kind = torch.get_default_device().type if device is None else torch.device(device).type
+    kind = torch.empty(()).device.type if device is None else torch.device(device).type
     if kind == "cuda" and _HAS_TRITON:
         return Choice("triton", "a kernel reads and writes each element once")
     if shape[1] == 1:

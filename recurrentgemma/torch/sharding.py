@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from recurrentgemma.torch.griffin import Griffin
 
@@ -14,8 +16,19 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+_NEEDED = "2.10"  # before which parts keep the memory of the whole, or FSDP fails on a CPU
+
+
 def shard(model: Griffin, mesh: DeviceMesh) -> None:
-    """Splits a model, on the meta device too, block by block."""
+    """Splits a model, on the meta device too, block by block.
+
+    Raises:
+      RuntimeError: This version of PyTorch cannot.
+    """
+    if TorchVersion(torch.__version__) < _NEEDED:
+        raise RuntimeError(
+            f"a model is split with PyTorch {_NEEDED} or newer, got {torch.__version__}"
+        )
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:

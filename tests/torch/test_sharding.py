@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece as spm
@@ -17,6 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
 from recurrentgemma.common.text import Tokenizer
 from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
+from recurrentgemma.torch.sharding import shard
 from tolerances import assert_close
 
 TOKENS = np.arange(1, 13)[None]
@@ -103,3 +105,10 @@ def check_refusing(sharded: Griffin, rank: int, folder: Path) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_sharded(tmp_path) -> None:
     spawn(check, (2, str(tmp_path / "store")), nprocs=2)
+
+
+def test_a_version_of_pytorch_that_does_not_split(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    mesh: Any = None
+    with pytest.raises(RuntimeError, match=r"PyTorch 2\.10 or newer, got 2\.9\.1"):
+        shard(Griffin(load_checkpoint().config, device="meta"), mesh)
