@@ -233,7 +233,7 @@ def test_a_pipe_with_a_name(cli, checkpoint, prompts, tmp_path):
     done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
                "--input", prompts, "--output", pipe)  # fmt: skip
     assert done == (0, "", "")
-    out, _ = reader.communicate(timeout=60)
+    out, _ = reader.communicate(timeout=300)
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == PROMPTS
 
 

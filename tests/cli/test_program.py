@@ -172,7 +172,7 @@ def test_torch_alone_and_ctrl_c(checkpoint):
     pytest.importorskip("torch.nn")
     process = start_sampling("torch", checkpoint)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, b"")
 
 
@@ -182,7 +182,7 @@ def test_jax_alone_and_a_closed_pipe(checkpoint):
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=300) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 

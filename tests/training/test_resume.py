@@ -40,43 +40,52 @@ def require_readable(folder: Path) -> None:
     assert not run.best.is_symlink() or NativeReader(run.best)
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    code = "import sys; from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+class Command:
+    """A command in a process of its own.
 
+    What it says goes to a file: a pipe that nobody reads yet would stop it when full.
+    """
 
-def finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err.decode()
+    def __init__(self, words: list[str], said: Path) -> None:
+        code = "import sys; from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
+        self._said = said
+        with said.open("wb") as file:
+            self.process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=file)
 
+    def wait_for(self, log: Path, step: int) -> None:
+        """Returns once the process has logged a step."""
+        deadline = time.monotonic() + 240
+        while not (log.exists() and log.read_bytes().count(b"\n") >= step):
+            assert self.process.poll() is None, self._said.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
-def wait_for(process: subprocess.Popen, log: Path, step: int) -> None:
-    """Returns once the process has logged a step."""
-    deadline = time.monotonic() + 240
-    while not (log.exists() and log.read_bytes().count(b"\n") >= step):
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    def ended(self, code: int) -> str:
+        """What it said, once it has ended with this code."""
+        found = self.process.wait(timeout=300)
+        said = self._said.read_text()
+        assert found == code, said
+        return said
 
 
 def test_resumed_after_being_killed(corpus, command, framework, losses):
     options = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "evaluate_every": 10}
-    finish(start(command(framework, out=corpus / "whole", **options)))
+    said = corpus / "said"
+    Command(command(framework, out=corpus / "whole", **options), said).ended(0)
     draw = random.Random(os.environ.get("KILLS_SEED", framework))
     moments = [0, *sorted(draw.randint(1, STEPS - 5) for _ in range(KILLS - 1))]
     folder, log = corpus / "run", corpus / "run" / "train_log.jsonl"
     words = command(framework, resume=True, **options)
     for step in moments:
-        process = start(words)
+        run = Command(words, said)
         if step:
-            wait_for(process, log, step)
+            run.wait_for(log, step)
         time.sleep(draw.random() * (0.05 if step else 4.0))
-        process.kill()
-        _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, err.decode()
+        run.process.kill()
+        run.ended(-signal.SIGKILL)
         if folder.exists():
             require_readable(folder)
-    finish(start(words))
+    Command(words, said).ended(0)
     require_readable(folder)
     assert final(folder) == final(corpus / "whole")
     for name in ("train", "validation"):
@@ -88,12 +97,10 @@ def test_a_signal_saves_and_leaves(corpus, command, losses):
     pytest.importorskip("torch.nn")
     framework, number = "torch", signal.SIGTERM
     options = {"steps": 400, "log_every": 1, "checkpoint_every": 1000, "evaluate_every": 1000}
-    process = start(command(framework, out=corpus / "run", **options))
-    wait_for(process, corpus / "run" / "train_log.jsonl", 3)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert err.decode().splitlines()[-1].endswith("is written; --resume goes on")
+    run = Command(command(framework, out=corpus / "run", **options), corpus / "said")
+    run.wait_for(corpus / "run" / "train_log.jsonl", 3)
+    run.process.send_signal(number)
+    assert run.ended(128 + number).splitlines()[-1].endswith("is written; --resume goes on")
     (step,) = RunFolder(corpus / "run").steps()
     assert losses()[-1][0] == step < 400
     require_readable(corpus / "run")
