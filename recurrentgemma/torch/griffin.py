@@ -51,6 +51,7 @@ class Griffin(SpecModule):
             _Block(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config, "final_norm", **kwargs)
+        # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
         device = torch.empty(()).device if device is None else torch.device(device)
         if device.type != "meta":
             for module in self.modules():  # not `to_empty`, which cannot replace fake tensors

@@ -154,6 +154,7 @@ def choose_implementation(
       device: A device; the default one if None.
     """
     del dtype  # each implementation takes any
+    # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
     kind = torch.empty(()).device.type if device is None else torch.device(device).type
     if kind == "cuda" and _HAS_TRITON:
         return Choice("triton", "a kernel reads and writes each element once")
