@@ -34,9 +34,9 @@ import numpy as np
 from interleaved import publish
 from rich.table import Table
 
-from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.io.arrays import BFLOAT16
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, Step, convert
 from recurrentgemma_conversion.formats import Request
 from recurrentgemma_conversion.native import NativeWriter

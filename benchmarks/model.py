@@ -80,7 +80,7 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
     forward = jax.jit(functools.partial(apply, return_cache=False))
     prefill = jax.jit(functools.partial(apply, last_logits_only=True) if ours else apply)
     if ours:  # as the sampler does
-        from recurrentgemma.jax.decode import compiled
+        from recurrentgemma.jax.runtime.decode import compiled
 
         feed = compiled(model, jax.default_backend()).feed
     else:

@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from recurrentgemma.torch import scan_triton, triton_kernels
+from recurrentgemma.torch.scan import triton as scan_triton
+from recurrentgemma.torch.scan import triton_kernels
 
 ARCHITECTURES = (75, 80, 90)
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}

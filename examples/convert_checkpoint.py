@@ -7,8 +7,8 @@ python examples/convert_checkpoint.py --path_checkpoint=2b-it/ --path_destinatio
 import argparse
 
 from recurrentgemma.cli.script import Script
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, convert, open_checkpoint
 
 

@@ -7,7 +7,7 @@ python examples/simple_run_jax.py --debug    # a tiny random model, NaN an error
 import argparse
 
 from recurrentgemma.cli.script import Script
-from recurrentgemma.common.text import pad_left
+from recurrentgemma.common.tokenizer import pad_left
 
 PROMPTS = ["In the beginning", "It is a truth universally acknowledged, that"]
 

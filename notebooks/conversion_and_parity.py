@@ -33,11 +33,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+from recurrentgemma.parity import compare, load_model, make_batch
 from recurrentgemma_conversion import Format, convert, open_checkpoint
 from recurrentgemma_conversion.download import default_folder, download
-from recurrentgemma_conversion.parity import compare, load_model, make_batch
 
 # %% [markdown]
 # ## Which model

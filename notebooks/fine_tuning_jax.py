@@ -37,9 +37,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from recurrentgemma import jax as recurrentgemma
-from recurrentgemma.common.data import read_examples
-from recurrentgemma.common.lora import num_trainable
-from recurrentgemma.common.packing import Stream, cut
+from recurrentgemma.common.training.data import read_examples
+from recurrentgemma.common.training.lora import num_trainable
+from recurrentgemma.common.training.packing import Stream, cut
 from recurrentgemma_conversion.download import default_folder, download
 
 # %% [markdown]

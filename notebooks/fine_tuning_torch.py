@@ -38,9 +38,9 @@ import numpy as np
 import torch
 
 from recurrentgemma import torch as recurrentgemma
-from recurrentgemma.common.data import read_examples
-from recurrentgemma.common.lora import num_trainable
-from recurrentgemma.common.packing import Stream, cut
+from recurrentgemma.common.training.data import read_examples
+from recurrentgemma.common.training.lora import num_trainable
+from recurrentgemma.common.training.packing import Stream, cut
 from recurrentgemma_conversion.download import default_folder, download
 
 # %% [markdown]

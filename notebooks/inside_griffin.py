@@ -47,7 +47,7 @@ from matplotlib.colors import LogNorm
 
 from recurrentgemma import torch as recurrentgemma
 from recurrentgemma.torch.attention import apply_rope
-from recurrentgemma.torch.gates import rg_lru_gates
+from recurrentgemma.torch.scan.gates import rg_lru_gates
 from recurrentgemma_conversion.download import default_folder, download
 
 plt.rcParams |= {

@@ -12,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from recurrentgemma.cli.script import Script
-from recurrentgemma.common.files import whole_file
+from recurrentgemma.common.io.files import whole_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 SECONDS = 300  # for a cell

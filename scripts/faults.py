@@ -27,7 +27,7 @@ class Fault(NamedTuple):
         return self.file.split("/")[0]
 
 
-_L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan_native"))
+_L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan/native"))
 
 FAULTS = (
     # Norms
@@ -125,7 +125,7 @@ FAULTS = (
     ),
     Fault(
         "gates: the recurrence gate taken for the input gate",
-        "jax/gates.py",
+        "jax/scan/gates.py",
         "multiplier * jax.nn.sigmoid(input_gate) * inputs.x",
         "multiplier * jax.nn.sigmoid(a_gate) * inputs.x",
     ),
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         "RG-LRU: state of the input's dtype",
-        "torch/scan.py",
+        "torch/scan/dispatch.py",
         "    wide = wide_dtype(x.dtype)\n    return x.new_zeros",
         "    wide = x.dtype\n    return x.new_zeros",
         "--dtype bfloat16",

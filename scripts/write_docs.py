@@ -14,10 +14,10 @@ from pathlib import Path
 
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.presets import Preset, TemporalBlockType
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layouts import Stored
+from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

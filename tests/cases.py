@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import Zeros, sample_params
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import Zeros, sample_params
 
 BLOCKS = {"R": "recurrent", "A": "attention"}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from cases import make_config, make_params
 
-from recurrentgemma.common.arrays import DTYPES
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.formats import Format, Request
 

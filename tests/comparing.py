@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from backends import BACKENDS, Backend, JaxBackend
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma_conversion.parity import (
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.parity import (
     JaxModel,
     Model,
     Report,

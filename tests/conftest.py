@@ -44,9 +44,9 @@ def _checked_modules() -> list[str]:
 
     Not configs, text and samplers: what they say to a wrong type is theirs to say, and tested.
     """
-    files = [PACKAGE / "common" / "reference.py"]
-    files += [file for twin in TWINS for file in sorted((PACKAGE / twin).glob("[!_]*.py"))]
-    files.remove(PACKAGE / "torch" / "triton_kernels.py")  # Triton reads their source
+    files = [PACKAGE / "common" / "model" / "reference.py"]
+    files += [file for twin in TWINS for file in sorted((PACKAGE / twin).rglob("[!_]*.py"))]
+    files.remove(PACKAGE / "torch" / "scan" / "triton_kernels.py")  # Triton reads their source
     return [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
 
 

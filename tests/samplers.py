@@ -5,8 +5,8 @@ import importlib
 import numpy as np
 import sentencepiece as spm
 
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.config import GriffinConfig
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 PROMPTS = ["In the beginning", "", "x", "It is a truth universally acknowledged, that a man"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from backends import BACKENDS, TWINS, Backend
-from recurrentgemma.common import reference
+from recurrentgemma.common.model import reference
 
 MAX_SQRT_GRADIENT = 1000.0
 # Each T of 1, 2, 7, 63, 64, 65, 1000, each D of 1, 96, 128, 500, 2560; one row and three. 16 and

@@ -8,13 +8,13 @@ import pytest
 FRAMEWORKS = {"jax": ("jax", "jaxlib", "flax", "orbax"), "torch": ("torch",)}
 COMMON = [
     "recurrentgemma",
-    "recurrentgemma.common.checkpoint",
-    "recurrentgemma.common.config",
-    "recurrentgemma.common.layer_spec",
-    "recurrentgemma.common.reference",
-    "recurrentgemma.common.sampler",
-    "recurrentgemma.common.state",
-    "recurrentgemma.common.text",
+    "recurrentgemma.common.io.checkpoint",
+    "recurrentgemma.common.model.config",
+    "recurrentgemma.common.model.layer_spec",
+    "recurrentgemma.common.model.reference",
+    "recurrentgemma.common.generation.sampler",
+    "recurrentgemma.common.model.state",
+    "recurrentgemma.common.tokenizer",
     "recurrentgemma.cli",
     "recurrentgemma_conversion",
 ]

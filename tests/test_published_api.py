@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.presets import Preset, TemporalBlockType
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 
 # Not the packages themselves: under pytest tests/jax and tests/torch would do for them.
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}

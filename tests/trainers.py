@@ -11,11 +11,11 @@ import numpy as np
 from cases import make_tokens, positions
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.lora import LoraOptions
-from recurrentgemma.common.optimization import OptimizerOptions
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.common.training.optimization import OptimizerOptions
 
 Params = Mapping[str, np.ndarray]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrentgemma.common.errors import DamagedError, DiskSpaceError
-from recurrentgemma.common.files import NO_ROOM, no_room, require_room
+from recurrentgemma.common.io.files import NO_ROOM, no_room, require_room
 
 
 def is_archive(path: Path) -> bool:

@@ -10,18 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from recurrentgemma.common.arrays import count_nonfinite, float_dtype, same_bits
-from recurrentgemma.common.checkpoint import TOKENIZER
 from recurrentgemma.common.errors import (
     DestinationError,
     NonFiniteError,
     TokenizerError,
     VerificationError,
 )
-from recurrentgemma.common.files import destination_path, expanded, flush, whole_folder
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.shards import SHARD_SIZE
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import count_nonfinite, float_dtype, same_bits
+from recurrentgemma.common.io.checkpoint import TOKENIZER
+from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
+from recurrentgemma.common.io.shards import SHARD_SIZE
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,

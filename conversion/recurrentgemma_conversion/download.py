@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrentgemma.common.errors import DiskSpaceError, DownloadError, MissingExtraError
-from recurrentgemma.common.files import NO_ROOM, destination_path, whole_folder
+from recurrentgemma.common.io.files import NO_ROOM, destination_path, whole_folder
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
 

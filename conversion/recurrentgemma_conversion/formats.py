@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import DTYPES, Stacked, cast, dtype_name
-from recurrentgemma.common.checkpoint import TOKENIZER, no_tokenizer
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import (
     MismatchError,
     NotRecurrentGemmaError,
     PathError,
     TokenizerError,
 )
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec, mismatches
-from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.presets import Preset
-from recurrentgemma.common.shards import SHARD_SIZE
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast, dtype_name
+from recurrentgemma.common.io.checkpoint import TOKENIZER, no_tokenizer
+from recurrentgemma.common.io.shards import SHARD_SIZE
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec, mismatches
+from recurrentgemma.common.model.layouts import Stored
+from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.tokenizer import Tokenizer
 
 # What tensors of the Gemma family are called, none of which occurs in RecurrentGemma.
 _GEMMA = ("self_attn.", "qkv_proj", "attn_vec_einsum", "qkv_einsum", "q_einsum", "layer_0.")

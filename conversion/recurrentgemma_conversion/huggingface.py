@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.arrays import Stacked, same_bits
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import ConfigError, MismatchError, NotRecurrentGemmaError
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.presets import ScanType
-from recurrentgemma.common.shards import Shards, ShardsWriter
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import Stacked, same_bits
+from recurrentgemma.common.io.shards import Shards, ShardsWriter
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.model.layouts import Stored
+from recurrentgemma.common.model.presets import ScanType
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recurrentgemma.common.errors import TokenizerError
-from recurrentgemma.common.text import END_OF_TURN, START_OF_TURN, Tokenizer
+from recurrentgemma.common.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
 _UNIGRAM, _BPE = 1, 2  # sentencepiece's model types
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # and types of pieces

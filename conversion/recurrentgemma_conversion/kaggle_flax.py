@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES, Stacked, cast
-from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.tensor_files import write_array
+from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked, cast
+from recurrentgemma.common.io.checkpoint import CONFIG
+from recurrentgemma.common.io.tensor_files import write_array
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.model.layouts import Stored
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recurrentgemma.common.arrays import BFLOAT16, DTYPES, Stacked
-from recurrentgemma.common.checkpoint import CONFIG
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.tensor_files import write_array
+from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked
+from recurrentgemma.common.io.checkpoint import CONFIG
+from recurrentgemma.common.io.tensor_files import write_array
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,

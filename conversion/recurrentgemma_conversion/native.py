@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from recurrentgemma.common.arrays import Stacked
-from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER, metadata, read_config
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DamagedError
-from recurrentgemma.common.files import whole_folder
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.layouts import Stored
-from recurrentgemma.common.shards import Shards, ShardsWriter
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import Stacked
+from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, metadata, read_config
+from recurrentgemma.common.io.files import whole_folder
+from recurrentgemma.common.io.shards import Shards, ShardsWriter
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.model.layouts import Stored
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import (
     Format,
     Reader,

@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from recurrentgemma.common.checkpoint import BUNDLED, CONFIG, TOKENIZER
-from recurrentgemma.common.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.errors import CheckpointError, UnknownFormatError
-from recurrentgemma.common.files import expanded, scratch_folder
-from recurrentgemma.common.shards import INDEX, WEIGHTS, Shards
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG, TOKENIZER
+from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
+from recurrentgemma.common.io.files import expanded, scratch_folder
+from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format, Reader, require_recurrent
 from recurrentgemma_conversion.huggingface import HuggingFaceReader, read_fields

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import ConfigError
-from recurrentgemma.common.presets import Preset, member
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import Preset, member
 from recurrentgemma_conversion.formats import Tensor
 
 

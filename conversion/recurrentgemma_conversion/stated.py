@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recurrentgemma.common.checkpoint import CONFIG, read_config
-from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.io.checkpoint import CONFIG, read_config
+from recurrentgemma.common.model.config import GriffinConfig
 
 
 def around(weights: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from corpus import Corpus
 
-from recurrentgemma.common.layer_spec import num_parameters
+from recurrentgemma.common.model.layer_spec import num_parameters
 
 NAMES = {"bible": "World English Bible", "austen": "Austen", "overall": "Overall"}
 

@@ -16,8 +16,8 @@ from evaluation import bits_per_byte, encode, samples, xz_bits_per_byte
 from rich.progress import Progress
 from tokenizer import ASSETS, write_atomically
 
-from recurrentgemma.common.run_folder import RunFolder
-from recurrentgemma.common.training_log import read_log
+from recurrentgemma.common.training.logs import read_log
+from recurrentgemma.common.training.run_folder import RunFolder
 from recurrentgemma.torch import load_checkpoint, load_tokenizer
 from recurrentgemma_conversion import convert
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.loss_plot import draw
-from recurrentgemma.common.run_folder import RunFolder
-from recurrentgemma.common.training_log import read_log
+from recurrentgemma.common.training.logs import read_log
+from recurrentgemma.common.training.loss_plot import draw
+from recurrentgemma.common.training.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

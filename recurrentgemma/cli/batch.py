@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.cli.paths import read_source, source_name
 from recurrentgemma.cli.sampling_options import SEEDS
-from recurrentgemma.common.files import expanded
-from recurrentgemma.common.jsonl import (
+from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.io.jsonl import (
     STDIO,
     Line,
     LineError,
@@ -26,9 +26,9 @@ from recurrentgemma.common.jsonl import (
 )
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.sampler import BaseSampler
-    from recurrentgemma.common.sampling import Sampling
-    from recurrentgemma.common.state import State
+    from recurrentgemma.common.generation.sampler import BaseSampler
+    from recurrentgemma.common.generation.strategies import Sampling
+    from recurrentgemma.common.model.state import State
 
 
 class Batch(NamedTuple):

@@ -27,10 +27,10 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
     random_sampler,
 )
-from recurrentgemma.common.presets import Preset, member
+from recurrentgemma.common.model.presets import Preset, member
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.sampler import BaseSampler
+    from recurrentgemma.common.generation.sampler import BaseSampler
 
 _READ_BYTES, _READS = 2**29, 5
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -66,8 +66,8 @@ def bench(
 
     The times are those of a second run, after one in which everything was compiled.
     """
-    from recurrentgemma.common.layer_spec import layer_spec
-    from recurrentgemma.common.sampling import Greedy
+    from recurrentgemma.common.generation.strategies import Greedy
+    from recurrentgemma.common.model.layer_spec import layer_spec
 
     if random != (preset is not None):
         raise ValueError("--preset NAME and --random go together: a preset has no weights")
@@ -166,8 +166,8 @@ def _run(
     """Seconds to the first token, and from there to the last."""
     import numpy as np
 
-    from recurrentgemma.common.generation import Generation
-    from recurrentgemma.common.state import empty_state
+    from recurrentgemma.common.generation.loop import Generation
+    from recurrentgemma.common.model.state import empty_state
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(sampler.config.vocab_size, size=(batch_size, prompt_tokens))

@@ -31,11 +31,11 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
-from recurrentgemma.common.files import expanded
-from recurrentgemma.common.stops import checked_strings
+from recurrentgemma.common.generation.stops import checked_strings
+from recurrentgemma.common.io.files import expanded
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.conversation import Conversation
+    from recurrentgemma.common.generation.conversation import Conversation
 
 COMMANDS = """\
 /save FILE   keep the conversation in a file; /save! FILE replaces one that is there
@@ -72,7 +72,7 @@ def chat(
 
     The conversation is kept in the model's state: each turn reads only what is new.
     """
-    from recurrentgemma.common.conversation import Conversation
+    from recurrentgemma.common.generation.conversation import Conversation
 
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = checked_strings(stop or ())

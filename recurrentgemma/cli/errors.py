@@ -9,7 +9,7 @@ import typer
 
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma.common.extras import EXTRA_OF, is_installed, missing
-from recurrentgemma.common.files import NO_ROOM
+from recurrentgemma.common.io.files import NO_ROOM
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: options unknown, missing or malformed.

@@ -11,10 +11,10 @@ import typer
 from recurrentgemma.common.extras import is_installed
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
-    from recurrentgemma.common.layer_spec import ParamSpec
-    from recurrentgemma.common.sampler import BaseSampler
-    from recurrentgemma.common.sampling import Sampling
-    from recurrentgemma.common.text import Tokenizer
+    from recurrentgemma.common.generation.sampler import BaseSampler
+    from recurrentgemma.common.generation.strategies import Sampling
+    from recurrentgemma.common.model.layer_spec import ParamSpec
+    from recurrentgemma.common.tokenizer import Tokenizer
 
 
 class Framework(enum.StrEnum):
@@ -79,7 +79,7 @@ def choose_framework(wanted: Framework | None) -> Framework:
 
 def find_checkpoint(path: Path | None) -> tuple[Path, Tokenizer]:
     """A checkpoint, or else the bundled one, and its tokenizer."""
-    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma_conversion import open_checkpoint
 
     path = path or BUNDLED
@@ -152,8 +152,8 @@ def _random_values(spec: ParamSpec, dtype: DType) -> Any:
     """Initial values in the Flax layout; a large parameter repeats a random block."""
     import numpy as np
 
-    from recurrentgemma.common.arrays import DTYPES
-    from recurrentgemma.common.layer_spec import sample_param
+    from recurrentgemma.common.io.arrays import DTYPES
+    from recurrentgemma.common.model.layer_spec import sample_param
 
     if spec.size <= _BLOCK:
         return sample_param(spec, 0).astype(DTYPES[dtype])
@@ -164,10 +164,10 @@ def _random_values(spec: ParamSpec, dtype: DType) -> Any:
 def _random_torch(preset: str, dtype: DType | None) -> Loaded:
     import torch
 
-    from recurrentgemma.common.checkpoint import load_tokenizer
-    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma.common.model.layer_spec import layer_spec
     from recurrentgemma.torch import Griffin, GriffinConfig, Sampler
-    from recurrentgemma.torch.arrays import to_tensor
+    from recurrentgemma.torch.runtime.arrays import to_tensor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or default_dtype(device)
@@ -183,8 +183,8 @@ def _random_torch(preset: str, dtype: DType | None) -> Loaded:
 def _random_jax(preset: str, dtype: DType | None) -> Loaded:
     import jax
 
-    from recurrentgemma.common.checkpoint import load_tokenizer
-    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma.common.model.layer_spec import layer_spec
     from recurrentgemma.jax import Griffin, GriffinConfig, Sampler
     from recurrentgemma.jax.griffin import set_path
 

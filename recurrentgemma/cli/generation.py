@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from recurrentgemma.cli.console import working
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.generation import LogProbs, Stream
+    from recurrentgemma.common.generation.loop import LogProbs, Stream
 
 
 class Run(NamedTuple):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.model.presets import Preset
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma.common.layer_spec import ParamSpec
+    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.layer_spec import ParamSpec
 
 
 def inspect(
@@ -54,9 +54,9 @@ def inspect(
     No weights are read. Only Kaggle's formats need a framework, to read what is in them.
     """
     from recurrentgemma.cli.tables import render
-    from recurrentgemma.common.checkpoint import BUNDLED
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma.common.tensor_files import DTYPE_NAMES
+    from recurrentgemma.common.io.checkpoint import BUNDLED
+    from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
+    from recurrentgemma.common.model.config import GriffinConfig
     from recurrentgemma_conversion import open_checkpoint
 
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
@@ -89,8 +89,8 @@ def described(
       dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
       memory: Whether to say what training takes, too.
     """
-    from recurrentgemma.common.layer_spec import layer_spec, num_parameters
-    from recurrentgemma.common.memory import (
+    from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+    from recurrentgemma.common.model.memory import (
         VALUE_BYTES,
         parameter_bytes,
         state_bytes,

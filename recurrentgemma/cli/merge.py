@@ -62,11 +62,11 @@ def _merge(
 ) -> str:
     import numpy as np
 
-    from recurrentgemma.common.adapters import read_adapters, write_peft
-    from recurrentgemma.common.arrays import DTYPES
-    from recurrentgemma.common.layer_spec import ParamSpec
-    from recurrentgemma.common.lora import lora_targets
-    from recurrentgemma.common.lora import merge as merged
+    from recurrentgemma.common.io.arrays import DTYPES
+    from recurrentgemma.common.model.layer_spec import ParamSpec
+    from recurrentgemma.common.training.adapters import read_adapters, write_peft
+    from recurrentgemma.common.training.lora import lora_targets
+    from recurrentgemma.common.training.lora import merge as merged
     from recurrentgemma_conversion.native import save_folder
     from recurrentgemma_conversion.opening import open_checkpoint
 

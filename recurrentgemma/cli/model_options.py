@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recurrentgemma.common.presets import Preset, member
+from recurrentgemma.common.model.presets import Preset, member
 
 if TYPE_CHECKING:
     from recurrentgemma_conversion import Overrides

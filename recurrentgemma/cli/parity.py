@@ -11,10 +11,10 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
-from recurrentgemma.common.files import expanded
+from recurrentgemma.common.io.files import expanded
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.text import Tokenizer
+    from recurrentgemma.common.tokenizer import Tokenizer
 
 
 class Implementation(enum.StrEnum):
@@ -108,13 +108,13 @@ def parity(
     within their budgets, or else with 1.
     """
     from recurrentgemma.cli.parity_table import render, title_of
-    from recurrentgemma.common.checkpoint import BUNDLED
+    from recurrentgemma.common.io.checkpoint import BUNDLED
+    from recurrentgemma.parity import compare, default_length, load_model, make_batch
+    from recurrentgemma.parity.models import require_installed
+    from recurrentgemma.parity.plot import check_plot
+    from recurrentgemma.parity.plot import plot as draw
+    from recurrentgemma.parity.report import require_same_config
     from recurrentgemma_conversion import open_checkpoint
-    from recurrentgemma_conversion.parity import compare, default_length, load_model, make_batch
-    from recurrentgemma_conversion.parity.models import require_installed
-    from recurrentgemma_conversion.parity.plot import check_plot
-    from recurrentgemma_conversion.parity.plot import plot as draw
-    from recurrentgemma_conversion.parity.report import require_same_config
 
     if framework is Implementation.TRANSFORMERS:
         raise ValueError("transformers is compared with: --against transformers")

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recurrentgemma_conversion.parity import Batch, Report, Row
+    from recurrentgemma.parity import Batch, Report, Row
 
 
 def title_of(sides: Sequence[str], dtype: str) -> str:

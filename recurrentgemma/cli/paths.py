@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from recurrentgemma.common.jsonl import STDIO
+from recurrentgemma.common.io.jsonl import STDIO
 
 
 def named_path(word: str) -> Path:

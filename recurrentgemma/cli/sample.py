@@ -40,9 +40,9 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
-from recurrentgemma.common.files import expanded, require_replaceable
-from recurrentgemma.common.jsonl import require_writable
-from recurrentgemma.common.stops import checked_strings
+from recurrentgemma.common.generation.stops import checked_strings
+from recurrentgemma.common.io.files import expanded, require_replaceable
+from recurrentgemma.common.io.jsonl import require_writable
 
 _STATES, _BATCHES = "States", "Many prompts"
 
@@ -150,7 +150,7 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.sampling import Greedy
+    from recurrentgemma.common.generation.strategies import Greedy
 
     asked_seed, stop_strings = seed, checked_strings(stop or ())
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.sampling import Sampling
+    from recurrentgemma.common.generation.strategies import Sampling
 
 SEEDS = 2**32
 _PANEL = "How tokens are chosen"
@@ -89,7 +89,7 @@ def strategy(
     seed: int | None,
 ) -> tuple[Sampling, int | None]:
     """The strategy that the options ask for, and the seed of its draws if it makes any."""
-    from recurrentgemma.common.sampling import Categorical, Greedy
+    from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
     if seed is not None and not 0 <= seed < SEEDS:
         raise ValueError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")

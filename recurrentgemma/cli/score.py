@@ -20,7 +20,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.paths import named_path, read_source, source_name
-from recurrentgemma.common.files import expanded
+from recurrentgemma.common.io.files import expanded
 
 
 def score(
@@ -39,7 +39,7 @@ def score(
     ] = False,
 ) -> None:
     """Print the perplexity of a text and its log-probability, natural and a token."""
-    from recurrentgemma.common.sampling import Greedy
+    from recurrentgemma.common.generation.strategies import Greedy
 
     file = expanded(file)
     name = source_name(file)

@@ -34,8 +34,8 @@ from recurrentgemma.cli.train_options import (
 )
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.run import Run
-    from recurrentgemma.common.run_folder import RunFolder
+    from recurrentgemma.common.training.run import Run
+    from recurrentgemma.common.training.run_folder import RunFolder
 
 
 def train(
@@ -63,9 +63,9 @@ def train(
     learnt; or {"messages": [{"role": "user", "content": ...}, {"role": "model", ...}]}, of which
     the model's turns are.
     """
-    from recurrentgemma.common.files import expanded, held_folder
-    from recurrentgemma.common.run import Interrupted
-    from recurrentgemma.common.run_folder import RunFolder
+    from recurrentgemma.common.io.files import expanded, held_folder
+    from recurrentgemma.common.training.run import Interrupted
+    from recurrentgemma.common.training.run_folder import RunFolder
 
     given = {
         name: value
@@ -120,9 +120,9 @@ def _prepared(
         require_tensorboard,
     )
     from recurrentgemma.cli.trainers import make_trainer
-    from recurrentgemma.common.files import whole_file
-    from recurrentgemma.common.loss_plot import can_draw, require_matplotlib
-    from recurrentgemma.common.run import Run
+    from recurrentgemma.common.io.files import whole_file
+    from recurrentgemma.common.training.loss_plot import can_draw, require_matplotlib
+    from recurrentgemma.common.training.run import Run
 
     stored, files = read_toml(folder.options) if resume else ({}, {})
     options = merged(given, from_file, stored)
@@ -197,8 +197,8 @@ def _require_same_files(folder: RunFolder, before: dict[str, str], now: dict[str
 def _resolved(options: TrainOptions) -> TrainOptions:
     """The options with what depends on the machine, checked against each other."""
     from recurrentgemma.cli.trainers import training_dtype
-    from recurrentgemma.common.packing import TooLong
-    from recurrentgemma.common.presets import member
+    from recurrentgemma.common.model.presets import member
+    from recurrentgemma.common.training.packing import TooLong
 
     if not options.train:
         raise ValueError("--train must name a JSONL file")
@@ -223,7 +223,7 @@ def _say(options: TrainOptions, data: Data) -> None:
 
 
 def _summary(folder: RunFolder, run: Run) -> dict[str, Any]:
-    from recurrentgemma.common.training_log import read_log
+    from recurrentgemma.common.training.logs import read_log
 
     progress = run.progress
     steps, evaluations = read_log(folder.train_log), read_log(folder.validation_log)

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from recurrentgemma.common.errors import MissingExtraError
-from recurrentgemma.common.loss_plot import draw
-from recurrentgemma.common.training_log import LogFile
+from recurrentgemma.common.training.logs import LogFile
+from recurrentgemma.common.training.loss_plot import draw
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.run_folder import RunFolder
+    from recurrentgemma.common.training.run_folder import RunFolder
 
 _SHOWN = 200  # characters of a sample
 

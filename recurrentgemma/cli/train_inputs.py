@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.batch import Batch
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma.common.data import Example
-    from recurrentgemma.common.packing import Cut, Stream
-    from recurrentgemma.common.run import Plan
-    from recurrentgemma.common.text import Tokenizer
+    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.tokenizer import Tokenizer
+    from recurrentgemma.common.training.batch import Batch
+    from recurrentgemma.common.training.data import Example
+    from recurrentgemma.common.training.packing import Cut, Stream
+    from recurrentgemma.common.training.run import Plan
 
 _PROMPTS = 2  # continued at each evaluation where none are given
 
 
 def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
-    from recurrentgemma.common.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.config import GriffinConfig
+    from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
+    from recurrentgemma.common.model.config import GriffinConfig
     from recurrentgemma_conversion.opening import open_checkpoint
 
     if options.preset is not None:
@@ -68,7 +68,7 @@ def _require_match(
 
 def fingerprints(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
     """SHA-256 of all that a run goes on to need: by the files' names, and of the tokenizer."""
-    from recurrentgemma.common.data import fingerprint
+    from recurrentgemma.common.training.data import fingerprint
     from recurrentgemma_conversion.opening import open_checkpoint
 
     files = {str(path): path for path in (*options.train, *options.validation)}
@@ -103,8 +103,8 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
     Raises:
       DataError: A line cannot be read; see `read_examples`.
     """
-    from recurrentgemma.common.data import hold_out, read_examples
-    from recurrentgemma.common.packing import Stream, TooLong, cut, in_order
+    from recurrentgemma.common.training.data import hold_out, read_examples
+    from recurrentgemma.common.training.packing import Stream, TooLong, cut, in_order
 
     def read(paths: Sequence[Path]) -> list[Example]:
         return [
@@ -132,7 +132,7 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
     Raises:
       ValueError: It has no steps.
     """
-    from recurrentgemma.common.run import Plan
+    from recurrentgemma.common.training.run import Plan
 
     epochs = 1.0 if options.epochs is None else options.epochs
     rows = options.batch_size * options.accumulation
@@ -157,8 +157,8 @@ def make_setup(
 ) -> Setup:
     """What is trained, and how; `config` and `tokenizer` are those of `config_and_tokenizer`."""
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.lora import LoraOptions
-    from recurrentgemma.common.optimization import OptimizerOptions
+    from recurrentgemma.common.training.lora import LoraOptions
+    from recurrentgemma.common.training.optimization import OptimizerOptions
 
     optimizer = OptimizerOptions(
         name=options.optimizer,

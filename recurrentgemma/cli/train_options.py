@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from recurrentgemma.cli.frameworks import DType, Framework
-from recurrentgemma.common.files import expanded
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.model.presets import Preset
 
 _FILES = "files"  # the table of hashes in a run's own file
 

@@ -11,12 +11,12 @@ from recurrentgemma.cli.frameworks import DType, Framework, default_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-    from recurrentgemma.common.batch import Batch
-    from recurrentgemma.common.config import GriffinConfig
-    from recurrentgemma.common.lora import LoraOptions
-    from recurrentgemma.common.optimization import OptimizerOptions
-    from recurrentgemma.common.run import Trainer
-    from recurrentgemma.common.text import Tokenizer
+    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.tokenizer import Tokenizer
+    from recurrentgemma.common.training.batch import Batch
+    from recurrentgemma.common.training.lora import LoraOptions
+    from recurrentgemma.common.training.optimization import OptimizerOptions
+    from recurrentgemma.common.training.run import Trainer
 
 
 class Setup(NamedTuple):
@@ -69,8 +69,8 @@ class _Trainer:
     """What both have."""
 
     def __init__(self, training: Any, tokenizer: Tokenizer, state: Any, config: Any) -> None:
-        from recurrentgemma.common.arrays import DTYPES
-        from recurrentgemma.common.layer_spec import num_parameters
+        from recurrentgemma.common.io.arrays import DTYPES
+        from recurrentgemma.common.model.layer_spec import num_parameters
 
         self._training, self._tokenizer, self._state = training, tokenizer, state
         dtype = str(state.dtype).removeprefix("torch.")

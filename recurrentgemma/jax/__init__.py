@@ -1,14 +1,14 @@
 """RecurrentGemma in JAX and Flax."""
 
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.conversation import Conversation
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
-from recurrentgemma.common.lora import LoraOptions
-from recurrentgemma.common.optimization import OptimizerOptions
-from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
-from recurrentgemma.common.state import State
+from recurrentgemma.common.generation.conversation import Conversation
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.model.state import State
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.common.training.optimization import OptimizerOptions
 
 if not (is_installed("jax") and is_installed("flax")):
     raise MissingFrameworkError("recurrentgemma.jax", "jax", "'recurrentgemma[jax]'")

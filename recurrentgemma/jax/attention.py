@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.jax.cache import (
     AttentionBlockCache,
     init_block_cache,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.jax.attention import LocalAttentionBlock
 from recurrentgemma.jax.cache import RecurrentBlockCache, ResidualBlockCache
 from recurrentgemma.jax.layers import Conv1D, Einsum, RMSNorm, SpecModule, gelu

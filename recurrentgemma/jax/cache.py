@@ -14,10 +14,10 @@ from flax.typing import Dtype
 from jax.export import register_namedtuple_serialization
 from jaxtyping import Array, Float, Int, Shaped
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import CONV1D_WIDTH
-from recurrentgemma.common.presets import TemporalBlockType
-from recurrentgemma.common.state import Arrays, check_state
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
+from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.jax.scan import wide_dtype
 
 

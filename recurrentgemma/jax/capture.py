@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from recurrentgemma.common.activations import EMBEDDER
+from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.jax.cache import Cache
 from recurrentgemma.jax.griffin import Griffin, Params
 

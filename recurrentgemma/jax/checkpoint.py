@@ -13,11 +13,11 @@ from flax.typing import Dtype
 from jax import Device
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from recurrentgemma.common.arrays import float_dtype
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.files import expanded, whole_folder
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import float_dtype
+from recurrentgemma.common.io.files import expanded, whole_folder
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, require_available, set_path
 from recurrentgemma_conversion.formats import Reader, require_tensors
 from recurrentgemma_conversion.formats import Tensor as Held

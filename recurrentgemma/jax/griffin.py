@@ -12,9 +12,9 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import sample_params
-from recurrentgemma.common.state import check_state
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import sample_params
+from recurrentgemma.common.model.state import check_state
 from recurrentgemma.jax.blocks import ResidualBlock
 from recurrentgemma.jax.cache import Cache, init_cache
 from recurrentgemma.jax.layers import Embedder, RMSNorm

@@ -9,8 +9,8 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Integer
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import (
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import (
     CONV1D_WIDTH,
     Init,
     Normal,

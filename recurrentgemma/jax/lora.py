@@ -13,12 +13,12 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.lora import LoraOptions, Quantized, adapter_specs, quantize
-from recurrentgemma.jax.gates import wide_dtype
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.training.lora import LoraOptions, Quantized, adapter_specs, quantize
 from recurrentgemma.jax.griffin import Params, get_path, set_path
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Einsum
+from recurrentgemma.jax.scan.gates import wide_dtype
 
 _KERNELS = {nn.Dense: "kernel", Einsum: "w", BlockDiagonalLinear: "w"}
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recurrentgemma.common.chunks import loss_chunk
-from recurrentgemma.jax.gates import wide_dtype
+from recurrentgemma.common.generation.chunks import loss_chunk
+from recurrentgemma.jax.scan.gates import wide_dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from recurrentgemma.common.optimization import (
+from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
     ADAFACTOR_DECAY,
     ADAFACTOR_EPS,

@@ -12,17 +12,17 @@ from flax.typing import Dtype
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from recurrentgemma.common.config import shapes_of
-from recurrentgemma.common.generation import Request
-from recurrentgemma.common.layer_spec import layer_spec, require_match
-from recurrentgemma.common.output import SamplerOutput
-from recurrentgemma.common.sampler import BaseSampler
-from recurrentgemma.common.state import Arrays, State
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.generation.loop import Request
+from recurrentgemma.common.generation.output import SamplerOutput
+from recurrentgemma.common.generation.sampler import BaseSampler
+from recurrentgemma.common.model.config import shapes_of
+from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.model.state import Arrays, State
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.jax.compiler import platform_of
-from recurrentgemma.jax.decode import compiled, functions
 from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.runtime.compiler import platform_of
+from recurrentgemma.jax.runtime.decode import compiled, functions
 from recurrentgemma.jax.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]

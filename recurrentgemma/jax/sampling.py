@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.sampling import Categorical, Greedy, Sampling
+from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
 
 __all__ = ["Categorical", "Choice", "Greedy", "Sampling", "choose", "cut_off", "draw"]
 

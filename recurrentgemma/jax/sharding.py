@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from recurrentgemma.jax.gates import Gates, Inputs, Scan, decayed
-from recurrentgemma.jax.scan_xla import decays
+from recurrentgemma.jax.scan.gates import Gates, Inputs, Scan, decayed
+from recurrentgemma.jax.scan.xla import decays
 
 AxisName = str | tuple[str, ...] | None
 

@@ -16,11 +16,11 @@ from flax.typing import Dtype
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.layer_spec import require_match, sample_param
-from recurrentgemma.common.lora import LoraOptions, trainable_specs
-from recurrentgemma.common.optimization import (
+from recurrentgemma.common.model.layer_spec import require_match, sample_param
+from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     grouped,
@@ -28,11 +28,11 @@ from recurrentgemma.common.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.jax.compiler import platform_of
 from recurrentgemma.jax.griffin import Griffin, Params, get_path
 from recurrentgemma.jax.lora import frozen_base, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
-from recurrentgemma.jax.step import compiled, divisor, total, tree_of
+from recurrentgemma.jax.runtime.compiler import platform_of
+from recurrentgemma.jax.runtime.train_step import compiled, divisor, total, tree_of
 
 Metrics = dict[str, Any]
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.torch.cache import (
     AttentionBlockCache,
     init_block_cache,

@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.torch.attention import LocalAttentionBlock
 from recurrentgemma.torch.cache import RecurrentBlockCache, ResidualBlockCache
 from recurrentgemma.torch.layers import Conv1D, Einsum, RMSNorm, SpecModule

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple as register_namedtuple
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import CONV1D_WIDTH
-from recurrentgemma.common.presets import TemporalBlockType
-from recurrentgemma.common.state import Arrays, check_state
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
+from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.torch.scan import wide_dtype
 
 

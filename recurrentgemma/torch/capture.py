@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.activations import EMBEDDER
+from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.torch.cache import Cache
 from recurrentgemma.torch.griffin import Griffin
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.arrays import float_dtype
-from recurrentgemma.common.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.text import Tokenizer
-from recurrentgemma.torch.arrays import to_array, to_tensor
+from recurrentgemma.common.io.arrays import float_dtype
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.formats import require_tensors

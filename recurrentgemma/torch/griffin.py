@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from recurrentgemma.common.config import GriffinConfig, shapes_of
-from recurrentgemma.common.layer_spec import require_match
-from recurrentgemma.common.state import check_state
+from recurrentgemma.common.model.config import GriffinConfig, shapes_of
+from recurrentgemma.common.model.layer_spec import require_match
+from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.blocks import ResidualBlock
 from recurrentgemma.torch.cache import Cache, ResidualBlockCache, init_cache
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import (
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import (
     CONV1D_WIDTH,
     layer_spec,
     sample_param,

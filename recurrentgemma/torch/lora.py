@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recurrentgemma.common.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.lora import LoraOptions, adapter_specs, quantize
-from recurrentgemma.torch.arrays import to_array
-from recurrentgemma.torch.gates import wide_dtype
+from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
+from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, quantize
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Einsum
 from recurrentgemma.torch.optimizer import turned
+from recurrentgemma.torch.runtime.arrays import to_array
+from recurrentgemma.torch.scan.gates import wide_dtype
 
 
 class Adapted(nn.Module):

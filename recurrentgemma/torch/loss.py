@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.chunks import loss_chunk
-from recurrentgemma.torch.gates import wide_dtype
+from recurrentgemma.common.generation.chunks import loss_chunk
 from recurrentgemma.torch.layers import without_autocast
+from recurrentgemma.torch.scan.gates import wide_dtype
 
 _VOCABULARY_PART = 16_384
 

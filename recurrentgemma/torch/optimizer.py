@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.layer_spec import ParamSpec
-from recurrentgemma.common.optimization import (
+from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
     ADAFACTOR_DECAY,
     ADAFACTOR_EPS,

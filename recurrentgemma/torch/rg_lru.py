@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan
 

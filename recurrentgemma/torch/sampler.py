@@ -10,14 +10,14 @@ import sentencepiece as spm
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.generation import Request
-from recurrentgemma.common.output import SamplerOutput
-from recurrentgemma.common.sampler import BaseSampler
-from recurrentgemma.common.state import Arrays, State
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.generation.loop import Request
+from recurrentgemma.common.generation.output import SamplerOutput
+from recurrentgemma.common.generation.sampler import BaseSampler
+from recurrentgemma.common.model.state import Arrays, State
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.torch.decode import CapturedStep, Run
 from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.runtime.decode import CapturedStep, Run
 from recurrentgemma.torch.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.sampling import Categorical, Greedy, Sampling
+from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
 
 __all__ = ["Categorical", "Choice", "Greedy", "Sampling", "choose", "cut_off", "draw"]
 

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recurrentgemma.common.adapters import Adapters, read_adapters, write_adapters
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.layer_spec import layer_spec, require_match
-from recurrentgemma.common.lora import LoraOptions, trainable_specs
-from recurrentgemma.common.optimization import (
+from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     grouped,
@@ -25,12 +25,12 @@ from recurrentgemma.common.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.torch.arrays import to_array, to_tensor
-from recurrentgemma.torch.gates import wide_dtype
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments, turned
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.scan.gates import wide_dtype
 
 Metrics = dict[str, Any]
 

@@ -20,7 +20,7 @@ from backends.base import (
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec
 
 
 class JaxBackend(Backend):

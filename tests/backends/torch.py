@@ -19,7 +19,7 @@ from backends.base import (
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.layer_spec import layer_spec, spec_by_path
+from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
 
 
 class TorchBackend(Backend):

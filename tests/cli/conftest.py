@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from recurrentgemma.cli import main
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import sample_params
-from recurrentgemma.common.text import Tokenizer, apply_it_formatter
+from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import sample_params
+from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion.native import save_folder
 
 CONFIG = GriffinConfig(

@@ -55,7 +55,7 @@ def test_mistakes_do_not_end_a_chat(chat, tmp_path):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
-    from recurrentgemma.common.generation import Stream
+    from recurrentgemma.common.generation.loop import Stream
 
     following = Stream.__next__
     calls = []
@@ -74,7 +74,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
 
 
 def test_ctrl_c_before_an_answer_begins(chat, monkeypatch):
-    from recurrentgemma.common.text import Tokenizer
+    from recurrentgemma.common.tokenizer import Tokenizer
 
     encode = Tokenizer.encode
     calls = []
@@ -97,8 +97,8 @@ def test_ctrl_c_stops_a_command_and_not_the_chat(chat, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recurrentgemma.common.sampler.write_state", interrupted)
-        patch.setattr("recurrentgemma.common.sampler.read_state", interrupted)
+        patch.setattr("recurrentgemma.common.generation.sampler.write_state", interrupted)
+        patch.setattr("recurrentgemma.common.generation.sampler.read_state", interrupted)
         done = chat("Hello", f"/save {tmp_path}/chat", f"/load {tmp_path}/chat", "/undo", "/undo")
     assert (done.code, done.err) == (0, "")
     assert done.out.endswith(" [/save stopped]\n [/load stopped]\nundone: Hello\nnothing to undo\n")
@@ -162,7 +162,7 @@ def test_seeds_of_a_chat(chat):
 
 
 def test_chat_without_turns(cli, checkpoint, monkeypatch):
-    monkeypatch.setattr("recurrentgemma.common.text.END_OF_TURN", "<no such piece>")
+    monkeypatch.setattr("recurrentgemma.common.tokenizer.END_OF_TURN", "<no such piece>")
     done = cli("chat", "--checkpoint", checkpoint)
     assert (done.code, done.out) == (2, "")
     assert "was not tuned to chat" in done.err
@@ -247,7 +247,7 @@ def test_what_was_generated_is_printed_before_it_is_saved(cli, checkpoint, tmp_p
     def full(path, *args, **options):
         raise DestinationError(f"the disk of {path} became full")
 
-    monkeypatch.setattr("recurrentgemma.common.sampler.write_state", full)
+    monkeypatch.setattr("recurrentgemma.common.generation.sampler.write_state", full)
     args = ("sample", "x", "--checkpoint", checkpoint, "--save-state", tmp_path / "state")
     done = cli(*args, "--json")
     assert json.loads(done.out)["tokens"]
@@ -327,7 +327,7 @@ def test_bench(cli, checkpoint, framework):
 
 
 def test_bench_of_random_weights(cli, framework, monkeypatch):
-    from recurrentgemma.common import presets
+    from recurrentgemma.common.model import presets
 
     small = presets.Preset.HAWK_PAPER_7B.config_dict | {
         "width": 32, "mlp_expanded_width": 48, "num_heads": 2, "lru_width": 16,

@@ -9,7 +9,7 @@ import pytest
 from checkpoints import CONFIGS, files, write_checkpoint
 
 from recurrentgemma.cli.convert import FORMATS, parse_size
-from recurrentgemma.common.layer_spec import num_parameters
+from recurrentgemma.common.model.layer_spec import num_parameters
 from recurrentgemma_conversion import Format, open_checkpoint
 
 CONFIG = CONFIGS["griffin"]

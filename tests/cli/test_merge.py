@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from recurrentgemma.common.adapters import Adapters, write_adapters
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.lora import LoraOptions, merge, trainable_specs
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.training.adapters import Adapters, write_adapters
+from recurrentgemma.common.training.lora import LoraOptions, merge, trainable_specs
 from recurrentgemma_conversion import open_checkpoint
 from recurrentgemma_conversion.native import NativeReader
 

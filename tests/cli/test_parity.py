@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import CONFIGS, parameters, write_checkpoint
 
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format
 
 pytest.importorskip("flax.linen", reason="jax is not installed")

@@ -10,8 +10,8 @@ import pytest
 import recurrentgemma
 from recurrentgemma.cli import main
 from recurrentgemma.cli.errors import mistake
-from recurrentgemma.common.checkpoint import CONFIG, TOKENIZER
-from recurrentgemma.common.shards import WEIGHTS
+from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER
+from recurrentgemma.common.io.shards import WEIGHTS
 
 ABSENT = {"jax": ("jax", "jaxlib", "flax", "orbax"), "torch": ("torch",)}
 
@@ -78,7 +78,7 @@ def test_no_stdin(checkpoint, monkeypatch, capsys):
 
 
 def test_chat_with_a_tokenizer_without_turns(cli, checkpoint, monkeypatch):
-    monkeypatch.setattr("recurrentgemma.common.text.END_OF_TURN", "<no such piece>")
+    monkeypatch.setattr("recurrentgemma.common.tokenizer.END_OF_TURN", "<no such piece>")
     assert_one_line(cli("sample", "a", "--chat", "--checkpoint", checkpoint), "<end_of_turn>")
 
 

@@ -13,7 +13,7 @@ PROMPT = "It was a truth"
 
 def library_text(framework: str, path, prompt: str, steps: int) -> str:
     """The greedy continuation by the Python API in float32."""
-    from recurrentgemma.common.checkpoint import load_tokenizer
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
 
     vocab = load_tokenizer(path).vocab
     if framework == "torch":

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from recurrentgemma.common.arrays import (
+from recurrentgemma.common.io.arrays import (
     BFLOAT16,
     DTYPES,
     Stacked,

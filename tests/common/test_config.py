@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 
 R, A = TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION
 FIELDS: dict[str, Any] = {

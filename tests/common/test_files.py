@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from recurrentgemma.common.errors import DestinationError, DiskSpaceError
-from recurrentgemma.common.files import destination_path, whole_file, whole_folder
+from recurrentgemma.common.io.files import destination_path, whole_file, whole_folder
 
 RANDOM = "k3v_x9qa"  # as tempfile has it
 
@@ -211,7 +211,7 @@ def test_what_was_left_when_hardly_made_is_cleared(tmp_path: Path, monkeypatch) 
 @pytest.mark.parametrize("whole", ["whole_file", "whole_folder"])
 def test_what_a_killed_process_was_writing_goes(tmp_path: Path, whole: str) -> None:
     code = (
-        "import os, signal, sys; from recurrentgemma.common import files\n"
+        "import os, signal, sys; from recurrentgemma.common.io import files\n"
         "with getattr(files, sys.argv[1])(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, whole, str(tmp_path / "out")], check=False)

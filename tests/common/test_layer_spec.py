@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import CONFIGS, make_config, make_params
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import (
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import (
     Normal,
     RingLog,
     Zeros,
@@ -19,7 +19,7 @@ from recurrentgemma.common.layer_spec import (
     sample_params,
     spec_by_path,
 )
-from recurrentgemma.common.presets import Preset, TemporalBlockType
+from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 
 CONFIG = make_config("RA", width=40, lru_width=24, mlp_expanded_width=36, vocab_size=50)
 

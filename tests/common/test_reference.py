@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec, sample_params
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 CASES = ("prompt", "packed", "short")

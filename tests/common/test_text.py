@@ -6,8 +6,8 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.text import StreamDecoder, Tokenizer, apply_it_formatter, pad_left
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.tokenizer import StreamDecoder, Tokenizer, apply_it_formatter, pad_left
 
 TEXTS = [
     "In the beginning God created the heavens and the earth.",

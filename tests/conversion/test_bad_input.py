@@ -15,10 +15,10 @@ import pytest
 from checkpoints import CONFIGS, files, write_orbax
 
 from recurrentgemma.common import errors
-from recurrentgemma.common.arrays import DTYPES
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.presets import Preset
-from recurrentgemma.common.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
@@ -316,7 +316,7 @@ def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> Non
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = make("source", Format.KAGGLE_TORCH)
-    for module in ("recurrentgemma.common.tensor_files", "recurrentgemma_conversion.kaggle_flax",
+    for module in ("recurrentgemma.common.io.tensor_files", "recurrentgemma_conversion.kaggle_flax",
                    "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
         monkeypatch.setattr(f"{module}.write_array", full)
     refused(source, errors.DiskSpaceError, "became full", to=to)

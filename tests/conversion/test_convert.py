@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from checkpoints import CONFIGS, files, parameters, write_checkpoint
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.arrays import DTYPES, same_bits
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DamagedError
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.io.arrays import DTYPES, same_bits
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 
 pytest.importorskip("torch.nn", reason="torch is not installed")

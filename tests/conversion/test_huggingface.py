@@ -11,9 +11,9 @@ from checkpoints import CONFIGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recurrentgemma.common.checkpoint import BUNDLED, TOKENIZER
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.text import Tokenizer, apply_it_formatter
+from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion import Format, convert
 from recurrentgemma_conversion.huggingface import SPECIAL, from_fields, to_fields
 from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files

@@ -10,10 +10,10 @@ import pytest
 from cases import make_tokens
 from checkpoints import CONFIGS, parameters
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.checkpoint import load_tokenizer
 from recurrentgemma.common.errors import ConfigError
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.io.checkpoint import load_tokenizer
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 from tolerances import assert_close
 
@@ -25,7 +25,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from recurrentgemma.jax.griffin import get_path
-from recurrentgemma.torch.arrays import to_array
+from recurrentgemma.torch.runtime.arrays import to_array
 
 CONFIG = CONFIGS["griffin"]
 TOKENS = make_tokens(CONFIG, 1, 12)

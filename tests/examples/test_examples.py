@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrentgemma.common.checkpoint import BUNDLED
+from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma_conversion import convert, detect
 
 SAMPLING = ["sampling_jax.py", "sampling_torch.py"]

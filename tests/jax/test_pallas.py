@@ -164,7 +164,7 @@ def test_only_where_there_is_a_kernel() -> None:
 def test_a_jax_that_has_given_up_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then "auto" does without the kernel on a GPU; on a TPU nothing changes."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-    monkeypatch.delitem(sys.modules, "recurrentgemma.jax.scan_pallas_gpu", raising=False)
+    monkeypatch.delitem(sys.modules, "recurrentgemma.jax.scan.pallas_gpu", raising=False)
     choice = choose_implementation((1, 9, 4), "float32", "gpu")
     assert choice.name == "associative"
     assert jax.__version__ in choice.reason

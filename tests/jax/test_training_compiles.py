@@ -10,7 +10,7 @@ pytest.importorskip("flax.linen")
 import jax
 
 from recurrentgemma import jax as recurrentgemma
-from recurrentgemma.jax.step import compiled
+from recurrentgemma.jax.runtime.train_step import compiled
 
 T = 8
 BATCH = recurrentgemma.Batch(

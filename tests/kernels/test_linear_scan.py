@@ -14,7 +14,7 @@ from scans import (
 )
 
 from backends import Backend
-from recurrentgemma.common import reference
+from recurrentgemma.common.model import reference
 from tolerances import assert_close, assert_close_where_finite
 
 

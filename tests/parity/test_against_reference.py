@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import Backend
-from recurrentgemma.common import reference
+from recurrentgemma.common.model import reference
 from tolerances import assert_close
 
 # Few, since JAX compiles each; below, between and above the windows.

@@ -11,8 +11,8 @@ import torch
 
 import recurrentgemma.jax
 import recurrentgemma.torch
-from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma.common.io.arrays import BFLOAT16
+from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
 from recurrentgemma_conversion.native import NativeReader
 
 STEPS = 200

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from recurrentgemma.common.arrays import DTYPES
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import MismatchError, TokenizerError
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.native import NativeReader
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}

@@ -8,15 +8,15 @@ from cases import CONFIGS, make_params
 from comparing import compare_twins, make_model
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.activations import activation_names
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma_conversion.parity import Report, compare, compare_tensors, make_batch
-from recurrentgemma_conversion.parity.reading import CASES
+from recurrentgemma.common.model.activations import activation_names
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.parity import Report, compare, compare_tensors, make_batch
+from recurrentgemma.parity.reading import CASES
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
-import recurrentgemma.torch.scan_native
+import recurrentgemma.torch.scan.native
 
 CONFIG = CONFIGS["griffin"]
 
@@ -97,7 +97,7 @@ def test_activations_add_up(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_constant_shows_in_any_dtype(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr(recurrentgemma.torch.scan_native, "RG_LRU_C", 8.0001)
+    monkeypatch.setattr(recurrentgemma.torch.scan.native, "RG_LRU_C", 8.0001)
     report = compare_twins(CONFIG, make_params(CONFIG), dtype, num_greedy=0)
     assert not report.within
     first = report.first_beyond

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from checkpoints import CONFIGS, write_checkpoint
 
+from recurrentgemma.parity import Report, compare, load_model, make_batch
 from recurrentgemma_conversion import Format
-from recurrentgemma_conversion.parity import Report, compare, load_model, make_batch
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")

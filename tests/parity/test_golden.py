@@ -11,9 +11,9 @@ from cases import bfloat16, next_token_loss
 from safetensors.numpy import load_file
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"

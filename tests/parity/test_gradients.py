@@ -8,9 +8,9 @@ import pytest
 from cases import CONFIGS, make_config, make_params, make_tokens, next_token_loss, positions
 
 from backends import Backend
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from tolerances import assert_close
 
 # Row 0 goes on with its document, row 1 ends it and has two more, row 2 does so behind padding.

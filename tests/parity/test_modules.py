@@ -9,8 +9,8 @@ import pytest
 from cases import bfloat16, make_config, make_params, positions
 
 from backends import Backend
-from recurrentgemma.common import reference
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.presets import TemporalBlockType
 from tolerances import assert_close
 
 CONFIG = make_config("RA", lru_width=32, attention_window_size=6)

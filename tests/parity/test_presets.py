@@ -7,11 +7,11 @@ from cases import make_params
 from comparing import make_model
 
 from backends import Backend
-from recurrentgemma.common.activations import activation_names
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.presets import Preset
-from recurrentgemma.common.state import state_shapes
-from recurrentgemma_conversion.parity import make_batch
+from recurrentgemma.common.model.activations import activation_names
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.model.state import state_shapes
+from recurrentgemma.parity import make_batch
 from tolerances import assert_close
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")

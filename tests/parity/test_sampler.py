@@ -15,10 +15,10 @@ from samplers import (
     without_eos,
 )
 
-from recurrentgemma.common.chunks import chunk_lengths
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.sampling import Categorical, Greedy
-from recurrentgemma.common.text import apply_it_formatter
+from recurrentgemma.common.generation.chunks import chunk_lengths
+from recurrentgemma.common.generation.strategies import Categorical, Greedy
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.tokenizer import apply_it_formatter
 
 
 @pytest.fixture(params=["jax", "torch"])

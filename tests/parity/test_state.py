@@ -9,8 +9,8 @@ import pytest
 from cases import CONFIGS, make_config, make_params, make_tokens, positions
 
 from backends import Backend
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
 from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]

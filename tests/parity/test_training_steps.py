@@ -11,7 +11,7 @@ import pytest
 from cases import CONFIGS, make_batch, make_params, next_token_loss
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec
 from tolerances import assert_close
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")

@@ -12,9 +12,9 @@ import pytest
 from cases import bfloat16, make_config, make_params, make_tokens, scaled_to
 
 from backends import Backend
-from recurrentgemma.common import reference
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from tolerances import assert_close
 
 CONFIGS = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from samplers import make_sampler
 
-from recurrentgemma.common.conversation import Conversation
-from recurrentgemma.common.state import StateError
-from recurrentgemma.common.text import apply_it_formatter
+from recurrentgemma.common.generation.conversation import Conversation
+from recurrentgemma.common.model.state import StateError
+from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
 
 STEPS = 8

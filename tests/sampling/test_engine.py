@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from samplers import CONFIG, PROMPTS, lists, make_sampler, without_eos
 
-from recurrentgemma.common.generation import Generation
-from recurrentgemma.common.state import empty_state
+from recurrentgemma.common.generation.loop import Generation
+from recurrentgemma.common.model.state import empty_state
 
 FREE = {"end_sampling_at_eos_token": False}
 
@@ -137,7 +137,7 @@ def test_compiled_or_not() -> None:
 
 def test_an_xla_that_lacks_the_options(monkeypatch) -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
-    from recurrentgemma.jax import compiler
+    from recurrentgemma.jax.runtime import compiler
 
     assert compiler.compiler_options("cpu") == compiler._OPTIONS["cpu"]
     monkeypatch.setitem(compiler._OPTIONS, "cpu", {"xla_no_such_option": 1})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, without_eos
 
-from recurrentgemma.common.sampling import Categorical, Greedy
+from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
 HOT = Categorical(temperature=1.5)
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from recurrentgemma.common.sampling import Categorical, Greedy, row_keys, uniform
+from recurrentgemma.common.generation.strategies import Categorical, Greedy, row_keys, uniform
 
 SIZE, COUNT, GROUPS = 4096, 4096, 64
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from junk import mutate
 from samplers import SUBMODULES, make_sampler
 
-from recurrentgemma.common.state import StateError
-from recurrentgemma.common.state_files import _deserialized, _serialized
+from recurrentgemma.common.io.state_files import _deserialized, _serialized
+from recurrentgemma.common.model.state import StateError
 
 TEXTS = ["In the beginning God created the heavens and the earth", "x"]  # beyond the window, within
 

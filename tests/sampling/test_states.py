@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from samplers import CONFIG, PROMPTS, STEPS, SUBMODULES, lists, make_sampler, without_eos
 
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import DestinationError
-from recurrentgemma.common.sampling import Categorical
-from recurrentgemma.common.state import StateError, empty_state, state_shapes
+from recurrentgemma.common.generation.strategies import Categorical
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.state import StateError, empty_state, state_shapes
 
 OTHER = {"jax": "torch", "torch": "jax"}
 FREE = {"end_sampling_at_eos_token": False}

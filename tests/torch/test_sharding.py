@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
-from recurrentgemma.common.text import Tokenizer
+from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
 from recurrentgemma.torch.sharding import shard
 from tolerances import assert_close

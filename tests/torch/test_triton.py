@@ -67,7 +67,8 @@ def test_float16_keeps_a_float32_state() -> None:
 def test_choice() -> None:
     import torch
 
-    from recurrentgemma.torch import choose_implementation, scan
+    from recurrentgemma.torch import choose_implementation
+    from recurrentgemma.torch.scan import dispatch as scan
 
     assert choose_implementation((1, 8, 8), torch.float32, "cpu").name == "native"
     assert choose_implementation((1, 1, 8), torch.float32, "cpu").name == "reference"
@@ -81,7 +82,8 @@ class TestErrors:
     def test_a_device_that_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch
 
-        from recurrentgemma.torch import linear_scan, scan
+        from recurrentgemma.torch import linear_scan
+        from recurrentgemma.torch.scan import dispatch as scan
 
         x = torch.ones(1, 2, 3)
         monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -11,11 +11,11 @@ from trainers import TRAINERS, Trainer
 
 from backends import TWINS
 from recurrentgemma.cli import main
-from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import load_tokenizer
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.training_log import read_log
+from recurrentgemma.common.io.arrays import BFLOAT16
+from recurrentgemma.common.io.checkpoint import load_tokenizer
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
+from recurrentgemma.common.training.logs import read_log
 from recurrentgemma_conversion.native import save_folder
 
 CONFIG = GriffinConfig(

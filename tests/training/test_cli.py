@@ -11,13 +11,13 @@ import pytest
 
 from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
-from recurrentgemma.common.adapters import ADAPTERS
-from recurrentgemma.common.checkpoint import BUNDLED
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.files import held_folder
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.text import Tokenizer
-from recurrentgemma.common.training_log import read_log
+from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.io.files import held_folder
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.adapters import ADAPTERS
+from recurrentgemma.common.training.logs import read_log
 from recurrentgemma_conversion.native import NativeReader
 
 LOGGED = {"step", "epoch", "read", "loss", "tokens", "grad_norm", "learning_rate",

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recurrentgemma.common.checkpoint import load_tokenizer
-from recurrentgemma.common.data import DataError, Example, hold_out, read_examples
-from recurrentgemma.common.packing import Position, Stream, TooLong, cut, in_order, pack
-from recurrentgemma.common.text import apply_it_formatter
+from recurrentgemma.common.io.checkpoint import load_tokenizer
+from recurrentgemma.common.tokenizer import apply_it_formatter
+from recurrentgemma.common.training.data import DataError, Example, hold_out, read_examples
+from recurrentgemma.common.training.packing import Position, Stream, TooLong, cut, in_order, pack
 
 PAD = 0
 

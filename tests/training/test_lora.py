@@ -9,15 +9,6 @@ import pytest
 from cases import CONFIGS, make_config, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.adapters import (
-    ADAPTERS,
-    Adapters,
-    read_adapters,
-    write_adapters,
-    write_peft,
-)
-from recurrentgemma.common.config import GriffinConfig
 from recurrentgemma.common.errors import (
     CheckpointError,
     ConfigError,
@@ -27,8 +18,18 @@ from recurrentgemma.common.errors import (
     NonFiniteError,
     UnknownFormatError,
 )
-from recurrentgemma.common.layer_spec import layer_spec, num_parameters
-from recurrentgemma.common.lora import (
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.training.adapters import (
+    ADAPTERS,
+    Adapters,
+    read_adapters,
+    write_adapters,
+    write_peft,
+)
+from recurrentgemma.common.training.lora import (
     LoraOptions,
     dequantize,
     lora_targets,
@@ -37,8 +38,7 @@ from recurrentgemma.common.lora import (
     quantize,
     trainable_specs,
 )
-from recurrentgemma.common.optimization import OptimizerOptions
-from recurrentgemma.common.presets import Preset
+from recurrentgemma.common.training.optimization import OptimizerOptions
 from tolerances import assert_close
 
 CONFIG = CONFIGS["attention_last"]  # lru_width is not width
@@ -143,7 +143,7 @@ def test_only_adapters_are_trained(trainer: Trainer, kind: str) -> None:
 def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
     """The base of a state by path: int8 values where it is quantised."""
     if trainer.name == "jax":
-        from recurrentgemma.common.lora import Quantized
+        from recurrentgemma.common.training.lora import Quantized
         from recurrentgemma.jax.griffin import get_path
 
         leaves = {spec.path: get_path(state.base, spec.path) for spec in layer_spec(CONFIG)}

@@ -5,9 +5,9 @@ import pytest
 from cases import CONFIGS, make_params, next_token_loss
 from trainers import TRAINERS, Trainer, make_batch
 
-from recurrentgemma.common import reference
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.chunks import loss_chunk
+from recurrentgemma.common.generation.chunks import loss_chunk
+from recurrentgemma.common.model import reference
+from recurrentgemma.common.training.batch import Batch
 from tolerances import assert_close
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 7, 12, 29
@@ -105,7 +105,7 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
 
 def loss_gradients(trainer: Trainer, config, params, batch):
     """`loss_fn` and its gradient by path, in float64."""
-    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.common.model.layer_spec import layer_spec
 
     module = trainer.module
     with trainer.precision("float64"):

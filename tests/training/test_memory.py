@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.lora import LoraOptions
-from recurrentgemma.common.memory import parameter_bytes, training_bytes
-from recurrentgemma.common.optimization import OptimizerOptions
-from recurrentgemma.common.presets import TemporalBlockType
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.memory import parameter_bytes, training_bytes
+from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.common.training.optimization import OptimizerOptions
 
 CONFIG = GriffinConfig(
     vocab_size=64,
@@ -57,7 +57,7 @@ def test_training(framework, optimizer, dtype, lora):
 
 def test_int8_base():
     """A byte a value, a float32 a column; embedding, norms, biases and the like as they were."""
-    from recurrentgemma.common.layer_spec import layer_spec
+    from recurrentgemma.common.model.layer_spec import layer_spec
 
     matrices = [spec for spec in layer_spec(CONFIG) if spec.lora is not None]
     saved = sum(3 * s.size - 4 * s.size // s.shape[-2] for s in matrices)

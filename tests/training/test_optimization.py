@@ -9,9 +9,9 @@ import pytest
 from cases import CONFIGS, make_config, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.lora import LoraOptions, trainable_specs
-from recurrentgemma.common.optimization import (
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     learning_rate,

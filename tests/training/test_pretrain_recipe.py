@@ -13,8 +13,8 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
 
 from recurrentgemma.cli import main
-from recurrentgemma.common.arrays import BFLOAT16
-from recurrentgemma.common.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma.common.io.arrays import BFLOAT16
+from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
 from recurrentgemma_conversion.native import NativeReader
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrentgemma.common.run_folder import RunFolder
+from recurrentgemma.common.training.run_folder import RunFolder
 from recurrentgemma_conversion.native import NativeReader
 
 KILLS = int(os.environ.get("KILLS", "2"))

@@ -12,13 +12,13 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from recurrentgemma.common.data import Example
 from recurrentgemma.common.errors import DamagedError, DestinationError, DiskSpaceError
-from recurrentgemma.common.jsonl import OutputError
-from recurrentgemma.common.packing import Stream, in_order
-from recurrentgemma.common.run import Interrupted, NonFiniteLossError, Plan, Run
-from recurrentgemma.common.run_folder import Best, RunFolder
-from recurrentgemma.common.training_log import LogFile, read_log
+from recurrentgemma.common.io.jsonl import OutputError
+from recurrentgemma.common.training.data import Example
+from recurrentgemma.common.training.logs import LogFile, read_log
+from recurrentgemma.common.training.packing import Stream, in_order
+from recurrentgemma.common.training.run import Interrupted, NonFiniteLossError, Plan, Run
+from recurrentgemma.common.training.run_folder import Best, RunFolder
 
 EXAMPLES = [Example(np.arange(9, dtype=np.int32) + i, np.arange(9) > 0) for i in range(10)]
 PLAN = Plan(

@@ -8,9 +8,9 @@ import pytest
 from cases import CONFIGS, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.config import GriffinConfig
-from recurrentgemma.common.optimization import OptimizerOptions
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.optimization import OptimizerOptions
 from tolerances import assert_close
 
 CONFIG = CONFIGS["attention_last"]  # of two blocks: quick to compile

@@ -14,9 +14,9 @@ import pytest
 from cases import make_config, make_params
 from trainers import TRAINERS
 
-from recurrentgemma.common.batch import Batch
-from recurrentgemma.common.layer_spec import layer_spec
-from recurrentgemma.common.optimization import OptimizerOptions, decay_mask
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.optimization import OptimizerOptions, decay_mask
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 

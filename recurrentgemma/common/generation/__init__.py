@@ -1,0 +1,1 @@
+"""Text from a model: strategies, stops, the loop, the sampler and conversations."""

@@ -1,0 +1,1 @@
+"""Files: arrays, tensor files, state files, and the checkpoint folder."""

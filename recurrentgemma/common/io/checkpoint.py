@@ -1,0 +1,54 @@
+"""What a checkpoint folder of ours holds beside its weights.
+
+A folder holds `config.json`, `model.safetensors` (or shards with an index; tensors under their
+PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`, which only those
+who ask for it need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from recurrentgemma.common.errors import ConfigError, TokenizerError
+from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.tokenizer import Tokenizer
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
+
+
+def read_config(path: Path) -> GriffinConfig:
+    """The configuration in a file of ours; `ConfigError` when it holds none."""
+    try:
+        return GriffinConfig.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer in a checkpoint folder, or in a sentencepiece model file.
+
+    Args:
+      path: The folder or file; the bundled model's if None.
+
+    Raises:
+      ValueError: There is none.
+    """
+    found = BUNDLED if path is None else expanded(path)
+    return Tokenizer(found / TOKENIZER if found.is_dir() else found)
+
+
+def no_tokenizer(path: Path) -> TokenizerError:
+    """The error that a checkpoint has no tokenizer, with what to do."""
+    return TokenizerError(
+        f"there is no {TOKENIZER} beside the weights in {path}: put the model's there, or write a "
+        "checkpoint with it by recurrentgemma convert --tokenizer"
+    )
+
+
+def metadata(config: GriffinConfig) -> dict[str, str]:
+    """What a weights file says of itself."""
+    return {"format": "pt", "config": json.dumps(config.to_dict())}

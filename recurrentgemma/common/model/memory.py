@@ -1,0 +1,107 @@
+"""How many bytes a model takes: its parameters, its state, and its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state import state_shapes
+from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
+
+VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+_STATE_BYTES = 4  # of float32, in which optimisers keep what they remember
+# Each row of `training_table`: the optimiser and, if adapters alone are trained, which.
+_METHODS: Mapping[str, tuple[str, LoraOptions | None]] = {
+    "adamw": ("adamw", None),
+    "adafactor": ("adafactor", None),
+    "sgd": ("sgd", None),
+    "lora rank 8, adamw": ("adamw", LoraOptions(rank=8)),
+    "lora rank 8 on int8, adamw": ("adamw", LoraOptions(rank=8, quantize=True)),
+}
+
+
+def parameter_bytes(config: GriffinConfig, dtype: str) -> int:
+    """Bytes of all parameters, stored in one dtype."""
+    return _bytes((spec.shape for spec in layer_spec(config)), VALUE_BYTES[dtype])
+
+
+def state_bytes(config: GriffinConfig, dtype: str) -> int:
+    """Bytes of one sequence's state, the computation being in `dtype`."""
+    # These are float32 and int32 whatever the computation is.
+    fixed = {"rg_lru_state": 4, "num_tokens": 4}
+    return sum(
+        math.prod(shape) * fixed.get(path.rsplit(".", 1)[1], VALUE_BYTES[dtype])
+        for path, shape in state_shapes(config).items()
+    )
+
+
+class TrainingBytes(NamedTuple):
+    """Bytes that training holds throughout, activations apart.
+
+    Attributes:
+      parameters: The parameters of the forward pass; with adapters, the base.
+      trained: What the optimiser changes, in float32, where that is another copy.
+      gradients: Of what is trained, in float32.
+      optimizer: What the optimiser remembers, in float32.
+    """
+
+    parameters: int
+    trained: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def training_bytes(
+    config: GriffinConfig, dtype: str, optimizer: OptimizerOptions, lora: LoraOptions | None = None
+) -> TrainingBytes:
+    """Bytes of training with parameters in `dtype` and the optimiser's state in float32.
+
+    Args:
+      config: The model.
+      dtype: Of the parameters in the forward pass.
+      optimizer: The optimiser.
+      lora: The adapters that are trained; the model's own parameters if None.
+    """
+    size, trainable = VALUE_BYTES[dtype], trainable_specs(config, lora)
+    trained = _bytes((spec.shape for spec in trainable), _STATE_BYTES)
+    moments = moment_shapes(optimizer, trainable).values()
+    return TrainingBytes(
+        parameters=_base_bytes(config, size, lora),
+        trained=0 if lora is None and size == _STATE_BYTES else trained,
+        gradients=trained,
+        optimizer=sum(_bytes(shapes.values(), _STATE_BYTES) for shapes in moments),
+    )
+
+
+def training_table(config: GriffinConfig, dtype: str) -> dict[str, TrainingBytes]:
+    """`training_bytes` of the usual methods, by name; SGD is without momentum."""
+    return {
+        name: training_bytes(config, dtype, OptimizerOptions(optimizer), lora)
+        for name, (optimizer, lora) in _METHODS.items()
+    }
+
+
+def _base_bytes(config: GriffinConfig, size: int, lora: LoraOptions | None) -> int:
+    if lora is None or not lora.quantize:
+        return _bytes((spec.shape for spec in layer_spec(config)), size)
+    quantized = [spec for spec in layer_spec(config) if spec.lora is not None]
+    others = [spec for spec in layer_spec(config) if spec.lora is None]
+    scales = ((*spec.shape[:-2], 1, spec.shape[-1]) for spec in quantized)
+    return (
+        _bytes((spec.shape for spec in quantized), 1)
+        + _bytes(scales, _STATE_BYTES)
+        + _bytes((spec.shape for spec in others), size)
+    )
+
+
+def _bytes(shapes: Iterable[tuple[int, ...]], size: int) -> int:
+    return size * sum(math.prod(shape) for shape in shapes)

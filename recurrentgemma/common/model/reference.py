@@ -1,0 +1,476 @@
+"""Griffin in NumPy float64: the executable definition of the model, and the oracle of its tests.
+
+Slow, plain and complete. Every piece below the batch works on one row: a sequence of tokens
+without padding, whose `positions` count from 0 in each document. `over_rows` removes the padding,
+so that padding cannot change anything, and puts the rows together again.
+
+Sizes: B rows, T tokens, V vocabulary, D width, L recurrent width, M expanded width of the MLP,
+N heads, H = D / N head size, W attention window, S keys. Parameters are a flat mapping from the
+layer spec's paths to arrays in the Flax layout. Functions that take `params` expect paths relative
+to their own module; `subtree` gives those.
+
+The numerics ledger. All arithmetic here is float64; where the twins must be wider than their
+compute dtype, the entry says so.
+
+*   Embedding: the table is tied to the decoder. Its scale is sqrt(D) rounded to bfloat16, nearest
+    even (`to_bfloat16`): 50.5 for D = 2560. The decoder reads the table unscaled.
+*   RMSNorm: eps is `RMS_EPS` = 1e-6, inside the root; the weight is 1 + scale. Twins: float32.
+*   Gelu: the tanh form, with sqrt(2 / pi) and 0.044715.
+*   MLP: gelu on half 0 of `ffw_up`, times half 1.
+*   Attention: one key and value head; queries times 1 / sqrt(H). The window admits W + 1 keys: the
+    query's own and the W before it. Twins: scores and softmax in float32.
+*   RoPE: the first H / 2 dimensions of each head turn, as two halves of H / 4, at frequencies
+    `ROPE_BASE` ** (-2 i / (H / 2)), by the position in the document. Twins: angles in float32.
+*   Convolution: `CONV1D_WIDTH` = 4 taps; w[3] multiplies the current input, w[0] the oldest.
+*   RG-LRU: log a = -`RG_LRU_C` * r * softplus(a_param) with c = 8; sqrt(1 - a^2) is
+    sqrt(-expm1(2 log a)). At position 0 the state is forgotten and that multiplier is 1. Twins:
+    gates, scan and state in float32; the gradient of the square root is clipped at 1000.
+*   Segments: position 0 starts a document, and nothing crosses it: neither the RG-LRU, nor the
+    convolution, nor attention. Position -1 is padding: no state changes, logits are zeros.
+*   Logits: tanh(x / c) * c with the soft cap c, where c is not 0. Twins: float32.
+
+The state is canonical: any split of the same tokens into chunks ends in the same arrays.
+
+*   `rg_lru_state` [B, L]: h after the last token.
+*   `conv1d_state` [B, 3, L]: the last inputs of the convolution in the current document, oldest
+    first, zeros where the document has had fewer.
+*   `keys` (turned by RoPE) and `values` [B, W, 1, H]: position p of the current document is in slot
+    p % W. Only its latest W tokens are kept; every other slot is zero.
+*   `num_tokens` [B], int32: how many tokens of the current document have been seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH, layer_spec, require_match
+from recurrentgemma.common.model.presets import TemporalBlockType
+
+RMS_EPS = 1e-6
+ROPE_BASE = 10_000.0
+RG_LRU_C = 8.0
+MAX_SQRT_GRADIENT = 1000.0
+
+Array = np.ndarray
+Params = Mapping[str, np.ndarray]
+State = dict[str, dict[str, np.ndarray]]
+Row = Float[np.ndarray, "t d"]
+Positions = Int[np.ndarray, "t"]
+BlockState = Mapping[str, np.ndarray]
+
+_f64 = functools.partial(np.asarray, dtype=np.float64)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow and to full relative precision on both sides."""
+    small = np.exp(-np.abs(_f64(x)))
+    return np.where(_f64(x) >= 0, 1, small) / (1 + small)
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + exp(x)), without overflow."""
+    return np.logaddexp(_f64(x), 0)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The tanh form of gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    x = _f64(x)
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def to_bfloat16(x: float) -> float:
+    """The nearest number of 8 significant bits, ties to even."""
+    mantissa, exponent = math.frexp(x)  # x = mantissa * 2**exponent, 1/2 <= mantissa < 1
+    return math.ldexp(round(mantissa * 2**8), exponent - 8)
+
+
+def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, "d"]) -> Float[Array, "*b d"]:
+    """RMSNorm: y = x / sqrt(mean(x^2) + eps) * (1 + scale)."""
+    x = _f64(x)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + RMS_EPS) * (1 + _f64(scale))
+
+
+def linear(params: Params, x: Float[Array, "*b i"]) -> Float[Array, "*b j"]:
+    """A dense layer: y = x @ kernel + bias, where there is a bias."""
+    return _f64(x) @ _f64(params["kernel"]) + _f64(params.get("bias", 0.0))
+
+
+def block_diagonal_linear(
+    x: Float[Array, "*b l"], w: Float[Array, "n i i"], b: Float[Array, "n i"]
+) -> Float[Array, "*b l"]:
+    """Dense layers on the n equal parts of x's last axis: y[n] = x[n] @ w[n] + b[n]."""
+    heads, size, _ = w.shape
+    parts = _f64(x).reshape(*x.shape[:-1], heads, size)
+    y = np.einsum("...ni,nij->...nj", parts, _f64(w)) + _f64(b)
+    return y.reshape(x.shape)
+
+
+def linear_scan(
+    x: Float[Array, "*b t l"],
+    a: Float[Array, "*b t l"],
+    h0: Float[Array, "*b l"] | None = None,
+    reset: Bool[Array, "*b t"] | None = None,
+    reverse: bool = False,
+) -> tuple[Float[Array, "*b t l"], Float[Array, "*b l"]]:
+    """All h_t = a_t * h_(t-1) + x_t, with a_t = 0 where reset; and the h computed last.
+
+    With `reverse`, time runs from the last step to the first: h_t = a_t * h_(t+1) + x_t.
+    """
+    x, a = _f64(x), _f64(a)
+    steps = range(x.shape[-2])
+    h = np.zeros(x.shape[:-2] + x.shape[-1:]) if h0 is None else _f64(h0).copy()
+    y = np.empty_like(x)
+    for t in reversed(steps) if reverse else steps:
+        forget = False if reset is None else reset[..., t, None]
+        h = np.where(forget, 0, a[..., t, :] * h) + x[..., t, :]
+        y[..., t, :] = h
+    return y, h
+
+
+def _documents(history: int, positions: Positions) -> Int[Array, "s"]:
+    """Which document each token belongs to; 0, for one begun earlier, for all of the history."""
+    return np.concatenate([np.zeros(history, np.int64), np.cumsum(positions == 0)])
+
+
+def conv_1d(
+    x: Float[Array, "t l"],
+    w: Float[Array, "4 l"],
+    b: Float[Array, "l"],
+    positions: Positions,
+    state: Float[Array, "3 l"],
+) -> tuple[Float[Array, "t l"], Float[Array, "3 l"]]:
+    """Causal depthwise convolution: y_t = b + sum over k in 0 ... 3 of w[3 - k] * x_(t-k).
+
+    Inputs of other documents count as zeros.
+    """
+    past, length = CONV1D_WIDTH - 1, len(x)
+    inputs = np.concatenate([_f64(state), _f64(x)])
+    document = _documents(past, positions)
+    y = np.zeros_like(inputs[past:]) + _f64(b)
+    for k in range(CONV1D_WIDTH):
+        back = slice(past - k, past - k + length)
+        inside = document[back] == document[past:]
+        y += _f64(w)[past - k] * np.where(inside[:, None], inputs[back], 0)
+    current = document[-past:] == document[-1]
+    return y, np.where(current[:, None], inputs[-past:], 0)
+
+
+def rg_lru_scan(
+    x: Float[Array, "*b t l"],
+    input_gate: Float[Array, "*b t l"],
+    a_gate: Float[Array, "*b t l"],
+    a_param: Float[Array, "l"],
+    segment_pos: Int[Array, "*b t"],
+    h0: Float[Array, "*b l"] | None = None,
+) -> tuple[Float[Array, "*b t l"], Float[Array, "*b l"]]:
+    """The RG-LRU past its linear maps: all h_t, and the last; the gates come before the sigmoid.
+
+    At padding (position -1) the state stays as it is.
+    """
+    start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
+    log_a = -RG_LRU_C * sigmoid(a_gate) * softplus(a_param)
+    multiplier = np.where(start, 1, np.sqrt(-np.expm1(2 * log_a)))
+    gated_x = np.where(padding, 0, multiplier * sigmoid(input_gate) * _f64(x))
+    return linear_scan(gated_x, np.where(padding, 1, np.exp(log_a)), h0, segment_pos == 0)
+
+
+def rg_lru(
+    params: Params, x: Float[Array, "t l"], positions: Positions, h0: Float[Array, "l"]
+) -> tuple[Float[Array, "t l"], Float[Array, "l"]]:
+    """The Real-Gated Linear Recurrent Unit (arXiv 2402.19427, section 2.4).
+
+    r_t = sigmoid(a_gate(x_t)), i_t = sigmoid(input_gate(x_t)), log a_t = -c r_t softplus(a_param),
+    h_t = a_t h_(t-1) + sqrt(1 - a_t^2) i_t x_t; where a document starts, h_t = i_t x_t.
+    """
+    input_gate, a_gate = (
+        block_diagonal_linear(x, params[f"{gate}.w"], params[f"{gate}.b"])
+        for gate in ("input_gate", "a_gate")
+    )
+    return rg_lru_scan(x, input_gate, a_gate, params["a_param"], positions, h0)
+
+
+def recurrent_block(
+    config: GriffinConfig, params: Params, x: Row, positions: Positions, state: BlockState
+) -> tuple[Row, dict[str, Array]]:
+    """linear_out(gelu(linear_y(x)) * rg_lru(conv_1d(linear_x(x))))."""
+    del config  # the parameters say it all
+    y = gelu_tanh(linear(subtree(params, "linear_y"), x))
+    x = linear(subtree(params, "linear_x"), x)
+    w, b = params["conv_1d.w"], params["conv_1d.b"]
+    x, conv1d_state = conv_1d(x, w, b, positions, state["conv1d_state"])
+    x, rg_lru_state = rg_lru(subtree(params, "rg_lru"), x, positions, state["rg_lru_state"])
+    new_state = {"rg_lru_state": rg_lru_state, "conv1d_state": conv1d_state}
+    return linear(subtree(params, "linear_out"), x * y), new_state
+
+
+def apply_rope(x: Float[Array, "*b t n h"], positions: Int[Array, "*b t"]) -> Array:
+    """Turns the first half of each head: (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    x1 and x2 are the two halves of that half. The angle of dimension i of either is
+    position * 10000 ** (-2 i / (H / 2)).
+    """
+    turned = x.shape[-1] // 2
+    x1, x2, rest = np.split(_f64(x), [turned // 2, turned], axis=-1)
+    frequency = ROPE_BASE ** (-2 * np.arange(turned // 2) / turned)
+    angle = positions[..., None, None] * frequency
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
+
+
+def local_attention(
+    q: Float[Array, "t n h"],
+    k: Float[Array, "s h"],
+    v: Float[Array, "s h"],
+    mask: Bool[Array, "t s"],
+) -> Float[Array, "t n h"]:
+    """softmax(q @ k^T / sqrt(H)) @ v over the keys that the mask admits, with one key head."""
+    scores = np.einsum("tnh,sh->tns", _f64(q) / math.sqrt(q.shape[-1]), _f64(k))
+    scores = np.where(mask[:, None, :], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("tns,sh->tnh", weights, _f64(v))
+
+
+def attention_block(
+    config: GriffinConfig, params: Params, x: Row, positions: Positions, state: BlockState
+) -> tuple[Row, dict[str, Array]]:
+    """proj_final(local_attention(rope(proj_q(x)), rope(proj_k(x)), proj_v(x))), on a window.
+
+    A query at position p of a document admits the keys of that document at p - W ... p.
+    """
+    x = _f64(x)
+    if not len(x):
+        return x, dict(state)
+    window, head_dim = config.attention_window_size, config.head_dim
+
+    q = linear(subtree(params, "proj_q"), x).reshape(len(x), config.num_heads, head_dim)
+    k = linear(subtree(params, "proj_k"), x)
+    q, k = apply_rope(q, positions), apply_rope(k[:, None], positions)[:, 0]
+    v = linear(subtree(params, "proj_v"), x)
+
+    # The history, if the first token continues it: the tokens before that one, by position.
+    seen = int(state["num_tokens"]) if positions[0] > 0 else 0
+    kept = min(seen, window)
+    past = np.arange(positions[0] - kept, positions[0])
+    k = np.concatenate([_f64(state["keys"])[past % window, 0], k])
+    v = np.concatenate([_f64(state["values"])[past % window, 0], v])
+    position = np.concatenate([past, positions])
+    document = _documents(kept, positions)
+
+    distance = positions[:, None] - position
+    same_document = document[kept:, None] == document
+    mask = same_document & (distance >= 0) & (distance <= window)
+    y = local_attention(q, k, v, mask).reshape(len(x), -1)
+
+    # The canonical cache: the last W tokens of the last document, each in the slot of its position.
+    latest = np.flatnonzero(document == document[-1])[-window:]
+    keys, values = np.zeros((2, window, 1, head_dim))
+    keys[position[latest] % window, 0] = k[latest]
+    values[position[latest] % window, 0] = v[latest]
+    num_tokens = np.count_nonzero(document[kept:] == document[-1])
+    if document[-1] == 0:  # no document has started in this chunk
+        num_tokens += seen
+    new_state = {"keys": keys, "values": values, "num_tokens": np.array(num_tokens, np.int32)}
+    return linear(subtree(params, "proj_final"), y), new_state
+
+
+def mlp_block(params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """ffw_down(gelu(x @ w[0] + b[0]) * (x @ w[1] + b[1])), w and b those of ffw_up."""
+    x, w, b = _f64(x), _f64(params["ffw_up.w"]), _f64(params["ffw_up.b"])
+    gate, up = (x @ w[half] + b[half, 0, 0] for half in (0, 1))
+    return linear(subtree(params, "ffw_down"), gelu_tanh(gate) * up)
+
+
+_TEMPORAL_BLOCKS = {
+    TemporalBlockType.RECURRENT: ("recurrent_block", recurrent_block),
+    TemporalBlockType.ATTENTION: ("attention_block", attention_block),
+}
+
+
+def residual_block(
+    config: GriffinConfig,
+    block_type: TemporalBlockType,
+    params: Params,
+    x: Row,
+    positions: Positions,
+    state: BlockState,
+) -> tuple[Row, dict[str, Array]]:
+    """First x + temporal_block(norm(x)), then that plus mlp_block of its own norm."""
+    name, temporal_block = _TEMPORAL_BLOCKS[block_type]
+    normed = rms_norm(x, params["temporal_pre_norm.scale"])
+    mixed, new_state = temporal_block(config, subtree(params, name), normed, positions, state)
+    x = x + mixed
+    normed = rms_norm(x, params["channel_pre_norm.scale"])
+    return x + mlp_block(subtree(params, "mlp_block"), normed), new_state
+
+
+def embed(
+    config: GriffinConfig, input_embedding: Float[Array, "v d"], tokens: Int[Array, "*b"]
+) -> Float[Array, "*b d"]:
+    """The tokens' rows of the table, times sqrt(D) rounded to bfloat16 where the config scales."""
+    scale = to_bfloat16(math.sqrt(config.width)) if config.embeddings_scale_by_sqrt_dim else 1.0
+    return _f64(input_embedding)[tokens] * scale
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """tanh(x / cap) * cap; x itself where the cap is 0."""
+    return np.tanh(_f64(x) / cap) * cap if cap else _f64(x)
+
+
+def decode(
+    config: GriffinConfig, input_embedding: Float[Array, "v d"], x: Float[Array, "*b d"]
+) -> Float[Array, "*b v"]:
+    """Logits: soft_cap(x @ input_embedding^T)."""
+    return soft_cap(_f64(x) @ _f64(input_embedding).T, config.logits_soft_cap)
+
+
+def griffin_row(
+    config: GriffinConfig,
+    params: Params,
+    tokens: Int[Array, "t"],
+    positions: Positions,
+    state: Mapping[str, BlockState],
+) -> tuple[Float[Array, "t v"], State]:
+    """decode(norm(blocks(embed(tokens)))) for one row without padding."""
+    x = embed(config, params["embedder.input_embedding"], tokens)
+    new_state: State = {}
+    for i, block_type in enumerate(config.block_types):
+        name = f"blocks.{i}"
+        x, new_state[name] = residual_block(
+            config, block_type, subtree(params, name), x, positions, state[name]
+        )
+    x = rms_norm(x, params["final_norm.scale"])
+    return decode(config, params["embedder.input_embedding"], x), new_state
+
+
+def griffin(
+    config: GriffinConfig,
+    params: Params,
+    tokens: Array,
+    segment_pos: Array,
+    state: Mapping[str, BlockState] | None = None,
+) -> tuple[Float[Array, "b t v"], State]:
+    """The whole model: logits for each token's successor, and the state after the last token.
+
+    Args:
+      config: The model.
+      params: Every parameter of the layer spec, in any float dtype.
+      tokens: Token ids [B, T]. What stands at padding is ignored.
+      segment_pos: Position of each token in its document [B, T]; -1 is padding, which comes first
+        in a row. A row may continue the document of the state (its first position is then not 0),
+        may be all padding, and may be empty.
+      state: What `griffin` returned for the tokens before these; `None` if there were none.
+
+    Returns:
+      Logits, zeros at padding, and the canonical state (see above). Nothing passed in is changed.
+
+    Raises:
+      ValueError: Parameters, tokens or positions do not fit the config or each other.
+    """
+    require_match(
+        {spec.path: spec.shape for spec in layer_spec(config)},
+        {path: np.shape(value) for path, value in params.items()},
+    )
+    validate_positions(segment_pos)
+    if tokens.shape != segment_pos.shape:
+        raise ValueError(
+            "tokens and segment_pos must have the same shape, "
+            f"got {tokens.shape} and {segment_pos.shape}"
+        )
+    real = tokens[segment_pos >= 0]
+    if np.any((real < 0) | (real >= config.vocab_size)):
+        raise ValueError(
+            f"tokens must be in 0 ... {config.vocab_size - 1}, got {real.min()} ... {real.max()}"
+        )
+    if state is None:
+        state = init_state(config, len(tokens))
+    params = {path: _f64(value) for path, value in params.items()}
+    state = _tree_map(lambda leaf: leaf if leaf.dtype.kind == "i" else _f64(leaf), state)
+    return over_rows(functools.partial(griffin_row, config, params), tokens, segment_pos, state)
+
+
+def over_rows(
+    row_function: Callable[[Array, Array, Any], tuple[Array, Any]],
+    x: Array,
+    segment_pos: Int[Array, "b t"],
+    state: Any,
+) -> tuple[Array, Any]:
+    """row_function(x, positions, state) on every row without its padding, then zeros put back.
+
+    x is [B, T, ...]; the state is an array, or a mapping (of mappings) of arrays, [B, ...]. To test
+    a batched recurrent block, say: `over_rows(partial(recurrent_block, config, params), ...)`.
+    """
+    outputs, states = [], []
+    for b, start in enumerate(np.count_nonzero(segment_pos < 0, axis=1)):
+        state_row = _tree_map(lambda leaf, b=b: np.asarray(leaf[b]), state)
+        y, new_state = row_function(x[b, start:], segment_pos[b, start:], state_row)
+        outputs.append(np.concatenate([np.zeros((start, *y.shape[1:])), y]))
+        states.append(new_state)
+    return np.stack(outputs), _tree_map(lambda *rows: np.stack(rows), *states)
+
+
+def init_state(config: GriffinConfig, batch_size: int) -> State:
+    """The state of rows that have seen nothing: zeros."""
+
+    def zeros(*shape: int, dtype: type = np.float64) -> Array:
+        return np.zeros((batch_size, *shape), dtype)
+
+    window, state = config.attention_window_size, {}
+    for i, block_type in enumerate(config.block_types):
+        if block_type is TemporalBlockType.RECURRENT:
+            state[f"blocks.{i}"] = {
+                "rg_lru_state": zeros(config.lru_width),
+                "conv1d_state": zeros(CONV1D_WIDTH - 1, config.lru_width),
+            }
+        else:
+            state[f"blocks.{i}"] = {
+                "keys": zeros(window, 1, config.head_dim),
+                "values": zeros(window, 1, config.head_dim),
+                "num_tokens": zeros(dtype=np.int32),
+            }
+    return state
+
+
+def validate_positions(segment_pos: Array) -> None:
+    """Raises `ValueError` unless these are the positions of a batch of chunks.
+
+    In each row: -1 (padding) only before the tokens; then any position from 0 on; then at each
+    step the next position, or 0 where a document starts.
+    """
+    if segment_pos.ndim != 2 or not len(segment_pos) or segment_pos.dtype.kind not in "iu":
+        raise ValueError(
+            "segment_pos must be integers of shape [batch, time] with at least one row, "
+            f"got {segment_pos.dtype} of shape {segment_pos.shape}"
+        )
+    before = np.full_like(segment_pos, -1, np.int64)
+    before[:, 1:] = segment_pos[:, :-1]
+    follows = np.where(before < 0, segment_pos >= -1, segment_pos == before + 1)
+    bad = np.argwhere(~(follows | (segment_pos == 0)))
+    if len(bad):
+        row, t = bad[0]
+        got, last = segment_pos[row, t], before[row, t]
+        expected = "-1 (padding) or a position" if last < 0 else f"{last + 1} or 0"
+        raise ValueError(
+            "segment_pos must be padding (-1), then consecutive positions, 0 starting a document: "
+            f"expected {expected} after {last}, got {got} at row {row}, step {t}"
+        )
+
+
+def subtree(params: Params, prefix: str) -> Params:
+    """The parameters below a prefix, by their paths from there."""
+    prefix += "."
+    return {path[len(prefix) :]: v for path, v in params.items() if path.startswith(prefix)}
+
+
+def _tree_map(function: Callable[..., Any], *trees: Any) -> Any:
+    """`function` of the corresponding arrays of mappings that are structured alike."""
+    if not isinstance(trees[0], Mapping):
+        return function(*trees)
+    return {key: _tree_map(function, *(tree[key] for tree in trees)) for key in trees[0]}

@@ -1,0 +1,1 @@
+"""Training: data, packing, optimisation, adapters, runs and logs."""

@@ -1,0 +1,154 @@
+"""Training examples from JSON lines: texts, prompts with completions, conversations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from recurrentgemma.common.io.jsonl import json_value
+from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer, apply_it_formatter
+
+_KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
+_EXPECTED = 'an object with "text", with "prompt" and "completion", or with "messages"'
+_SHOWN = 5
+_OPENING = 32  # characters
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message has the file and the lines."""
+
+
+class Example(NamedTuple):
+    """A document to learn from.
+
+    Attributes:
+      tokens: Its token ids, [N].
+      counts: Which of them are to be predicted; never the first.
+      prompt: With what to ask a model for the like.
+    """
+
+    tokens: Int[np.ndarray, " n"]
+    counts: Bool[np.ndarray, " n"]
+    prompt: str = ""
+
+    @property
+    def places(self) -> int:
+        """How many tokens the model reads of it: all but the last."""
+        return len(self.tokens) - 1
+
+
+def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list[Example]:
+    """The examples of a file, one a line; empty lines are passed over.
+
+    - `{"text": ...}`: BOS, the text, EOS. All but BOS counts.
+    - `{"prompt": ..., "completion": ...}`: BOS, the prompt, the completion, EOS. What comes after
+      the prompt counts; the prompt's tokens are those that it has alone.
+    - `{"messages": [{"role": "user", "content": ...}, {"role": "model", ...}, ...]}`: turns in the
+      template of instruction-tuned models, "assistant" for "model" too. The model's turns count,
+      each with its `<end_of_turn>`, which ends the example, too.
+
+    Args:
+      path: The file.
+      tokenizer: The model's.
+      eos: Whether EOS ends texts and completions.
+
+    Raises:
+      DataError: There are no examples, or lines that are none: the first are told, and how many.
+      OSError: The file cannot be read.
+    """
+    examples, problems = [], []
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            try:
+                if data.strip():
+                    examples.append(_example(json_value(data), tokenizer, eos))
+            except ValueError as error:
+                problems.append(f"line {number}: {error}")
+    if problems:
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(f"{path}, {shown}{more}")
+    if not examples:
+        raise DataError(f"{path} holds no examples")
+    return examples
+
+
+def _example(value: Any, tokenizer: Tokenizer, eos: bool) -> Example:
+    kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
+    if len(kinds) != 1:
+        raise ValueError(f"{_EXPECTED} is expected")
+    if kinds == ["messages"]:
+        turns = list(_turns(value["messages"], tokenizer))
+        return _joined(turns, apply_it_formatter(value["messages"][0]["content"]))
+    *before, last = (_string(value, name) for name in _KINDS[kinds[0]])
+    if not last:
+        raise ValueError(f"{_KINDS[kinds[0]][-1]!r} is empty")
+    prompt = "".join(before)
+    end = [tokenizer.eos_id] if eos else []
+    parts = [(tokenizer.encode(prompt), False), (tokenizer.encode(last)[1:] + end, True)]
+    return _joined(parts, prompt if before else _opening(last))
+
+
+def _string(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str):
+        raise ValueError(f"{name!r} must be a string, got {type(text).__name__}")
+    return text
+
+
+def _turns(messages: Any, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    if tokenizer.end_of_turn_id is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TURN}, which messages need")
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("'messages' must be a list of objects")
+    roles = ["model" if turn.get("role") == "assistant" else turn.get("role") for turn in messages]
+    if not roles or roles != ["user", "model"] * (len(roles) // 2):
+        raise ValueError(f"the roles must be user, model, user, model, ..., got {roles}")
+    for number, turn in enumerate(messages):
+        content = _string(turn, "content")
+        if roles[number] == "model":
+            yield [*tokenizer.encode(content)[1:], tokenizer.end_of_turn_id], True
+        elif number:
+            yield tokenizer.encode("\n" + apply_it_formatter(content))[1:], False
+        else:
+            yield tokenizer.encode(apply_it_formatter(content)), False
+
+
+def _joined(parts: Sequence[tuple[list[int], bool]], prompt: str) -> Example:
+    tokens = np.array([token for tokens, _ in parts for token in tokens], np.int32)
+    counts = np.repeat([counts for _, counts in parts], [len(tokens) for tokens, _ in parts])
+    return Example(tokens, counts, prompt)
+
+
+def _opening(text: str) -> str:
+    """The first words of a text."""
+    return text[:_OPENING].rpartition(" ")[0] or text[:_OPENING]
+
+
+def hold_out(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and a share of them, at least one, to validate with.
+
+    Raises:
+      DataError: Nothing would be left to train on.
+    """
+    count = max(1, round(share * len(examples)))
+    if count >= len(examples):
+        raise DataError(
+            f"{count} of {len(examples)} examples are to be held out: none are left to train on"
+        )
+    chosen = set(np.random.default_rng([seed, 1]).permutation(len(examples))[:count].tolist())
+    held_out = [example for i, example in enumerate(examples) if i in chosen]
+    return [example for i, example in enumerate(examples) if i not in chosen], held_out
+
+
+def fingerprint(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,70 @@
+"""The loss by step of training runs, drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from recurrentgemma.common.errors import MissingExtraError
+from recurrentgemma.common.io.files import whole_file
+from recurrentgemma.common.training.logs import read_log
+from recurrentgemma.common.training.run_folder import RunFolder
+
+_INSTALL = "'recurrentgemma[train]'"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def require_matplotlib() -> None:
+    """Raises `MissingExtraError` where it is not."""
+    if not can_draw():
+        raise MissingExtraError("a plot", "matplotlib", _INSTALL)
+
+
+def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
+    """Draws the training and validation losses of runs, in nats a token, as a PNG file.
+
+    Args:
+      path: The file; replaced if it is there.
+      runs: The runs by what to call them; one alone needs no name.
+
+    Raises:
+      MissingExtraError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, run) in enumerate(runs.items()):
+        # So that a curve on another does not hide it.
+        style, marker = ("-", "o") if number % 2 == 0 else ("--", "x")
+        for file, kind, sign, opacity in (
+            (run.train_log, "training", "", 0.5),
+            (run.validation_log, "validation", marker, 1.0),
+        ):
+            entries = read_log(file)
+            if entries:
+                steps, losses = zip(*((e["step"], e["loss"]) for e in entries), strict=True)
+                axes.plot(
+                    steps,
+                    losses,
+                    color=f"C{number}",
+                    label=f"{name} {kind}".strip(),
+                    linestyle=style,
+                    alpha=opacity,
+                    marker=sign,
+                    markersize=6,
+                    fillstyle="none",
+                )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    with whole_file(path, force=True) as temporary:
+        figure.savefig(temporary, format="png")

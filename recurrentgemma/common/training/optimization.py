@@ -1,0 +1,143 @@
+"""How parameters are optimised: the options, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # NumPy is slow to import
+    import numpy as np
+
+    from recurrentgemma.common.model.layer_spec import ParamSpec
+
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
+# Of Adafactor: at step n its averages move by n^-decay; roots and scales are taken as no less, and
+# an update's root mean square is made no more, than these.
+ADAFACTOR_DECAY = 0.8
+ADAFACTOR_EPS = 1e-15
+ADAFACTOR_MIN_SCALE = 1e-3
+ADAFACTOR_CLIP = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """An optimiser and its schedule.
+
+    With learning rate r, weight decay w (where the layer spec says so, or else 0) and gradient g:
+
+    - "adamw": p <- (1 - r w) p - r m / (sqrt(v) + eps), m and v the averages of g and g^2 without
+      their bias.
+    - "sgd": p <- p - r m, m <- momentum m + g + w p.
+    - "adafactor": p <- (1 - r w) p - min(r, 1 / sqrt(n)) max(rms(p), 1e-3) u / max(1, rms(u)) at
+      step n, u = g / sqrt(v), where v is, of a matrix, the average of g^2 over rows times that over
+      columns (arXiv 1804.04235, without momentum).
+
+    Attributes:
+      name: Which optimiser.
+      learning_rate: The highest.
+      weight_decay: As above.
+      b1: AdamW's decay of the average of gradients.
+      b2: AdamW's decay of the average of their squares.
+      eps: AdamW's, outside the root.
+      momentum: SGD's.
+      clip_norm: Gradients of a larger norm, over all parameters, are scaled to it; never if None.
+      warmup_steps: Over so many steps the learning rate grows linearly.
+      total_steps: At this step the learning rate arrives, by half a cosine, at its floor; it stays
+        as it is after the warm-up if None.
+      final_fraction: That floor, as a share of `learning_rate`.
+
+    Raises:
+      ValueError: An option is out of its range; the message names it.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    clip_norm: float | None = 1.0
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
+        for field in ("learning_rate", "eps", "clip_norm", "total_steps"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be positive, got {value}")
+        for field in ("weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
+        for field in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                "total_steps must be more than warmup_steps, "
+                f"got {self.total_steps=} {self.warmup_steps=}"
+            )
+
+
+def learning_rate(options: OptimizerOptions, step: int) -> float:
+    """The learning rate of a step, the first being 0."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    if options.total_steps is None:
+        return options.learning_rate
+    done = (step - options.warmup_steps) / (options.total_steps - options.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return options.learning_rate * (options.final_fraction + (1 - options.final_fraction) * cosine)
+
+
+def decay_mask(specs: Iterable[ParamSpec]) -> dict[str, bool]:
+    """Whether weight decay applies, by path."""
+    return {spec.path: spec.decay for spec in specs}
+
+
+def moment_shapes(
+    options: OptimizerOptions, specs: Sequence[ParamSpec]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes, in the Flax layout, of what an optimiser remembers: by its name, then by path.
+
+    AdamW has "mu" and "nu", SGD with momentum "momentum", and Adafactor "rows" [..., I, 1] and
+    "columns" [..., 1, J] of matrices and "nu" of vectors.
+    """
+    if options.name == "adafactor":
+        matrices = [spec for spec in specs if len(spec.shape) > 1]
+        return {
+            "rows": {spec.path: (*spec.shape[:-1], 1) for spec in matrices},
+            "columns": {spec.path: (*spec.shape[:-2], 1, spec.shape[-1]) for spec in matrices},
+            "nu": {spec.path: spec.shape for spec in specs if len(spec.shape) == 1},
+        }
+    names = {"adamw": ("mu", "nu"), "sgd": ("momentum",) if options.momentum else ()}[options.name]
+    return {name: {spec.path: spec.shape for spec in specs} for name in names}
+
+
+def state_shapes(
+    options: OptimizerOptions, specs: Sequence[ParamSpec]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a training state, in the Flax layout, by name."""
+    groups = {"parameters": {s.path: s.shape for s in specs}, **moment_shapes(options, specs)}
+    return {"step": ()} | {
+        f"{group}.{path}": shape
+        for group, shapes in groups.items()
+        for path, shape in shapes.items()
+    }
+
+
+def grouped(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of a training state but its step: by group, then by path."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        group, _, path = name.partition(".")
+        groups.setdefault(group, {})[path] = array
+    groups.pop("step", None)
+    return groups

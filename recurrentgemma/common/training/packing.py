@@ -1,0 +1,218 @@
+"""Rows of one length out of examples of many: windows of the long, several of the short in a row.
+
+An example of N tokens takes N - 1 places of a row, since its last token is only a target; so no
+place predicts across the end of a document.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.data import DataError, Example
+
+_OPEN_ROWS = 64  # those that a document may still be put into
+
+
+class TooLong(enum.StrEnum):
+    """What becomes of an example that is longer than a row."""
+
+    SPLIT = "split"
+    TRUNCATE = "truncate"
+    SKIP = "skip"
+
+
+class Cut(NamedTuple):
+    """Examples that each fit into a row.
+
+    Attributes:
+      examples: Those, all with something to predict.
+      too_long: How many examples were longer than a row.
+      empty: How many of those, or windows of them, had nothing to predict, and are left out.
+    """
+
+    examples: list[Example]
+    too_long: int
+    empty: int
+
+
+def cut(
+    examples: Sequence[Example],
+    length: int,
+    too_long: TooLong = TooLong.SPLIT,
+    stride: int | None = None,
+) -> Cut:
+    """Cuts examples to rows of `length` places.
+
+    Args:
+      examples: Of any length.
+      length: Places in a row.
+      too_long: A longer example is left out, cut at the row's end, or split into windows. Each
+        token is predicted in one of these; what a window repeats of the one before is context.
+      stride: From the start of a window to that of the next, at most `length`; that if None.
+
+    Raises:
+      ValueError: The length or the stride is out of range.
+      DataError: Nothing is left.
+    """
+    stride = length if stride is None else stride
+    if length < 1 or not 1 <= stride <= length:
+        raise ValueError(
+            f"length must be at least 1, and stride from 1 to length, got {length=} {stride=}"
+        )
+    long = sum(example.places > length for example in examples)
+    pieces: list[Example] = []
+    for example in examples:
+        if example.places <= length:
+            pieces.append(example)
+        elif too_long is TooLong.TRUNCATE:
+            pieces.append(
+                example._replace(
+                    tokens=example.tokens[: length + 1], counts=example.counts[: length + 1]
+                )
+            )
+        elif too_long is TooLong.SPLIT:
+            pieces += _windows(example, length, stride)
+    kept = [piece for piece in pieces if piece.counts[1:].any()]
+    if not kept:
+        raise DataError(f"no example has anything to predict within {length} tokens")
+    return Cut(kept, long, len(pieces) - len(kept))
+
+
+def _windows(example: Example, length: int, stride: int) -> list[Example]:
+    windows = []
+    for start in range(0, example.places - length + stride, stride):
+        tokens, counts = (z[start : start + length + 1] for z in (example.tokens, example.counts))
+        if start:
+            counts = counts.copy()
+            counts[: length - stride + 1] = False
+        windows.append(example._replace(tokens=tokens, counts=counts))
+    return windows
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which of the documents of these sizes share a row of `length` places: each goes first-fit."""
+    rows: list[list[int]] = []
+    free: dict[int, int] = {}  # of the open rows, in the order in which they were opened
+    for document, size in enumerate(sizes):
+        row = next((row for row, places in free.items() if places >= size), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free[row] = length
+            if len(free) > _OPEN_ROWS:
+                del free[next(iter(free))]
+        rows[row].append(document)
+        free[row] -= size
+        if not free[row]:
+            del free[row]
+    return rows
+
+
+def fill(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
+    """Rows of examples as a batch, each padded on the left to `length` places."""
+    shape = (len(rows), length)
+    batch = Batch(
+        np.full(shape, pad_id, np.int32),
+        np.full(shape, -1, np.int32),
+        np.full(shape, pad_id, np.int32),
+        np.zeros(shape, np.float32),
+    )
+    for row, examples in enumerate(rows):
+        start = length - sum(example.places for example in examples)
+        for tokens, counts, _ in examples:
+            end = start + len(tokens) - 1
+            batch.tokens[row, start:end] = tokens[:-1]
+            batch.segment_pos[row, start:end] = np.arange(end - start)
+            batch.targets[row, start:end] = tokens[1:]
+            batch.weights[row, start:end] = counts[1:]
+            start = end
+    return batch
+
+
+class Position(NamedTuple):
+    """A place in an endless stream of rows: so many rows of so many-th pass over the examples."""
+
+    epoch: int
+    row: int
+
+
+class Stream:
+    """Rows without end: every epoch all examples, shuffled anew.
+
+    Attributes:
+      position: Of the next row; setting it goes there.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: int,
+        pad_id: int,
+        *,
+        seed: int = 0,
+        packed: bool = True,
+    ) -> None:
+        """Begins at the first row.
+
+        Args:
+          examples: None longer than a row, see `cut`.
+          length: Places in a row.
+          pad_id: What padding is filled with.
+          seed: Of the order.
+          packed: Whether several examples may share a row.
+        """
+        self._examples = examples
+        self._length, self._pad_id, self._seed, self._packed = length, pad_id, seed, packed
+        self.position = Position(0, 0)
+
+    @property
+    def position(self) -> Position:
+        return self._position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._position = Position(*position)
+        self._rows = self._plan(position.epoch)
+
+    def rows_in_epoch(self) -> int:
+        """How many rows the present epoch has; others may have a few more or less."""
+        return len(self._rows)
+
+    def take(self, rows: int) -> Batch:
+        """The next rows."""
+        taken = []
+        for _ in range(rows):
+            epoch, row = self._position
+            if row == len(self._rows):
+                epoch, row = epoch + 1, 0
+                self.position = Position(epoch, row)
+            taken.append([self._examples[i] for i in self._rows[row]])
+            self._position = Position(epoch, row + 1)
+        return fill(taken, self._length, self._pad_id)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._examples))
+        if not self._packed:
+            return [[int(i)] for i in order]
+        rows = pack([self._examples[i].places for i in order], self._length)
+        return [[int(order[i]) for i in row] for row in rows]
+
+
+def in_order(
+    examples: Sequence[Example], length: int, pad_id: int, rows: int, *, packed: bool = True
+) -> list[Batch]:
+    """All examples once, in batches of one size; what fills the last batch counts nothing."""
+    plan = pack([example.places for example in examples], length) if packed else None
+    documents = [[i] for i in range(len(examples))] if plan is None else plan
+    batches = []
+    for first in range(0, len(documents), rows):
+        chosen = [[examples[i] for i in row] for row in documents[first : first + rows]]
+        batch = fill([*chosen, *[chosen[-1]] * (rows - len(chosen))], length, pad_id)
+        batch.weights[len(chosen) :] = 0
+        batches.append(batch)
+    return batches

@@ -1,0 +1,202 @@
+"""The folder of a training run: what is where, and checkpoints that are whole or not there.
+
+run.toml                  every option of the run, and the data's hashes
+train_log.jsonl           a line a step
+validation_log.jsonl      a line an evaluation
+loss.png                  both
+checkpoints/step-0000100  a checkpoint folder, and in training/ what the run goes on from
+best                      a link to the checkpoint of the lowest validation loss
+model                     the checkpoint folder of the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.errors import DamagedError, DestinationError
+from recurrentgemma.common.io.files import remove_partial, whole_folder
+from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.training.adapters import ADAPTERS
+from recurrentgemma.common.training.packing import Position
+
+_TRAINING, _STATE, _PROGRESS = "training", "state.safetensors", "progress.json"
+
+
+class Best(NamedTuple):
+    """The evaluation with the lowest loss."""
+
+    step: int
+    loss: float
+
+
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+      step: Steps done.
+      position: Of the data stream.
+      seconds: Spent so far.
+      best: The best evaluation, if there was one.
+    """
+
+    step: int
+    position: Position
+    seconds: float
+    best: Best | None
+
+
+class RunFolder:
+    """The paths of a run, and its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.options = path / "run.toml"
+        self.train_log = path / "train_log.jsonl"
+        self.validation_log = path / "validation_log.jsonl"
+        self.plot = path / "loss.png"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.model = path / "model"
+        self.adapters = path / ADAPTERS
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.checkpoints / f"step-{step:07d}"
+
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, in order."""
+        names = [path.name for path in self.checkpoints.glob("step-*") if path.is_dir()]
+        return sorted(int(name.removeprefix("step-")) for name in names)
+
+    def clean(self) -> None:
+        """Removes what a killed process left half written or half removed."""
+        for folder in (self.path, self.checkpoints):
+            if folder.exists():
+                remove_partial(folder)
+
+    def save(
+        self,
+        progress: Progress,
+        arrays: Mapping[str, np.ndarray],
+        save_model: Callable[[Path, Path], None],
+        model_size: int,
+    ) -> Path:
+        """Writes a checkpoint, whole or not at all.
+
+        Args:
+          progress: How far the run is.
+          arrays: What the training state is made of.
+          save_model: Writes the model as the folder it is given, and adapters as the file.
+          model_size: Bytes of the model.
+
+        Raises:
+          DiskSpaceError: The disk is, or became, full.
+        """
+        path = self.checkpoint(progress.step)
+        size = model_size + sum(array.nbytes for array in arrays.values())
+        with whole_folder(path, force=True, size=size) as folder:
+            model, training = folder / "model", folder / _TRAINING
+            training.mkdir()
+            save_model(model, training / ADAPTERS)
+            for file in model.iterdir():
+                file.rename(folder / file.name)
+            model.rmdir()
+            _write_arrays(training / _STATE, arrays)
+            (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        return path
+
+    def load(self, step: int) -> tuple[Progress, dict[str, np.ndarray]]:
+        """How far the run was at a checkpoint, and what its training state was made of.
+
+        Raises:
+          DamagedError: The checkpoint was changed since it was written.
+        """
+        folder = self.checkpoint(step) / _TRAINING
+        try:
+            fields = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+            done, position, seconds, best = fields
+            progress = Progress(
+                done, Position(*position), seconds, None if best is None else Best(*best)
+            )
+            file = TensorFile(folder / _STATE)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise DamagedError(f"{folder} cannot be resumed from: {error}") from error
+        return progress, {name: file.read(name) for name in file.tensors}
+
+    def keep(self, last: int, best: Best | None) -> None:
+        """Links the best checkpoint and removes all others but the `last`."""
+        steps = self.steps()
+        kept = set(steps[-last:])
+        if best is not None:
+            kept.add(best.step)
+            self._link(best.step)
+        for step in set(steps) - kept:
+            # First out of sight, so that no checkpoint is ever seen in part.
+            hidden = self.checkpoints / f".{self.checkpoint(step).name}.removed.partial"
+            self.checkpoint(step).rename(hidden)
+            shutil.rmtree(hidden)
+
+    def _link(self, step: int) -> None:
+        target = os.path.relpath(self.checkpoint(step), self.path)
+        if self.best.is_symlink() and os.readlink(self.best) == target:
+            return
+        temporary = self.path / ".best.partial"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target, target_is_directory=True)
+        temporary.replace(self.best)
+
+    def require_free(self, *, force: bool) -> None:
+        """Raises `DestinationError` if the folder may not be begun.
+
+        Args:
+          force: Whether a run that is there may be replaced.
+        """
+        if not self.path.exists():
+            return
+        if self.path.is_dir() and not self._entries():
+            return
+        if not self.path.is_dir() or not self.options.exists():
+            raise DestinationError(f"{self.path} exists and is no folder of a training run")
+        if not force:
+            raise DestinationError(
+                f"{self.path} holds a training run: --resume goes on with it, --force replaces it"
+            )
+
+    def begin(self) -> None:
+        """Makes the folder, or empties it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The options last: until they are gone the folder is known as a run's.
+        for path in sorted(self._entries(), key=lambda path: path == self.options):
+            _remove(path)
+
+    def _entries(self) -> list[Path]:
+        """What is in the folder, but for options that a killed process was writing."""
+        unfinished = f".{self.options.name}."
+        return [path for path in self.path.iterdir() if not path.name.startswith(unfinished)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    header = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    writer = TensorFileWriter(path, header, {})
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.abandon)
+        for name, array in arrays.items():
+            writer.write(name, array)
+        stack.pop_all()
+    writer.close()

@@ -1,0 +1,101 @@
+"""A training step as functions of the parameters and the optimizer's state, compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from recurrentgemma.common.training.lora import trainable_specs
+from recurrentgemma.common.training.optimization import decay_mask
+from recurrentgemma.jax.griffin import Params, get_path, set_path
+from recurrentgemma.jax.lora import adapted
+from recurrentgemma.jax.loss import cross_entropy
+from recurrentgemma.jax.optimizer import make_optimizer
+from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.scan.gates import wide_dtype
+
+
+class Functions(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      total: The sum over the weights of -log p(target).
+      update: A step, its parameters and optimizer state donated.
+    """
+
+    total: Callable[..., Array]
+    update: Callable[..., tuple[dict[str, Array], Any, dict[str, Array]]]
+
+
+@functools.lru_cache
+def compiled(platform: str) -> Functions:
+    """Shared by all training on a platform."""
+    compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    return Functions(
+        compile(_trained_total, static_argnums=(0, 1, 2)),
+        compile(_update, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5)),
+    )
+
+
+def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
+    """The sum over the weights of -log p(target)."""
+    with adapted(adapters, lora) if lora else contextlib.nullcontext():
+        hidden, _ = model.apply(
+            {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
+        )
+    embedding = get_path(params, "embedder.input_embedding")
+    hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
+    soft_cap = model.config.logits_soft_cap
+    return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
+
+
+def divisor(tokens: Array) -> Array:
+    """What a sum over tokens is divided by for their mean, which of none is 0."""
+    return jnp.where(tokens > 0, tokens, 1)
+
+
+def tree_of(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -> Params:
+    """The tree of parameters that are listed by path, cast."""
+    tree: dict[str, Any] = {}
+    for path, value in parameters.items():
+        set_path(tree, path, jnp.array(value, dtype, copy=copy))
+    return tree
+
+
+def _trained_total(model, lora, dtype, parameters, base, batch):
+    """`total`, of what is trained: the parameters, or adapters of a base."""
+    if lora is None:
+        return total(model, tree_of(parameters, dtype), batch, None, None)
+    return total(model, base, batch, parameters, lora)
+
+
+def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
+    tokens = batches.weights.sum()
+
+    def share(parameters, batch):
+        return _trained_total(model, lora, dtype, parameters, base, batch) / divisor(tokens)
+
+    def accumulate(sums, batch):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(parameters, batch)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
+    (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
+    if options.clip_norm is not None:
+        scale = jnp.minimum(1.0, options.clip_norm / norm)
+        grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+    decay = decay_mask(trainable_specs(model.config, lora))
+    optimizer = make_optimizer(options, decay, rate)
+    updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
+    parameters = optax.apply_updates(parameters, updates)
+    metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}
+    return parameters, optimizer_state, metrics

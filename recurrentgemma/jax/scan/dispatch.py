@@ -1,0 +1,338 @@
+"""The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
+
+`linear_scan` is the recurrence itself; `rg_lru_scan` takes it from the gates on. Either is one
+differentiable operation, whichever implementation runs it and however it is split over devices: its
+backward pass is the adjoint recurrence, which keeps the arguments and the output, and computes the
+gates again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jax import core, lax
+from jaxtyping import Array, Bool, Float, Int
+
+from recurrentgemma.common.model.presets import Choice, ScanType
+from recurrentgemma.common.model.reference import RG_LRU_C
+from recurrentgemma.jax.scan import xla as scan_xla
+from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
+from recurrentgemma.jax.sharding import ShardingSpec, split
+
+IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
+SCAN_TYPES = {
+    ScanType.AUTO: "auto",
+    ScanType.LINEAR_NATIVE: "xla",
+    ScanType.ASSOCIATIVE_NATIVE: "associative",
+    ScanType.LINEAR_PALLAS: "pallas",
+}
+_XLA: dict[str, Scan] = {
+    "reference": scan_xla.REFERENCE,
+    "xla": scan_xla.IN_PLACE,
+    "associative": scan_xla.ASSOCIATIVE,
+}
+_FEW_STEPS = scan_xla.UNROLLED_STEPS
+_PALLAS_PLATFORMS = ("tpu", "gpu")
+_PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+_TRITON = "jax.experimental.pallas.triton"
+
+
+class _Target(NamedTuple):
+    platform: str
+    interpret: Any = False
+
+
+_target: contextvars.ContextVar[_Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
+    """What is traced inside is for this platform, whatever devices there are.
+
+    To compile ahead of time or, with `interpret`, to run a Pallas kernel on the CPU.
+
+    Args:
+      platform: "tpu" or "gpu".
+      interpret: What `pallas_call` takes under this name.
+    """
+    token = _target.set(_Target(platform, interpret))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def linear_scan(
+    x: Float[Array, "b t d"] | np.ndarray,
+    a: Float[Array, "b t d"] | np.ndarray,
+    h0: Float[Array, "b d"] | np.ndarray | None = None,
+    reset: Bool[Array, "b t"] | np.ndarray | None = None,
+    *,
+    reverse: bool = False,
+    implementation: str = "auto",
+    sharding_spec: ShardingSpec | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
+
+    Nothing is left of a state that is forgotten, be it infinite or NaN. A gradient that is not
+    finite does cross a reset.
+
+    Args:
+      x: Inputs, [B, T, D].
+      a: Decays, [B, T, D].
+      h0: State before the first step, [B, D]; zeros if None.
+      reset: Where the state is forgotten (a_t taken as 0), [B, T].
+      reverse: Run from the last step to the first.
+      implementation: "auto" (see `choose_implementation`), "reference" (`lax.scan`), "xla" (an
+        in-place loop), "associative" or "pallas" (TPU and GPU).
+      sharding_spec: How the arrays are split over devices, if they are.
+
+    Returns:
+      All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
+
+    Raises:
+      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+        device or dtype.
+    """
+    x, a = jnp.asarray(x), jnp.asarray(a)
+    h0 = None if h0 is None else jnp.asarray(h0)
+    reset = None if reset is None else jnp.asarray(reset)
+    if x.ndim != 3 or x.shape != a.shape:
+        raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
+    _check("a", a, x.shape)
+    if reset is not None:
+        _check("reset", reset, x.shape[:2], "a bool")
+    position = None if reset is None else 1 - reset.astype(jnp.int32)
+    inputs = Inputs(x, (a,), (), position)
+    return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
+
+
+def rg_lru_scan(
+    x: Float[Array, "b t d"] | np.ndarray,
+    input_gate: Float[Array, "b t d"] | np.ndarray,
+    a_gate: Float[Array, "b t d"] | np.ndarray,
+    a_param: Float[Array, "d"] | np.ndarray,
+    segment_pos: Int[Array, "b t"] | np.ndarray,
+    h0: Float[Array, "b d"] | np.ndarray | None = None,
+    *,
+    implementation: str = "auto",
+    sharding_spec: ShardingSpec | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
+
+    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
+    forgotten, as by `linear_scan`, and the square root is 1; padding changes nothing. The
+    arithmetic is float32, or float64 beside float64; the gradient of the square root is clipped at
+    1000.
+
+    Args:
+      x: Inputs, [B, T, D].
+      input_gate: The input gate before the sigmoid, [B, T, D].
+      a_gate: The recurrence gate before the sigmoid, [B, T, D].
+      a_param: [D].
+      segment_pos: Position in the document, 0 at its start, -1 at padding, [B, T].
+      h0: State before the first step, [B, D]; zeros if None.
+      implementation: As of `linear_scan`.
+      sharding_spec: As of `linear_scan`.
+
+    Returns:
+      All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
+
+    Raises:
+      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+        device or dtype.
+    """
+    x, input_gate, a_gate = jnp.asarray(x), jnp.asarray(input_gate), jnp.asarray(a_gate)
+    a_param, segment_pos = jnp.asarray(a_param), jnp.asarray(segment_pos)
+    h0 = None if h0 is None else jnp.asarray(h0)
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
+    _check("input_gate", input_gate, x.shape)
+    _check("a_gate", a_gate, x.shape)
+    _check("a_param", a_param, x.shape[2:])
+    segment_pos = as_positions(segment_pos, x)
+    rate = -RG_LRU_C * jax.nn.softplus(a_param.astype(wide_dtype(x.dtype)))
+    inputs = Inputs(x, (input_gate, a_gate), (rate,), segment_pos)
+    return _run(RG_LRU, inputs, h0, False, implementation, sharding_spec)
+
+
+def choose_implementation(
+    shape: tuple[int, int, int],
+    dtype: Dtype,
+    device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Choice:
+    """What "auto" means for arrays of this shape and dtype.
+
+    Args:
+      shape: [B, T, D].
+      dtype: That of x.
+      device: A device or a platform ("cpu", "gpu", "tpu"); the default one if None.
+    """
+    platform = _default_platform() if device is None else getattr(device, "platform", device)
+    _, length, _ = shape
+    if length <= _FEW_STEPS:
+        return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
+    if platform == "cpu":
+        return Choice("xla", "a loop in place reads and writes each element once")
+    if platform not in _PALLAS_PLATFORMS or jnp.dtype(dtype) not in _PALLAS_DTYPES:
+        return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+    if not _pallas_lowers(platform):
+        return Choice("associative", f"JAX {jax.__version__} has no {_TRITON}")
+    return Choice("pallas", f"a {platform} kernel reads and writes each element once")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(
+    scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array
+) -> tuple[Array, Array]:
+    return scan.forward(gates, inputs, h0, reverse)
+
+
+def _scan_forward(scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array):
+    y, last = scan.forward(gates, inputs, h0, reverse)
+    kept = inputs if gates.needs_x else inputs._replace(x=None)
+    return (y, last), (kept, h0, y)
+
+
+def _scan_backward(scan: Scan, gates: Gates, reverse: bool, residuals: Any, gradients: Any):
+    inputs, h0, y = residuals
+    dy, dlast = gradients
+    if inputs.x is None:
+        inputs = inputs._replace(x=dy)
+    return scan.backward(gates, inputs, h0, y, dy, dlast, reverse)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+_KINDS = {"a floating": jnp.floating, "a bool": jnp.bool_, "an integer": jnp.integer}
+
+
+def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a floating") -> None:
+    """Raises where a value is not what a recurrence takes."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    if not jnp.issubdtype(value.dtype, _KINDS[kind]):
+        raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+
+
+def as_positions(segment_pos: Array, x: Array) -> Array:
+    """The positions of x's steps, [B, T], in a dtype that none overflows.
+
+    Raises:
+      ValueError: They are no integers, or of another shape than x.
+    """
+    _check("segment_pos", segment_pos, x.shape[:2], "an integer")
+    return segment_pos.astype(jnp.int32)
+
+
+def _run(
+    gates: Gates,
+    inputs: Inputs,
+    h0: Array | None,
+    reverse: bool,
+    implementation: str,
+    spec: ShardingSpec | None,
+) -> tuple[Array, Array]:
+    batch, length, width = shape = inputs.x.shape
+    _check("x", inputs.x, shape)
+    if h0 is not None:
+        _check("h0", h0, (batch, width))
+    dtype = inputs.x.dtype
+    wide = wide_dtype(dtype)
+    scan = _implementation(implementation, shape, dtype, _device(inputs.x, spec))
+    h0 = jnp.zeros((batch, width), wide) if h0 is None else h0.astype(wide)
+    if batch * length * width == 0:
+        return inputs.x, h0
+
+    def run(scan: Scan, inputs: Inputs, h0: Array) -> tuple[Array, Array]:
+        return _scan(scan, gates, reverse, *_varying_alike(inputs, h0))
+
+    return run(scan, inputs, h0) if spec is None else split(run, scan, spec, inputs, h0)
+
+
+def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:
+    """All as varying over the axes of `jax.shard_map` that any of them varies over, as states do.
+
+    Out here, since the derivative of this sums what each device has of a gradient.
+    """
+
+    def axes(z: Array) -> frozenset[str]:
+        kind: Any = jax.typeof(z)
+        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # since 0.10
+
+    every = frozenset().union(*map(axes, jax.tree.leaves((inputs, h0))))
+    return jax.tree.map(
+        lambda z: lax.pcast(z, tuple(sorted(every - axes(z))), to="varying"), (inputs, h0)
+    )
+
+
+def _device(x: Array, spec: ShardingSpec | None) -> _Target:
+    """Where the computation will run, as far as can be known."""
+    target = _target.get()
+    if target is not None:
+        return target
+    if spec is not None and spec.mesh is not None:
+        return _Target(spec.mesh.devices.flat[0].platform)
+    if not isinstance(x, core.Tracer):
+        return _Target(next(iter(x.devices())).platform)
+    return _Target(_default_platform())
+
+
+def _default_platform() -> str:
+    device = jax.config.values["jax_default_device"] or jax.default_backend()
+    return getattr(device, "platform", device)
+
+
+def _pallas_lowers(platform: str) -> bool:
+    """Whether this version of JAX lowers kernels for a platform: Triton's part is to go."""
+    if platform == "gpu":
+        try:
+            importlib.import_module(_TRITON)
+        except ImportError:
+            return False
+    return True
+
+
+def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: _Target) -> Scan:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    if name == "auto":
+        name = choose_implementation(shape, dtype, target.platform).name
+    if name != "pallas":
+        return _XLA[name]
+    if target.platform not in _PALLAS_PLATFORMS:
+        raise ValueError(
+            f"implementation 'pallas' runs on {' and '.join(_PALLAS_PLATFORMS)}, got "
+            f"{target.platform}, which runs {', '.join(_XLA)}"
+        )
+    if jnp.dtype(dtype) not in _PALLAS_DTYPES:
+        raise ValueError(
+            "implementation 'pallas' takes float32 and bfloat16, got "
+            f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
+        )
+    if not _pallas_lowers(target.platform):
+        raise ValueError(
+            f"implementation 'pallas' on {target.platform} needs {_TRITON}, which JAX "
+            f"{jax.__version__} does not have: install a version that does, such as 0.12, or ask "
+            f"for auto or one of {', '.join(_XLA)}"
+        )
+    # Not at the top: importing Pallas takes a while, and the CPU does without.
+    if target.platform == "tpu":
+        from recurrentgemma.jax.scan.pallas_tpu import PallasTPUScan
+
+        return PallasTPUScan(target.interpret)
+    from recurrentgemma.jax.scan.pallas_gpu import PallasGPUScan
+
+    return PallasGPUScan(target.interpret)

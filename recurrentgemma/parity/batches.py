@@ -1,0 +1,85 @@
+"""The tokens that models are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.model.config import GriffinConfig
+
+LONGEST = 512  # tokens a row that are read unless more are asked for
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, and how they are read in parts.
+
+    Attributes:
+      tokens: [B, T] int32.
+      segment_pos: [B, T] int32; see `Griffin`.
+      chunks: Lengths of the parts in which a second pass reads the rows; those of one token are
+        steps of decoding.
+    """
+
+    tokens: np.ndarray
+    segment_pos: np.ndarray
+    chunks: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """How many tokens of each row are read one at a time."""
+        return sum(length == 1 for length in self.chunks)
+
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and positions of each part of the second pass."""
+        ends = np.cumsum(self.chunks)[:-1]
+        return list(
+            zip(np.split(self.tokens, ends, 1), np.split(self.segment_pos, ends, 1), strict=True)
+        )
+
+
+def default_length(config: GriffinConfig) -> int:
+    """Long enough to leave the attention window behind, where that is not long."""
+    return min(config.attention_window_size + 64, LONGEST)
+
+
+def make_batch(
+    config: GriffinConfig,
+    length: int,
+    *,
+    seed: int = 0,
+    text: Sequence[int] | None = None,
+    plain: bool = False,
+) -> Batch:
+    """Four rows: a document, four packed ones, one behind padding, and a short one behind much.
+
+    They are read in one pass, and again in two chunks and then token by token.
+
+    Args:
+      config: The model.
+      length: T, at least 12.
+      seed: Of random tokens.
+      text: Tokens of a text to take instead, over and over where it is short.
+      plain: Four whole documents without padding, in one chunk and then token by token: what
+        implementations read that know no more.
+    """
+    if text is None:
+        tokens = np.random.default_rng(seed).integers(config.vocab_size, size=(4, length))
+    else:
+        tokens = np.resize(np.asarray(text), (4, length))
+    steps = min(8, length // 4)
+    if plain:
+        documents = [[length]] * 4
+        chunks = (length - steps,)
+    else:
+        chunks = ((length - steps + 1) // 2, (length - steps) // 2)
+        # Documents start in each chunk, the third just before decoding, and in it.
+        first, last_of_chunk = chunks[0] // 2, sum(chunks)
+        packed = [first, last_of_chunk - 2 - first, 4, steps - 2]
+        documents = [[length], packed, [length - 3], [max(length // 8, 5)]]
+    rows = [
+        [-1] * (length - sum(lengths)) + [place for n in lengths for place in range(n)]
+        for lengths in documents
+    ]
+    return Batch(tokens.astype(np.int32), np.array(rows, np.int32), chunks + (1,) * steps)

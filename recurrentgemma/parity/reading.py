@@ -1,0 +1,75 @@
+"""What a model says of a batch: in one pass, in chunks, token by token, and of its own accord."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.parity.batches import Batch
+from recurrentgemma.parity.models import Arrays, Model
+
+CASES = ("one pass", "in chunks", "step by step")
+
+
+class Reading(NamedTuple):
+    """All that is compared of a model in one dtype.
+
+    Attributes:
+      tensors: Activations, logits and the state after them by name, of each of `CASES`; padding is
+        left out, so that they are [N, ...].
+      gradients: By parameter; empty if they were not wanted.
+      greedy: The likeliest tokens after the batch, [B, S].
+    """
+
+    tensors: dict[str, Arrays]
+    gradients: Arrays
+    greedy: np.ndarray
+
+
+def read(
+    model: Model, batch: Batch, names: tuple[str, ...], num_greedy: int, gradients: bool
+) -> Reading:
+    """Runs a model on a batch.
+
+    Args:
+      model: The model.
+      batch: The batch.
+      names: Of the activations.
+      num_greedy: How many tokens to go on with.
+      gradients: Whether to compute gradients.
+    """
+    tokens, segment_pos = batch.tokens, batch.segment_pos
+    whole, state = model.run(tokens, segment_pos, None, names)
+    places = segment_pos >= 0
+    tensors = {CASES[0]: _at(whole, places) | ({} if state is None else model.arrays_of(state))}
+    state, parts = model.start(len(tokens)), []
+    after_chunks: Arrays = {}
+    for part in batch.parts():
+        if part[0].shape[1] == 1 and not after_chunks:
+            after_chunks = model.arrays_of(state)
+        outputs, state = model.run(*part, state, names)
+        parts.append(outputs)
+    read_at_once = len(parts) - batch.num_steps
+    cut = sum(batch.chunks[:read_at_once])
+    for case, some, mask, after in (
+        (CASES[1], parts[:read_at_once], places[:, :cut], after_chunks),
+        (CASES[2], parts[read_at_once:], places[:, cut:], model.arrays_of(state)),
+    ):
+        joined = {name: np.concatenate([part[name] for part in some], 1) for name in some[0]}
+        tensors[case] = _at(joined, mask) | after
+    greedy, place, logits = [], segment_pos[:, -1:], parts[-1]["logits"]
+    for _ in range(num_greedy):
+        greedy.append(np.argmax(logits[:, -1:], -1).astype(np.int32))
+        place = place + 1
+        (outputs, state) = model.run(greedy[-1], place, state, names)
+        logits = outputs["logits"]
+    return Reading(
+        tensors,
+        model.gradients(tokens, segment_pos) if gradients else {},
+        np.concatenate(greedy, 1) if greedy else np.zeros((len(tokens), 0), np.int32),
+    )
+
+
+def _at(arrays: Arrays, mask: np.ndarray) -> Arrays:
+    return {name: array[mask] for name, array in arrays.items()}

@@ -1,0 +1,167 @@
+"""The RecurrentGemma of `transformers`, as an implementation from outside.
+
+Its port admits one key fewer than the published code, so it gets a window of W + 1; and it reads
+documents whole, one a row, without padding: each row by a copy of the modules, which hold states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+from typing import Any
+
+import numpy as np
+
+from recurrentgemma.common.errors import ConfigError
+from recurrentgemma.common.model.activations import EMBEDDER
+from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.parity.models import Arrays, Model, Outputs
+from recurrentgemma_conversion.huggingface import to_fields
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+
+class TransformersModel(Model):
+    """A model of theirs, whose recurrence is float32 whatever its dtype."""
+
+    widest = "float32"
+    plain = True
+
+    def __init__(self, config: GriffinConfig, model: Any) -> None:
+        self.config, self._model = config, model
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str] | None, dtype: str, overrides: Overrides = NO_OVERRIDES
+    ) -> TransformersModel:
+        """From a checkpoint of any format, or the bundled model if None."""
+        from recurrentgemma_conversion.opening import open_checkpoint
+
+        with open_checkpoint(path, overrides) as reader:
+            return cls.make(reader.config, {spec.path: value for spec, value in reader}, dtype)
+
+    @classmethod
+    def make(cls, config: GriffinConfig, params: Arrays, dtype: str) -> TransformersModel:
+        """From parameters in the Flax layout, by path.
+
+        Raises:
+          ConfigError: `transformers` has no model of this config.
+        """
+        import torch
+        import transformers
+
+        from recurrentgemma.torch.runtime.arrays import to_tensor
+
+        problems = [
+            f"{field} must be {wanted}, got {getattr(config, field)}"
+            for field, wanted, holds in (
+                ("embeddings_scale_by_sqrt_dim", True, config.embeddings_scale_by_sqrt_dim),
+                ("logits_soft_cap", "above 0", config.logits_soft_cap > 0),
+            )
+            if not holds
+        ]
+        if problems:
+            raise ConfigError(f"transformers has no such model: {', '.join(problems)}")
+        fields = to_fields(config, dtype)
+        fields["attention_window_size"] = config.attention_window_size + 1
+        fields["attn_implementation"] = "eager"
+        theirs = transformers.RecurrentGemmaConfig(**fields)
+        model = transformers.RecurrentGemmaForCausalLM(theirs)
+        state = {
+            stored.name: to_tensor(stored.encode(params[spec.path]))
+            for spec in layer_spec(config)
+            for stored in spec.hf
+        }
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
+        return cls(config, model.to(getattr(torch, dtype)).eval())
+
+    def cast(self, dtype):
+        import torch
+
+        model = copy.deepcopy(self._model).to(getattr(torch, dtype))
+        return TransformersModel(self.config, model)
+
+    def run(self, tokens, segment_pos, state, names):
+        rows = [(self._model, None)] * len(tokens) if state is None else state
+        outputs = [
+            self._row(model, cache, tokens[i : i + 1], segment_pos[i : i + 1], names)
+            for i, (model, cache) in enumerate(rows)
+        ]
+        arrays = {name: np.concatenate([row[name] for row in outputs]) for name in outputs[0]}
+        return Outputs(arrays, state)
+
+    def _row(
+        self, model: Any, cache: Any, tokens: np.ndarray, places: np.ndarray, names: tuple[str, ...]
+    ) -> Arrays:
+        import torch
+
+        from recurrentgemma.torch.runtime.arrays import to_array
+
+        captured = {}
+
+        def keep(name: str, output: Any) -> None:
+            captured[name] = to_array(output[0] if isinstance(output, tuple) else output)
+
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for name in names:
+                if name == EMBEDDER:
+                    handle = model.model.layers[0].register_forward_pre_hook(
+                        lambda _, args: keep(EMBEDDER, args)
+                    )
+                else:
+                    handle = model.model.get_submodule(_their_name(name)).register_forward_hook(
+                        functools.partial(lambda name, _, args, output: keep(name, output), name)
+                    )
+                hooks.callback(handle.remove)
+            given = {"use_cache": False} if cache is None else {"past_key_values": cache}
+            ids, position_ids = (torch.from_numpy(z.astype(np.int64)) for z in (tokens, places))
+            logits = model(ids, position_ids=position_ids, **given).logits
+        return {name: captured[name] for name in names} | {"logits": to_array(logits)}
+
+    def start(self, batch_size):
+        import transformers
+
+        shared = {id(parameter): parameter for parameter in self._model.parameters()}
+        return [
+            (
+                copy.deepcopy(self._model, dict(shared)),
+                transformers.DynamicCache(config=self._model.config),
+            )
+            for _ in range(batch_size)
+        ]
+
+    def arrays_of(self, state):
+        del state
+        return {}  # in layouts of their own
+
+    def parameters(self):
+        return self._by_path(self._model.state_dict())
+
+    def gradients(self, tokens, segment_pos):
+        import torch
+
+        ids, places = (torch.from_numpy(z.astype(np.int64)) for z in (tokens, segment_pos))
+        logits = self._model(ids, position_ids=places, use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        names, parameters = zip(*self._model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters)
+        return self._by_path(dict(zip(names, gradients, strict=True)))
+
+    def _by_path(self, tensors: Any) -> Arrays:
+        from recurrentgemma.torch.runtime.arrays import to_array
+
+        arrays = {}
+        for spec in layer_spec(self.config):
+            parts = [part.decode(to_array(tensors[part.name]), spec) for part in spec.hf]
+            arrays[spec.path] = parts[0] if spec.hf[0].part is None else np.stack(parts)
+        return arrays
+
+
+def _their_name(name: str) -> str:
+    """Ours is "blocks.0.recurrent_block", theirs "layers.0.temporal_block"."""
+    for ours in ("recurrent_block", "attention_block"):
+        name = name.replace(ours, "temporal_block")
+    return name.replace("blocks.", "layers.")

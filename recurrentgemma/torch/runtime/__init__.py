@@ -1,0 +1,1 @@
+"""Captured steps and the passage between NumPy and PyTorch."""

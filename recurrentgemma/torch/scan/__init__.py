@@ -1,0 +1,21 @@
+"""The linear recurrence and its implementations."""
+
+from recurrentgemma.torch.scan.dispatch import (
+    IMPLEMENTATIONS,
+    SCAN_TYPES,
+    as_positions,
+    choose_implementation,
+    linear_scan,
+    rg_lru_scan,
+)
+from recurrentgemma.torch.scan.gates import wide_dtype
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "SCAN_TYPES",
+    "as_positions",
+    "choose_implementation",
+    "linear_scan",
+    "rg_lru_scan",
+    "wide_dtype",
+]

@@ -1,0 +1,60 @@
+"""What comes before the RG-LRU's recurrence at each step: x_t and a_t, in differentiable steps.
+
+Implementations compute the same where a step's arguments are at hand, and again, with its
+derivative, in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and of sensitive arithmetic: float32, or float64 beside float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.sqrt(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        del inputs
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        # Of no y so small that the derivative of this were infinite, which is none where it is
+        # clipped.
+        slope = 0.5 / y.clamp(min=0.25 / MAX_SQRT_GRADIENT)
+        return grad * slope.clamp(max=MAX_SQRT_GRADIENT)
+
+
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x), its derivative clipped at 1000."""
+    if not torch.is_grad_enabled():
+        return torch.sqrt(x)
+    return _BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def rg_lru_gates(
+    x: Tensor, input_gate: Tensor, a_gate: Tensor, a_param: Tensor, segment_pos: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sqrt(1 - a^2) sigmoid(input_gate) x and a = exp(rate sigmoid(a_gate)), all of one dtype.
+
+    The root is 1 where a document starts, where a is not for use; padding changes nothing.
+    """
+    start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
+    log_a = -RG_LRU_C * softplus(a_param)[..., None, :] * torch.sigmoid(a_gate)
+    multiplier = bounded_sqrt(-torch.expm1(2 * log_a)).masked_fill(start, 1)
+    gated_x = (multiplier * torch.sigmoid(input_gate) * x).masked_fill(padding, 0)
+    return gated_x, torch.exp(log_a).masked_fill(padding, 1)
