@@ -11,7 +11,7 @@ import numpy as np
 from cases import make_tokens, positions
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions

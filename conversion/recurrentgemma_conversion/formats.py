@@ -21,7 +21,7 @@ from recurrentgemma.common.errors import (
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast, dtype_name
 from recurrentgemma.common.io.checkpoint import TOKENIZER, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec, mismatches
 from recurrentgemma.common.model.layouts import Stored
 from recurrentgemma.common.model.presets import Preset

@@ -12,7 +12,7 @@ import numpy as np
 from recurrentgemma.common.errors import ConfigError, MismatchError, NotRecurrentGemmaError
 from recurrentgemma.common.io.arrays import Stacked, same_bits
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.layouts import Stored
 from recurrentgemma.common.model.presets import ScanType

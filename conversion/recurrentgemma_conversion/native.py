@@ -13,7 +13,7 @@ from recurrentgemma.common.io.arrays import Stacked
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, metadata, read_config
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.layouts import Stored
 from recurrentgemma.common.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from recurrentgemma.common.io.checkpoint import CONFIG, read_config
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 
 
 def around(weights: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from recurrentgemma.cli.frameworks import DType, Framework, default_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.lora import LoraOptions

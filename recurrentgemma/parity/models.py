@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.common.errors import MissingExtraError
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state import state_shapes
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides

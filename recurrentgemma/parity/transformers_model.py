@@ -16,7 +16,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.parity.models import Arrays, Model, Outputs
 from recurrentgemma_conversion.huggingface import to_fields

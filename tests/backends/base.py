@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 
 Params = Mapping[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 

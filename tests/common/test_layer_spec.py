@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import CONFIGS, make_config, make_params
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import (
     Normal,
     RingLog,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
@@ -51,7 +51,7 @@ def make_tokens(config: GriffinConfig, *shape: int) -> np.ndarray:
 
 
 def forward(config, tokens, segment_pos, state=None):
-    return reference.griffin(
+    return reference.forward(
         config, make_params(config), np.asarray(tokens), np.asarray(segment_pos), state
     )
 
@@ -101,8 +101,8 @@ def golden_run(
 ) -> tuple[np.ndarray, reference.State, np.ndarray, reference.State]:
     config, params = golden_model()
     want = golden_outputs(case)
-    logits, state = reference.griffin(config, params, want["tokens"], want["segment_pos"])
-    decoded, decoded_state = reference.griffin(
+    logits, state = reference.forward(config, params, want["tokens"], want["segment_pos"])
+    decoded, decoded_state = reference.forward(
         config, params, want["decode_tokens"], want["decode_pos"], state
     )
     return logits, state, decoded, decoded_state
@@ -153,7 +153,7 @@ def assert_shapes_equal(actual, expected):
 def loss(config, params, case: str) -> float:
     """Mean cross-entropy of the next tokens that the mask selects."""
     want = golden_outputs(case)
-    logits, _ = reference.griffin(config, params, want["tokens"], want["segment_pos"])
+    logits, _ = reference.forward(config, params, want["tokens"], want["segment_pos"])
     logits = logits[:, :-1]
     target = np.take_along_axis(logits, want["tokens"][:, 1:, None], axis=-1)[..., 0]
     nll = np.log(np.sum(np.exp(logits), axis=-1)) - target
@@ -196,7 +196,7 @@ def test_golden_sampling():
     for i in range(len(want["prompts"])):
         prompt, tokens = want[f"prompt_ids_{i}"], want[f"tokens_{i}"]
         sequence = np.concatenate([prompt, tokens[:-1]])[None]
-        logits, _ = reference.griffin(config, params, sequence, np.arange(sequence.size)[None])
+        logits, _ = reference.forward(config, params, sequence, np.arange(sequence.size)[None])
         logits = logits[0, len(prompt) - 1 :]
         np.testing.assert_allclose(logits, want[f"logits_{i}"], rtol=0, atol=1e-4)
         np.testing.assert_array_equal(logits.argmax(axis=-1), tokens)
@@ -528,8 +528,8 @@ def test_everything_is_float64_whatever_the_parameters_are(dtype):
     stored = {path: value.astype(dtype) for path, value in make_params(config).items()}
     widened = {path: value.astype(np.float64) for path, value in stored.items()}
     tokens, segment_pos = make_tokens(config, 1, 9), np.arange(9)[None]
-    logits, state = reference.griffin(config, stored, tokens, segment_pos)
-    want, want_state = reference.griffin(config, widened, tokens, segment_pos)
+    logits, state = reference.forward(config, stored, tokens, segment_pos)
+    want, want_state = reference.forward(config, widened, tokens, segment_pos)
     assert logits.dtype == np.float64
     np.testing.assert_array_equal(logits, want)
     assert_same(leaves(state), leaves(want_state), atol=0)
@@ -586,4 +586,4 @@ def test_bad_inputs():
     params = dict(make_params(config))
     del params["final_norm.scale"]
     with pytest.raises(ValueError, match=r"missing final_norm\.scale"):
-        reference.griffin(config, params, np.zeros((1, 1), int), np.zeros((1, 1), int))
+        reference.forward(config, params, np.zeros((1, 1), int), np.zeros((1, 1), int))

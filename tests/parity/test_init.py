@@ -8,7 +8,7 @@ import pytest
 from cases import CONFIGS, make_config
 
 from backends import Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 
 LARGE = make_config("RA", vocab_size=256, width=64, lru_width=96, mlp_expanded_width=128)

@@ -13,7 +13,7 @@ from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.io.files import held_folder
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import ADAPTERS
