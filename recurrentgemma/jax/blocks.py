@@ -9,12 +9,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model.config import Layer
-from recurrentgemma.common.model.mixers import (
-    Attention,
-    Recurrent,
-    RecurrentBlockCache,
-    block_name,
-)
+from recurrentgemma.common.model.mixers import Attention, Recurrent, RecurrentBlockCache, block_name
 from recurrentgemma.jax.attention import AttentionBlock
 from recurrentgemma.jax.layers import MATRICES, Conv1D, Einsum, RMSNorm, SpecModule, gelu
 from recurrentgemma.jax.rg_lru import RGLRU

@@ -10,22 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from recurrentgemma.common.model.config import Layer
-from recurrentgemma.common.model.mixers import (
-    Attention,
-    Recurrent,
-    RecurrentBlockCache,
-    block_name,
-)
+from recurrentgemma.common.model.mixers import Attention, Recurrent, RecurrentBlockCache, block_name
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.attention import AttentionBlock
-from recurrentgemma.torch.layers import (
-    MATRICES,
-    Conv1D,
-    Einsum,
-    Linear,
-    RMSNorm,
-    SpecModule,
-)
+from recurrentgemma.torch.layers import MATRICES, Conv1D, Einsum, Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.rg_lru import RGLRU
 
 

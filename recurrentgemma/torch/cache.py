@@ -96,10 +96,7 @@ def _without_bfloat16(value: Tensor) -> Tensor:
 
 
 def cache_from_numpy(
-    config: Config,
-    arrays: Arrays,
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
+    config: Config, arrays: Arrays, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Cache:
     """The inverse of `cache_to_numpy`.
 

@@ -7,10 +7,8 @@ import pytest
 from cases import CONFIGS, make_config, make_params
 
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.init import Normal, RingLog, Zeros
 from recurrentgemma.common.model.layer_spec import (
-    Normal,
-    RingLog,
-    Zeros,
     layer_spec,
     mismatches,
     num_parameters,

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.mixers import Rope
+from recurrentgemma.common.model.numerics import to_bfloat16
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
@@ -361,7 +363,7 @@ def test_the_window_admits_the_query_and_w_before_it(window):
     ],
 )
 def test_to_bfloat16(x, rounded):
-    assert reference.to_bfloat16(x) == rounded
+    assert to_bfloat16(x) == rounded
 
 
 def test_to_bfloat16_is_that_of_ml_dtypes():
@@ -369,7 +371,7 @@ def test_to_bfloat16_is_that_of_ml_dtypes():
 
     roots = np.sqrt(np.arange(1, 10_000))
     want = roots.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    assert [reference.to_bfloat16(x) for x in roots] == want.tolist()
+    assert [to_bfloat16(x) for x in roots] == want.tolist()
 
 
 @pytest.mark.parametrize(("width", "scale"), [(2560, 50.5), (4096, 64.0), (96, 9.8125)])
@@ -442,7 +444,7 @@ def test_block_diagonal_linear_keeps_blocks_apart():
 def test_rope_turns_the_first_half_of_each_head():
     x = np.random.default_rng(0).normal(size=(2, 7, 3, 8))
     positions = np.array([[0, 1, 2, 3, 100, 2047, 5000], [0, 5, 6, 7, 8, 9, 10]])
-    y = reference.apply_rope(x, positions)
+    y = reference.apply_rope(x, positions, Rope(share=0.5))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
     # As complex numbers, first half of the half + i second: frequencies 1 and 10000 ** (-1 / 2).
@@ -453,9 +455,9 @@ def test_rope_turns_the_first_half_of_each_head():
 
 def test_local_attention_scales_queries_and_shares_the_key_head():
     q = np.array([[[4.0, 0, 0, 0], [0, 2.0, 0, 0]]])
-    k = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [9.0, 9.0, 9.0, 9.0]])
-    v = np.array([[1.0] * 4, [0.0] * 4, [99.0] * 4])
-    y = reference.local_attention(q, k, v, np.array([[True, True, False]]))
+    k = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [9.0, 9.0, 9.0, 9.0]])[:, None]
+    v = np.array([[1.0] * 4, [0.0] * 4, [99.0] * 4])[:, None]
+    y = reference.attend(q, k, v, np.array([[True, True, False]]), scale=0.5)
     want = reference.sigmoid(np.array([2.0, -1.0]))  # of q @ (k[0] - k[1]) / sqrt(4)
     np.testing.assert_allclose(y[0], np.tile(want[:, None], 4), rtol=1e-12)
 
@@ -542,7 +544,7 @@ def test_over_rows_runs_one_module_on_a_padded_batch():
     x = np.random.default_rng(0).normal(size=(2, 5, config.width))
     segment_pos = np.array([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 0]])
     state = reference.init_state(config, 2)["blocks.0"]
-    block = functools.partial(reference.recurrent_block, config, params)
+    block = functools.partial(reference.recurrent_block, config.model.layers[0].mixer, params)
     y, new_state = reference.over_rows(block, x, segment_pos, state)
     row = {name: leaf[1] for name, leaf in state.items()}
     want, want_state = block(x[1, 2:], segment_pos[1, 2:], row)
