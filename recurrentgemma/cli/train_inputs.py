@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
-    from recurrentgemma.common.training.packing import Cut, Stream
+    from recurrentgemma.common.training.packing import Cut, RowStream
     from recurrentgemma.common.training.run import Plan
 
 _PROMPTS = 2  # continued at each evaluation where none are given
@@ -91,7 +91,7 @@ class Data(NamedTuple):
       prompts: Of the first examples to evaluate on, or else to train on.
     """
 
-    stream: Stream
+    stream: RowStream
     validation: list[Batch]
     cut: Cut
     prompts: list[str]
@@ -104,7 +104,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
       DataError: A line cannot be read; see `read_examples`.
     """
     from recurrentgemma.common.training.data import hold_out, read_examples
-    from recurrentgemma.common.training.packing import Stream, TooLong, cut, in_order
+    from recurrentgemma.common.training.packing import RowStream, TooLong, cut, in_order
 
     def read(paths: Sequence[Path]) -> list[Example]:
         return [
@@ -117,7 +117,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
     too_long = TooLong(options.too_long)
     rows = (options.length, tokenizer.pad_id)
     kept = cut(examples, options.length, too_long, options.stride)
-    stream = Stream(kept.examples, *rows, seed=options.seed, packed=options.pack)
+    stream = RowStream(kept.examples, *rows, seed=options.seed, packed=options.pack)
     validation = []
     if held_out:
         held = cut(held_out, options.length, too_long, options.stride)

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 from recurrentgemma.common.model.mixers import Rope
 from recurrentgemma.common.model.numerics import to_bfloat16
-from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 CASES = ("prompt", "packed", "short")

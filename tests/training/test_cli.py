@@ -332,7 +332,7 @@ def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
     pytest.importorskip("torch.nn")
     made = []
     monkeypatch.setattr(
-        "recurrentgemma.cli.trainers.make_trainer",
+        "recurrentgemma.cli.trainers.TwinTrainer",
         lambda framework, setup: made.append(setup) or pytest.skip.Exception,
     )
     with pytest.raises(AttributeError):

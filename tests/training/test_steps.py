@@ -220,7 +220,7 @@ def test_the_hidden_state_gives_the_logits(trainer: Trainer) -> None:
     logits, _ = call(batch.tokens, batch.segment_pos, None)
     embedding = make_params(CONFIG)["embedder.input_embedding"]
     if trainer.name == "jax":
-        tree = trainer.backend._tree(make_params(CONFIG), "float32")  # pyright: ignore[reportAttributeAccessIssue]
+        tree = trainer.backend.twin.make(CONFIG, make_params(CONFIG).items(), "float32").params
         args = {"params": tree}, batch.tokens, batch.segment_pos
         import jax
 
