@@ -13,6 +13,7 @@ from cases import make_tokens, positions
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.common.training.optimization import OptimizerOptions
@@ -186,8 +187,8 @@ class TorchTrainer(Trainer):
         model = self.module.Griffin(config, gradient_checkpointing, dtype=getattr(torch, dtype))
         with torch.no_grad():
             for spec in layer_spec(config):
-                value = torch.tensor(np.ascontiguousarray(spec.torch.encode(params[spec.path])))
-                model.get_parameter(spec.torch.name).copy_(value)
+                value = torch.tensor(np.ascontiguousarray(to_torch(spec.path, params[spec.path])))
+                model.get_parameter(torch_name(spec.path)).copy_(value)
         return self.module.create_train_state(
             model, optimizer=optimizer, lora=lora, state_dtype=getattr(torch, state_dtype)
         )
@@ -196,8 +197,8 @@ class TorchTrainer(Trainer):
         model = self.module.parameters(state)
         assert type(model) is self.module.Griffin
         return {
-            spec.path: spec.torch.decode(
-                self.backend.to_numpy(model.get_parameter(spec.torch.name)), spec
+            spec.path: to_torch(
+                spec.path, self.backend.to_numpy(model.get_parameter(torch_name(spec.path)))
             )
             for spec in layer_spec(model.config)
         }

@@ -166,6 +166,7 @@ def _random_torch(preset: str, dtype: DType | None) -> Loaded:
 
     from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.model.state_dict import to_torch, torch_name
     from recurrentgemma.torch import Griffin, GriffinConfig, Sampler
     from recurrentgemma.torch.runtime.arrays import to_tensor
 
@@ -173,7 +174,9 @@ def _random_torch(preset: str, dtype: DType | None) -> Loaded:
     dtype = dtype or default_dtype(device)
     model = Griffin(GriffinConfig.from_preset(preset), device="meta")
     state = {
-        spec.torch.name: to_tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
+        torch_name(spec.path): to_tensor(to_torch(spec.path, _random_values(spec, dtype))).to(
+            device
+        )
         for spec in layer_spec(model.config)
     }
     model.load_state_dict(state, assign=True)

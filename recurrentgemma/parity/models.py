@@ -15,6 +15,7 @@ from recurrentgemma.common.errors import MissingExtraError
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state import state_shapes
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 Arrays = dict[str, np.ndarray]
@@ -223,7 +224,7 @@ class TorchModel(Model):
 
     def _by_path(self, tensors: Mapping[str, Any]) -> Arrays:
         return {
-            spec.path: spec.torch.decode(_torch_array(tensors[spec.torch.name]), spec)
+            spec.path: to_torch(spec.path, _torch_array(tensors[torch_name(spec.path)]))
             for spec in layer_spec(self.config)
         }
 

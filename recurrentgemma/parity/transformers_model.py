@@ -17,9 +17,10 @@ import numpy as np
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.parity.models import Arrays, Model, Outputs
-from recurrentgemma_conversion.huggingface import to_fields
+from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.names.griffin import to_fields
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 
@@ -69,11 +70,8 @@ class TransformersModel(Model):
         fields["attn_implementation"] = "eager"
         theirs = transformers.RecurrentGemmaConfig(**fields)
         model = transformers.RecurrentGemmaForCausalLM(theirs)
-        state = {
-            stored.name: to_tensor(stored.encode(params[spec.path]))
-            for spec in layer_spec(config)
-            for stored in spec.hf
-        }
+        stored = layout(config, Format.HUGGINGFACE).encode(lambda spec: params[spec.path])
+        state = {name: to_tensor(np.asarray(tensor)) for name, tensor in stored}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state)
         return cls(config, model.to(getattr(torch, dtype)).eval())
@@ -153,11 +151,12 @@ class TransformersModel(Model):
     def _by_path(self, tensors: Any) -> Arrays:
         from recurrentgemma.torch.runtime.arrays import to_array
 
-        arrays = {}
-        for spec in layer_spec(self.config):
-            parts = [part.decode(to_array(tensors[part.name]), spec) for part in spec.hf]
-            arrays[spec.path] = parts[0] if spec.hf[0].part is None else np.stack(parts)
-        return arrays
+        stored = layout(self.config, Format.HUGGINGFACE)
+
+        def fetch(name: str) -> np.ndarray:
+            return to_array(tensors[name])
+
+        return {spec.path: np.asarray(stored.decode(spec, fetch)) for spec in stored.specs}
 
 
 def _their_name(name: str) -> str:

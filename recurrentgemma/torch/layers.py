@@ -15,6 +15,7 @@ from recurrentgemma.common.model.layer_spec import (
     sample_param,
     spec_by_path,
 )
+from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.torch.cache import num_padding, prepend_history
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
@@ -43,14 +44,16 @@ class SpecModule(nn.Module):
     ) -> nn.Parameter:
         """An uninitialised parameter of the shape that the layer spec gives."""
         spec = spec_by_path(self.config)[f"{self.prefix}.{name}"]
-        return nn.Parameter(torch.empty(spec.torch.shape, device=device, dtype=dtype))
+        return nn.Parameter(
+            torch.empty(torch_shape(spec.path, spec.shape), device=device, dtype=dtype)
+        )
 
     def linear(
         self, name: str, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> nn.Linear:
         """An uninitialised linear layer of the shape that the layer spec gives."""
         specs = spec_by_path(self.config)
-        out_features, in_features = specs[f"{self.prefix}.{name}.kernel"].torch.shape
+        in_features, out_features = specs[f"{self.prefix}.{name}.kernel"].shape
         bias = f"{self.prefix}.{name}.bias" in specs
         # On "meta" the layer's own initialisation costs nothing.
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
@@ -78,10 +81,10 @@ class SpecModule(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu"))
         prefix = f"{self.prefix}." if self.prefix else ""
-        specs = {spec.torch.name: spec for spec in layer_spec(self.config)}
+        specs = {torch_name(spec.path): spec for spec in layer_spec(self.config)}
         for name, parameter in parameters.items():
             spec = specs[prefix + name]
-            parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
+            parameter.copy_(torch.from_numpy(to_torch(spec.path, sample_param(spec, seed))))
 
 
 class RMSNorm(SpecModule):

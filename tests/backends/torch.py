@@ -19,7 +19,8 @@ from backends.base import (
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
 
 
 class TorchBackend(Backend):
@@ -64,12 +65,9 @@ class TorchBackend(Backend):
         module = getattr(self.module, kind)(
             config, *positional, dtype=getattr(torch, dtype), **kwargs
         )
-        specs, below = spec_by_path(config), f"{prefix}." if prefix else ""
         module.load_state_dict(
             {
-                specs[below + path].torch.name.removeprefix(below): self.array(
-                    specs[below + path].torch.encode(np.asarray(value)), dtype
-                )
+                torch_name(path): self.array(to_torch(path, np.asarray(value)), dtype)
                 for path, value in params.items()
             }
         )
@@ -87,12 +85,12 @@ class TorchBackend(Backend):
         stored = model.state_dict()
         params = {}
         for spec in layer_spec(config):
-            value = stored[spec.torch.name]
+            value = stored[torch_name(spec.path)]
             if value.dtype == torch.bfloat16:  # bit for bit, in NumPy's extension type
                 import ml_dtypes
 
                 value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            params[spec.path] = np.asarray(spec.torch.decode(np.asarray(value), spec))
+            params[spec.path] = to_torch(spec.path, np.asarray(value))
         return params
 
     def sampler(self, config, params, vocab, **kwargs):
@@ -212,12 +210,9 @@ class TorchNetwork(Network):
             loss, [*parameters, *inputs], allow_unused=True, materialize_grads=True
         )
         gradients = [self.backend.to_numpy(gradient) for gradient in gradients]
-        prefix = f"{self.module.prefix}." if self.module.prefix else ""
-        specs = {spec.torch.name: spec for spec in layer_spec(self.module.config)}
         flat = {}
         for name, gradient in zip(names, gradients[: len(names)], strict=True):
-            spec = specs[prefix + name]
-            flat[spec.path.removeprefix(prefix)] = spec.torch.decode(gradient, spec)
+            flat[flax_path(name)] = to_torch(flax_path(name), gradient)
         return named_grads(flat, x, state, gradients[len(names) :])
 
 

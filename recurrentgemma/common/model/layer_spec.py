@@ -17,14 +17,6 @@ import numpy as np
 
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
-from recurrentgemma.common.model.layouts import (
-    Layouts,
-    Stored,
-    conv_weight,
-    gated_halves,
-    kernel,
-    same,
-)
 from recurrentgemma.common.model.presets import TemporalBlockType
 
 CONV1D_WIDTH = 4
@@ -40,8 +32,7 @@ class ParamSpec(NamedTuple):
       axes: Logical name of each axis; sharding rules read these.
       decay: Whether weight decay applies.
       lora: The group of LoRA targets this parameter belongs to, if any.
-      torch: How a PyTorch state dict stores it.
-      hf: How Hugging Face's RecurrentGemma stores it: one tensor or several.
+      matrix: Whether it is a matrix, or a stack of matrices, that may be quantised.
       wide: Whether it is computed with in float32 or wider, whatever its own dtype; the others meet
         in matrix products, which take one dtype.
     """
@@ -50,10 +41,9 @@ class ParamSpec(NamedTuple):
     shape: tuple[int, ...]
     init: Init
     axes: tuple[str, ...]
-    decay: bool
-    lora: str | None
-    torch: Stored
-    hf: tuple[Stored, ...]
+    decay: bool = False
+    lora: str | None = None
+    matrix: bool = False
     wide: bool = False
 
     @property
@@ -129,63 +119,52 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     init: Init
     axes: tuple[str, ...]
-    layouts: Layouts
     decay: bool = False
     lora: str | None = None
     wide: bool = False
 
 
-def _norm(path: str, hf_name: str, c: GriffinConfig) -> _Entry:
-    layouts = same(f"{hf_name}.weight")
-    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), layouts, wide=True)
+def _norm(path: str, c: GriffinConfig) -> _Entry:
+    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), wide=True)
 
 
 def _linear(
     path: str,
     sizes: tuple[int, int],
     axes: tuple[str, str],
-    hf_name: str,
     lora: str,
     variance: float = 1.0,
     bias: bool = True,
 ) -> Iterator[_Entry]:
     """A Dense layer whose kernel has variance `variance` / fan-in."""
     std = math.sqrt(variance / sizes[0])
-    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, kernel(hf_name), True, lora)
+    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, True, lora)
     if bias:
-        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:], same(f"{hf_name}.bias"))
+        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:])
 
 
 def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
     width, lru, heads = c.width, c.lru_width, c.num_heads
-    block, hf = "recurrent_block", "temporal_block"
+    block = "recurrent_block"
     for name in ("linear_y", "linear_x"):
-        yield from _linear(
-            f"{block}.{name}", (width, lru), ("width", "lru"), f"{hf}.{name}", "recurrent"
-        )
+        yield from _linear(f"{block}.{name}", (width, lru), ("width", "lru"), "recurrent")
     yield _Entry(
         f"{block}.conv_1d.w",
         (CONV1D_WIDTH, lru),
         Normal(math.sqrt(0.01 / CONV1D_WIDTH)),
         ("conv", "lru"),
-        conv_weight,
         decay=True,
         wide=True,
     )
-    for path, init, hf_name in (
-        ("conv_1d.b", Zeros(), "conv_1d.bias"),
-        ("rg_lru.a_param", RingLog(0.9, 0.999), "rg_lru.recurrent_param"),
-    ):
-        layouts = same(f"{hf}.{hf_name}")
-        yield _Entry(f"{block}.{path}", (lru,), init, ("lru",), layouts, wide=True)
+    for path, init in (("conv_1d.b", Zeros()), ("rg_lru.a_param", RingLog(0.9, 0.999))):
+        yield _Entry(f"{block}.{path}", (lru,), init, ("lru",), wide=True)
     per_head = lru // heads
-    for gate, hf_gate in (("input_gate", "input_gate"), ("a_gate", "recurrent_gate")):
+    for gate in ("input_gate", "a_gate"):
         yield _Entry(
             f"{block}.rg_lru.{gate}.w",
             (heads, per_head, per_head),
             Normal(math.sqrt(1 / per_head)),
             ("heads", "head_in", "head_out"),
-            same(f"{hf}.rg_lru.{hf_gate}_weight"),
             lora="gates",
         )
         yield _Entry(
@@ -193,20 +172,18 @@ def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
             (heads, per_head),
             Zeros(),
             ("heads", "head_out"),
-            same(f"{hf}.rg_lru.{hf_gate}_bias"),
         )
     yield from _linear(
         f"{block}.linear_out",
         (lru, width),
         ("lru", "width"),
-        f"{hf}.linear_out",
         "recurrent",
         variance=2 / c.num_layers,
     )
 
 
 def _attention_block(c: GriffinConfig) -> Iterator[_Entry]:
-    width, block, hf = c.width, "attention_block", "temporal_block"
+    width, block = c.width, "attention_block"
     for name, size, axis in (
         ("q", width, "heads"),
         ("k", c.head_dim, "kv"),
@@ -216,7 +193,6 @@ def _attention_block(c: GriffinConfig) -> Iterator[_Entry]:
             f"{block}.proj_{name}",
             (width, size),
             ("width", axis),
-            f"{hf}.{name}_proj",
             "attention",
             bias=False,
         )
@@ -224,7 +200,6 @@ def _attention_block(c: GriffinConfig) -> Iterator[_Entry]:
         f"{block}.proj_final",
         (width, width),
         ("heads", "width"),
-        f"{hf}.o_proj",
         "attention",
         variance=2 / c.num_layers,
     )
@@ -243,7 +218,6 @@ def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
         (2, width, mlp),
         Normal(math.sqrt(1 / width)),
         ("gate", "width", "mlp"),
-        gated_halves("weight"),
         decay=True,
         lora="mlp",
     )
@@ -252,40 +226,36 @@ def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
         (2, 1, 1, mlp),
         Zeros(),
         ("gate", "batch", "time", "mlp"),
-        gated_halves("bias"),
     )
     yield from _linear(
         "mlp_block.ffw_down",
         (mlp, width),
         ("mlp", "width"),
-        "mlp_block.down_proj",
         "mlp",
         variance=2 / c.num_layers,
     )
 
 
 def _residual_block(c: GriffinConfig, block_type: TemporalBlockType) -> Iterator[_Entry]:
-    yield _norm("temporal_pre_norm", "temporal_pre_norm", c)
+    yield _norm("temporal_pre_norm", c)
     yield from _TEMPORAL_BLOCKS[block_type](c)
-    yield _norm("channel_pre_norm", "channel_pre_norm", c)
+    yield _norm("channel_pre_norm", c)
     yield from _mlp_block(c)
 
 
 def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
-    def place(e: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
-        path = prefix + e.path
-        torch, hf = e.layouts(path, hf_prefix, e.shape)
-        return ParamSpec(path, e.shape, e.init, e.axes, e.decay, e.lora, torch, hf, e.wide)
+    def place(e: _Entry, prefix: str) -> ParamSpec:
+        matrix = e.lora is not None
+        return ParamSpec(prefix + e.path, e.shape, e.init, e.axes, e.decay, e.lora, matrix, e.wide)
 
     embedding = _Entry(
         "embedder.input_embedding",
         (c.vocab_size, c.width),
         Normal(math.sqrt(1 / c.width)),
         ("vocab", "width"),
-        same("embed_tokens.weight"),
     )
-    yield place(embedding, "", "model.")
+    yield place(embedding, "")
     for i, block_type in enumerate(c.block_types):
         for entry in _residual_block(c, block_type):
-            yield place(entry, f"blocks.{i}.", f"model.layers.{i}.")
-    yield place(_norm("final_norm", "final_norm", c), "", "model.")
+            yield place(entry, f"blocks.{i}.")
+    yield place(_norm("final_norm", c), "")
