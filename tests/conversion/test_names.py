@@ -173,7 +173,10 @@ def test_parameters_in_one_tensor_have_one_dtype() -> None:
     dtypes = {spec.path: DTYPES["float32"] for spec in SPECS}
     assert {dtype for _, dtype in lay(FUSED).tensors(dtypes).values()} == {DTYPES["float32"]}
     dtypes["blocks.3.attention_block.proj_k.kernel"] = DTYPES["bfloat16"]
-    with pytest.raises(MismatchError, match=r"share layers\.3\.qkv_proj\.weight"):
+    with pytest.raises(
+        MismatchError,
+        match=r"share a tensor must have one dtype (.*)\s+layers\.3\.qkv_proj\.weight",
+    ):
         lay(FUSED).tensors(dtypes)
 
 

@@ -17,25 +17,46 @@ from recurrentgemma_conversion.overrides import Overrides
 
 _KERNEL = "i o -> o i"  # torch.nn.Linear holds the transpose of a Flax kernel
 _BLOCK, _LAYER = "blocks.*.", "model.layers.*."
-_MLP = f"{_LAYER}mlp_block."
 
 
-def _within(ours: str, theirs: str, names: Mapping[str, str], axes: str = "") -> list[Rule]:
-    """One tensor for each parameter: the names below a module of ours and one of theirs."""
-    return [Rule((ours + a,), (theirs + b,), axes) for a, b in names.items()]
+def _alike(ours: str, theirs: str, names: Mapping[str, str]) -> list[Rule]:
+    """One tensor for each parameter: names below a module of ours and one of theirs."""
+    return [
+        Rule((ours + a,), (theirs + b,), _KERNEL if a.endswith("kernel") else "")
+        for a, b in names.items()
+    ]
+
+
+def _halves(ours: str, theirs: str, axes: str) -> Rule:
+    """The two halves of the gated MLP."""
+    names = (f"{_LAYER}mlp_block.{half}_proj.{theirs}" for half in ("gate", "up"))
+    return Rule((f"{_BLOCK}mlp_block.ffw_up.{ours}",), tuple(names), axes)
 
 
 HUGGINGFACE = [
-    Rule(("embedder.input_embedding",), ("model.embed_tokens.weight",)),
-    Rule(("final_norm.scale",), ("model.final_norm.weight",)),
-    Rule((f"{_BLOCK}temporal_pre_norm.scale",), (f"{_LAYER}temporal_pre_norm.weight",)),
-    Rule((f"{_BLOCK}channel_pre_norm.scale",), (f"{_LAYER}channel_pre_norm.weight",)),
-    *_within(
+    *_alike("embedder.", "model.", {"input_embedding": "embed_tokens.weight"}),
+    *_alike("final_norm.", "model.final_norm.", {"scale": "weight"}),
+    *_alike(
+        _BLOCK,
+        _LAYER,
+        {
+            "temporal_pre_norm.scale": "temporal_pre_norm.weight",
+            "channel_pre_norm.scale": "channel_pre_norm.weight",
+            "mlp_block.ffw_down.kernel": "mlp_block.down_proj.weight",
+            "mlp_block.ffw_down.bias": "mlp_block.down_proj.bias",
+        },
+    ),
+    _halves("w", "weight", _KERNEL),
+    _halves("b", "bias", "1 1 m -> m"),
+    *_alike(
         f"{_BLOCK}recurrent_block.",
         f"{_LAYER}temporal_block.",
         {
+            "linear_y.kernel": "linear_y.weight",
             "linear_y.bias": "linear_y.bias",
+            "linear_x.kernel": "linear_x.weight",
             "linear_x.bias": "linear_x.bias",
+            "linear_out.kernel": "linear_out.weight",
             "linear_out.bias": "linear_out.bias",
             "conv_1d.b": "conv_1d.bias",
             "rg_lru.a_param": "rg_lru.recurrent_param",
@@ -45,22 +66,12 @@ HUGGINGFACE = [
             "rg_lru.a_gate.b": "rg_lru.recurrent_gate_bias",
         },
     ),
-    *_within(
-        f"{_BLOCK}recurrent_block.",
-        f"{_LAYER}temporal_block.",
-        {
-            "linear_y.kernel": "linear_y.weight",
-            "linear_x.kernel": "linear_x.weight",
-            "linear_out.kernel": "linear_out.weight",
-        },
-        _KERNEL,
-    ),
     Rule(
         (f"{_BLOCK}recurrent_block.conv_1d.w",),
         (f"{_LAYER}temporal_block.conv_1d.weight",),
         "w l -> l 1 w",
     ),
-    *_within(
+    *_alike(
         f"{_BLOCK}attention_block.",
         f"{_LAYER}temporal_block.",
         {
@@ -68,22 +79,9 @@ HUGGINGFACE = [
             "proj_k.kernel": "k_proj.weight",
             "proj_v.kernel": "v_proj.weight",
             "proj_final.kernel": "o_proj.weight",
+            "proj_final.bias": "o_proj.bias",
         },
-        _KERNEL,
     ),
-    Rule((f"{_BLOCK}attention_block.proj_final.bias",), (f"{_LAYER}temporal_block.o_proj.bias",)),
-    Rule(
-        (f"{_BLOCK}mlp_block.ffw_up.w",),
-        (f"{_MLP}gate_proj.weight", f"{_MLP}up_proj.weight"),
-        _KERNEL,
-    ),
-    Rule(
-        (f"{_BLOCK}mlp_block.ffw_up.b",),
-        (f"{_MLP}gate_proj.bias", f"{_MLP}up_proj.bias"),
-        "1 1 m -> m",
-    ),
-    Rule((f"{_BLOCK}mlp_block.ffw_down.kernel",), (f"{_MLP}down_proj.weight",), _KERNEL),
-    Rule((f"{_BLOCK}mlp_block.ffw_down.bias",), (f"{_MLP}down_proj.bias",)),
 ]
 
 # The model has no other values; where a config does not say, these are transformers' defaults.

@@ -87,12 +87,6 @@ class Entry(NamedTuple):
     specs: tuple[ParamSpec, ...]
     pieces: tuple[Piece, ...]
 
-    def encode(self, parameters: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-        """The stored tensors, by name, from the parameters, by path."""
-        for name, pieces in itertools.groupby(self.pieces, lambda piece: piece.name):
-            parts = [piece.encode(parameters[piece.path]) for piece in pieces]
-            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
-
 
 class Layout:
     """How a format stores the parameters of one model.
@@ -106,10 +100,9 @@ class Layout:
 
     def __init__(self, specs: Sequence[ParamSpec], entries: Sequence[Entry]) -> None:
         self.specs, self.entries = specs, entries
-        pieces = [piece for entry in entries for piece in entry.pieces]
         self.pieces: dict[str, list[Piece]] = {spec.path: [] for spec in specs}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for piece in pieces:
+        for piece in itertools.chain.from_iterable(entry.pieces for entry in entries):
             self.pieces[piece.path].append(piece)
             before = self.shapes.get(piece.name, (0,))[0]
             self.shapes[piece.name] = (before + piece.shape[0], *piece.shape[1:])
@@ -117,7 +110,10 @@ class Layout:
     def encode(self, read: Callable[[ParamSpec], Array]) -> Iterator[tuple[str, Array]]:
         """The stored tensors, by name; `read` gives each parameter in the Flax layout, once."""
         for entry in self.entries:
-            yield from entry.encode({spec.path: read(spec) for spec in entry.specs})
+            parameters = {spec.path: read(spec) for spec in entry.specs}
+            for name, pieces in itertools.groupby(entry.pieces, lambda piece: piece.name):
+                parts = [piece.encode(parameters[piece.path]) for piece in pieces]
+                yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, spec: ParamSpec, fetch: Callable[[str], np.ndarray]) -> Array:
         """A parameter in the Flax layout; `fetch` gives stored tensors."""
@@ -131,18 +127,13 @@ class Layout:
         Raises:
           MismatchError: Parameters that share a tensor have several dtypes.
         """
-        found: dict[str, dict[str, np.dtype]] = {name: {} for name in self.shapes}
-        for path, pieces in self.pieces.items():
-            for piece in pieces:
-                found[piece.name][path] = dtypes[path]
-        problems = [
-            f"{', '.join(held)} share {name}: they must have one dtype"
-            for name, held in found.items()
-            if len(set(held.values())) > 1
-        ]
-        if problems:
-            raise MismatchError("the dtypes are several in one tensor", problems)
-        return {name: (self.shapes[name], next(iter(d.values()))) for name, d in found.items()}
+        found: dict[str, list[np.dtype]] = {name: [] for name in self.shapes}
+        for piece in itertools.chain.from_iterable(self.pieces.values()):
+            found[piece.name].append(dtypes[piece.path])
+        several = [name for name, held in found.items() if len(set(held)) > 1]
+        if several:
+            raise MismatchError("parameters that share a tensor must have one dtype", several)
+        return {name: (shape, found[name][0]) for name, shape in self.shapes.items()}
 
     def dtypes(
         self, path: object, tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
@@ -159,13 +150,11 @@ class Layout:
         """
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         supported = ", ".join(DTYPES)
-        listed = [
-            *mismatches(self.shapes, shapes),
-            *(
-                f"{name} must be of a dtype among {supported}"
-                for name, tensor in tensors.items()
-                if name in self.shapes and tensor.dtype is None
-            ),
+        listed = mismatches(self.shapes, shapes)
+        listed += [
+            f"{name} must be of a dtype among {supported}"
+            for name, tensor in tensors.items()
+            if name in self.shapes and tensor.dtype is None
         ]
         dtypes = {
             path: [t.dtype for piece in pieces if (t := tensors.get(piece.name))]
@@ -176,10 +165,8 @@ class Layout:
             for path, found in dtypes.items()
             if len(set(found)) > 1
         ]
-        if listed or problems:
-            raise MismatchError(
-                f"{path}: the tensors are not those of the config", [*listed, *problems]
-            )
+        if listed := [*listed, *problems]:
+            raise MismatchError(f"{path}: the tensors are not those of the config", listed)
         return {path: found[0] for path, found in dtypes.items() if found[0] is not None}
 
 
@@ -210,8 +197,8 @@ def lay_out(
         elif paths[0] == spec.path:
             together = tuple(by_path[path] for path in paths)
             names = tuple(name.replace("*", number) for name in rule.theirs)
-            known_sizes = sizes(int(number) if number else None)
-            entries.append(Entry(together, tuple(_pieces(together, names, rule, known_sizes))))
+            split = sizes(int(number) if number else None)
+            entries.append(Entry(together, tuple(_pieces(together, names, rule, split))))
     if nameless:
         raise ConfigError(f"{format_} has no names for {', '.join(nameless)}")
     return Layout(specs, entries)
