@@ -11,6 +11,7 @@ import pytest
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.model.state_dict import torch_name, torch_shape
 
 R, A = TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION
 FIELDS: dict[str, Any] = {
@@ -222,7 +223,10 @@ def flax_tree(config: GriffinConfig) -> dict[str, Any]:
 
 
 def torch_state(config: GriffinConfig) -> dict[str, Any]:
-    return {spec.torch.name: shaped(spec.torch.shape) for spec in layer_spec(config)}
+    return {
+        torch_name(spec.path): shaped(torch_shape(spec.path, spec.shape))
+        for spec in layer_spec(config)
+    }
 
 
 def readings(config: GriffinConfig, **kwargs: Any) -> list[GriffinConfig]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import decoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 from recurrentgemma.common.model.mixers import Rope
 from recurrentgemma.common.model.numerics import to_bfloat16
+from recurrentgemma_conversion import Format
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 CASES = ("prompt", "packed", "short")
@@ -77,17 +79,12 @@ def assert_same(actual: dict, expected: dict, atol: float = 1e-12) -> None:
 
 @functools.cache
 def golden_model() -> tuple[GriffinConfig, dict[str, np.ndarray]]:
-    """The tiny model, its weights from the Hugging Face file through the layer spec."""
+    """The tiny model, its weights from the Hugging Face file through its table of names."""
     if not GOLDEN.is_dir():
         pytest.skip("the golden data is not at ../shared/golden")
     config = GriffinConfig.from_json((GOLDEN / "outputs/tiny.config.json").read_text())
     stored = load_file(GOLDEN / "hf/tiny/model.safetensors")
-    params = {}
-    for spec in layer_spec(config):
-        parts = [part.decode(stored.pop(part.name), spec) for part in spec.hf]
-        params[spec.path] = np.stack(parts) if len(parts) > 1 else parts[0]
-    assert not stored, f"the layer spec names no parameter for {sorted(stored)}"
-    return config, params
+    return config, decoded(config, Format.HUGGINGFACE, stored)
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from cases import bfloat16, make_config, make_params, make_tokens, scaled_to
 from backends import Backend
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma_conversion import Format
+from recurrentgemma_conversion.names import layout
 from tolerances import assert_close
 
 CONFIGS = {
@@ -73,10 +74,8 @@ def theirs(
         )
     )
     params, tokens = problem(config, seed)
-    state = {}
-    for spec in layer_spec(config):
-        for stored in spec.hf:
-            state[stored.name] = torch.tensor(np.array(stored.encode(params[spec.path])))
+    stored = layout(config, Format.HUGGINGFACE).encode(lambda spec: params[spec.path])
+    state = {name: torch.tensor(np.array(tensor)) for name, tensor in stored}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
     model = model.to(getattr(torch, dtype)).eval()
