@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, each by a name of its own."""
+"""Errors about checkpoints, one class for each problem."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a request about one, that cannot be served. Nothing was written."""
+    """A checkpoint cannot be read or written as asked. Nothing was written."""
 
 
 class UnknownFormatError(CheckpointError):
@@ -14,11 +14,11 @@ class UnknownFormatError(CheckpointError):
 
 
 class PathError(CheckpointError):
-    """A library that a format needs cannot open what has this name."""
+    """A library that the format needs cannot open a path with this name."""
 
 
 class DamagedError(CheckpointError):
-    """A file is cut short, or is not what its kind of file must be."""
+    """A file is cut short, or is not a valid file of its kind."""
 
 
 class UnsafePickleError(CheckpointError):
@@ -26,7 +26,7 @@ class UnsafePickleError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """Tensors are missing, unexpected or of a wrong shape or dtype: all of them are listed."""
+    """Tensors are missing, unexpected or of a wrong shape or dtype; the message lists all."""
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:
         listed = "\n  ".join(problems)
@@ -35,19 +35,19 @@ class MismatchError(CheckpointError):
 
 
 class NonFiniteError(CheckpointError):
-    """Tensors hold NaN or infinity: all of them are named."""
+    """Tensors hold NaN or infinity; the message names all."""
 
 
 class NotRecurrentGemmaError(CheckpointError):
-    """The checkpoint is of another model, such as Gemma."""
+    """The checkpoint holds another model, such as Gemma."""
 
 
 class ConfigError(CheckpointError):
-    """The config is missing, incomplete or contradicts the tensors or what was asked for."""
+    """The config is missing or incomplete, or contradicts the tensors or the request."""
 
 
 class TokenizerError(CheckpointError):
-    """The tokenizer is missing, unreadable or of another size than the vocabulary."""
+    """The tokenizer is missing or unreadable, or its size differs from the vocabulary."""
 
 
 class DestinationError(CheckpointError):
@@ -55,7 +55,7 @@ class DestinationError(CheckpointError):
 
 
 class DiskSpaceError(CheckpointError):
-    """The disk has less room than what is to be written."""
+    """The disk has too little room for the output."""
 
 
 class MissingExtraError(CheckpointError):
@@ -70,7 +70,7 @@ class MissingFrameworkError(MissingExtraError, ImportError):
 
 
 class VerificationError(CheckpointError):
-    """What was written does not read back as what was meant: nothing was kept."""
+    """The output differs when read back; it was removed."""
 
 
 class DownloadError(CheckpointError):
