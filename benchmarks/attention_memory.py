@@ -3,9 +3,9 @@
     python benchmarks/attention_memory.py
     python benchmarks/attention_memory.py --published ENVIRONMENT/bin/python
 
-Width 512, 8 heads, window 256, float32. Each measurement is a process of its own, which reports the
-most memory that it held beyond what it held before the first call: of the forward pass, and of it
-with the backward pass. Exits 1 where one of ours is above 0.5 GB. See `model.py` for --published.
+Width 512, 8 heads, window 256, float32. Each measurement runs in its own process, which reports how
+far its memory rose above its level before the first call: for the forward pass, and for forward and
+backward together. Exits with 1 if one of ours is above 0.5 GB. See `model.py` for --published.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT = 0.5e9
 
 
 def block_arguments(package: Any, published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the package's LocalAttentionBlock takes."""
+    """The arguments of the package's LocalAttentionBlock."""
     config = config_of(package)
     if not published:
         return (config, "blocks.2.attention_block"), {}
@@ -87,7 +87,7 @@ def measure(run: Any) -> None:
 
 
 def peak() -> int:
-    """The most bytes that the process has held."""
+    """The most bytes that the process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -96,8 +96,8 @@ def main() -> int:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--published", metavar="PYTHON", help="Python with the published package")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,4 +1,4 @@
-"""Reads a text in one framework and goes on with it in the other, by way of a file.
+"""Reads a text in one framework and continues it in the other, through a state file.
 
 python examples/cross_framework_state.py
 """
