@@ -158,10 +158,10 @@ def choose_implementation(
     if kind == "cuda" and _HAS_TRITON:
         return Choice("triton", "a kernel reads and writes each element once")
     if shape[1] == 1:
-        return Choice("reference", "one step is no more than its definition")
+        return Choice("reference", "a single step needs no kernel")
     if kind == "cuda":
         return Choice("native", "triton is not installed")
-    return Choice("native", f"PyTorch's own operations are the fastest there is on {kind}")
+    return Choice("native", f"PyTorch's own operations are the fastest on {kind}")
 
 
 def _implementation(name: str, x: Tensor) -> str:
