@@ -210,7 +210,7 @@ def test_adapters_go_on_only_on_their_base(corpus, base, train):
     weights.write_bytes(data)
     done = train(resume=True, **options)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {weights}" in done.err
+    assert f"these inputs have changed: {weights}" in done.err
 
 
 @pytest.mark.parametrize(("how", "word"), [("truncate", "truncated"), ("skip", "skipped")])
@@ -234,7 +234,7 @@ def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
         proto.replace(word + b"\x15", "▁SHALL".encode() + b"\x15")
     )
     done = train(config=None, tokenizer=corpus / "swapped.model")
-    assert "the tokenizer is not that of the checkpoint" in done.err
+    assert "the tokenizer differs from the checkpoint" in done.err
     assert done.code == 2
 
 
@@ -244,7 +244,7 @@ def test_a_run_is_never_replaced_unasked(corpus, train):
     before = (corpus / "run" / "run.toml").read_bytes()
     done = train(steps=2)
     assert (done.code, done.out) == (2, "")
-    assert "holds a training run: --resume goes on with it, --force replaces it" in done.err
+    assert "holds a training run: --resume continues it, --force replaces it" in done.err
     # Nor where the new one cannot begin.
     assert train(force=True, train="/nowhere").code == 2
     assert (corpus / "run" / "run.toml").read_bytes() == before
@@ -282,7 +282,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
         file.write('{"text": "and more"}\n')
     done = train(resume=True)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
+    assert f"these inputs have changed: {corpus / 'valid.jsonl'}" in done.err
 
 
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
