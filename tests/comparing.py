@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.parity import Model, Report, TwinModel, compare, default_length, make_batch
 
 

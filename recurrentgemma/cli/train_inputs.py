@@ -14,7 +14,7 @@ from recurrentgemma.common.errors import UserError
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
@@ -27,7 +27,7 @@ _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma_conversion.opening import open_checkpoint
 
     if options.preset is not None:

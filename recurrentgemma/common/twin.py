@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
     import numpy as np
 
     from recurrentgemma.common.generation.sampler import BaseSampler
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma_conversion.overrides import Overrides
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.state import state_shapes
 
 LONGEST = 512  # tokens a row, unless more are asked for

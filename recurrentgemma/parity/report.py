@@ -11,7 +11,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import MismatchError
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.parity.batches import ParityBatch
 from recurrentgemma.parity.budget import Error, compare_tensors
 from recurrentgemma.parity.models import Model

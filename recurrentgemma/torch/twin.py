@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.twin import Outputs, Twin, process_memory

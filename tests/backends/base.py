@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.twin import Twin, find_twin
 
 Params = Mapping[str, np.ndarray]

@@ -8,7 +8,7 @@ import pytest
 from cases import CONFIGS, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.optimization import OptimizerOptions
 from tolerances import assert_close

@@ -11,7 +11,6 @@ model                     the final checkpoint folder
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -193,10 +192,6 @@ def _remove(path: Path) -> None:
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     header = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    writer = TensorFileWriter(path, header, {})
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.abandon)
+    with TensorFileWriter(path, header, {}) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
-        stack.pop_all()
-    writer.close()

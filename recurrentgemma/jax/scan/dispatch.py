@@ -22,8 +22,8 @@ from flax.typing import Dtype
 from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recurrentgemma.common.model.numerics import RG_LRU_C
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
-from recurrentgemma.common.model.reference import RG_LRU_C
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec, split
