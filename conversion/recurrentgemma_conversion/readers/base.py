@@ -43,7 +43,7 @@ class Reader(abc.ABC):
     """
 
     format: Format
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
     homes: Sequence[Path]
     companions: Sequence[Path] = ()
     special_ids: Mapping[str, Any] = MappingProxyType({})
@@ -110,7 +110,7 @@ class Reader(abc.ABC):
         """The dtype of each parameter, by path.
 
         Raises:
-          MismatchError: The tensors are not those of the config; all differences are listed.
+          MismatchError: The tensors do not match the config; all differences are listed.
         """
         return self.layout.dtypes(self.path, self.tensors, self._problems())
 
@@ -120,7 +120,7 @@ class Reader(abc.ABC):
         return self.layout.specs
 
     def require(self) -> None:
-        """Raises `CheckpointError` unless the config is known and the tensors are those of it."""
+        """Raises `CheckpointError` unless the config is known and the tensors match it."""
         _ = self.config, self.dtypes
 
     def read(self, spec: ParamSpec) -> np.ndarray:

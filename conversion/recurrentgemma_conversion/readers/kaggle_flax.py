@@ -118,7 +118,7 @@ def _reason(error: Exception) -> str:
 
 
 def _database_keys(path: Path) -> Mapping[str, Any]:
-    """The keys of an OCDBT database, each with what reads it."""
+    """The keys of an OCDBT database, each with the database."""
     ts = import_tensorstore()
     spec = {"driver": "ocdbt", "base": _files(path)}
     try:
@@ -130,7 +130,7 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _file_keys(path: Path) -> Mapping[str, Any]:
-    """The files of a directory tree, relative to it."""
+    """The files of a directory tree, relative to it, each with None."""
     found: dict[str, Any] = {}
     for folder, _, names in os.walk(path):
         files = (file for name in names if (file := Path(folder, name)).is_file())
@@ -139,7 +139,11 @@ def _file_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _arrays(path: Path, keys: Mapping[str, Any]) -> dict[str, _Array]:
-    """The zarr arrays among keys, every chunk of which is there."""
+    """The zarr arrays among keys.
+
+    Raises:
+      DamagedError: Chunks or metadata are missing or damaged.
+    """
     if any(key.endswith("/zarr.json") for key in keys):
         raise UnknownFormatError(f"{path} is stored as zarr 3; only zarr 2 is read")
     chunks = {
@@ -176,7 +180,7 @@ def _parse(metadata: Any) -> _Array:
 
 def _missing_chunks(name: str, array: _Array, present: set[str]) -> list[str]:
     if array.metadata.get("fill_value") is not None:
-        return []  # where a chunk is missing, that is its value
+        return []  # the value of chunks that are missing
     grid = [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
     if math.prod(grid) > len(present):
         return [f"{math.prod(grid) + 1 - len(present)} or more of {name}"]

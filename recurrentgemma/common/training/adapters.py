@@ -97,7 +97,7 @@ def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = N
     )
     problems += [f"{n} must be floating-point" for n, t in file.tensors.items() if t.dtype is None]
     if problems:
-        raise MismatchError(f"{path}: the adapters are not those of its header", problems)
+        raise MismatchError(f"{path}: the adapters do not match its header", problems)
     arrays = {spec.path: file.read(spec.path) for spec in specs}
     bad = [name for name, array in arrays.items() if count_nonfinite(array)]
     if bad:
