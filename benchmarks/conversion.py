@@ -35,7 +35,7 @@ from interleaved import publish
 from rich.table import Table
 
 from recurrentgemma.common.io.arrays import BFLOAT16
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import torch_name, torch_shape
 from recurrentgemma_conversion import Format, Progress, convert

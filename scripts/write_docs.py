@@ -14,7 +14,7 @@ from pathlib import Path
 
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 from recurrentgemma_conversion import Format

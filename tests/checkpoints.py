@@ -9,7 +9,7 @@ from cases import make_config, make_params
 
 from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.formats import Format

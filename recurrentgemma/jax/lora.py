@@ -13,7 +13,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.training.lora import LoraOptions, Quantized, adapter_specs, quantize
 from recurrentgemma.jax.griffin import Params, get_path, set_path

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.model.state_dict import torch_name, torch_shape
@@ -58,7 +58,6 @@ def make(**changes: Any) -> GriffinConfig:
             "lru_width must be divisible by num_heads, got lru_width=35 num_heads=2",
         ),
         ({"width": 20}, r"divisible by 4 .*, got 10 from width=20 num_heads=2"),
-        ({"block_types": ()}, "block_types must name at least one block, got none"),
         ({"block_types": "recurrent"}, "block_types must be a sequence, got 'recurrent'"),
         ({"block_types": (R, "global")}, "'global' is no TemporalBlockType; choose from ATTENTION"),
         ({"block_types": (R, None)}, "None is no TemporalBlockType"),

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from cases import CONFIGS, make_config
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.init import Normal, RingLog, Zeros
 from recurrentgemma.common.model.layer_spec import (
-    Normal,
-    RingLog,
-    Zeros,
     layer_spec,
     mismatches,
     num_parameters,

@@ -12,7 +12,7 @@ from checkpoints import CONFIGS, files, parameters, write_checkpoint
 from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.arrays import DTYPES, same_bits
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
@@ -167,7 +167,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     assert model.config.attention_window_size == config.attention_window_size
     # Ours sees W + 1 keys, theirs W: equal within the window.
     tokens = np.arange(config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
     )
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     (folder / "config.json").write_text(json.dumps(config_json))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens = np.arange(3 * config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
     )
     with torch.no_grad():

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion import Format, convert
 from recurrentgemma_conversion.names.griffin import from_fields, to_fields

@@ -47,7 +47,7 @@ def load(twin: str, path: Path, **kwargs) -> np.ndarray:
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 @pytest.mark.parametrize("format_", Format)
 def test_any_format_loads(make, twin: str, format_: Format) -> None:
-    expected, _ = reference.griffin(CONFIG, parameters(CONFIG, "float32"), TOKENS, POSITIONS)
+    expected, _ = reference.forward(CONFIG, parameters(CONFIG, "float32"), TOKENS, POSITIONS)
     assert_close(load(twin, make("model", format_)), expected, "logits", "float32")
 
 
@@ -161,7 +161,7 @@ def test_what_is_multiplied_is_of_one_dtype(
         assert {found[path] for path in params if not path.endswith(WIDE)} == {computation}
         assert {found[path] for path in params if path.endswith(WIDE)} == {"bfloat16"}
     values = {path: value.astype(np.float64) for path, value in params.items()}
-    expected, _ = reference.griffin(CONFIG, values, TOKENS, POSITIONS)
+    expected, _ = reference.forward(CONFIG, values, TOKENS, POSITIONS)
     assert_close(load(twin, folder), expected, "logits", computation)
 
 

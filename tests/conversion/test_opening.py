@@ -7,7 +7,7 @@ from checkpoints import CONFIGS
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.io import tensor_files
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion import Format, Overrides, open_checkpoint
 from recurrentgemma_conversion.formats import Tensor

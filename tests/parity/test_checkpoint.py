@@ -12,7 +12,7 @@ import sentencepiece as spm
 from recurrentgemma.common.errors import MismatchError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer

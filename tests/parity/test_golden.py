@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion import Format
@@ -160,9 +160,9 @@ def test_bfloat16_errs_no_more_than_the_published_halves(backend: Backend, case:
     """Against float64 on the same rounded weights: the largest error and the root mean square."""
     stored, weights = golden(f"tiny-bf16.{case}"), golden_params("tiny-bf16")
     tokens, segment_pos = stored["jax/tokens"], stored["jax/segment_pos"]
-    truth, state = reference.griffin(golden_config(), weights, tokens, segment_pos)
+    truth, state = reference.forward(golden_config(), weights, tokens, segment_pos)
     decode = stored["jax/decode_tokens"], stored["jax/decode_pos"]
-    decoded_truth, _ = reference.griffin(golden_config(), weights, *decode, state)
+    decoded_truth, _ = reference.forward(golden_config(), weights, *decode, state)
     logits, _, decoded, _ = run(backend, case, "bfloat16", "tiny-bf16")
     real = segment_pos >= 0
 

@@ -8,7 +8,7 @@ import pytest
 from cases import CONFIGS, make_config
 
 from backends import Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 

@@ -13,7 +13,7 @@ from cases import bfloat16, make_config, make_params, make_tokens, scaled_to
 
 from backends import Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma_conversion import Format
 from recurrentgemma_conversion.names import layout
 from tolerances import assert_close
@@ -44,7 +44,7 @@ def places() -> np.ndarray:
 @functools.cache
 def truth(config: GriffinConfig, seed: int = 0) -> np.ndarray:
     params, tokens = problem(config, seed)
-    logits, _ = reference.griffin(config, params, tokens, places())
+    logits, _ = reference.forward(config, params, tokens, places())
     assert 25 < np.abs(logits).max() < 30
     return logits
 
@@ -128,7 +128,7 @@ def test_its_window_admits_one_key_fewer() -> None:
     config = CONFIGS["three blocks"]
     changed = dataclasses.replace(config, attention_window_size=7)
     params, tokens = problem(config)
-    other, _ = reference.griffin(changed, params, tokens, places())
+    other, _ = reference.forward(changed, params, tokens, places())
     apart = np.abs(other - truth(config)).max((0, 2))
     assert apart[:7].max() == 0
     assert apart[7:].max() > 0.1

@@ -13,7 +13,7 @@ from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.io.files import held_folder
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
     pytest.importorskip("torch.nn")
     made = []
     monkeypatch.setattr(
-        "recurrentgemma.cli.trainers.make_trainer",
+        "recurrentgemma.cli.trainers.TwinTrainer",
         lambda framework, setup: made.append(setup) or pytest.skip.Exception,
     )
     with pytest.raises(AttributeError):

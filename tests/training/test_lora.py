@@ -19,7 +19,7 @@ from recurrentgemma.common.errors import (
     UnknownFormatError,
 )
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
@@ -91,7 +91,7 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
     """In float64: the adapted model, its merged parameters, and the definition."""
     options, batch = KINDS[kind], make_batch(CONFIG, 0)
     expected = merged_params(CONFIG, options)
-    logits, _ = reference.griffin(CONFIG, expected, batch.tokens, batch.segment_pos)
+    logits, _ = reference.forward(CONFIG, expected, batch.tokens, batch.segment_pos)
     real = batch.segment_pos >= 0
     with trainer.precision("float64"):
         state = with_adapters(trainer, options, "float64")
@@ -376,11 +376,11 @@ def test_peft_computes_the_same(tmp_path: Path) -> None:
     assert len(loaded) == sum(2 * len(names.pieces[t.path]) for t in lora_targets(config, options))
     with torch.no_grad():
         given = adapted(torch.tensor(batch.tokens).long(), use_cache=False).logits.numpy()
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, merged_params(config, options), batch.tokens, batch.segment_pos
     )
     assert_close(given, expected, "logits", "float32")
-    plain, _ = reference.griffin(config, params, batch.tokens, batch.segment_pos)
+    plain, _ = reference.forward(config, params, batch.tokens, batch.segment_pos)
     assert np.abs(expected - plain).max() > 0.1
 
 

@@ -84,7 +84,7 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
     """`loss_fn` is the reference's loss, and its gradient the one through the model's logits."""
     config = CONFIGS[name]
     params, batch = make_params(config), make_batch(config, 0)
-    logits, state = reference.griffin(config, params, batch.tokens, batch.segment_pos)
+    logits, state = reference.forward(config, params, batch.tokens, batch.segment_pos)
     # As `next_token_loss` wants it: the first token, then the targets.
     tokens = np.concatenate([batch.tokens[:, :1], batch.targets], 1) % config.vocab_size
     longer = np.concatenate([logits, logits[:, :1]], 1)

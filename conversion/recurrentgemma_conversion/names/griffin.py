@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrentgemma.common.errors import ConfigError, NotRecurrentGemmaError
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, member
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names.family import Family

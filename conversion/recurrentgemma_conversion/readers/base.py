@@ -17,7 +17,7 @@ from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, no_tokenizer, read_config
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor

@@ -14,7 +14,7 @@ from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, metadata, read_config
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.files import expanded
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"

@@ -21,7 +21,7 @@ from recurrentgemma.common.errors import (
 from recurrentgemma.common.io.arrays import count_nonfinite
 from recurrentgemma.common.io.files import expanded, whole_file
 from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import mismatches
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 

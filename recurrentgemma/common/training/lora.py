@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 
