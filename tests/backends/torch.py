@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
 from typing import Any
 
@@ -19,44 +17,22 @@ from backends.base import (
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
 
 class TorchBackend(Backend):
     name = "torch"
 
-    @functools.cached_property
-    def module(self) -> Any:
-        return importlib.import_module("recurrentgemma.torch")
-
-    device = "cpu"
-
-    def precision(self, dtype: str):
-        return contextlib.nullcontext()
-
     @contextlib.contextmanager
     def running(self, implementation: str = "auto", **_: Any):
-        """Where a recurrence runs: Triton's kernels on a GPU unless they are interpreted."""
+        """Places arrays on the GPU for Triton's kernels, unless those are interpreted."""
         compiled = implementation == "triton" and os.environ["TRITON_INTERPRET"] == "0"
-        self.device = "cuda" if compiled else "cpu"
+        self.device = "cuda" if compiled else None
         try:
             with np.errstate(over="ignore"):  # exp in an interpreted kernel
                 yield
         finally:
-            self.device = "cpu"
-
-    def array(self, value: np.ndarray, dtype: str) -> Any:
-        import torch
-
-        array = torch.tensor(np.ascontiguousarray(value), device=self.device)
-        return array.to(getattr(torch, dtype))
-
-    def _numpy(self, value: Any) -> np.ndarray:
-        import torch
-
-        value = value.detach()
-        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+            self.device = None
 
     def _network(self, kind, config, prefix, params, dtype, kwargs) -> TorchNetwork:
         import torch
@@ -71,31 +47,11 @@ class TorchBackend(Backend):
                 for path, value in params.items()
             }
         )
-        return TorchNetwork(self, kind, module, dtype)
+        return TorchNetwork(self, kind, module, tuple(params), dtype)
 
     def raw_griffin(self, config, params, dtype="float32"):
-        model = self._network("Griffin", config, "", params, dtype, {}).module
+        model = self.twin.make(config, params.items(), dtype)
         return model, model
-
-    def init_params(self, config, seed, dtype="float32"):
-        import torch
-
-        model = self.module.Griffin(config, dtype=getattr(torch, dtype))
-        model.reset_parameters(seed)
-        stored = model.state_dict()
-        params = {}
-        for spec in layer_spec(config):
-            value = stored[torch_name(spec.path)]
-            if value.dtype == torch.bfloat16:  # bit for bit, in NumPy's extension type
-                import ml_dtypes
-
-                value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            params[spec.path] = to_torch(spec.path, np.asarray(value))
-        return params
-
-    def sampler(self, config, params, vocab, **kwargs):
-        model = self._network("Griffin", config, "", params, "float32", {}).module
-        return self.module.Sampler(model, vocab, **kwargs)
 
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
         with self.running(**kwargs):
@@ -174,8 +130,9 @@ class TorchBackend(Backend):
 
 
 class TorchNetwork(Network):
-    def __init__(self, backend: TorchBackend, kind: str, module, dtype: str) -> None:
+    def __init__(self, backend: TorchBackend, kind: str, module, paths, dtype: str) -> None:
         self.backend, self.kind, self.module, self.dtype = backend, kind, module, dtype
+        self.paths = paths
 
     def _arguments(self, x, segment_pos, state) -> list[Any]:
         arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
@@ -210,9 +167,8 @@ class TorchNetwork(Network):
             loss, [*parameters, *inputs], allow_unused=True, materialize_grads=True
         )
         gradients = [self.backend.to_numpy(gradient) for gradient in gradients]
-        flat = {}
-        for name, gradient in zip(names, gradients[: len(names)], strict=True):
-            flat[flax_path(name)] = to_torch(flax_path(name), gradient)
+        by_name = dict(zip(names, gradients, strict=False))
+        flat = {path: to_torch(path, by_name[torch_name(path)]) for path in self.paths}
         return named_grads(flat, x, state, gradients[len(names) :])
 
 
