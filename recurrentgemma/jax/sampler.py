@@ -20,9 +20,10 @@ from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays, State
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sampling import Choice, Sampling, choose
 
 __all__ = ["Sampler", "SamplerOutput"]

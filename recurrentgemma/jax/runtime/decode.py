@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from recurrentgemma.jax.cache import Cache
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.trees import Params
 
 
 class Functions(NamedTuple):
