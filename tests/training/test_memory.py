@@ -1,4 +1,4 @@
-"""The memory that is computed is that of the arrays there are."""
+"""The computed memory equals the size of the arrays."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_training(framework, optimizer, dtype, lora):
 
 
 def test_int8_base():
-    """A byte a value, a float32 a column; embedding, norms, biases and the like as they were."""
+    """A byte a value and a float32 a column; embedding, norms and biases stay as they are."""
     from recurrentgemma.common.model.layer_spec import layer_spec
 
     matrices = [spec for spec in layer_spec(CONFIG) if spec.lora is not None]
