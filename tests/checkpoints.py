@@ -60,7 +60,7 @@ def decoded(
     """The parameters, by path, that a file of a format holds, and no other tensors."""
     names = layout(config, format_)
     assert stored.keys() == names.shapes.keys()
-    return {spec.path: np.asarray(names.decode(spec, stored.get)) for spec in names.specs}
+    return {spec.path: np.asarray(names.decode(spec, stored.__getitem__)) for spec in names.specs}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -67,8 +67,8 @@ class Summary(NamedTuple):
     """What a conversion did.
 
     Attributes:
-      source_format: The format read.
-      format: The format written.
+      source_format: The format of the source.
+      format: The format of the result.
       tensors: Number of parameters.
       values: Number of values.
       bytes: Bytes of the parameters as written.
@@ -115,18 +115,18 @@ def convert(
       source: A checkpoint of any format, or an archive.
       destination: The folder to make.
       to: The format of the result.
-      dtype: What the parameters are cast to, to nearest, ties to even; as stored if None.
+      dtype: The dtype to cast the parameters to, to nearest, ties to even; no cast if None.
       shard_size: Bytes in a safetensors file, at most.
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A sentencepiece model, where there is none beside the weights.
-      overrides: What the source does not say of the model, or says otherwise.
+      overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
 
     Raises:
-      CheckpointError: A subclass of it names what is wrong. Nothing was written.
+      CheckpointError: A subclass names the problem. Nothing was written.
     """
     started = time.perf_counter()
     to = Format(to)
@@ -298,7 +298,7 @@ def _require_folder_name(target: Path, force: bool) -> None:
 
 
 def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader) -> None:
-    """Neither may hold the other, under whatever names; `reader` may be of an unpacked archive."""
+    """Neither may hold the other, under any name; `reader` may have opened an unpacked archive."""
     for path in (expanded(source), reader.path, *reader.weights):
         if Path(os.path.realpath(path)).is_relative_to(target):
             raise DestinationError(f"the destination {target} must not hold the source {path}")

@@ -1,4 +1,4 @@
-"""Which format a path holds, told by content, and the reader for it."""
+"""The one way in: the format of a path, told by its content, and the reader for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.HUGGINGFACE: HuggingFaceReader,
     Format.RECURRENTGEMMA: NativeReader,
 }
-# Levels of folders around a checkpoint, at most: as in the cache of the hub of Hugging Face.
+# Levels of folders around a checkpoint, at most: as in the cache of Hugging Face's hub.
 _DEPTH = 3
 
 
@@ -40,7 +40,7 @@ def open_checkpoint(
     overrides: Overrides = NO_OVERRIDES,
     scratch: Path | None = None,
 ) -> Iterator[Reader]:
-    """Opens a checkpoint of any format, its config known and its tensors those of the config.
+    """Opens a checkpoint of any format, its config known and its tensors checked against it.
 
     Args:
       path: A folder, one that holds a single checkpoint, a file of weights, or an archive; the
@@ -111,7 +111,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
-      NotRecurrentGemmaError: There is one of another model.
+      NotRecurrentGemmaError: The checkpoint holds another model.
     """
     found = _nearest(path)
     if not found:
@@ -170,7 +170,7 @@ def _weights_at(path: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is by its first bytes: safetensors, a pickle, an archive or something else."""
+    """The kind of a file by its first bytes: safetensors, pickle, archive; None for others."""
     with path.open("rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":

@@ -14,7 +14,7 @@ from recurrentgemma.common.errors import UserError
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 
 
-def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
+def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
     from recurrentgemma.common.model.griffin import GriffinConfig
@@ -48,9 +48,7 @@ def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, T
     return config if options.from_scratch else None, tokenizer
 
 
-def _require_match(
-    tokenizer: Tokenizer, config: GriffinConfig, own: Tokenizer | None = None
-) -> None:
+def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None = None) -> None:
     from recurrentgemma.common.errors import TokenizerError
 
     if tokenizer.size != config.vocab_size:
@@ -155,7 +153,7 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
 
 
 def make_setup(
-    options: TrainOptions, config: GriffinConfig | None, tokenizer: Tokenizer, steps: int
+    options: TrainOptions, config: Config | None, tokenizer: Tokenizer, steps: int
 ) -> Setup:
     """What to train, and how; `config_and_tokenizer` gives `config` and `tokenizer`."""
     from recurrentgemma.cli.trainers import Setup

@@ -76,7 +76,7 @@ def _product(module: nn.Module, x: Float[Array, "b t i"], a: Array, b: Array):
     y_cbtj = x_cbti @ a_cir[:, None] @ b_crj[:, None]
     if isinstance(module, BlockDiagonalLinear):
         return jnp.concatenate(y_cbtj, -1)
-    return tuple(y_cbtj) if isinstance(module, Einsum) else y_cbtj[0]
+    return y_cbtj if isinstance(module, Einsum) else y_cbtj[0]
 
 
 def _dequantized(quantized: Quantized, dtype: Dtype) -> Array:

@@ -89,7 +89,7 @@ def save_checkpoint(
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
-        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
       RuntimeError: It is split, and another process could not write.
     """

@@ -138,7 +138,7 @@ class Layout:
     def dtypes(
         self, path: object, tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
     ) -> dict[str, np.dtype]:
-        """The dtype of each parameter, by path, where the tensors are those of the model.
+        """The dtype of each parameter, by path, once the tensors are found to match.
 
         Args:
           path: Where the tensors are, or go.
@@ -166,7 +166,7 @@ class Layout:
             if len(set(found)) > 1
         ]
         if listed := [*listed, *problems]:
-            raise MismatchError(f"{path}: the tensors are not those of the config", listed)
+            raise MismatchError(f"{path}: the tensors do not match the config", listed)
         return {path: found[0] for path, found in dtypes.items() if found[0] is not None}
 
 

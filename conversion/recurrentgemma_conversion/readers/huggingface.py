@@ -57,7 +57,7 @@ class HuggingFaceReader(SafetensorsReader):
         tensor = self.shards.read(name)
         if name == _EMBEDDING and self._head and not same_bits(tensor, self.shards.read(_HEAD)):
             raise MismatchError(
-                f"{self.path}: the tensors are not those of the config", [self._untied()]
+                f"{self.path}: the tensors do not match the config", [self._untied()]
             )
         return tensor
 

@@ -24,6 +24,7 @@ from recurrentgemma.common.errors import DamagedError, MissingExtraError, Unknow
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.tensor_files import write_array
+from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
@@ -118,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 
 def _database_keys(path: Path) -> Mapping[str, Any]:
-    """The keys of an OCDBT database, each with what reads it."""
+    """The keys of an OCDBT database, each with the database."""
     ts = import_tensorstore()
     spec = {"driver": "ocdbt", "base": _files(path)}
     try:
@@ -130,7 +131,7 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _file_keys(path: Path) -> Mapping[str, Any]:
-    """The files of a directory tree, relative to it."""
+    """The files of a directory tree, relative to it, each with None."""
     found: dict[str, Any] = {}
     for folder, _, names in os.walk(path):
         files = (file for name in names if (file := Path(folder, name)).is_file())
@@ -139,7 +140,11 @@ def _file_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _arrays(path: Path, keys: Mapping[str, Any]) -> dict[str, _Array]:
-    """The zarr arrays among keys, every chunk of which is there."""
+    """The zarr arrays among keys.
+
+    Raises:
+      DamagedError: Chunks or metadata are missing or damaged.
+    """
     if any(key.endswith("/zarr.json") for key in keys):
         raise UnknownFormatError(f"{path} is stored as zarr 3; only zarr 2 is read")
     chunks = {
@@ -176,7 +181,7 @@ def _parse(metadata: Any) -> _Array:
 
 def _missing_chunks(name: str, array: _Array, present: set[str]) -> list[str]:
     if array.metadata.get("fill_value") is not None:
-        return []  # where a chunk is missing, that is its value
+        return []  # the value of chunks that are missing
     grid = [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
     if math.prod(grid) > len(present):
         return [f"{math.prod(grid) + 1 - len(present)} or more of {name}"]
@@ -272,9 +277,7 @@ def orbax_metadata(names: Iterable[str], *, ocdbt: bool) -> dict[str, Any]:
     """
     tree = {}
     for name in names:
-        keys = name.split(".")
-        if keys[0] == "blocks":  # "blocks.N" is one level of the tree
-            keys[:2] = [".".join(keys[:2])]
+        keys = tree_keys(name)
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},

@@ -2,7 +2,7 @@
 
 Reading maps the file through `torch.load(mmap=True, weights_only=True)`. Writing needs neither
 PyTorch nor memory: the zip archive of such a file is a pickle that says which record holds which
-tensor, and then a record for each, which are written one after the other.
+tensor, and then the records, written one after the other.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def _is_stored(path: Path) -> bool:
-    """Whether the records of a zip archive lie in it as they are, not compressed."""
+    """Whether no record of a zip archive is compressed."""
     with zipfile.ZipFile(path) as archive:
         return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 

@@ -21,7 +21,7 @@ from recurrentgemma.common.errors import (
 from recurrentgemma.common.io.arrays import count_nonfinite
 from recurrentgemma.common.io.files import expanded, whole_file
 from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config, config_from_dict
 from recurrentgemma.common.model.layer_spec import mismatches
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 
@@ -38,7 +38,7 @@ class Adapters(NamedTuple):
       arrays: A and B of each target, by the paths of `adapter_specs`.
     """
 
-    config: GriffinConfig
+    config: Config
     options: LoraOptions
     arrays: Mapping[str, np.ndarray]
 
@@ -61,7 +61,7 @@ def write_adapters(
         write_tensors(temporary, adapters.arrays, metadata)
 
 
-def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = None) -> Adapters:
+def read_adapters(path: str | os.PathLike[str], config: Config | None = None) -> Adapters:
     """Reads an adapter file, or the one in a folder.
 
     Args:
@@ -83,7 +83,7 @@ def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = N
         version = file.metadata.get("version")
         raise UnknownFormatError(f"{path} is of version {version}, {_VERSION} is expected")
     try:
-        stored = GriffinConfig.from_dict(json.loads(file.metadata["config"]))
+        stored = config_from_dict(json.loads(file.metadata["config"]))
         fields = json.loads(file.metadata["lora"])
         options = LoraOptions(**{**fields, "targets": tuple(fields["targets"])})
     except (ValueError, TypeError, KeyError) as error:
@@ -97,7 +97,7 @@ def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = N
     )
     problems += [f"{n} must be floating-point" for n, t in file.tensors.items() if t.dtype is None]
     if problems:
-        raise MismatchError(f"{path}: the adapters are not those of its header", problems)
+        raise MismatchError(f"{path}: the adapters do not match its header", problems)
     arrays = {spec.path: file.read(spec.path) for spec in specs}
     bad = [name for name, array in arrays.items() if count_nonfinite(array)]
     if bad:
@@ -115,12 +115,10 @@ def write_tensors(
             writer.write(name, array)
 
 
-def _require_same_model(path: Path, stored: GriffinConfig, config: GriffinConfig) -> None:
-    expected = config.to_dict()
+def _require_same_model(path: Path, stored: Config, config: Config) -> None:
     differences = [
-        f"{name} is {value!r}, the model has {expected[name]!r}"
-        for name, value in stored.to_dict().items()
-        if name != "scan_type" and value != expected[name]
+        f"{name} is {one!r}, the model has {other!r}"
+        for name, (one, other) in stored.differences(config).items()
     ]
     if differences:
         raise ConfigError(f"{path}: adapters of another model: {'; '.join(differences)}")
