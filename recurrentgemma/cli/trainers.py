@@ -12,7 +12,7 @@ from recurrentgemma.common.twin import find_twin
 if TYPE_CHECKING:
     import numpy as np
 
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.lora import LoraOptions
@@ -35,7 +35,7 @@ class Setup(NamedTuple):
     """
 
     checkpoint: Path | None
-    config: GriffinConfig | None
+    config: Config | None
     tokenizer: Tokenizer
     dtype: DType
     gradient_checkpointing: bool
