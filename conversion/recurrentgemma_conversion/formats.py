@@ -241,7 +241,7 @@ def require_tensors(
     problems += [
         f"{name} must be of a dtype among {supported}"
         for name, tensor in tensors.items()
-        if name in expected and tensor.dtype is None
+        if name in expected and dtype_name(tensor.dtype) not in DTYPES
     ]
     problems += [
         f"{spec.path} must have one dtype in all its parts"

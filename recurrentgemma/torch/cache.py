@@ -18,6 +18,7 @@ from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
 from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.common.model.state import Arrays, check_state
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan import wide_dtype
 
 
@@ -93,18 +94,11 @@ def init_cache(
 
 
 def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
-    """The state as NumPy arrays (bfloat16 as float32), in the form both frameworks read."""
+    """The state as NumPy arrays of the same dtypes, which both frameworks read."""
     return {
-        block: {
-            field: _without_bfloat16(value.detach()).cpu().numpy()
-            for field, value in block_cache._asdict().items()
-        }
+        block: {field: to_array(value) for field, value in block_cache._asdict().items()}
         for block, block_cache in cache.items()
     }
-
-
-def _without_bfloat16(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 def cache_from_numpy(
@@ -123,7 +117,7 @@ def cache_from_numpy(
     for block, empty in init_cache(config, 1, dtype, "meta").items():
         cache[block] = type(empty)(
             **{
-                field: torch.tensor(arrays[block][field], dtype=like.dtype, device=device)
+                field: to_tensor(np.array(arrays[block][field])).to(device, like.dtype)
                 for field, like in empty._asdict().items()
             }
         )

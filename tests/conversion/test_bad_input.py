@@ -15,8 +15,7 @@ import pytest
 from checkpoints import CONFIGS, files, write_orbax
 
 from recurrentgemma.common import errors
-from recurrentgemma.common.io.arrays import DTYPES
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
@@ -36,10 +35,7 @@ def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None
     tensors = {name: np.array(file.read(name)) for name in file.tensors}
     change(tensors)
     path.unlink()
-    writer = TensorFileWriter(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}, {})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.close()
+    write_tensors(path, tensors, {})
 
 
 def test_all_differences_are_listed(make, refused) -> None:
@@ -197,11 +193,8 @@ def gemma(path: Path, kind: str) -> Path:
             (path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
         (path / "model.safetensors").touch()
         (path / "model.safetensors").unlink()
-        shapes = dict.fromkeys(tensors, ((4, 4), DTYPES["float32"]))
-        writer = TensorFileWriter(path / "model.safetensors", shapes, {})
-        for name in tensors:
-            writer.write(name, np.ones((4, 4), np.float32))
-        writer.close()
+        same = dict.fromkeys(tensors, np.ones((4, 4), np.float32))
+        write_tensors(path / "model.safetensors", same, {})
     return path
 
 

@@ -22,6 +22,8 @@ from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.common.training.adapters import (
     ADAPTERS,
     Adapters,
@@ -31,11 +33,9 @@ from recurrentgemma.common.training.adapters import (
 )
 from recurrentgemma.common.training.lora import (
     LoraOptions,
-    dequantize,
     lora_targets,
     merge,
     num_trainable,
-    quantize,
     trainable_specs,
 )
 from recurrentgemma.common.training.optimization import OptimizerOptions
@@ -101,7 +101,7 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
     for spec in layer_spec(CONFIG):
         value = expected[spec.path]
         assert_close(params[spec.path], value, "gradient", "float64", name=spec.path)
-        changes = spec.lora in options.targets or (options.quantize and spec.lora is not None)
+        changes = spec.lora in options.targets or (options.quantize and spec.matrix)
         assert (np.abs(value - plain[spec.path]).max() > 1e-5) == changes
 
 
@@ -143,7 +143,6 @@ def test_only_adapters_are_trained(trainer: Trainer, kind: str) -> None:
 def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
     """The base of a state by path: int8 values where it is quantised."""
     if trainer.name == "jax":
-        from recurrentgemma.common.training.lora import Quantized
         from recurrentgemma.jax.griffin import get_path
 
         leaves = {spec.path: get_path(state.base, spec.path) for spec in layer_spec(CONFIG)}
@@ -151,17 +150,18 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
             p: np.asarray(v.values if isinstance(v, Quantized) else v) for p, v in leaves.items()
         }
     from recurrentgemma.torch.lora import Adapted
+    from recurrentgemma.torch.quantization import Dequantizing
 
-    modules, found = dict(state.model.named_modules()), {}
+    found = {}
     for spec in layer_spec(CONFIG):
-        module, _, leaf = spec.torch.name.rpartition(".")
-        owner = modules[module]
-        if isinstance(owner, Adapted):
-            values = owner.values if leaf == owner.leaf else None
-            leaf_value = owner.base.get_parameter(leaf) if values is None else values
+        module, _, leaf = torch_name(spec.path).rpartition(".")
+        owner = state.model.get_submodule(module)
+        owner = owner.base if isinstance(owner, Adapted) else owner
+        if isinstance(owner, Dequantizing):
+            value = owner.values if leaf == owner.leaf else owner.base.get_parameter(leaf)
         else:
-            leaf_value = owner.get_parameter(leaf)
-        found[spec.path] = leaf_value.detach().numpy()
+            value = owner.get_parameter(leaf)
+        found[spec.path] = value.detach().numpy()
     return found
 
 
@@ -228,9 +228,9 @@ def test_the_quantized_base_is_the_same_in_both(trainers: tuple[Trainer, Trainer
         for trainer in trainers
     )
     for spec in layer_spec(CONFIG):
-        turned = one[spec.path].swapaxes(-1, -2) if spec.torch.transpose else one[spec.path]
+        turned = to_torch(spec.path, one[spec.path])
         np.testing.assert_array_equal(turned, other[spec.path], err_msg=spec.path)
-        assert (one[spec.path].dtype == np.int8) == (spec.lora is not None)
+        assert (one[spec.path].dtype == np.int8) == spec.matrix
 
 
 @pytest.mark.parametrize("targets", [("attention", "recurrent", "mlp"), EVERY])
@@ -264,7 +264,8 @@ def test_files_go_to_the_other_framework(
         else:
             merged = reader.module.load_adapters(tmp_path / ADAPTERS, base.model).state_dict()
             given = {
-                s.path: s.torch.decode(merged[s.torch.name].numpy(), s) for s in layer_spec(CONFIG)
+                s.path: to_torch(s.path, merged[torch_name(s.path)].numpy())
+                for s in layer_spec(CONFIG)
             }
         for path, value in expected.items():
             assert_close(given[path], value, "gradient", "float32", name=path)

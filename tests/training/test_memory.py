@@ -1,4 +1,4 @@
-"""The memory that is computed is that of the arrays there are."""
+"""The computed memory is the memory of the arrays."""
 
 import numpy as np
 import pytest
@@ -56,10 +56,10 @@ def test_training(framework, optimizer, dtype, lora):
 
 
 def test_int8_base():
-    """A byte a value, a float32 a column; embedding, norms, biases and the like as they were."""
+    """A matrix takes a byte a value and a float32 a column; the other parameters stay the same."""
     from recurrentgemma.common.model.layer_spec import layer_spec
 
-    matrices = [spec for spec in layer_spec(CONFIG) if spec.lora is not None]
+    matrices = [spec for spec in layer_spec(CONFIG) if spec.matrix]
     saved = sum(3 * s.size - 4 * s.size // s.shape[-2] for s in matrices)
     options = OptimizerOptions("sgd")
     plain = training_bytes(CONFIG, "float32", options, LoraOptions(4))

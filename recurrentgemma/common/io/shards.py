@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,6 +111,7 @@ class ShardsWriter:
         self._shards = plan_shards(tensors, shard_size)
         self._written = 0
         self._writer: TensorFileWriter | None = None
+        self._open = contextlib.ExitStack()  # the file that is being written
         if len(self._shards) > 1:
             weight_map = {name: file for file, part in self._shards.items() for name in part}
             index = {
@@ -122,17 +125,17 @@ class ShardsWriter:
         file = list(self._shards)[self._written]
         part = self._shards[file]
         if self._writer is None:
-            self._writer = TensorFileWriter(self._folder / file, part, self._metadata)
+            writer = TensorFileWriter(self._folder / file, part, self._metadata)
+            self._writer = self._open.enter_context(writer)
         self._writer.write(name, array)
         if name == list(part)[-1]:
-            self._writer.close()
+            self._open.close()
             self._writer = None
             self._written += 1
 
     def abandon(self) -> None:
         """Closes the file that is being written, the writing having failed."""
-        if self._writer is not None:
-            self._writer.abandon()
+        self._open.__exit__(*sys.exc_info())
 
 
 def plan_shards(tensors: Tensors, shard_size: int) -> dict[str, Tensors]:

@@ -40,6 +40,7 @@ class ParamSpec(NamedTuple):
       axes: Logical name of each axis; sharding rules read these.
       decay: Whether weight decay applies.
       lora: The group of LoRA targets this parameter belongs to, if any.
+      matrix: Whether it is a matrix, or a stack of them, that may be quantised.
       torch: How a PyTorch state dict stores it.
       hf: How Hugging Face's RecurrentGemma stores it: one tensor or several.
       wide: Whether it is computed with in float32 or wider, whatever its own dtype; the others meet
@@ -54,6 +55,7 @@ class ParamSpec(NamedTuple):
     lora: str | None
     torch: Stored
     hf: tuple[Stored, ...]
+    matrix: bool = False
     wide: bool = False
 
     @property
@@ -275,7 +277,8 @@ def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
     def place(e: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
         path = prefix + e.path
         torch, hf = e.layouts(path, hf_prefix, e.shape)
-        return ParamSpec(path, e.shape, e.init, e.axes, e.decay, e.lora, torch, hf, e.wide)
+        matrix = e.lora is not None
+        return ParamSpec(path, e.shape, e.init, e.axes, e.decay, e.lora, torch, hf, matrix, e.wide)
 
     embedding = _Entry(
         "embedder.input_embedding",

@@ -18,9 +18,9 @@ from recurrentgemma.common.errors import (
     NonFiniteError,
     UnknownFormatError,
 )
-from recurrentgemma.common.io.arrays import count_nonfinite
+from recurrentgemma.common.io.arrays import DTYPES, count_nonfinite, dtype_name
 from recurrentgemma.common.io.files import expanded, whole_file, whole_folder
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import mismatches
 from recurrentgemma.common.training.lora import (
@@ -63,7 +63,7 @@ def write_adapters(
         "lora": json.dumps(dataclasses.asdict(adapters.options)),
     }
     with whole_file(path, force=force) as temporary:
-        _write(temporary, dict(adapters.arrays), metadata)
+        write_tensors(temporary, adapters.arrays, metadata)
 
 
 def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = None) -> Adapters:
@@ -100,7 +100,11 @@ def read_adapters(path: str | os.PathLike[str], config: GriffinConfig | None = N
         {spec.path: spec.shape for spec in specs},
         {name: info.shape for name, info in file.tensors.items()},
     )
-    problems += [f"{n} must be floating-point" for n, t in file.tensors.items() if t.dtype is None]
+    problems += [
+        f"{name} must be floating-point"
+        for name, tensor in file.tensors.items()
+        if dtype_name(tensor.dtype) not in DTYPES
+    ]
     if problems:
         raise MismatchError(f"{path}: the adapters are not those of its header", problems)
     arrays = {spec.path: file.read(spec.path) for spec in specs}
@@ -135,7 +139,7 @@ def write_peft(path: str | os.PathLike[str], adapters: Adapters, *, force: bool 
     with whole_folder(path, force=force, size=size) as folder:
         text = json.dumps(config, indent=2) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        _write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def _peft_tensors(adapters: Adapters) -> Iterator[tuple[str, np.ndarray]]:
@@ -153,18 +157,6 @@ def _peft_tensors(adapters: Adapters) -> Iterator[tuple[str, np.ndarray]]:
                 matrix = matrix if part.part is None else matrix[part.part]
                 module = part.name.removesuffix(".weight")
                 yield f"base_model.model.{module}.{name}.weight", matrix.swapaxes(-1, -2)
-
-
-def _write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    declared = {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    writer = TensorFileWriter(path, declared, metadata)
-    try:
-        for name, array in tensors.items():
-            writer.write(name, array)
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def _require_same_model(path: Path, stored: GriffinConfig, config: GriffinConfig) -> None:

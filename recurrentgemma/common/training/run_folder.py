@@ -11,7 +11,6 @@ model                     the checkpoint folder of the end
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, DestinationError
 from recurrentgemma.common.io.files import remove_partial, whole_folder
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.packing import Position
 
@@ -110,7 +109,7 @@ class RunFolder:
             for file in model.iterdir():
                 file.rename(folder / file.name)
             model.rmdir()
-            _write_arrays(training / _STATE, arrays)
+            write_tensors(training / _STATE, arrays, {})
             (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         return path
 
@@ -189,14 +188,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    header = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    writer = TensorFileWriter(path, header, {})
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.abandon)
-        for name, array in arrays.items():
-            writer.write(name, array)
-        stack.pop_all()
-    writer.close()
