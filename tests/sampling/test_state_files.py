@@ -44,7 +44,7 @@ def metadata_of(data: bytes) -> dict[str, str]:
 
 
 def as_before(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """A file as earlier versions wrote it: "seen" comes first, and the header ends at any 8 bytes."""
+    """A file as earlier versions wrote it: "seen" comes first, the header is padded to 8 bytes."""
     header, end = {"__metadata__": metadata}, 0
     arrays = {"seen": arrays["seen"], **arrays}
     for name, array in arrays.items():

@@ -208,7 +208,7 @@ def test_a_bfloat16_base(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 7, 5)])
 def test_quantized(shape: tuple[int, ...]) -> None:
-    """As near as a half of a 127th of a column's largest value; a column of zeros stays one."""
+    """The error is at most half a step, 1/254 of a column's largest value; zeros stay zeros."""
     kernel = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     kernel[..., 2] = 0
     values, scale = quantize(kernel)
