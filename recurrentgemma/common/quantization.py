@@ -34,9 +34,9 @@ def quantize(matrix: np.ndarray) -> Quantized:
     return Quantized(values.astype(np.int8), scale)
 
 
-def dequantize(quantized: Quantized) -> np.ndarray:
-    """The matrices in float32."""
-    return np.asarray(quantized.values, np.float32) * quantized.scale
+def dequantize(quantized: Quantized) -> Any:
+    """The matrices in float32, in the framework of the arrays."""
+    return quantized.values * quantized.scale
 
 
 def quantized_bytes(shape: tuple[int, ...]) -> int:

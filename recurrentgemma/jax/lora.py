@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.quantization import Quantized
+from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
 from recurrentgemma.jax.griffin import Params, get_path, set_path
-from recurrentgemma.jax.quantization import dequantized, dequantizing, quantize_matrices
+from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.scan.gates import wide_dtype
 
 
@@ -28,20 +28,16 @@ def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[Non
       adapters: A and B of each target, by the paths of `adapter_specs`.
       options: The options that they were made with.
     """
-    # By the module's path: the pair's common name.
-    targets = {
-        target.rpartition(".")[0]: target
-        for target, _, name in (path.rpartition(".") for path in adapters)
-        if name == "lora_a"
-    }
+    pairs: dict[str, list[Array]] = {}  # A and B by the module's path
+    for path, matrix in sorted(adapters.items()):
+        pairs.setdefault(path.rsplit(".", 2)[0], []).append(matrix)
 
     def intercept(call, args, kwargs, context):
         y = call(*args, **kwargs)
-        target = targets.get(".".join(context.module.path))
-        if target is None or context.method_name != "__call__":
+        pair = pairs.get(".".join(context.module.path))
+        if pair is None or context.method_name != "__call__":
             return y
-        a, b = (adapters[f"{target}.{name}"] for name in ("lora_a", "lora_b"))
-        delta = _product(*args, options.scale * a, b)
+        delta = _product(args[0], options.scale * pair[0], pair[1])
         if isinstance(y, tuple):
             return tuple(part + d.astype(part.dtype) for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape).astype(y.dtype)
@@ -82,7 +78,7 @@ def merge(
     for spec in layer_spec(config):
         value = get_path(base, spec.path)
         if isinstance(value, Quantized):
-            value = dequantized(value, wide_dtype(dtype))
+            value = dequantize(value)
         if spec.lora in options.targets:
             a, b = (
                 adapters[matrix.path].astype(wide_dtype(dtype))

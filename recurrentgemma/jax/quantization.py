@@ -9,12 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
-from jaxtyping import Array
 
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.quantization import Quantized, quantize
+from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.jax.griffin import Params, get_path, set_path
 
 
@@ -29,12 +27,6 @@ def quantize_matrices(config: GriffinConfig, params: Params) -> Params:
     return result
 
 
-def dequantized(quantized: Quantized, dtype: Dtype) -> Array:
-    """The matrices of a `Quantized` in a dtype."""
-    values, scale = map(jnp.asarray, quantized)
-    return (values.astype(scale.dtype) * scale).astype(dtype)
-
-
 @contextlib.contextmanager
 def dequantizing() -> Iterator[None]:
     """Inside the block, a module whose parameters include a `Quantized` computes with its matrix.
@@ -45,14 +37,12 @@ def dequantizing() -> Iterator[None]:
     def intercept(call, args, kwargs, context):
         module = context.module
         own = module.variables.get("params", {}) if context.method_name == "__call__" else {}
-        if not any(isinstance(value, Quantized) for value in own.values()):
+        found = {leaf: value for leaf, value in own.items() if isinstance(value, Quantized)}
+        if not found:
             return call(*args, **kwargs)
         dtype = module.dtype or args[0].dtype
-        whole = {
-            leaf: dequantized(value, dtype) if isinstance(value, Quantized) else value
-            for leaf, value in own.items()
-        }
-        return module.clone(parent=None).apply({"params": whole}, *args, **kwargs)
+        matrices = {leaf: dequantize(value).astype(dtype) for leaf, value in found.items()}
+        return module.clone(parent=None).apply({"params": {**own, **matrices}}, *args, **kwargs)
 
     with nn.intercept_methods(intercept):
         yield

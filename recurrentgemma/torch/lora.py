@@ -18,7 +18,7 @@ from recurrentgemma.common.training.lora import (
     trainable_specs,
 )
 from recurrentgemma.torch.griffin import Griffin
-from recurrentgemma.torch.quantization import Dequantizing, quantize_matrices
+from recurrentgemma.torch.quantization import quantize_matrices
 from recurrentgemma.torch.scan.gates import wide_dtype
 
 
@@ -41,6 +41,10 @@ class Adapted(nn.Module):
         if isinstance(y, tuple):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape)
+
+    def get_parameter(self, target: str) -> Any:
+        """A parameter of the base."""
+        return self.base.get_parameter(target)
 
 
 def adapt(
@@ -81,29 +85,16 @@ def merge(
     """A plain model, in a dtype, that computes what the adapted one does."""
     state: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        name = torch_name(spec.path)
-        value = _base_value(model, name, wide_dtype(dtype))
+        path, _, leaf = torch_name(spec.path).rpartition(".")
+        value = model.get_submodule(path).get_parameter(leaf).detach()
         if spec.lora in options.targets:
             a, b = (
                 adapters[matrix.path].detach().to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
             value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
-        state[name] = value.to(dtype)
+        state[torch_name(spec.path)] = value.to(dtype)
     return _sharing(state, model)
-
-
-def _base_value(model: Griffin, name: str, dtype: torch.dtype) -> Tensor:
-    """A parameter of the model under the adapters, in `dtype` where it is quantised."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, Adapted):
-        module = module.base
-    if isinstance(module, Dequantizing):
-        if module.leaf == leaf:
-            return module.dequantized(dtype)
-        module = module.base
-    return module.get_parameter(leaf).detach()
 
 
 def _sharing(state: Mapping[str, Tensor], model: Griffin) -> Griffin:

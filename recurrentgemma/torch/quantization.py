@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.quantization import Quantized, quantize
+from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.runtime.arrays import to_array
 
@@ -27,12 +27,6 @@ def quantize_matrices(model: Griffin) -> None:
                 *(to_torch(spec.path, torch.from_numpy(part)).to(weight.device) for part in parts)
             )
             model.set_submodule(path, Dequantizing(module, leaf, quantized))
-
-
-def dequantized(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """The matrices of a `Quantized` in a dtype."""
-    values, scale = quantized
-    return (values.to(scale.dtype) * scale).to(dtype)
 
 
 class Dequantizing(nn.Module):
@@ -57,8 +51,11 @@ class Dequantizing(nn.Module):
         base.register_parameter(leaf, empty)
 
     def forward(self, x: Tensor) -> Any:
-        return functional_call(self.base, {self.leaf: self.dequantized(x.dtype)}, (x,))
+        matrix = self.get_parameter(self.leaf).to(x.dtype)
+        return functional_call(self.base, {self.leaf: matrix}, (x,))
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The parameter in a dtype."""
-        return dequantized(Quantized(self.values, self.scale), dtype)
+    def get_parameter(self, target: str) -> Any:
+        """A parameter of the module; the quantised one in float32."""
+        if target != self.leaf:
+            return self.base.get_parameter(target)
+        return dequantize(Quantized(self.values, self.scale))

@@ -114,12 +114,12 @@ ENTRY = {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}
     [
         ({"a": ENTRY | {"data_offsets": [0, 9]}}, r"\d+ bytes are expected, got \d+"),
         ({"a": ENTRY | {"shape": [3]}}, "invalid shape|TensorInvalidInfo"),
-        ({"a": ENTRY | {"shape": [-2]}}, "invalid value"),
+        ({"a": ENTRY | {"shape": [-2]}}, "invalid value|InvalidHeader"),
         ({"a": ENTRY | {"shape": [2**63, 2**63]}}, "overflow|Overflow"),
-        ({"a": ENTRY | {"dtype": "I3"}}, "unknown variant `I3`"),
+        ({"a": ENTRY | {"dtype": "I3"}}, "unknown variant `I3`|InvalidHeader"),
         ({"a": ENTRY, "b": ENTRY}, "invalid offset for tensor `.`|InvalidOffset"),
         ({"n" * 9999: ENTRY | {"data_offsets": [1, 2]}}, "invalid|Invalid"),
-        ({"__metadata__": {"a": 1}, "a": ENTRY}, "invalid type"),
+        ({"__metadata__": {"a": 1}, "a": ENTRY}, "invalid type|InvalidHeader"),
         ([], "invalid type|InvalidHeader"),
     ],
 )

@@ -6,6 +6,7 @@ A damaged file gives a named error or a state that can be continued.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def metadata_of(data: bytes) -> dict[str, str]:
 
 def as_before(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     """A file as earlier versions wrote it: "seen" comes first, the header is padded to 8 bytes."""
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     arrays = {"seen": arrays["seen"], **arrays}
     for name, array in arrays.items():
         dtype = {"uint8": "U8", "int32": "I32", "float32": "F32", "bfloat16": "BF16"}

@@ -155,12 +155,10 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
     found = {}
     for spec in layer_spec(CONFIG):
         module, _, leaf = torch_name(spec.path).rpartition(".")
-        owner = state.model.get_submodule(module)
+        owner: Any = state.model.get_submodule(module)
         owner = owner.base if isinstance(owner, Adapted) else owner
-        if isinstance(owner, Dequantizing):
-            value = owner.values if leaf == owner.leaf else owner.base.get_parameter(leaf)
-        else:
-            value = owner.get_parameter(leaf)
+        quantized = isinstance(owner, Dequantizing) and leaf == owner.leaf
+        value = owner.values if quantized else owner.get_parameter(leaf)
         found[spec.path] = value.detach().numpy()
     return found
 

@@ -121,7 +121,7 @@ def count_nonfinite(array: np.ndarray | Stacked, dtype: np.dtype | None = None) 
     mask = infinity.view(f"u{infinity.itemsize}")
     return sum(
         int(np.count_nonzero((_bits(values) & mask) == mask))
-        for values in pieces(_as_it_lies(array, array), dtype)
+        for values in pieces(array.transpose(_order(array)), dtype)
     )
 
 
@@ -139,7 +139,8 @@ def same_bits(
         return False
     if isinstance(one, Stacked) or isinstance(other, Stacked):
         return all(same_bits(a, b, dtype) for a, b in zip(one, other, strict=True))
-    pairs = _parts(_as_it_lies(one, one), _as_it_lies(other, one))
+    order = _order(one)
+    pairs = _parts(one.transpose(order), other.transpose(order))
     return all(np.array_equal(_bits(_flat(a, dtype)), _bits(_flat(b))) for a, b in pairs)
 
 
@@ -173,11 +174,6 @@ def _transposed(strip: np.ndarray) -> np.ndarray:
     for i in range(0, strip.shape[1], _TILE):
         result[:, i : i + _TILE] = strip[:, i : i + _TILE]
     return result
-
-
-def _as_it_lies(array: np.ndarray, model: np.ndarray) -> np.ndarray:
-    """The array with its axes in the order of `model`'s axes in memory."""
-    return array.transpose(_order(model))
 
 
 def _order(array: np.ndarray) -> list[int]:

@@ -26,7 +26,6 @@ _NAMES |= {"int8": "I8", "uint8": "U8", "int32": "I32"}
 DTYPE_NAMES = {(DTYPES | INTEGERS)[name]: stored for name, stored in _NAMES.items()}
 _DTYPES = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the library's limit
-_LONGEST_REASON = 200  # characters: the library may repeat a name of any length
 _WRITE = 1 << 16  # bytes at a time; with more, Linux can take two to four times as long
 
 
@@ -60,14 +59,10 @@ class TensorFile:
         self.path = path
         start, header = _read_header(path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.tensors = {
-            name: TensorInfo(
-                tuple(entry["shape"]),
-                _DTYPES.get(entry["dtype"]),
-                start + entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+            self.tensors[name] = TensorInfo(shape, _DTYPES.get(entry["dtype"]), offset)
         self._map: mmap.mmap | None = None
 
     def read(self, name: str) -> np.ndarray:
@@ -96,7 +91,8 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         with safe_open(path, "numpy"):
             return start, json.loads(text)
     except SafetensorError as error:
-        reason = _wrong_size(path, start, text) or str(error)[:_LONGEST_REASON]
+        # Shortened: the library may repeat a name of any length.
+        reason = _wrong_size(path, start, text) or str(error)[:200]
         raise DamagedError(f"{path} is no complete safetensors file: {reason}") from error
 
 
@@ -130,11 +126,8 @@ class TensorFileWriter:
         end = 0
         for name, (shape, dtype) in tensors.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
+            place = {"shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": DTYPE_NAMES[dtype], **place}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)  # the first tensor is aligned for any dtype
         self._tensors = dict(tensors)
