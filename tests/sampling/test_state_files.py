@@ -150,7 +150,7 @@ def test_notes_must_be_strings(sampler, path: Path) -> None:
 
 
 def assert_served_or_refused(sampler, path: Path, content: bytes) -> None:
-    """It goes on, or a named error says of which file."""
+    """The state can be continued, or a named error names the file."""
     path.write_bytes(content)
     try:
         state = sampler.load_state(path)

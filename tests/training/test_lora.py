@@ -52,7 +52,7 @@ OPTIMIZER = OptimizerOptions(learning_rate=3e-2, weight_decay=0.1)
 
 
 def make_adapters(config: GriffinConfig, options: LoraOptions, seed: int = 0) -> Adapters:
-    """Random adapters, B too."""
+    """Random adapters; B is random too."""
     rng = np.random.default_rng(seed)
     return Adapters(
         config,
@@ -65,7 +65,7 @@ def make_adapters(config: GriffinConfig, options: LoraOptions, seed: int = 0) ->
 
 
 def with_adapters(trainer: Trainer, options: LoraOptions, dtype: str) -> Any:
-    """A state of these options whose adapters are `make_adapters`'."""
+    """A training state with the adapters of `make_adapters`."""
     state = trainer.state(
         CONFIG, make_params(CONFIG), dtype=dtype, state_dtype=dtype, optimizer=OPTIMIZER,
         lora=options,
@@ -107,7 +107,7 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_is_unmerged_in_float32(trainer: Trainer, kind: str) -> None:
-    """As a trained run's logits are, with the tolerance of logits."""
+    """The logits agree within the tolerance of logits, as after a real run."""
     options, batch = KINDS[kind], make_batch(CONFIG, 0)
     state = with_adapters(trainer, options, "float32")
     state, _ = trainer.steps(state, [batch])
@@ -141,7 +141,7 @@ def test_only_adapters_are_trained(trainer: Trainer, kind: str) -> None:
 
 
 def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
-    """The base of a state by path: int8 values where it is quantised."""
+    """The frozen parameters of a state by path; int8 values where they are quantised."""
     if trainer.name == "jax":
         from recurrentgemma.jax.griffin import get_path
 
@@ -190,7 +190,7 @@ def test_the_base_is_shared_and_stays(trainer: Trainer) -> None:
 
 
 def test_a_bfloat16_base(trainer: Trainer) -> None:
-    """Adapters and their state are float32 on it, and learn as on a float32 one."""
+    """On a bfloat16 base the adapters are float32, and learn as they do on a float32 base."""
     options, batch = LoraOptions(rank=4), make_batch(CONFIG, 0)
     losses = []
     for dtype in ("bfloat16", "float32"):
@@ -244,7 +244,7 @@ def test_adapters_are_small(targets: tuple[str, ...]) -> None:
 def test_files_go_to_the_other_framework(
     trainers: tuple[Trainer, Trainer], writer: int, tmp_path: Path
 ) -> None:
-    """What one twin saves the other loads, and both merge alike."""
+    """One twin loads what the other saved, and both merge it to the same parameters."""
     options = KINDS["quantized"]
     trainer = trainers[writer]
     state = with_adapters(trainer, options, "float32")
