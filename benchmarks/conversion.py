@@ -35,11 +35,12 @@ from interleaved import publish
 from rich.table import Table
 
 from recurrentgemma.common.io.arrays import BFLOAT16
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma_conversion import Format, Step, convert
-from recurrentgemma_conversion.formats import Request
-from recurrentgemma_conversion.native import NativeWriter
+from recurrentgemma.common.model.state_dict import torch_name, torch_shape
+from recurrentgemma_conversion import Format, Progress, convert
+from recurrentgemma_conversion.readers.base import Contents
+from recurrentgemma_conversion.readers.native import write_native
 
 SAFETENSORS = {Format.RECURRENTGEMMA, Format.HUGGINGFACE}
 INTERVAL = 0.005  # seconds between two looks at the memory
@@ -50,11 +51,11 @@ def make(folder: Path, config: GriffinConfig) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir()
     dtypes = {spec.path: BFLOAT16 for spec in layer_spec(config)}
-    writer = NativeWriter(folder, Request(config, dtypes, ""))
-    for spec in layer_spec(config):
-        bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
-        writer.write(spec, bits.view(BFLOAT16).reshape(spec.shape))
-    writer.finish()
+    with write_native(folder, Contents(config, dtypes)) as write:
+        for spec in layer_spec(config):
+            bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
+            values = bits.view(BFLOAT16).reshape(torch_shape(spec.path, spec.shape))
+            write(torch_name(spec.path), values)
 
 
 def rss_anon() -> int:
@@ -87,7 +88,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
         import torch  # noqa: F401  # imports do not count
     times: dict[str, list[float]] = {}
 
-    def progress(step: Step) -> None:
+    def progress(step: Progress) -> None:
         times.setdefault(step.phase, []).append(time.perf_counter())
 
     make_ready(sum(file.stat().st_size for file in source.rglob("*")))

@@ -34,7 +34,7 @@ def resident() -> int:
 def stream(framework: str, tokens: int) -> None:
     """Streams, printing a JSON line at each mark."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
 
     config = GriffinConfig(
         vocab_size=2048,

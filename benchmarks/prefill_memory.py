@@ -25,7 +25,7 @@ def read(framework: str, length: int) -> None:
     """Reads `length` tokens and prints this process's peak memory in MB."""
     import numpy as np
 
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
 
     config = GriffinConfig(
         vocab_size=2048,

@@ -40,7 +40,7 @@ import torch
 from recurrentgemma import torch as recurrentgemma
 from recurrentgemma.common.training.data import read_examples
 from recurrentgemma.common.training.lora import num_trainable
-from recurrentgemma.common.training.packing import Stream, cut
+from recurrentgemma.common.training.packing import RowStream, cut
 from recurrentgemma_conversion.download import default_folder, download
 
 # %% [markdown]
@@ -93,7 +93,7 @@ print(repr(vocab.decode(example.tokens[example.counts].tolist())))
 # forgets what came before, so that packed examples do not see each other. -1 is padding.
 
 # %%
-stream = Stream(train, LENGTH, vocab.pad_id, seed=0)
+stream = RowStream(train, LENGTH, vocab.pad_id, seed=0)
 batch = stream.take(4)
 
 shown = np.where(batch.segment_pos < 0, np.nan, batch.segment_pos)
@@ -140,8 +140,8 @@ optimizer = recurrentgemma.OptimizerOptions(
 trained = copy.deepcopy(model)
 trained.gradient_checkpointing = False  # it is small: time matters more than memory
 state = recurrentgemma.create_train_state(trained, optimizer=optimizer)
-stream = Stream(train, LENGTH, vocab.pad_id, seed=0)
-held_out = [Stream(valid, LENGTH, vocab.pad_id, seed=0).take(8)]
+stream = RowStream(train, LENGTH, vocab.pad_id, seed=0)
+held_out = [RowStream(valid, LENGTH, vocab.pad_id, seed=0).take(8)]
 
 losses, validation = [], []
 for step in range(STEPS):

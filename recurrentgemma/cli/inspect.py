@@ -15,7 +15,7 @@ from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, ov
 from recurrentgemma.common.model.presets import Preset
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.model.layer_spec import ParamSpec
 
 
@@ -56,7 +56,7 @@ def inspect(
     from recurrentgemma.cli.tables import render
     from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma_conversion import open_checkpoint
 
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recurrentgemma.parity import Batch, Report, Row
+    from recurrentgemma.parity import ParityBatch, Report, Row
 
 
 def title_of(sides: Sequence[str], dtype: str) -> str:
@@ -16,7 +16,7 @@ def title_of(sides: Sequence[str], dtype: str) -> str:
     return f"{sides[0]} against {sides[1]}, {dtype}"
 
 
-def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
+def render(report: Report, title: str, batch: ParityBatch, *, every: bool) -> None:
     """Prints a report.
 
     Args:

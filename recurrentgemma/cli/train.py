@@ -34,7 +34,7 @@ from recurrentgemma.cli.train_options import (
 )
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.training.run import Run
+    from recurrentgemma.common.training.run import TrainingRun
     from recurrentgemma.common.training.run_folder import RunFolder
 
 
@@ -98,7 +98,7 @@ def train(
 class _Prepared(NamedTuple):
     """A run that can be started."""
 
-    run: Run
+    run: TrainingRun
     finish: Callable[[], dict[str, Any]]
 
 
@@ -119,10 +119,10 @@ def _prepared(
         Terminal,
         require_tensorboard,
     )
-    from recurrentgemma.cli.trainers import make_trainer
+    from recurrentgemma.cli.trainers import TwinTrainer
     from recurrentgemma.common.io.files import whole_file
     from recurrentgemma.common.training.loss_plot import can_draw, require_matplotlib
-    from recurrentgemma.common.training.run import Run
+    from recurrentgemma.common.training.run import TrainingRun
 
     stored, files = read_toml(folder.options) if resume else ({}, {})
     options = merged(given, from_file, stored)
@@ -146,7 +146,7 @@ def _prepared(
     with working("Loading the model"):
         assert options.framework is not None
         setup = make_setup(options, config, tokenizer, plan.steps)
-        trainer = make_trainer(options.framework, setup)
+        trainer = TwinTrainer(options.framework, setup)
     progress = None
     if resume:
         folder.clean()
@@ -169,7 +169,7 @@ def _prepared(
             observers.append(Plot(folder))
         for observer in observers:
             stack.enter_context(observer)
-        run = Run(plan, trainer, data.stream, data.validation, folder, observers, progress)
+        run = TrainingRun(plan, trainer, data.stream, data.validation, folder, observers, progress)
 
         def finish() -> dict[str, Any]:
             trainer.save(folder.model, folder.adapters)
@@ -222,7 +222,7 @@ def _say(options: TrainOptions, data: Data) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _summary(folder: RunFolder, run: Run) -> dict[str, Any]:
+def _summary(folder: RunFolder, run: TrainingRun) -> dict[str, Any]:
     from recurrentgemma.common.training.logs import read_log
 
     progress = run.progress

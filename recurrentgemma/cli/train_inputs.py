@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
-    from recurrentgemma.common.training.packing import Cut, Stream
+    from recurrentgemma.common.training.packing import Cut, RowStream
     from recurrentgemma.common.training.run import Plan
 
 _PROMPTS = 2  # continued at each evaluation where none are given
@@ -25,7 +25,7 @@ _PROMPTS = 2  # continued at each evaluation where none are given
 def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma_conversion.opening import open_checkpoint
 
     if options.preset is not None:
@@ -91,7 +91,7 @@ class Data(NamedTuple):
       prompts: Of the first examples to evaluate on, or else to train on.
     """
 
-    stream: Stream
+    stream: RowStream
     validation: list[Batch]
     cut: Cut
     prompts: list[str]
@@ -104,7 +104,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
       DataError: A line cannot be read; see `read_examples`.
     """
     from recurrentgemma.common.training.data import hold_out, read_examples
-    from recurrentgemma.common.training.packing import Stream, TooLong, cut, in_order
+    from recurrentgemma.common.training.packing import RowStream, TooLong, cut, in_order
 
     def read(paths: Sequence[Path]) -> list[Example]:
         return [
@@ -117,7 +117,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
     too_long = TooLong(options.too_long)
     rows = (options.length, tokenizer.pad_id)
     kept = cut(examples, options.length, too_long, options.stride)
-    stream = Stream(kept.examples, *rows, seed=options.seed, packed=options.pack)
+    stream = RowStream(kept.examples, *rows, seed=options.seed, packed=options.pack)
     validation = []
     if held_out:
         held = cut(held_out, options.length, too_long, options.stride)

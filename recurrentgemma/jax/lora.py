@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
@@ -47,7 +47,7 @@ def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[Non
 
 
 def adapt(
-    config: GriffinConfig, params: Params, options: LoraOptions, dtype: Dtype, seed: int
+    config: Config, params: Params, options: LoraOptions, dtype: Dtype, seed: int
 ) -> tuple[Params, dict[str, Array]]:
     """The frozen parameters under adapters, and the adapters.
 
@@ -67,7 +67,7 @@ def adapt(
 
 
 def merge(
-    config: GriffinConfig,
+    config: Config,
     base: Params,
     adapters: Mapping[str, Array],
     options: LoraOptions,

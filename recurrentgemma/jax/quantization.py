@@ -10,13 +10,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.jax.griffin import Params, get_path, set_path
 
 
-def quantize_matrices(config: GriffinConfig, params: Params) -> Params:
+def quantize_matrices(config: Config, params: Params) -> Params:
     """The parameters with each matrix as `Quantized`; the others are shared."""
     result: dict[str, Any] = {}
     for spec in layer_spec(config):

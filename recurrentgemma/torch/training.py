@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
-from recurrentgemma.common.model.state_dict import to_torch
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -258,7 +258,8 @@ def _divisor(tokens: float) -> float:
 
 def _own_parameters(model: Griffin) -> dict[str, Tensor]:
     """The model's parameters by the layer spec's paths."""
-    return {spec.path: model.get_parameter(spec.torch.name) for spec in layer_spec(model.config)}
+    specs = layer_spec(model.config)
+    return {spec.path: model.get_parameter(torch_name(spec.path)) for spec in specs}
 
 
 def _collect_gradients(state: TrainState) -> None:

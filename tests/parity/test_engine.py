@@ -9,7 +9,7 @@ from comparing import compare_twins, make_model
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.parity import Report, compare, compare_tensors, make_batch
 from recurrentgemma.parity.reading import CASES
 

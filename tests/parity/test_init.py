@@ -8,8 +8,9 @@ import pytest
 from cases import CONFIGS, make_config
 
 from backends import Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
 LARGE = make_config("RA", vocab_size=256, width=64, lru_width=96, mlp_expanded_width=128)
 MANY_CHANNELS = make_config(
@@ -134,7 +135,7 @@ def test_torch_modules_draw_from_the_global_generator() -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0][name], states[2][name])
     decoded = {
-        spec.path: spec.torch.decode(states[0][spec.torch.name].numpy(), spec)
+        spec.path: to_torch(spec.path, states[0][torch_name(spec.path)].numpy())
         for spec in layer_spec(LARGE)
     }
     check_distributions(decoded, LARGE)

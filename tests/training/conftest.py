@@ -13,10 +13,10 @@ from backends import TWINS
 from recurrentgemma.cli import main
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.training.logs import read_log
-from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.readers.native import save_folder
 
 CONFIG = GriffinConfig(
     vocab_size=2048,

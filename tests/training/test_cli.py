@@ -13,12 +13,13 @@ from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.io.files import held_folder
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.logs import read_log
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 LOGGED = {"step", "epoch", "read", "loss", "tokens", "grad_norm", "learning_rate",
           "tokens_per_second", "seconds"}  # fmt: skip
@@ -290,7 +291,7 @@ def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, 
     run = corpus / "run"
     before, after = NativeReader(base), NativeReader(run / "model")
     for spec in layer_spec(before.config):
-        one, other = (folder.shards.read(spec.torch.name) for folder in (before, after))
+        one, other = (folder.shards.read(torch_name(spec.path)) for folder in (before, after))
         changed = not np.array_equal(one.astype(np.float32), other.astype(np.float32))
         assert changed == (spec.lora in ("attention", "recurrent", "mlp")), spec.path
     last = run / "checkpoints" / "step-0000002" / "training" / ADAPTERS
@@ -332,7 +333,7 @@ def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
     pytest.importorskip("torch.nn")
     made = []
     monkeypatch.setattr(
-        "recurrentgemma.cli.trainers.make_trainer",
+        "recurrentgemma.cli.trainers.TwinTrainer",
         lambda framework, setup: made.append(setup) or pytest.skip.Exception,
     )
     with pytest.raises(AttributeError):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recurrentgemma.common.io.checkpoint import load_tokenizer
 from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma.common.training.data import DataError, Example, hold_out, read_examples
-from recurrentgemma.common.training.packing import Position, Stream, TooLong, cut, in_order, pack
+from recurrentgemma.common.training.packing import Position, RowStream, TooLong, cut, in_order, pack
 
 PAD = 0
 
@@ -144,7 +144,7 @@ def test_packing_keeps_documents_whole(sizes):
 def test_rows_hold_documents_and_positions(packed):
     examples = [document(size, 100 * (i + 1), 2) for i, size in enumerate((4, 9, 3, 6, 2, 5))]
     examples = cut(examples, 8).examples  # without the one of two tokens, both of them a prompt
-    stream = Stream(examples, 8, PAD, seed=3, packed=packed)
+    stream = RowStream(examples, 8, PAD, seed=3, packed=packed)
     rows = stream.rows_in_epoch()
     assert rows < len(examples) if packed else rows == len(examples)
     batch = stream.take(rows)
@@ -163,8 +163,8 @@ def test_rows_hold_documents_and_positions(packed):
 def test_a_stream_goes_on_from_its_position():
     examples = [document(2 + i % 7, 100 * (i + 1)) for i in range(23)]
 
-    def stream(seed: int) -> Stream:
-        return Stream(examples, 8, PAD, seed=seed)
+    def stream(seed: int) -> RowStream:
+        return RowStream(examples, 8, PAD, seed=seed)
 
     whole = stream(5)
     rows = 2 * whole.rows_in_epoch()

@@ -84,7 +84,7 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
     """`loss_fn` is the reference's loss, and its gradient the one through the model's logits."""
     config = CONFIGS[name]
     params, batch = make_params(config), make_batch(config, 0)
-    logits, state = reference.griffin(config, params, batch.tokens, batch.segment_pos)
+    logits, state = reference.forward(config, params, batch.tokens, batch.segment_pos)
     # As `next_token_loss` wants it: the first token, then the targets.
     tokens = np.concatenate([batch.tokens[:, :1], batch.targets], 1) % config.vocab_size
     longer = np.concatenate([logits, logits[:, :1]], 1)
@@ -106,6 +106,7 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
 def loss_gradients(trainer: Trainer, config, params, batch):
     """`loss_fn` and its gradient by path, in float64."""
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
     module = trainer.module
     with trainer.precision("float64"):
@@ -126,7 +127,7 @@ def loss_gradients(trainer: Trainer, config, params, batch):
             value.backward()
             assert metrics["tokens"] == batch.weights.sum()
             given = {
-                s.path: s.torch.decode(state.model.get_parameter(s.torch.name).grad.numpy(), s)
+                s.path: to_torch(s.path, state.model.get_parameter(torch_name(s.path)).grad.numpy())
                 for s in layer_spec(config)
             }
         return float(value.detach() if trainer.name == "torch" else value), given

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.memory import parameter_bytes, training_bytes
 from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.common.training.lora import LoraOptions

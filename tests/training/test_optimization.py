@@ -10,6 +10,7 @@ from cases import CONFIGS, make_config, make_params
 from trainers import Trainer, make_batch
 
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -170,15 +171,16 @@ def run_optimizer(trainer: Trainer, options, config, params, gradients) -> dict[
         from recurrentgemma.torch.optimizer import make_optimizer
 
         values = {
-            s.path: trainer.backend.array(s.torch.encode(params[s.path]), "float64") for s in specs
+            s.path: trainer.backend.array(to_torch(s.path, params[s.path]), "float64")
+            for s in specs
         }
         optimizer = make_optimizer(options, mask, values)
         for grads in gradients:
             for spec in specs:
-                grad = trainer.backend.array(spec.torch.encode(grads[spec.path]), "float64")
+                grad = trainer.backend.array(to_torch(spec.path, grads[spec.path]), "float64")
                 values[spec.path].grad = grad
             optimizer.step()
-        return {s.path: s.torch.decode(values[s.path].numpy(), s) for s in specs}
+        return {s.path: to_torch(s.path, values[s.path].numpy()) for s in specs}
 
 
 GATES = LoraOptions(rank=2, targets=("gates", "mlp"))

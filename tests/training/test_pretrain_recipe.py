@@ -15,7 +15,7 @@ import torch
 from recurrentgemma.cli import main
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from recurrentgemma.common.training.run_folder import RunFolder
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 KILLS = int(os.environ.get("KILLS", "2"))
 STEPS = int(os.environ.get("STEPS", "30"))

@@ -16,8 +16,8 @@ from recurrentgemma.common.errors import DamagedError, DestinationError, DiskSpa
 from recurrentgemma.common.io.jsonl import OutputError
 from recurrentgemma.common.training.data import Example
 from recurrentgemma.common.training.logs import LogFile, read_log
-from recurrentgemma.common.training.packing import Stream, in_order
-from recurrentgemma.common.training.run import Interrupted, NonFiniteLossError, Plan, Run
+from recurrentgemma.common.training.packing import RowStream, in_order
+from recurrentgemma.common.training.run import Interrupted, NonFiniteLossError, Plan, TrainingRun
 from recurrentgemma.common.training.run_folder import Best, RunFolder
 
 EXAMPLES = [Example(np.arange(9, dtype=np.int32) + i, np.arange(9) > 0) for i in range(10)]
@@ -90,11 +90,11 @@ def make(path, trainer, plan=PLAN, validate=True, progress=None):
     folder, listener = RunFolder(path), Listener()
     if progress is None:
         folder.begin()
-    stream = Stream(EXAMPLES, 8, 0)
+    stream = RowStream(EXAMPLES, 8, 0)
     validation = in_order(EXAMPLES[:3], 8, 0, 2) if validate else []
     if progress is not None:
         stream.position = progress.position
-    run = Run(plan, trainer, stream, validation, folder, [listener], progress)
+    run = TrainingRun(plan, trainer, stream, validation, folder, [listener], progress)
     return run, folder, listener
 
 

@@ -8,7 +8,7 @@ import pytest
 from cases import CONFIGS, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.optimization import OptimizerOptions
 from tolerances import assert_close
@@ -220,7 +220,7 @@ def test_the_hidden_state_gives_the_logits(trainer: Trainer) -> None:
     logits, _ = call(batch.tokens, batch.segment_pos, None)
     embedding = make_params(CONFIG)["embedder.input_embedding"]
     if trainer.name == "jax":
-        tree = trainer.backend._tree(make_params(CONFIG), "float32")  # pyright: ignore[reportAttributeAccessIssue]
+        tree = trainer.backend.twin.make(CONFIG, make_params(CONFIG).items(), "float32").params
         args = {"params": tree}, batch.tokens, batch.segment_pos
         import jax
 

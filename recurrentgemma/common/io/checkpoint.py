@@ -1,8 +1,7 @@
 """What a checkpoint folder of ours holds beside its weights.
 
-A folder holds `config.json`, `model.safetensors` (or shards with an index; tensors under their
-PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`, which only those
-who ask for it need.
+A folder holds `config.json`, `model.safetensors` (or shards with an index; the tensors have the
+names and axes of a PyTorch state dict) and `tokenizer.model`, which is read only when asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.files import expanded
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -21,7 +20,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 
 
 def read_config(path: Path) -> GriffinConfig:
-    """The configuration in a file of ours; `ConfigError` when it holds none."""
+    """The config in a file of ours; `ConfigError` when it holds none."""
     try:
         return GriffinConfig.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, RecursionError) as error:

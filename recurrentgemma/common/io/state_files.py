@@ -16,7 +16,8 @@ import numpy as np
 from recurrentgemma.common.io.arrays import DTYPES, count_nonfinite
 from recurrentgemma.common.io.files import expanded, whole_file
 from recurrentgemma.common.io.tensor_files import DTYPE_NAMES, TensorFile, write_tensors
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config, config_from_dict
+from recurrentgemma.common.model.layer_spec import state_spec
 from recurrentgemma.common.model.state import Arrays, StateError, check_state
 
 _FORMAT, _VERSION = "recurrentgemma-state", "1"
@@ -40,7 +41,7 @@ class StoredState(NamedTuple):
 
 
 def write_state(
-    path: str | os.PathLike[str], config: GriffinConfig, state: StoredState, *, force: bool = False
+    path: str | os.PathLike[str], config: Config, state: StoredState, *, force: bool = False
 ) -> None:
     """Writes a state file: whole, or not at all.
 
@@ -68,7 +69,7 @@ def write_state(
         write_tensors(temporary, tensors, header)
 
 
-def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredState:
+def read_state(path: str | os.PathLike[str], config: Config) -> StoredState:
     """Reads a state file.
 
     Raises:
@@ -113,7 +114,7 @@ def read_state(path: str | os.PathLike[str], config: GriffinConfig) -> StoredSta
     )
 
 
-def _problems(config: GriffinConfig, stored: StoredState) -> Iterator[str]:
+def _problems(config: Config, stored: StoredState) -> Iterator[str]:
     """Every fault of a state as it was read, in which `seen` is packed."""
     arrays, lengths, pending, packed, notes = stored
     if not _is_notes(notes):
@@ -140,17 +141,17 @@ def _problems(config: GriffinConfig, stored: StoredState) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    for block, fields in arrays.items():
-        for field, value in fields.items():
-            name, dtype = f"{block}.{field}", DTYPE_NAMES[value.dtype]
-            if field == "num_tokens":
-                came = _shortened(value.tolist())
-                if dtype != "I32" or value.tolist() != lengths:
-                    yield f"{name} must be I32 and lengths, {lengths}, got {dtype} and {came}"
-            elif dtype not in _FLOATS:
-                yield f"{name} must be one of {', '.join(_FLOATS)}, got {dtype}"
-            elif count := count_nonfinite(value):
-                yield f"{name} must be finite, got {count} values that are not"
+    for spec in state_spec(config):
+        block, _, field = spec.path.rpartition(".")
+        value = arrays[block][field]
+        dtype, allowed = DTYPE_NAMES[value.dtype], ["I32"] if spec.dtype == "int32" else _FLOATS
+        if field == "num_tokens" and (dtype != "I32" or value.tolist() != lengths):
+            came = _shortened(value.tolist())
+            yield f"{spec.path} must be I32 and lengths, {lengths}, got {dtype} and {came}"
+        elif dtype not in allowed:
+            yield f"{spec.path} must be one of {', '.join(allowed)}, got {dtype}"
+        elif count := count_nonfinite(value):
+            yield f"{spec.path} must be finite, got {count} values that are not"
 
 
 def _are_integers(values: Any, most: int) -> bool:
@@ -170,14 +171,11 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _require_same_model(path: str | os.PathLike[str], stored: Any, config: GriffinConfig) -> None:
-    if not isinstance(stored, dict):
-        raise StateError(f"{path}: config must be a JSON object, got {_shortened(stored)}")
-    expected = config.to_dict()
-    differences = [
-        f"{name} is {stored.get(name)!r}, the model has {value!r}"
-        for name, value in expected.items()
-        if name != "scan_type" and stored.get(name) != value
-    ]
+def _require_same_model(path: str | os.PathLike[str], stored: Any, config: Config) -> None:
+    try:
+        differences = config_from_dict(stored).differences(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StateError(f"{path}: its config is damaged: {_shortened(error)}") from error
     if differences:
-        raise StateError(f"{path} is the state of another model: {'; '.join(differences)}")
+        listed = (f"{n} is {one!r}, the model has {own!r}" for n, (one, own) in differences.items())
+        raise StateError(f"{path} is the state of another model: {'; '.join(listed)}")

@@ -105,7 +105,7 @@ def _wrong_size(path: Path, start: int, text: bytes) -> str | None:
         return None if expected == size else f"{expected} bytes are expected, got {size}"
 
 
-class TensorFileWriter:
+class TensorFileWriter(contextlib.AbstractContextManager["TensorFileWriter"]):
     """Writes a safetensors file whose tensors come one at a time, in the order declared.
 
     It is a context manager: a block that fails leaves no file.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.quantization import dequantize, quantize
@@ -57,7 +57,7 @@ class LoraOptions:
 
 
 @functools.lru_cache(maxsize=32)
-def lora_targets(config: GriffinConfig, options: LoraOptions) -> tuple[ParamSpec, ...]:
+def lora_targets(config: Config, options: LoraOptions) -> tuple[ParamSpec, ...]:
     """The parameters that have adapters.
 
     Raises:
@@ -88,7 +88,7 @@ def adapter_specs(target: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
 
 
 @functools.lru_cache(maxsize=32)
-def trainable_specs(config: GriffinConfig, lora: LoraOptions | None) -> tuple[ParamSpec, ...]:
+def trainable_specs(config: Config, lora: LoraOptions | None) -> tuple[ParamSpec, ...]:
     """The parameters that training changes: the model's without `lora`, else the adapters'."""
     if lora is None:
         return layer_spec(config)
@@ -97,7 +97,7 @@ def trainable_specs(config: GriffinConfig, lora: LoraOptions | None) -> tuple[Pa
     )
 
 
-def num_trainable(config: GriffinConfig, lora: LoraOptions | None) -> int:
+def num_trainable(config: Config, lora: LoraOptions | None) -> int:
     """The number of values that training changes."""
     return sum(spec.size for spec in trainable_specs(config, lora))
 

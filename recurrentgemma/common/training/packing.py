@@ -141,7 +141,7 @@ class Position(NamedTuple):
     row: int
 
 
-class Stream:
+class RowStream:
     """Rows without end: every epoch all examples, shuffled anew.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from recurrentgemma.common.training.batch import Batch
-from recurrentgemma.common.training.packing import Stream
+from recurrentgemma.common.training.packing import RowStream
 from recurrentgemma.common.training.run_folder import Best, Progress, RunFolder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -121,7 +121,7 @@ class Plan(NamedTuple):
     sample_tokens: int
 
 
-class Run:
+class TrainingRun:
     """A run: its model, its data, its folder.
 
     Attributes:
@@ -132,7 +132,7 @@ class Run:
         self,
         plan: Plan,
         trainer: Trainer,
-        stream: Stream,
+        stream: RowStream,
         validation: Sequence[Batch],
         folder: RunFolder,
         observers: Sequence[Observer],

@@ -22,8 +22,8 @@ from flax.typing import Dtype
 from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.model.presets import Choice, ScanType
-from recurrentgemma.common.model.reference import RG_LRU_C
+from recurrentgemma.common.model.numerics import RG_LRU_C
+from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec, split
@@ -169,7 +169,7 @@ def choose_implementation(
     shape: tuple[int, int, int],
     dtype: Dtype,
     device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
-) -> Choice:
+) -> ScanChoice:
     """What "auto" means for arrays of this shape and dtype.
 
     Args:
@@ -180,14 +180,16 @@ def choose_implementation(
     platform = _default_platform() if device is None else getattr(device, "platform", device)
     _, length, _ = shape
     if length <= _FEW_STEPS:
-        return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
+        return ScanChoice(
+            "reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop"
+        )
     if platform == "cpu":
-        return Choice("xla", "a loop in place reads and writes each element once")
+        return ScanChoice("xla", "a loop in place reads and writes each element once")
     if platform not in _PALLAS_PLATFORMS or jnp.dtype(dtype) not in _PALLAS_DTYPES:
-        return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+        return ScanChoice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
     if not _pallas_lowers(platform):
-        return Choice("associative", f"JAX {jax.__version__} has no {_TRITON}")
-    return Choice("pallas", f"a {platform} kernel reads and writes each element once")
+        return ScanChoice("associative", f"JAX {jax.__version__} has no {_TRITON}")
+    return ScanChoice("pallas", f"a {platform} kernel reads and writes each element once")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT
 
 
 def wide_dtype(dtype: Dtype) -> Dtype:

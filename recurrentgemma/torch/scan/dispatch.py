@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recurrentgemma.common.model.presets import Choice, ScanType
+from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.torch.scan import ops as scan_ops
 from recurrentgemma.torch.scan.gates import rg_lru_gates, wide_dtype
 
@@ -145,7 +145,7 @@ def choose_implementation(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device | str | None = None,
-) -> Choice:
+) -> ScanChoice:
     """What "auto" means for tensors of this shape and dtype.
 
     Args:
@@ -157,12 +157,12 @@ def choose_implementation(
     # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
     kind = torch.empty(()).device.type if device is None else torch.device(device).type
     if kind == "cuda" and _HAS_TRITON:
-        return Choice("triton", "a kernel reads and writes each element once")
+        return ScanChoice("triton", "a kernel reads and writes each element once")
     if shape[1] == 1:
-        return Choice("reference", "one step is no more than its definition")
+        return ScanChoice("reference", "one step is no more than its definition")
     if kind == "cuda":
-        return Choice("native", "triton is not installed")
-    return Choice("native", f"PyTorch's own operations are the fastest there is on {kind}")
+        return ScanChoice("native", "triton is not installed")
+    return ScanChoice("native", f"PyTorch's own operations are the fastest there is on {kind}")
 
 
 def _implementation(name: str, x: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

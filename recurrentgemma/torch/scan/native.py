@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 _LOOP_LENGTH = 16
 _MAX_CHUNK_LENGTH = 64

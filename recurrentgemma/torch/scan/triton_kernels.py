@@ -19,7 +19,7 @@ import math
 import triton
 import triton.language as tl
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 _C = tl.constexpr(RG_LRU_C)
 _MIN_ROOT = tl.constexpr(0.5 / MAX_SQRT_GRADIENT)
