@@ -87,7 +87,8 @@ def _attend(
 ) -> Float[Array, "b g c n h"]:
     """Attention in each of G blocks, its softmax in float32; R query heads share a key head."""
     wide = wide_dtype(q_bgcnh.dtype)
-    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], mixer.kv_heads, -1, mixer.head_dim)
+    kv_heads, group = mixer.kv_heads, mixer.heads // mixer.kv_heads
+    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], kv_heads, group, mixer.head_dim)
     # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
     scores_bgkcrs = jnp.einsum(
         "bgckrh,bgskh->bgkcrs", q_bgckrh, k_bgskh, preferred_element_type=wide
@@ -142,12 +143,11 @@ class AttentionBlock(SpecModule):
     ) -> tuple[Float[Array, "b t d"], AttentionBlockCache | None]:
         """Returns the outputs and the state after them."""
         mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
-        query, key = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
         q_btnh, k_btkh, v_btkh = (
-            self.linear(f"proj_{name}", self.width, size, bias=False)(x).reshape(
-                *x.shape[:2], -1, mixer.head_dim
+            self.linear(f"proj_{name}", self.width, heads * mixer.head_dim, bias=False)(x).reshape(
+                *x.shape[:2], heads, mixer.head_dim
             )
-            for name, size in (("q", query), ("k", key), ("v", key))
+            for name, heads in (("q", mixer.heads), ("k", mixer.kv_heads), ("v", mixer.kv_heads))
         )
         if mixer.qk_norm:
             q_btnh = self.child(RMSNorm, "q_norm", mixer.head_dim)(q_btnh)
@@ -161,9 +161,9 @@ class AttentionBlock(SpecModule):
         else:
             kv_btkh = jnp.concatenate([k_btkh, v_btkh], -1)
             encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)
-        sizes = (query, self.width, mixer.out_bias, self.final_w_init_variance_scale)
-        proj_final = self.linear("proj_final", *sizes)
-        return proj_final(encoded.reshape(*x.shape[:2], -1)), new_cache if return_cache else None
+        out = encoded.reshape(*x.shape[:2], mixer.heads * mixer.head_dim)
+        sizes = (out.shape[-1], self.width, mixer.out_bias, self.final_w_init_variance_scale)
+        return self.linear("proj_final", *sizes)(out), new_cache if return_cache else None
 
 
 def _chunk(
@@ -180,7 +180,9 @@ def _chunk(
     else:
         padding, slots = num_padding(segment_pos), cache.keys.shape[1]
         kv_bpz, document_bp = _history(cache, segment_pos, padding)
-        kv_bsz = prepend_history(kv_bpz, kv_btkh.reshape(*kv_btkh.shape[:2], -1), padding)
+        kv_bsz = prepend_history(
+            kv_bpz, kv_btkh.reshape(*kv_btkh.shape[:2], kv_bpz.shape[2]), padding
+        )
         kv_bskh = kv_bsz.reshape(*kv_bsz.shape[:2], *kv_btkh.shape[2:])
         # Shifted by one, so that the zeros before the history mean no document.
         document_bs = prepend_history(
@@ -237,7 +239,7 @@ def _history(
     slot = (first_pos - age) % slots
     rows = jnp.arange(slot.shape[0])[:, None]
     kv = jnp.concatenate([cache.keys, cache.values], -1)
-    kv = kv.reshape(*kv.shape[:2], -1)[rows, slot]
+    kv = kv.reshape(*kv.shape[:2], kv.shape[2] * kv.shape[3])[rows, slot]
     return kv, jnp.where(age <= cache.num_tokens[:, None], 0, -1)
 
 

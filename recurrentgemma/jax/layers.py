@@ -137,7 +137,7 @@ class BlockDiagonalLinear(SpecModule):
         x, w, b = promote_dtype(x, w, b, dtype=self.dtype)
         x_bthi = x.reshape(*x.shape[:-1], *w.shape[:2])
         y_bthj = jnp.einsum("...hi,hij->...hj", x_bthi, w) + b
-        return y_bthj.reshape(*x.shape[:-1], -1)
+        return y_bthj.reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
 
 
 class Conv1D(SpecModule):

@@ -222,7 +222,7 @@ class Einsum(SpecModule):
     ) -> None:
         super().__init__()
         self.eqn = eqn
-        self.b = None
+        self.register_parameter("b", None)
         self.declare(params.einsum(w_shape, b_shape, w_init_variance_scale), dtype)
         self.materialise(device)
 

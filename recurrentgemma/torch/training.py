@@ -249,7 +249,7 @@ def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
         torch.tensor(np.asarray(z)).to(embedding.device) for z in batch
     )
     hidden, _ = model.hidden(tokens, segment_pos)
-    return cross_entropy(hidden, embedding, targets, weights, model.config.logits_soft_cap)
+    return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
 
 
 def _divisor(tokens: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.twin import Twin, find_twin
 
 Params = Mapping[str, np.ndarray]
@@ -79,7 +80,7 @@ class Backend(abc.ABC):
     ) -> Network:
         """A model with these parameters, by the layer spec's paths."""
         kwargs = {"gradient_checkpointing": gradient_checkpointing}
-        return self._network("Griffin", config, "", params, dtype, kwargs)
+        return self._network("Griffin", (config,), params, dtype, kwargs)
 
     def block(
         self, kind: str, config: GriffinConfig, prefix: str, params: Params, dtype: str = "float64"
@@ -90,7 +91,7 @@ class Backend(abc.ABC):
             for path, value in params.items()
             if path.startswith(f"{prefix}.")
         }
-        return self._network(kind, config, prefix, below, dtype, {})
+        return self._network(kind, sizes(kind, config, prefix), below, dtype, {})
 
     def state(self, array_state: Any, dtype: str, kind: str = "") -> Any:
         """A NumPy state as the twin takes it; `kind` is the module that it belongs to."""
@@ -98,13 +99,13 @@ class Backend(abc.ABC):
             return None
         if not isinstance(array_state, Mapping):
             return self.array(array_state, self._state_dtype(kind, array_state, dtype))
-        if "keys" in array_state or "rg_lru_state" in array_state:
-            name = "AttentionBlockCache" if "keys" in array_state else "RecurrentBlockCache"
-            fields = {
-                field: self.array(value, self._state_dtype(field, value, dtype))
-                for field, value in array_state.items()
-            }
-            return getattr(self.module, name)(**fields)
+        fields = tuple(array_state)
+        for mixer in MIXERS.values():
+            if fields == mixer.cache._fields:  # pyright: ignore[reportAttributeAccessIssue]
+                pairs = array_state.items()
+                return mixer.cache(
+                    *(self.array(v, self._state_dtype(f, v, dtype)) for f, v in pairs)
+                )
         return {block: self.state(fields, dtype) for block, fields in array_state.items()}
 
     def to_numpy(self, value: Any) -> Any:
@@ -149,8 +150,7 @@ class Backend(abc.ABC):
     def _network(
         self,
         kind: str,
-        config: GriffinConfig,
-        prefix: str,
+        arguments: tuple[Any, ...],
         params: Params,
         dtype: str,
         kwargs: dict[str, Any],
@@ -261,6 +261,23 @@ class Backend(abc.ABC):
         """The widest dtype that an implementation computes in."""
         del implementation
         return "float64"
+
+
+def sizes(kind: str, c: GriffinConfig, prefix: str) -> tuple[Any, ...]:
+    """The published arguments of a layer or block of the model."""
+    if kind == "ResidualBlock":
+        block_type = c.block_types[int(prefix.removeprefix("blocks."))]
+        window = c.attention_window_size
+        return c.width, c.mlp_expanded_width, c.num_heads, window, block_type, c.lru_width
+    return {
+        "RMSNorm": (c.width,),
+        "BlockDiagonalLinear": (c.lru_width, c.num_heads),
+        "Conv1D": (c.lru_width, 4),
+        "RGLRU": (c.lru_width, c.num_heads),
+        "RecurrentBlock": (c.width, c.num_heads, c.lru_width),
+        "LocalAttentionBlock": (c.width, c.num_heads, c.attention_window_size),
+        "MLPBlock": (c.width, c.mlp_expanded_width),
+    }[kind]
 
 
 def input_dtype(x: np.ndarray, dtype: str) -> str:

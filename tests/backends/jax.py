@@ -21,12 +21,15 @@ from backends.base import (
 class JaxBackend(Backend):
     name = "jax"
 
-    def _network(self, kind, config, prefix, params, dtype, kwargs) -> JaxNetwork:
-        if kind != "Griffin":
-            kwargs = {"prefix": prefix}
-        module = getattr(self.module, kind)(config, param_dtype=dtype, **kwargs)
-        params = self.twin.make(config, params.items(), dtype).params
-        return JaxNetwork(self, kind, module, params, dtype)
+    def _network(self, kind, arguments, params, dtype, kwargs) -> JaxNetwork:
+        from recurrentgemma.jax.griffin import set_path
+
+        module = getattr(self.module, kind)(*arguments, param_dtype=dtype, **kwargs)
+        tree: dict[str, Any] = {}
+        with self.precision(dtype):
+            for path, value in params.items():
+                set_path(tree, path, self.array(value, dtype))
+        return JaxNetwork(self, kind, module, tree, dtype)
 
     def raw_griffin(self, config, params, dtype="float32"):
         model = self.twin.make(config, params.items(), dtype)

@@ -34,13 +34,10 @@ class TorchBackend(Backend):
         finally:
             self.device = None
 
-    def _network(self, kind, config, prefix, params, dtype, kwargs) -> TorchNetwork:
+    def _network(self, kind, arguments, params, dtype, kwargs) -> TorchNetwork:
         import torch
 
-        positional = () if kind == "Griffin" else (prefix,)
-        module = getattr(self.module, kind)(
-            config, *positional, dtype=getattr(torch, dtype), **kwargs
-        )
+        module = getattr(self.module, kind)(*arguments, dtype=getattr(torch, dtype), **kwargs)
         module.load_state_dict(
             {
                 torch_name(path): self.array(to_torch(path, np.asarray(value)), dtype)

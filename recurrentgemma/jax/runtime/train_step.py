@@ -54,7 +54,7 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
         )
     embedding = get_path(params, "embedder.input_embedding")
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
-    soft_cap = model.config.logits_soft_cap
+    soft_cap = model.config.model.soft_cap
     return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
 
 
