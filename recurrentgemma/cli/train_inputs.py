@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PROMPTS = 2  # continued at each evaluation where none are given
 
 
-def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
+def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
     from recurrentgemma.common.model.griffin import GriffinConfig
@@ -46,9 +46,7 @@ def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, T
     return config if options.from_scratch else None, tokenizer
 
 
-def _require_match(
-    tokenizer: Tokenizer, config: GriffinConfig, own: Tokenizer | None = None
-) -> None:
+def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None = None) -> None:
     from recurrentgemma.common.errors import TokenizerError
 
     if tokenizer.size != config.vocab_size:
@@ -153,7 +151,7 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
 
 
 def make_setup(
-    options: TrainOptions, config: GriffinConfig | None, tokenizer: Tokenizer, steps: int
+    options: TrainOptions, config: Config | None, tokenizer: Tokenizer, steps: int
 ) -> Setup:
     """What is trained, and how; `config` and `tokenizer` are those of `config_and_tokenizer`."""
     from recurrentgemma.cli.trainers import Setup

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded, whole_folder
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
@@ -69,7 +69,7 @@ def load_checkpoint(
 
 def save_checkpoint(
     path: str | os.PathLike[str],
-    config: GriffinConfig,
+    config: Config,
     params: Params,
     tokenizer: Tokenizer,
     *,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from recurrentgemma.common.errors import ConfigError, NotRecurrentGemmaError
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.family import Family
@@ -23,13 +23,13 @@ FAMILIES = (GRIFFIN,)
 _GEMMA = ("self_attn.", "qkv_proj", "attn_vec_einsum", "qkv_einsum", "q_einsum", "layer_0.")
 
 
-def family_of(config: Any) -> Family | None:
+def family_of(config: Config) -> Family | None:
     """The family of a config; None where no format but ours has names for its parameters."""
     return next((family for family in FAMILIES if isinstance(config, family.config)), None)
 
 
 @functools.lru_cache(maxsize=32)
-def layout(config: Any, format_: Format) -> Layout:
+def layout(config: Config, format_: Format) -> Layout:
     """How a format stores the parameters of a model.
 
     Raises:

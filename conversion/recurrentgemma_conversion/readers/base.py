@@ -17,7 +17,7 @@ from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, no_tokenizer, read_config
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
@@ -80,7 +80,7 @@ class Reader(abc.ABC):
         return ()
 
     @functools.cached_property
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         """What the model is.
 
         Raises:
@@ -221,7 +221,7 @@ class Contents(NamedTuple):
         tokenizer's, or the published vocabulary's.
     """
 
-    config: GriffinConfig
+    config: Config
     dtypes: Mapping[str, np.dtype]
     name: str = ""
     shard_size: int = SHARD_SIZE
@@ -236,7 +236,7 @@ Write = Callable[[str, np.ndarray | Stacked], None]
 Writer = Callable[[Path, Contents], AbstractContextManager[Write]]
 
 
-def require_size(tokenizer: Tokenizer, config: GriffinConfig, name: object) -> None:
+def require_size(tokenizer: Tokenizer, config: Config, name: object) -> None:
     """Raises `TokenizerError`, with the tokenizer's name, unless it has the vocabulary's size."""
     if tokenizer.size != config.vocab_size:
         raise TokenizerError(

@@ -24,6 +24,7 @@ from recurrentgemma.common.errors import DamagedError, MissingExtraError, Unknow
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.tensor_files import write_array
+from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
@@ -276,9 +277,7 @@ def orbax_metadata(names: Iterable[str], *, ocdbt: bool) -> dict[str, Any]:
     """
     tree = {}
     for name in names:
-        keys = name.split(".")
-        if keys[0] == "blocks":  # "blocks.N" is one level of the tree
-            keys[:2] = [".".join(keys[:2])]
+        keys = tree_keys(name)
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},

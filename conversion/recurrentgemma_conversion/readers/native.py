@@ -14,7 +14,7 @@ from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, metadata, read_config
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
@@ -50,7 +50,7 @@ class NativeReader(SafetensorsReader):
         super()._open()
 
     @functools.cached_property
-    def stated(self) -> GriffinConfig:
+    def stated(self) -> Config:
         return read_config(self.homes[0] / CONFIG)
 
 
@@ -66,7 +66,7 @@ def write_native(folder: Path, contents: Contents) -> Iterator[Write]:
 
 def save_folder(
     path: str | os.PathLike[str],
-    config: GriffinConfig,
+    config: Config,
     dtypes: Mapping[str, np.dtype],
     parameter: Callable[[ParamSpec], np.ndarray],
     tokenizer: Tokenizer,
