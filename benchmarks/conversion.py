@@ -1,17 +1,17 @@
-"""Memory and rate of converting a checkpoint between all formats, each in a process of its own.
+"""Memory and rate of converting a checkpoint between all formats, each in its own process.
 
     python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
 
-For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
-what the imports took, and the rates of writing, of verifying, and of all of it with every byte
-flushed to the disk. Between safetensors, `cp` of the source runs just before each conversion, as it
-is and flushed, in as many rounds as asked for, and two ratios say how the conversion compares:
-writing with `cp`, and all of it, verification included, with `cp` flushed. Where `cp` flushed is
-much slower than `cp`, the disk is the limit.
+For each direction it measures the peak of anonymous memory (RssAnon, which leaves out mapped files)
+above the level after the imports, and three rates: writing, verifying, and everything with every
+byte flushed to the disk. Between safetensors formats, `cp` copies the source just before each
+conversion, once plain and once flushed, in `--rounds` rounds. Two ratios compare: writing with
+plain `cp`, and everything, verification included, with flushed `cp`. If flushed `cp` is much slower
+than plain `cp`, the disk is the limit.
 
-All start alike: the disk idle, and as much memory as the copy takes just used and given up, since a
-virtual machine's host takes back what was free for some seconds, and `cp` is three times as slow
-when it has to be asked for again. It reads /proc, so it runs on Linux.
+Every run starts with an idle disk, and with as much memory as the copy takes, just used and freed:
+a virtual machine's host takes back memory that is free for some seconds, and `cp` is three times as
+slow when it must ask for it again. The script reads /proc, so it runs on Linux.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rss_anon() -> int:
 
 
 class Peak:
-    """The peak of anonymous memory while it runs, beyond what there was before."""
+    """The peak of anonymous memory in the `with` block, above the level before it."""
 
     def __enter__(self) -> Peak:
         self.bytes, self._before, self._stop = 0, rss_anon(), threading.Event()
@@ -83,7 +83,7 @@ class Peak:
 
 
 def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
-    """Converts and prints what it took."""
+    """Converts, and prints memory and times."""
     if Format.KAGGLE_TORCH in (to, source.name):
         import torch  # noqa: F401  # imports do not count
     times: dict[str, list[float]] = {}
@@ -99,7 +99,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
 
 
 def make_ready(size: int) -> None:
-    """Lets the disk come to rest, and has the host provide memory."""
+    """Waits until the disk is idle, and makes the host provide memory."""
     os.sync()
     subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
 
@@ -119,11 +119,11 @@ def copy(source: Path, destination: Path, *, flush: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="where 6 copies have room")
+    parser.add_argument("--folder", type=Path, help="folder with room for 6 copies")
     parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
     parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
-    parser.add_argument("--rounds", type=int, default=3, help="of what is compared with cp")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison with cp")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -163,7 +163,7 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format], rounds: int)
     make(folder / "recurrentgemma", config)
     shutil.copy(tokenizer, folder / "recurrentgemma/tokenizer.model")
     rows = []
-    # First from ours, which makes the sources of the others.
+    # Convert from ours first: this makes the sources for the others.
     order = sorted(formats, key=lambda f: f is not Format.RECURRENTGEMMA)
     for source in order:
         for to in order:

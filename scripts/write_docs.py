@@ -1,8 +1,8 @@
-"""Writes the documentation's tables of parameters, names and memory: `make docs` does it.
+"""Writes the documentation's tables that follow from the layer spec; `make docs` runs it.
 
     python scripts/write_docs.py
 
-Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what the function NAME gives.
+Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds the output of the function NAME.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DO
 
 def names() -> Iterator[str]:
     """The table of names: one layer of each kind, its shapes in letters."""
-    # Each letter has a size that no other has.
+    # No two letters share a size.
     config = GriffinConfig(
         vocab_size=1009, width=60, mlp_expanded_width=77, num_heads=5, lru_width=40,
         attention_window_size=8, logits_soft_cap=30.0, embeddings_scale_by_sqrt_dim=True,
@@ -56,7 +56,7 @@ def names() -> Iterator[str]:
 
 
 def memory() -> Iterator[str]:
-    """What `recurrentgemma inspect --preset NAME --memory` prints of sizes."""
+    """The sizes that `recurrentgemma inspect --preset NAME --memory` prints."""
     for preset in Preset:
         config = GriffinConfig.from_preset(preset)
         lines = list(render(described(config, {}, memory=True), every_block=False))
@@ -74,7 +74,7 @@ def _numbered(name: str) -> str:
 
 
 def written(text: str) -> str:
-    """A page with its generated parts as they must be."""
+    """A page with its generated parts up to date."""
     functions = {"names": names, "memory": memory}
     return _GENERATED.sub(
         lambda match: match[1] + "\n".join(functions[match[2]]()) + "\n" + match[3], text

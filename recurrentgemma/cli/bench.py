@@ -89,7 +89,7 @@ def bench(
     }
     with working("Running"):
         report |= measure(loaded.sampler, batch_size, prompt_tokens, new_tokens)
-    report["peak_memory_bytes"] = find_twin(framework).memory()
+    report["peak_memory_bytes"] = find_twin(framework).memory() or 0
     specs = layer_spec(loaded.sampler.config)
     size = sum(spec.size for spec in specs) * {DType.FLOAT32: 4, DType.BFLOAT16: 2}[loaded.dtype]
     report["weight_bytes"] = size

@@ -22,7 +22,7 @@ class UnknownFormatError(CheckpointError):
 
 
 class PathError(CheckpointError):
-    """A library that a format needs cannot open a file of this name."""
+    """A library that the format needs cannot open a path with this name."""
 
 
 class DamagedError(CheckpointError):
@@ -34,7 +34,7 @@ class UnsafePickleError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """Tensors are missing, unexpected or of a wrong shape or dtype: all of them are listed."""
+    """Tensors are missing, unexpected or of a wrong shape or dtype; the message lists all."""
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:
         listed = "\n  ".join(problems)
@@ -43,7 +43,7 @@ class MismatchError(CheckpointError):
 
 
 class NonFiniteError(CheckpointError):
-    """Tensors hold NaN or infinity: all of them are named."""
+    """Tensors hold NaN or infinity; the message names all."""
 
 
 class NotRecurrentGemmaError(CheckpointError):
@@ -51,11 +51,11 @@ class NotRecurrentGemmaError(CheckpointError):
 
 
 class ConfigError(CheckpointError):
-    """The config is missing, incomplete, or contradicts the tensors or the request."""
+    """The config is missing or incomplete, or contradicts the tensors or the request."""
 
 
 class TokenizerError(CheckpointError):
-    """The tokenizer is missing, unreadable, or its size differs from the vocabulary's."""
+    """The tokenizer is missing or unreadable, or its size differs from the vocabulary."""
 
 
 class DestinationError(CheckpointError):
@@ -78,7 +78,7 @@ class MissingFrameworkError(MissingExtraError, ImportError):
 
 
 class VerificationError(CheckpointError):
-    """The output differs when read back; nothing was kept."""
+    """The output differs when read back; it was removed."""
 
 
 class DownloadError(CheckpointError):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
     import numpy as np
 
     from recurrentgemma.common.generation.sampler import BaseSampler
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma_conversion.overrides import Overrides
 
@@ -86,7 +86,7 @@ class Twin(Protocol):
 
     def make(
         self,
-        config: GriffinConfig,
+        config: Config,
         params: Iterable[tuple[str, np.ndarray]],
         dtype: str,
         device: str | None = None,
@@ -94,7 +94,7 @@ class Twin(Protocol):
         """A model with these parameters: pairs of a path and an array in the Flax layout."""
         ...
 
-    def init(self, config: GriffinConfig, seed: int, dtype: str, device: str | None = None) -> Any:
+    def init(self, config: Config, seed: int, dtype: str, device: str | None = None) -> Any:
         """A model with initial parameters; a seed gives the same ones in both twins."""
         ...
 
@@ -113,8 +113,8 @@ class Twin(Protocol):
         """The model's parameters in the Flax layout, by path."""
         ...
 
-    def init_state(self, model: Any, batch_size: int) -> Any:
-        """The state before the first token."""
+    def init_state(self, model: Any, batch_size: int, capacity: int | None = None) -> Any:
+        """The state before the first token; see `Griffin.init_cache`."""
         ...
 
     def state_arrays(self, state: Any) -> dict[str, np.ndarray]:

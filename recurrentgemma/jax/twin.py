@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax import training
@@ -27,7 +27,7 @@ class Model(NamedTuple):
     params: Params
 
     @property
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         return self.module.config
 
     @property
@@ -82,9 +82,9 @@ class JaxTwin(Twin):
     def params(self, model):
         return _by_path(model.config, model.params)
 
-    def init_state(self, model, batch_size):
+    def init_state(self, model, batch_size, capacity=None):
         with self.precision(model.dtype):
-            return model.module.init_cache(batch_size)
+            return model.module.init_cache(batch_size, capacity=capacity)
 
     def state_arrays(self, state):
         return {
@@ -133,7 +133,7 @@ def _gradients(module, params, tokens, segment_pos):
     return jax.grad(loss)(params)
 
 
-def _by_path(config: GriffinConfig, tree: Any) -> dict[str, np.ndarray]:
+def _by_path(config: Config, tree: Any) -> dict[str, np.ndarray]:
     return {spec.path: np.asarray(get_path(tree, spec.path)) for spec in layer_spec(config)}
 
 

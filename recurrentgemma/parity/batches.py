@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.state import state_shapes
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import state_spec
 
 LONGEST = 512  # tokens a row, unless more are asked for
 
@@ -40,14 +40,18 @@ class ParityBatch(NamedTuple):
         )
 
 
-def default_length(config: GriffinConfig) -> int:
-    """Tokens a row: 64 more than the state remembers one by one, at most `LONGEST`."""
-    remembered = max(shape[0] for shape in state_shapes(config).values() if len(shape) > 1)
-    return min(remembered + 64, LONGEST)
+def default_length(config: Config) -> int:
+    """Tokens a row: 64 more than a state of a fixed size has slots for, at most `LONGEST`."""
+    slots = [
+        spec.shape[spec.axes.index("slots")]
+        for spec in state_spec(config)
+        if "slots" in spec.axes and not spec.grows
+    ]
+    return min(max(slots, default=0) + 64, LONGEST)
 
 
 def make_batch(
-    config: GriffinConfig,
+    config: Config,
     length: int,
     *,
     seed: int = 0,

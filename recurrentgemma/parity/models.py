@@ -10,7 +10,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import MissingExtraError
 from recurrentgemma.common.extras import is_installed, require
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.twin import PACKAGES, Outputs, Twin, find_twin
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
@@ -26,7 +26,7 @@ class Model(abc.ABC):
       plain: Whether it can only read whole documents, one a row and without padding.
     """
 
-    config: GriffinConfig
+    config: Config
     widest = "float64"
     plain = False
 
@@ -41,8 +41,8 @@ class Model(abc.ABC):
         """A forward pass from a state, None at the start; see `Twin.forward`."""
 
     @abc.abstractmethod
-    def start(self, batch_size: int) -> Any:
-        """The state before the first token."""
+    def start(self, batch_size: int, capacity: int) -> Any:
+        """The state before the first token, with room for so many tokens if it grows."""
 
     @abc.abstractmethod
     def arrays_of(self, state: Any) -> Arrays:
@@ -69,8 +69,8 @@ class TwinModel(Model):
     def run(self, tokens, segment_pos, state, names):
         return self._twin.forward(self._model, tokens, segment_pos, state, names)
 
-    def start(self, batch_size):
-        return self._twin.init_state(self._model, batch_size)
+    def start(self, batch_size, capacity):
+        return self._twin.init_state(self._model, batch_size, capacity)
 
     def arrays_of(self, state):
         return self._twin.state_arrays(state)

@@ -43,7 +43,7 @@ def read(
     whole, state = model.run(tokens, segment_pos, None, names)
     places = segment_pos >= 0
     tensors = {CASES[0]: _at(whole, places) | ({} if state is None else model.arrays_of(state))}
-    state, parts = model.start(len(tokens)), []
+    state, parts = model.start(len(tokens), tokens.shape[1] + num_greedy), []
     after_chunks: Arrays = {}
     for part in batch.parts():
         if part[0].shape[1] == 1 and not after_chunks:

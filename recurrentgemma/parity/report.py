@@ -11,7 +11,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import MismatchError
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.parity.batches import ParityBatch
 from recurrentgemma.parity.budget import Error, compare_tensors
 from recurrentgemma.parity.models import Model
@@ -129,7 +129,7 @@ def _row_to_dict(row: Row, dtype: str) -> dict[str, Any]:
     }
 
 
-def require_same_config(names: tuple[str, str], one: GriffinConfig, other: GriffinConfig) -> None:
+def require_same_config(names: tuple[str, str], one: Config, other: Config) -> None:
     """Raises `MismatchError`, with both values of every field that differs, if any does."""
     problems = [f"{name}: {a} | {b}" for name, (a, b) in one.differences(other).items()]
     if problems:

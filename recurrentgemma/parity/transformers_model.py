@@ -120,7 +120,8 @@ class TransformersModel(Model):
             logits = model(ids, position_ids=position_ids, **given).logits
         return {name: captured[name] for name in names} | {"logits": to_array(logits)}
 
-    def start(self, batch_size):
+    def start(self, batch_size, capacity):
+        del capacity
         import transformers
 
         shared = {id(parameter): parameter for parameter in self._model.parameters()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
@@ -69,8 +69,8 @@ class TorchTwin(Twin):
     def params(self, model):
         return _by_path(model.config, model.state_dict())
 
-    def init_state(self, model, batch_size):
-        return model.init_cache(batch_size)
+    def init_state(self, model, batch_size, capacity=None):
+        return model.init_cache(batch_size, capacity=capacity)
 
     def state_arrays(self, state):
         return {
@@ -112,7 +112,7 @@ class TorchTwin(Twin):
 TWIN = TorchTwin()
 
 
-def _by_path(config: GriffinConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _by_path(config: Config, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {
         spec.path: to_torch(spec.path, to_array(tensors[torch_name(spec.path)]))
         for spec in layer_spec(config)

@@ -1,4 +1,4 @@
-"""`recurrentgemma train`: what it leaves, its options, and mistakes."""
+"""`recurrentgemma train`: its outputs, options and error messages."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def test_what_a_run_leaves(corpus, framework, train, capsys):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
     assert len(list((run / "checkpoints").iterdir())) in (2, 3)
-    # All of them are checkpoints that the other commands take.
+    # The other commands read each of them as a checkpoint.
     folders = [run / "model", run / "best", *(run / "checkpoints").iterdir()]
     for folder in folders:
         assert NativeReader(folder).config.width == 16
@@ -90,13 +90,13 @@ def test_flags_win_over_the_file(corpus, train):
     written = tomllib.loads((corpus / "other" / "run.toml").read_text())
     assert (written["length"], written["pack"]) == (20, False)
     assert written["train"] == list(map(str, files))
-    # A flag wins over what it excludes, too.
+    # A flag also wins over the options that it excludes.
     options.write_text("epochs = 7\nvalidation_share = 0.5\n")
     assert train(options=options, steps=2, out=corpus / "third").code == 0
     written = tomllib.loads((corpus / "third" / "run.toml").read_text())
     assert "epochs" not in written
     assert "validation_share" not in written
-    # The file that a run leaves makes that run again.
+    # The options file of a run repeats the run.
     path = corpus / "run" / "run.toml"
     again = main(["train", "--options", str(path), "--out", str(corpus / "again")])
     assert again == 0
@@ -105,7 +105,7 @@ def test_flags_win_over_the_file(corpus, train):
 
 
 def test_paths_from_home(corpus, train, monkeypatch):
-    """Where no shell has put it: in a file, and after an equals sign."""
+    """No shell expands `~` in a file or after an equals sign."""
     monkeypatch.setenv("HOME", str(corpus))
     monkeypatch.chdir(corpus)
     (corpus / "options.toml").write_text('train = ["~/train.jsonl"]\nout = "~/in-the-file"\n')
@@ -211,7 +211,7 @@ def test_adapters_go_on_only_on_their_base(corpus, base, train):
     weights.write_bytes(data)
     done = train(resume=True, **options)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {weights}" in done.err
+    assert f"these inputs have changed: {weights}" in done.err
 
 
 @pytest.mark.parametrize(("how", "word"), [("truncate", "truncated"), ("skip", "skipped")])
@@ -235,7 +235,7 @@ def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
         proto.replace(word + b"\x15", "▁SHALL".encode() + b"\x15")
     )
     done = train(config=None, tokenizer=corpus / "swapped.model")
-    assert "the tokenizer is not that of the checkpoint" in done.err
+    assert "the tokenizer differs from the checkpoint" in done.err
     assert done.code == 2
 
 
@@ -245,8 +245,8 @@ def test_a_run_is_never_replaced_unasked(corpus, train):
     before = (corpus / "run" / "run.toml").read_bytes()
     done = train(steps=2)
     assert (done.code, done.out) == (2, "")
-    assert "holds a training run: --resume goes on with it, --force replaces it" in done.err
-    # Nor where the new one cannot begin.
+    assert "holds a training run: --resume continues it, --force replaces it" in done.err
+    # It stays if the new run cannot begin.
     assert train(force=True, train="/nowhere").code == 2
     assert (corpus / "run" / "run.toml").read_bytes() == before
     assert train(force=True, steps=2).code == 0
@@ -275,7 +275,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
     assert done.code == 2
     assert "length was 16, is 20; learning_rate was 0.01, is 0.5" in done.err
     assert "keep" not in done.err
-    # What is not said stays as it was; what the weights do not depend on may change.
+    # Options that are not given stay; those that do not affect the weights may change.
     out = str(corpus / "run")
     assert main(["train", "--resume", "--out", out, "--keep", "1"]) == 0
     assert read_toml(corpus / "run" / "run.toml")[0]["keep"] == 1
@@ -283,7 +283,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
         file.write('{"text": "and more"}\n')
     done = train(resume=True)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
+    assert f"these inputs have changed: {corpus / 'valid.jsonl'}" in done.err
 
 
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
@@ -325,7 +325,7 @@ def test_an_absent_extra_is_named(train, monkeypatch, option, package):
     assert done.err.endswith(
         f"needs {package}, which is not installed: pip install 'recurrentgemma[train]'\n"
     )
-    # What nobody asked for is left out.
+    # Without a request, the plot is left out.
     assert train(plot=None, steps=1).code == 0
 
 

@@ -1,4 +1,4 @@
-"""Examples from JSON lines, and the rows they become."""
+"""Examples from JSON lines, and the rows that hold them."""
 
 import json
 
@@ -104,7 +104,7 @@ def test_what_is_too_long():
     assert (skipped.too_long, skipped.empty) == (2, 0)
     truncated = cut(examples, 4, TooLong.TRUNCATE)
     assert [len(e.tokens) for e in truncated.examples] == [4, 5, 5]
-    assert (truncated.too_long, truncated.empty) == (2, 1)  # of the last only its prompt was left
+    assert (truncated.too_long, truncated.empty) == (2, 1)  # only the last one's prompt was left
     with pytest.raises(DataError, match="no example has anything to predict within 4 tokens"):
         cut(examples[3:], 4, TooLong.TRUNCATE)
     for stride in (0, 5):
@@ -126,7 +126,7 @@ def test_windows_predict_every_token_once(sizes, lengths):
         assert piece.places <= length
         assert not piece.counts[0]
         assert (np.diff(piece.tokens) == 1).all()
-        # A later window has the context of what it shares with the one before.
+        # A later window repeats tokens of the one before as context.
         if piece.tokens[0] % 100:
             assert piece.counts.argmax() == length - stride + 1
 
@@ -143,7 +143,7 @@ def test_packing_keeps_documents_whole(sizes):
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_hold_documents_and_positions(packed):
     examples = [document(size, 100 * (i + 1), 2) for i, size in enumerate((4, 9, 3, 6, 2, 5))]
-    examples = cut(examples, 8).examples  # without the one of two tokens, both of them a prompt
+    examples = cut(examples, 8).examples  # leaves out one of two prompt tokens
     stream = RowStream(examples, 8, PAD, seed=3, packed=packed)
     rows = stream.rows_in_epoch()
     assert rows < len(examples) if packed else rows == len(examples)

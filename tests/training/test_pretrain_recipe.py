@@ -1,4 +1,4 @@
-"""The parts of the bundled model's recipe on which its figures rest."""
+"""The parts of the bundled model's recipe that its figures depend on."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bits_per_byte_of_a_uniform_model(script) -> None:
-    """A model that knows nothing needs log2(V) bits a token, the end of each text included."""
+    """A model that knows nothing needs log2(V) bits a token, including each text's end."""
     evaluation, corpus = script("evaluation"), script("corpus")
     tokenizer = load_tokenizer()
 
