@@ -129,7 +129,7 @@ class Reader(Engine):
 
     @abc.abstractmethod
     def _to_numpy(self, cache: Any) -> Arrays:
-        """The cache as NumPy arrays, bfloat16 as float32."""
+        """The cache as NumPy arrays of the same dtypes."""
 
     @abc.abstractmethod
     def _from_numpy(self, arrays: Arrays) -> Any:

@@ -17,9 +17,7 @@ from recurrentgemma.common.generation.stops import Stops, checked_ids, checked_s
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.io.state_files import (
     StoredState,
-    narrowed,
     read_state,
-    widened,
     write_state,
 )
 from recurrentgemma.common.model.griffin import GriffinConfig
@@ -258,7 +256,7 @@ class BaseSampler(Reader, Generic[_Array]):
         """
         self._require_own(state)
         cache = state.cache
-        arrays = None if cache is None else narrowed(self._to_numpy(cache), cache)
+        arrays = None if cache is None else self._to_numpy(cache)
         stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
         write_state(path, self.config, stored, force=force)
 
@@ -274,7 +272,7 @@ class BaseSampler(Reader, Generic[_Array]):
         """Reads a state file with what was kept beside it; see `load_state`."""
         stored = read_state(path, self.config)
         arrays = stored.arrays
-        cache = None if arrays is None else self._from_numpy(widened(arrays))
+        cache = None if arrays is None else self._from_numpy(arrays)
         state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
         return state, stored.notes
 
