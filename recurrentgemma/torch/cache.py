@@ -6,7 +6,8 @@ with them, the same tokens leave the same arrays. Every update is functional.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +129,16 @@ def cache_from_numpy(
             }
         )
     return cache
+
+
+def map_cache(function: Callable[..., Tensor], cache: Any, *others: Any) -> Any:
+    """The results of a function for each array of caches, or for single arrays."""
+    if isinstance(cache, Tensor):
+        return function(cache, *others)
+    return {
+        name: type(block)(*map(function, block, *(other[name] for other in others)))
+        for name, block in cache.items()
+    }
 
 
 def prepend_history(

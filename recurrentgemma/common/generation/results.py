@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from recurrentgemma.common.generation.loop import LogProbs
+from recurrentgemma.common.generation.engine import LogProbs
 from recurrentgemma.common.model.state import State
 
 _Array = TypeVar("_Array")
@@ -18,18 +18,18 @@ class SamplerOutput(NamedTuple, Generic[_Array]):
 
     Attributes:
       text: The generated text, with `echo` behind the prompt's.
-      tokens: The generated token ids with the one that stopped the row, with `echo` behind the
+      tokens: The generated token ids, also the one that stopped the row; with `echo` behind the
         prompt's.
-      logits: Row i scores `tokens[i]` (zeros for a prompt's first token, which nothing scores);
-        None unless asked for.
-      logprobs: Of the generated tokens; None unless asked for.
+      logits: `logits[i]` scores `tokens[i]`, [N, V], with zeros for a prompt's first token, which
+        nothing scores; empty unless asked for.
+      logprobs: Log-probabilities of the generated tokens; None unless asked for.
       finish_reasons: "eos", "end_of_turn", "stop_id", "stop_string", or "length".
-      state: From which to go on, of all rows; from `generate` alone.
+      state: The state after all rows, to go on from; `generate` alone returns it.
     """
 
     text: list[str]
     tokens: list[_Array]
-    logits: list[_Array] | None = None
+    logits: Sequence[_Array] = ()
     logprobs: list[LogProbs] | None = None
     finish_reasons: list[str] | None = None
     state: State | None = None
