@@ -11,7 +11,7 @@ from flax.typing import Dtype
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from recurrentgemma.common.generation.engine import LogProbs, Sampled
+from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.model.config import GriffinConfig, shapes_of
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
@@ -22,15 +22,11 @@ from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
 
 
-class ModelEngine:
+class ModelEngine(Engine):
     """The `Engine` of a model and its parameters.
 
     Attributes:
       model: The model.
-      prefill_chunks: See `Engine`.
-      score_chunks: See `Engine`.
-      pads_chunks: See `Engine`.
-      burst: See `Engine`.
     """
 
     pads_chunks = True
@@ -48,14 +44,9 @@ class ModelEngine:
           ValueError: The parameters do not match the model's config; every difference is named.
         """
         self.model = model
-        self.prefill_chunks, self.score_chunks = (2048, 256, 32), (256, 32)
         self._jit_compile = jit_compile
         self.params = params
         self.burst = 1 if platform_of(self._params) == "cpu" else 8
-
-    def __repr__(self) -> str:
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        return f"ModelEngine(layers={self.config.num_layers}, width={self.config.width}, {size=})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled steps, which are looked up again."""
@@ -67,8 +58,11 @@ class ModelEngine:
 
     @property
     def config(self) -> GriffinConfig:
-        """The model's configuration."""
         return self.model.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     @property
     def params(self) -> Params:
@@ -153,9 +147,6 @@ class ModelEngine:
 
     def put(self, cache: Any, rows: np.ndarray, others: Any) -> Any:
         return self._functions.put(cache, rows, others)
-
-    def snapshot(self, cache: Cache) -> Cache:
-        return self.take(cache, np.arange(len(next(iter(cache.values()))[0])))
 
     def grow(self, cache: Cache, capacity: int | None) -> Cache:
         del capacity

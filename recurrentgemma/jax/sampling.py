@@ -25,7 +25,7 @@ def choose(
     if variant.num_logprobs is None:
         return Sampled(tokens)
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    top_logprobs, top_tokens = jax.lax.top_k(logprobs, variant.num_logprobs)
+    top_logprobs, top_tokens = top(logprobs, variant.num_logprobs)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
     return Sampled(tokens, LogProbs(chosen, top_tokens, top_logprobs))
 
@@ -56,38 +56,41 @@ def draw(
     draws = settings.temperature > 0
     is_cut = (settings.top_k > 0) | (settings.top_p < 1)
     if variant.plain:
-        values, _ = cut_off(settings, logits)
+        values = cut_off(settings, logits)
         tokens = jnp.where(draws & ~is_cut, _pick(values, numbers), tokens)
     if variant.width:
-        values, ids = cut_off(settings, logits, variant.width)
+        values, ids = top(logits, variant.width)
+        values = cut_off(settings, values, ordered=True)
         drawn = jnp.take_along_axis(ids, _pick(values, numbers)[:, None], -1)[:, 0]
         tokens = jnp.where(draws & is_cut, drawn, tokens)
     return tokens
 
 
 def cut_off(
-    settings: RowSettings, logits: Float[Array, "b v"], width: int = 0
-) -> tuple[Float[Array, "b k"], Int[Array, "b k"] | None]:
-    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
+    settings: RowSettings, logits: Float[Array, "b k"], ordered: bool = False
+) -> Float[Array, "b k"]:
+    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf.
 
-    They are divided by the temperature, and the highest is 0. The `width` most likely tokens come,
-    most likely first; where it is 0 all come in the order of the vocabulary, without ids, and
-    `top_k` and `top_p` do not count.
+    They are divided by the temperature, and the highest is 0. `top_k` and `top_p` count only where
+    the logits are `ordered`, most likely first.
     """
-    values, ids = logits, None
-    if width:
-        values, ids = jax.lax.top_k(logits, width)  # equals come in order of id
-        kept = settings.top_k[:, None] > jnp.arange(width)
-        values = jnp.where(kept | (settings.top_k == 0)[:, None], values, -jnp.inf)
+    if ordered:
+        k = settings.top_k[:, None]
+        logits = jnp.where((jnp.arange(logits.shape[1]) < k) | (k == 0), logits, -jnp.inf)
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)
-    values = (values - values.max(-1, keepdims=True)) / temperature[:, None]
-    if width:
-        weights = jnp.exp(values)
+    values = (logits - logits.max(-1, keepdims=True)) / temperature[:, None]
+    if ordered:
+        weights, p = jnp.exp(values), settings.top_p[:, None]
         before = weights.cumsum(-1) - weights
-        share = settings.top_p[:, None] * _cumulated(weights).max(-1, keepdims=True)
-        kept = ((before < share) | (settings.top_p == 1)[:, None]).at[:, 0].set(True)
-        values = jnp.where(kept, values, -jnp.inf)
-    return jnp.where(values >= settings.log_min_p[:, None], values, -jnp.inf), ids
+        kept = (before < p * _cumulated(weights).max(-1, keepdims=True)) | (p == 1)
+        values = jnp.where(kept.at[:, 0].set(True), values, -jnp.inf)
+    return jnp.where(values >= settings.log_min_p[:, None], values, -jnp.inf)
+
+
+def top(values: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The k largest values and their places, largest first, among equals in order of place."""
+    values, places = jax.lax.top_k(values, k)
+    return values, places
 
 
 def _pick(values: Float[Array, "b k"], numbers: Float[Array, " b"]) -> Int[Array, " b"]:

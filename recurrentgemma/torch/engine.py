@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.generation.engine import LogProbs, Sampled
+from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.model.config import GriffinConfig
 from recurrentgemma.common.model.state import Arrays
@@ -27,15 +27,11 @@ class _Prepared(NamedTuple):
     captured: dict[Any, CapturedStep]
 
 
-class ModelEngine:
+class ModelEngine(Engine):
     """The `Engine` of a model with its parameters.
 
     Attributes:
       model: The model; another with the same config may take its place.
-      prefill_chunks: See `Engine`.
-      score_chunks: See `Engine`.
-      pads_chunks: See `Engine`.
-      burst: See `Engine`.
     """
 
     pads_chunks = False
@@ -48,14 +44,9 @@ class ModelEngine:
           jit_compile: Whether to compile the decode step with `torch.compile`.
         """
         self.model = model
-        self.prefill_chunks, self.score_chunks = (2048, 256, 32), (256, 32)
         self._jit_compile = jit_compile
         self._prepared: _Prepared | None = None
         self.burst = 1 if self._device.type == "cpu" else 8
-
-    def __repr__(self) -> str:
-        size = sum(parameter.nbytes for parameter in self.model.parameters())
-        return f"ModelEngine(layers={self.config.num_layers}, width={self.config.width}, {size=})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled and captured steps, which are made again."""
@@ -63,8 +54,11 @@ class ModelEngine:
 
     @property
     def config(self) -> GriffinConfig:
-        """The model's configuration."""
         return self.model.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
         """Nothing is compiled to read prompts."""
@@ -153,9 +147,6 @@ class ModelEngine:
         index = self.on_device(rows).long()
         map_cache(lambda value, other: value.index_copy_(0, index, other), cache, others)
         return cache
-
-    def snapshot(self, cache: Cache) -> Cache:
-        return map_cache(torch.clone, cache)
 
     def grow(self, cache: Cache, capacity: int | None) -> Cache:
         del capacity

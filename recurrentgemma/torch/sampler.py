@@ -20,7 +20,7 @@ __all__ = ["Sampler", "SamplerOutput"]
 class Sampler(BaseSampler[Tensor]):
     """Text from a model; call it, or iterate over `stream`."""
 
-    engine: ModelEngine
+    engine: ModelEngine  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

@@ -56,53 +56,36 @@ def draw(
     draws = settings.temperature > 0
     is_cut = (settings.top_k > 0) | (settings.top_p < 1)
     if variant.plain:
-        values, _ = cut_off(settings, logits)
+        values = cut_off(settings, logits)
         tokens = torch.where(draws & ~is_cut, _pick(values, numbers), tokens)
     if variant.width:
-        values, ids = cut_off(settings, logits, variant.width)
+        values, ids = top(logits, variant.width)
+        values = cut_off(settings, values, ordered=True)
         drawn = ids.gather(-1, _pick(values, numbers)[:, None])[:, 0]
         tokens = torch.where(draws & is_cut, drawn, tokens)
     return tokens
 
 
 def cut_off(
-    settings: RowSettings, logits: Float[Tensor, "b v"], width: int = 0
-) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"] | None]:
-    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
+    settings: RowSettings, logits: Float[Tensor, "b k"], ordered: bool = False
+) -> Float[Tensor, "b k"]:
+    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf.
 
-    They are divided by the temperature, and the highest is 0. The `width` most likely tokens come,
-    most likely first; where it is 0 all come in the order of the vocabulary, without ids, and
-    `top_k` and `top_p` do not count.
+    They are divided by the temperature, and the highest is 0. `top_k` and `top_p` count only where
+    the logits are `ordered`, most likely first.
     """
-    values, ids = logits, None
-    if width:
-        values, ids = top(logits, width)
-        kept = settings.top_k[:, None] > torch.arange(width, device=logits.device)
-        values = torch.where(kept | (settings.top_k == 0)[:, None], values, -torch.inf)
+    if ordered:
+        k, place = settings.top_k[:, None], torch.arange(logits.shape[1], device=logits.device)
+        logits = torch.where((place < k) | (k == 0), logits, -torch.inf)
     temperature = torch.where(settings.temperature > 0, settings.temperature, 1)
-    values = (values - values.amax(-1, keepdim=True)) / temperature[:, None]
-    if width:
-        weights = torch.exp(values)
+    values = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    if ordered:
+        weights, p = torch.exp(values), settings.top_p[:, None]
         before = weights.cumsum(-1) - weights
-        share = settings.top_p[:, None] * _cumulated(weights).amax(-1, keepdim=True)
-        kept = (before < share) | (settings.top_p == 1)[:, None]
+        kept = (before < p * _cumulated(weights).amax(-1, keepdim=True)) | (p == 1)
         kept[:, 0] = True
         values = torch.where(kept, values, -torch.inf)
-    return torch.where(values >= settings.log_min_p[:, None], values, -torch.inf), ids
-
-
-def _pick(values: Float[Tensor, "b k"], numbers: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The place at which the cumulated weights reach a share of their sum."""
-    reached = _cumulated(torch.exp(values))
-    return (reached >= numbers[:, None] * reached.amax(-1, keepdim=True)).int().argmax(-1)
-
-
-def _cumulated(weights: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """The cumulated weights; 0 at a weight of 0, which rounding must not choose.
-
-    What comes behind the last weight changes no bit: rows cut off at different places agree.
-    """
-    return torch.where(weights > 0, weights.cumsum(-1), 0)
+    return torch.where(values >= settings.log_min_p[:, None], values, -torch.inf)
 
 
 def top(values: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
@@ -119,3 +102,17 @@ def top(values: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b k"], Int
     places = rank.new_zeros(len(rank), k + 1).scatter_(1, rank, every)[:, :k]
     ordered, order = values.gather(-1, places).sort(dim=-1, descending=True, stable=True)
     return ordered, places.gather(-1, order)
+
+
+def _pick(values: Float[Tensor, "b k"], numbers: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The place at which the cumulated weights reach a share of their sum."""
+    reached = _cumulated(torch.exp(values))
+    return (reached >= numbers[:, None] * reached.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+def _cumulated(weights: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """The cumulated weights; 0 at a weight of 0, which rounding must not choose.
+
+    What comes behind the last weight changes no bit: rows cut off at different places agree.
+    """
+    return torch.where(weights > 0, weights.cumsum(-1), 0)

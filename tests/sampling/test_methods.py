@@ -99,8 +99,10 @@ def kept(twin: str, sampling: Categorical, probabilities) -> list[int]:
     with np.errstate(divide="ignore"):
         logits = np.log(np.asarray([probabilities], np.float32))
     variant, arrays = settings(twin, sampling, 1)
-    width = min(variant.width, logits.shape[1])
-    values, ids = module.cut_off(arrays, array(twin, logits), width)
+    values, ids = array(twin, logits), None
+    if variant.width:
+        values, ids = module.top(values, min(variant.width, logits.shape[1]))
+    values = module.cut_off(arrays, values, ids is not None)
     finite = np.isfinite(np.asarray(values[0]))
     ids = np.arange(len(finite)) if ids is None else np.asarray(ids[0])
     return sorted(ids[finite].tolist())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Sampled(NamedTuple):
     logits: Any = None
 
 
-class Engine(Protocol):
+class Engine(abc.ABC):
     """A model that runs on a framework, with the steps of sampling.
 
     A cache is the model's state of B rows, {"blocks.N": named tuple of arrays}, its arrays on the
@@ -49,7 +50,6 @@ class Engine(Protocol):
     `snapshot` of what you still need.
 
     Attributes:
-      config: The model's configuration.
       prefill_chunks: The lengths of the chunks in which prompts are read, so that memory does not
         grow with the prompt. Each is a multiple of the next.
       score_chunks: The same where there are logits in every place, [T, V].
@@ -57,16 +57,30 @@ class Engine(Protocol):
       burst: How many tokens a row the loop decodes between two looks from the host.
     """
 
-    config: GriffinConfig
-    prefill_chunks: Sequence[int]
-    score_chunks: Sequence[int]
+    prefill_chunks: Sequence[int] = (2048, 256, 32)
+    score_chunks: Sequence[int] = (256, 32)
     pads_chunks: bool
     burst: int
 
+    def __repr__(self) -> str:
+        config, size = self.config, self.num_bytes
+        return f"{type(self).__name__}(layers={config.num_layers}, width={config.width}, {size=})"
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> GriffinConfig:
+        """The model's configuration."""
+
+    @property
+    @abc.abstractmethod
+    def num_bytes(self) -> int:
+        """The size of the parameters."""
+
+    @abc.abstractmethod
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
         """Compiles what reading prompts needs, so that no later prompt of so many rows waits."""
-        ...
 
+    @abc.abstractmethod
     def begin(self, num_rows: int, capacity: int | None = None) -> Any:
         """A cache before the first token.
 
@@ -74,22 +88,22 @@ class Engine(Protocol):
           num_rows: Number of rows, B.
           capacity: Tokens that a state that grows with the text has room for.
         """
-        ...
 
+    @abc.abstractmethod
     def prefill(self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray) -> Any:
         """The cache after a chunk, [B, T]; positions of -1 are padding on the left."""
-        ...
 
+    @abc.abstractmethod
     def score(
         self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
     ) -> tuple[Any, Any, Any]:
         """Reads a chunk: logits [B, T, V], the targets' log-probabilities [B, T], the cache."""
-        ...
 
+    @abc.abstractmethod
     def feed(self, cache: Any, tokens: Any, segment_pos: Any) -> tuple[Any, Any]:
         """Reads a token a row, [B]: the logits after it, [B, V], and the cache."""
-        ...
 
+    @abc.abstractmethod
     def choose(
         self,
         variant: Variant,
@@ -110,8 +124,8 @@ class Engine(Protocol):
             penalty.
           fed: The tokens whose logits these are, [B].
         """
-        ...
 
+    @abc.abstractmethod
     def decode(
         self,
         variant: Variant,
@@ -141,40 +155,39 @@ class Engine(Protocol):
         Returns:
           k tokens a row, the cache after all but the last of them, and `seen` with those fed.
         """
-        ...
 
+    @abc.abstractmethod
     def take(self, cache: Any, rows: np.ndarray) -> Any:
         """Copies of these rows of a cache, or of an array with rows first."""
-        ...
 
+    @abc.abstractmethod
     def put(self, cache: Any, rows: np.ndarray, others: Any) -> Any:
         """The cache with these rows replaced by those of another, or arrays with rows first."""
-        ...
 
     def snapshot(self, cache: Any) -> Any:
         """A copy of a cache, which no later step changes."""
-        ...
+        return self.take(cache, np.arange(len(next(iter(cache.values()))[0])))
 
+    @abc.abstractmethod
     def grow(self, cache: Any, capacity: int | None) -> Any:
         """The cache with room for so many tokens; the same where no state grows with the text."""
-        ...
 
+    @abc.abstractmethod
     def on_device(self, values: Any) -> Any:
         """A NumPy array, or a tuple of them, on the model's device."""
-        ...
 
+    @abc.abstractmethod
     def on_host(self, values: Any) -> np.ndarray:
         """An array of the framework as NumPy's."""
-        ...
 
+    @abc.abstractmethod
     def owns(self, cache: Any) -> bool:
         """Whether the arrays of a cache are this framework's."""
-        ...
 
+    @abc.abstractmethod
     def to_numpy(self, cache: Any) -> Arrays:
         """The cache as NumPy arrays, bfloat16 as float32."""
-        ...
 
+    @abc.abstractmethod
     def from_numpy(self, arrays: Arrays) -> Any:
         """A cache from NumPy arrays, in the dtype of the model's own state."""
-        ...

@@ -97,12 +97,12 @@ class Generation:
                 fed += active
                 left = left - active
                 texts = [""] * len(rows)
-                for row in np.flatnonzero(active):
+                for row in np.flatnonzero(active).tolist():
                     texts[row] = self._add(row, int(tokens[row]), last=not left[row])
                     if self.texts[row].stopped:
                         left[row] = 0
                         if self.texts[row].finish_reason == "stop_string" and place + 1 < burst:
-                            self._kept_rows[int(row)] = engine.take(before, np.array([row]))
+                            self._kept_rows[row] = engine.take(before, np.array([row]))
                 over = place + 1 == burst or not left.any()
                 if over:
                     self._cache = cache

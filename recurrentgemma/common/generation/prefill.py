@@ -68,7 +68,7 @@ def repeated(engine: Engine, state: State, samples: int) -> State:
 
 def scored(
     engine: Engine, tokens: list[int], return_logits: bool = False
-) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+) -> Iterator[tuple[Any, np.ndarray]]:
     """For all tokens but the first, by chunk: logits [T, V] or None, log-probabilities [T].
 
     Padding is cut off here and not on the device, where each length would be compiled.
