@@ -44,11 +44,11 @@ class TimedText(NamedTuple):
 def generate(stream: TokenStream, before: str | None) -> TimedText:
     """Runs a sampler's stream, writing its text to stdout as it comes.
 
-    Nothing is written until the first token is there, since the spinner would wipe it away.
+    Nothing is written before the first token: the spinner would wipe it away.
 
     Args:
-      stream: What `Sampler.stream` returned.
-      before: What to write before the text; None writes nothing at all.
+      stream: The stream, from `Sampler.stream`.
+      before: Text to write first; None writes nothing at all.
     """
     started = time.perf_counter()
     with working("Reading the prompt"):

@@ -9,6 +9,7 @@ from samplers import PROMPTS, generate, lists, make_sampler
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
+HOT: dict[str, Any] = {"sampling": Categorical(1.5), "rng": 5} | FREE
 LONG = 23  # one token, five bursts of four, two tokens
 
 
@@ -37,7 +38,7 @@ def check_same(one, other, sampler) -> None:
     for block, fields in arrays.items():
         for field, value in fields.items():
             np.testing.assert_allclose(others[block][field], value, atol=1e-5)
-    more = [sampler.generate(out.state, 6, **FREE) for out in (one, other)]
+    more = [sampler.generate(out.state, 6, **HOT) for out in (one, other)]
     assert lists(more[0].tokens) == lists(more[1].tokens)
 
 
@@ -59,13 +60,13 @@ def test_bursts_generate_the_same(pair) -> None:
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6, 20, 22])
 def test_rows_stop_within_a_burst(pair, place: int) -> None:
     """At ids, at strings, and at lengths of their own; what was decoded too far is dropped."""
-    plain = pair[0].generate(pair[0].prefill(PROMPTS), LONG, **FREE)
-    tokens = lists(plain.tokens)
-    part = pair[0].tokenizer.decode(tokens[1][: place + 1])[-2:] or "\0"
+    tokens = generate(pair[0], PROMPTS, LONG, **HOT)
+    assert len(set(tokens[0])) > 15
+    part = pair[0].tokenizer.decode(tokens[1][: place + 1])[-4:]
     asked = {
         "stop_ids": [[tokens[0][place]], [], [], []],
         "stop_strings": [[], [part], [], []],
-        **FREE,
+        **HOT,
     }
     steps = [LONG, LONG, place, LONG]
     check_same(*(s.generate(s.prefill(PROMPTS), steps, **asked) for s in pair), pair[0])
@@ -73,8 +74,8 @@ def test_rows_stop_within_a_burst(pair, place: int) -> None:
 
 def test_a_stream_is_the_same_at_every_token(twin: str) -> None:
     one, other = burst_sampler(twin, 1), burst_sampler(twin)
-    streams = [sampler.stream("In the", 12, num_logprobs=1, **FREE) for sampler in (one, other)]
-    whole = generate(one, ["In the"], 20, **FREE)[0]
+    streams = [sampler.stream("In the", 12, num_logprobs=1, **HOT) for sampler in (one, other)]
+    whole = generate(one, ["In the"], 20, **HOT)[0]
     for place, (first, second) in enumerate(zip(*streams, strict=True)):
         assert second == first
         np.testing.assert_allclose(
@@ -84,14 +85,14 @@ def test_a_stream_is_the_same_at_every_token(twin: str) -> None:
         if place in (0, 2, 4, 8, 11):
             state = streams[1].state
             assert state.num_tokens == streams[0].state.num_tokens
-            rest = other.generate(state, 20 - place - 1, **FREE)
+            rest = other.generate(state, 20 - place - 1, **HOT)
             assert lists(rest.tokens) == [whole[place + 1 :]]
     assert [stream.finish_reason for stream in streams] == ["length"] * 2
 
 
 def test_ctrl_c_within_a_burst(twin: str) -> None:
     sampler = burst_sampler(twin)
-    whole = generate(sampler, ["In the beginning"], 14, **FREE)[0]
+    whole = generate(sampler, ["In the beginning"], 14, **HOT)[0]
     decode, calls = sampler.engine.decode, []
 
     def interrupted(*args):
@@ -102,14 +103,14 @@ def test_ctrl_c_within_a_burst(twin: str) -> None:
         return result
 
     sampler.engine.decode = interrupted
-    stream = sampler.stream("In the beginning", 14, **FREE)
+    stream = sampler.stream("In the beginning", 14, **HOT)
     got = []
     with pytest.raises(KeyboardInterrupt):
         got.extend(token for token, _ in stream)
     sampler.engine.decode = decode
     assert got == whole[:5]
     assert stream.state.lengths[0] > 1  # what was read before is not read again
-    rest = sampler.generate(stream.state, 9, **FREE)
+    rest = sampler.generate(stream.state, 9, **HOT)
     assert got + lists(rest.tokens)[0] == whole
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samplers import CONFIG, PROMPTS, STEPS, generate, lists, make_sampler, without_eos
+from samplers import CONFIG, PROMPTS, STEPS, generate, lists, make_sampler
 
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import row_settings, variant_of
@@ -44,19 +44,21 @@ def test_a_batch_mixes_strategies(twin: str) -> None:
 
 
 def test_a_batch_mixes_lengths_and_stops(twin: str) -> None:
-    sampler = make_sampler(twin)
-    free = without_eos(sampler)
-    stops = [[free[0][3]], [], [free[2][5], free[2][1]], []]
-    texts = sampler(PROMPTS, STEPS, **FREE).text
-    strings = [[], texts[1][2:4], [], [texts[3][-3:]]]
+    sampler = make_sampler(twin, sampling=Categorical(1.5))
+    whole = sampler(PROMPTS, STEPS, rng=SEEDS, **FREE)
+    free = lists(whole.tokens)
+    stops = [[free[0][3]], [], [free[2][5], free[2][7]], []]
+    strings = [[], [whole.text[1][9:12]], [], [whole.text[3] + "\0"]]
     steps = [STEPS, STEPS, STEPS, 5]
-    out = sampler(PROMPTS, steps, stop_ids=stops, stop_strings=strings, **FREE)
+    out = sampler(PROMPTS, steps, rng=SEEDS, stop_ids=stops, stop_strings=strings, **FREE)
     for row, (prompt, limit) in enumerate(zip(PROMPTS, steps, strict=True)):
-        alone = sampler([prompt], limit, stop_ids=stops[row], stop_strings=strings[row], **FREE)
+        asked: Any = {"stop_ids": stops[row], "stop_strings": strings[row], "rng": [SEEDS[row]]}
+        alone = sampler([prompt], limit, **asked, **FREE)
         assert lists(alone.tokens)[0] == lists(out.tokens)[row]
         assert alone.text == [out.text[row]]
         assert alone.finish_reasons == [out.finish_reasons[row]]
     assert out.finish_reasons == ["stop_id", "stop_string", "stop_id", "length"]
+    assert [len(row) for row in out.tokens][::2] == [4, 6]
     assert len(out.tokens[3]) == 5
     none = sampler(PROMPTS, [0, 1, 0, 2], return_logits=True, **FREE)
     assert [len(row) for row in none.tokens] == [len(row) for row in none.logits] == [0, 1, 0, 2]

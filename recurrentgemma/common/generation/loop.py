@@ -43,6 +43,8 @@ class Generation:
     strings, is put together here, and tokens behind a stop string are dropped.
 
     Attributes:
+      engine: What decodes.
+      variant: The parts of a step that the rows need.
       texts: The rows' texts so far, with why they ended.
       generated: The rows' tokens so far.
     """
@@ -58,9 +60,9 @@ class Generation:
     ) -> None:
         self.texts = [RowText(tokenizer, row.stops) for row in rows]
         self.generated = [array.array("i") for _ in rows]
-        self._engine, self._origin, self._rows = engine, state, rows
         vocab_size = engine.config.vocab_size
-        self._variant = variant_of(rows, vocab_size, num_logprobs, return_logits)
+        self.engine, self._origin, self._rows = engine, state, rows
+        self.variant = variant_of(rows, vocab_size, num_logprobs, return_logits)
         # A cache, None while a step uses it up, and how many tokens were fed to each of its rows.
         self._cache: Any = None
         self._fed = np.zeros(len(rows), np.int32)
@@ -68,7 +70,7 @@ class Generation:
         self._kept_rows: dict[int, Any] = {}
 
     def __iter__(self) -> Generator[NewTokens]:
-        engine, rows, variant = self._engine, self._rows, self._variant
+        engine, rows, variant = self.engine, self._rows, self.variant
         left = np.array([row.steps for row in rows], np.int32)
         if not left.any():
             return
@@ -131,9 +133,9 @@ class Generation:
         whole = origin.extended(generated)
         if self._cache is None:  # a step was cut off, or none was made: read again from the start
             return whole
-        cache = self._engine.snapshot(self._cache)
+        cache = self.engine.snapshot(self._cache)
         for row, kept in self._kept_rows.items():
-            cache = self._engine.put(cache, np.array([row]), kept)
+            cache = self.engine.put(cache, np.array([row]), kept)
         pairs = zip(origin.num_tokens, self._fed.tolist(), strict=True)
         return State(
             origin.config,

@@ -9,7 +9,7 @@ import numpy as np
 
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.engine import Engine
-from recurrentgemma.common.model.state import State
+from recurrentgemma.common.model.state import State, StateError
 from recurrentgemma.common.tokenizer import pad_left
 
 PAD = 0  # any token of the vocabulary: its position, -1, says that it is padding
@@ -42,6 +42,26 @@ def read(engine: Engine, state: State, steps: int = 0) -> tuple[Any, np.ndarray,
         start += length
     last = np.array([row[-1] for row in state.pending], np.int32)
     return cache, last, np.array(state.num_tokens, np.int32) - 1
+
+
+def require_own(engine: Engine, state: Any) -> State:
+    """Raises `StateError` unless the engine can continue the state, which it returns."""
+    if not isinstance(state, State):
+        raise StateError(f"a State is expected, got {type(state).__name__}")
+    differences = [
+        f"{name}={its}, the model's is {own}"
+        for name, (its, own) in state.config.differences(engine.config).items()
+    ]
+    if differences:
+        raise StateError(f"this is the state of another model: {'; '.join(differences)}")
+    if not state.pending or not all(state.pending):
+        raise StateError("this is the state of nothing: prefill makes one of a text")
+    if state.cache is not None and not engine.owns(state.cache):
+        raise StateError(
+            "this is the state of another framework's sampler: to move it, write it there with "
+            "save_state and read it here with load_state"
+        )
+    return state
 
 
 def read_pending(engine: Engine, state: State) -> State:

@@ -10,7 +10,7 @@ import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.generation.loop import Generation, TokenStream
-from recurrentgemma.common.generation.prefill import read_pending, repeated, scored
+from recurrentgemma.common.generation.prefill import read_pending, repeated, require_own, scored
 from recurrentgemma.common.generation.requests import (
     Options,
     Samplings,
@@ -20,7 +20,7 @@ from recurrentgemma.common.generation.requests import (
     checked_integer,
     row_requests,
 )
-from recurrentgemma.common.generation.results import SamplerOutput, logprobs_of_row
+from recurrentgemma.common.generation.results import SamplerOutput, collected
 from recurrentgemma.common.generation.scores import Score
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.io.state_files import (
@@ -129,7 +129,7 @@ class BaseSampler(Generic[_Array]):
             stop_ids=stop_ids,
             num_logprobs=num_logprobs,
         )
-        out = self._collected(generation, return_logits, num_logprobs)
+        out = collected(generation)
         if not echo:
             return out
         logits = out.logits
@@ -163,11 +163,11 @@ class BaseSampler(Generic[_Array]):
           StateError: It is the state of another model or framework, or holds no text.
           ValueError: An argument is out of range.
         """
-        self._require_own(state)
+        require_own(self.engine, state)
         generation = self._generation(
             state, total_generation_steps, num_samples, return_logits, **options
         )
-        out = self._collected(generation, return_logits, options.get("num_logprobs"))
+        out = collected(generation)
         return out._replace(state=generation.state)
 
     def stream(
@@ -189,7 +189,7 @@ class BaseSampler(Generic[_Array]):
           ValueError: An argument is out of range.
         """
         if isinstance(input_string, State):
-            state = self._require_own(input_string)
+            state = require_own(self.engine, input_string)
             if state.num_rows != 1:
                 raise StateError(f"a stream goes on from a state of one row, got {state.num_rows}")
         else:
@@ -203,7 +203,7 @@ class BaseSampler(Generic[_Array]):
 
         The arguments and errors are those of `generate`; iterating does the work.
         """
-        return self._generation(self._require_own(state), total_generation_steps, **options)
+        return self._generation(require_own(self.engine, state), total_generation_steps, **options)
 
     def prefill(self, text: str | Sequence[str], state: State | None = None) -> State:
         """Reads text, to be continued any number of times.
@@ -225,7 +225,7 @@ class BaseSampler(Generic[_Array]):
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
-            if tokens and self._require_own(state).num_rows == 1:
+            if tokens and require_own(self.engine, state).num_rows == 1:
                 state = repeated(self.engine, state, len(tokens))
             if len(tokens) != state.num_rows:
                 raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
@@ -264,7 +264,7 @@ class BaseSampler(Generic[_Array]):
           ValueError: A note is no string.
           DestinationError: `path` exists and `force` is not set, or cannot be written.
         """
-        self._require_own(state)
+        require_own(self.engine, state)
         cache = state.cache
         arrays = None if cache is None else narrowed(self.engine.to_numpy(cache), cache)
         stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
@@ -351,55 +351,6 @@ class BaseSampler(Generic[_Array]):
     def _seed(self, rng: Any) -> Any:
         """Integers from the framework's own source of randomness; fresh ones if None."""
         raise NotImplementedError
-
-    def _collected(
-        self, generation: Generation, return_logits: bool, num_logprobs: int | None
-    ) -> SamplerOutput[_Array]:
-        """Runs a generation to its end."""
-        rows = range(len(generation.texts))
-        texts: list[list[str]] = [[] for _ in rows]
-        all_logits, all_logprobs = [], []
-        for step in generation:
-            for row in np.flatnonzero(step.active):
-                texts[row].append(step.texts[row])
-            if return_logits:
-                all_logits.append(self.engine.on_host(step.logits))
-            if step.logprobs is not None:
-                all_logprobs.append(step.logprobs)
-        tokens = [np.array(row, np.int32) for row in generation.generated]
-        logits, logprobs = [], None
-        if return_logits:
-            empty = np.zeros((0, self.config.vocab_size), np.float32)
-            of_rows = [[empty, *(z[row, None] for z in all_logits[: len(tokens[row])])]
-                       for row in rows]  # fmt: skip
-            logits = [self.engine.on_device(np.concatenate(parts)) for parts in of_rows]
-        if num_logprobs is not None:
-            logprobs = [logprobs_of_row(all_logprobs, row, len(tokens[row])) for row in rows]
-        return SamplerOutput(
-            text=["".join(parts) for parts in texts],
-            tokens=[self.engine.on_device(row) for row in tokens],
-            logits=logits,
-            logprobs=logprobs,
-            finish_reasons=[text.finish_reason for text in generation.texts],
-        )
-
-    def _require_own(self, state: State) -> State:
-        if not isinstance(state, State):
-            raise StateError(f"a State is expected, got {type(state).__name__}")
-        differences = [
-            f"{name}={its}, the model's is {own}"
-            for name, (its, own) in state.config.differences(self.config).items()
-        ]
-        if differences:
-            raise StateError(f"this is the state of another model: {'; '.join(differences)}")
-        if not state.pending or not all(state.pending):
-            raise StateError("this is the state of nothing: prefill makes one of a text")
-        if state.cache is not None and not self.engine.owns(state.cache):
-            raise StateError(
-                "this is the state of another framework's sampler: to move it, write it there with "
-                "save_state and read it here with load_state"
-            )
-        return state
 
     def _joined(self, before: Sequence[np.ndarray], after: Sequence[Any]) -> list[Any]:
         pairs = zip(before, map(self.engine.on_host, after), strict=True)
