@@ -44,17 +44,17 @@ def check_same(one, other, sampler) -> None:
 
 def test_bursts_generate_the_same(pair) -> None:
     sampling = [Greedy(), Categorical(1.5), Categorical(0.8, top_k=9), Greedy(1.4)]
-    outs = [
+    one, other = (
         sampler.generate(sampler.prefill(PROMPTS), LONG, sampling=sampling, rng=5, num_logprobs=2,
                          return_logits=True, **FREE)
         for sampler in pair
-    ]  # fmt: skip
-    check_same(*outs, pair[0])
-    for one, other in zip(outs[0].logits, outs[1].logits, strict=True):
-        np.testing.assert_allclose(np.asarray(other), np.asarray(one), atol=1e-4)
-    for one, other in zip(outs[0].logprobs, outs[1].logprobs, strict=True):
-        np.testing.assert_allclose(other.chosen, one.chosen, atol=1e-5)
-        np.testing.assert_array_equal(other.top_tokens, one.top_tokens)
+    )  # fmt: skip
+    check_same(one, other, pair[0])
+    for expected, logits in zip(one.logits, other.logits, strict=True):
+        np.testing.assert_allclose(np.asarray(logits), np.asarray(expected), atol=1e-4)
+    for expected, logprobs in zip(one.logprobs, other.logprobs, strict=True):
+        np.testing.assert_allclose(logprobs.chosen, expected.chosen, atol=1e-5)
+        np.testing.assert_array_equal(logprobs.top_tokens, expected.top_tokens)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6, 20, 22])
@@ -69,7 +69,8 @@ def test_rows_stop_within_a_burst(pair, place: int) -> None:
         **HOT,
     }
     steps = [LONG, LONG, place, LONG]
-    check_same(*(s.generate(s.prefill(PROMPTS), steps, **asked) for s in pair), pair[0])
+    one, other = (s.generate(s.prefill(PROMPTS), steps, **asked) for s in pair)
+    check_same(one, other, pair[0])
 
 
 def test_a_stream_is_the_same_at_every_token(twin: str) -> None:
