@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
-from recurrentgemma.common.model.config import GriffinConfig, shapes_of
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.griffin import Griffin, Params
@@ -57,7 +58,7 @@ class ModelEngine(Engine):
         self.params = self._params
 
     @property
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         return self.model.config
 
     @property
@@ -93,7 +94,7 @@ class ModelEngine(Engine):
         self._ready.add((num_rows, capacity))
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
-        cache = self.model.init_cache(num_rows, self._compute_dtype())
+        cache = self.model.init_cache(num_rows, self._compute_dtype(), capacity)
         return jax.device_put(cache, self._placement())
 
     def prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
@@ -148,9 +149,8 @@ class ModelEngine(Engine):
     def put(self, cache: Any, rows: np.ndarray, others: Any) -> Any:
         return self._functions.put(cache, rows, others)
 
-    def grow(self, cache: Cache, capacity: int | None) -> Cache:
-        del capacity
-        return cache
+    def padded(self, values: Array, axis: int, count: int) -> Array:
+        return jnp.pad(values, [(0, count * (place == axis)) for place in range(values.ndim)])
 
     def on_device(self, values: Any) -> Any:
         return jax.device_put(values, self._placement())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy, map_cache
 from recurrentgemma.torch.griffin import Griffin
@@ -53,7 +53,7 @@ class ModelEngine(Engine):
         return vars(self) | {"_prepared": None}
 
     @property
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         return self.model.config
 
     @property
@@ -64,7 +64,7 @@ class ModelEngine(Engine):
         """Nothing is compiled to read prompts."""
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
-        return self.model.init_cache(num_rows)
+        return self.model.init_cache(num_rows, capacity=capacity)
 
     @torch.no_grad()
     def prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
@@ -148,9 +148,9 @@ class ModelEngine(Engine):
         map_cache(lambda value, other: value.index_copy_(0, index, other), cache, others)
         return cache
 
-    def grow(self, cache: Cache, capacity: int | None) -> Cache:
-        del capacity
-        return cache
+    def padded(self, values: Tensor, axis: int, count: int) -> Tensor:
+        shape = [count if place == axis else size for place, size in enumerate(values.shape)]
+        return torch.cat([values, values.new_zeros(shape)], axis)
 
     def on_device(self, values: Any) -> Any:
         if isinstance(values, tuple):

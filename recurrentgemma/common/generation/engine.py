@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.common.generation.settings import RowSettings, Variant
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.state import Arrays
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import grows, state_spec
+from recurrentgemma.common.model.state import Arrays, capacity_of, round_capacity
 
 
 class LogProbs(NamedTuple):
@@ -68,7 +69,7 @@ class Engine(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         """The model's configuration."""
 
     @property
@@ -168,9 +169,27 @@ class Engine(abc.ABC):
         """A copy of a cache, which no later step changes."""
         return self.take(cache, np.arange(len(next(iter(cache.values()))[0])))
 
-    @abc.abstractmethod
+    def capacity_for(self, tokens: int) -> int | None:
+        """The capacity for texts of so many tokens; None where no state grows with the text."""
+        return round_capacity(tokens) if grows(self.config) else None
+
     def grow(self, cache: Any, capacity: int | None) -> Any:
-        """The cache with room for so many tokens; the same where no state grows with the text."""
+        """The cache with room for so many tokens; the same cache where it has that room."""
+        room = capacity_of(self.config, cache)
+        if room is None or capacity is None or capacity <= room:
+            return cache
+        cache = dict(cache)
+        for spec in state_spec(self.config):
+            if spec.grows:
+                block, field = spec.path.rsplit(".", 1)
+                axis = 1 + spec.axes.index("slots")
+                grown = self.padded(getattr(cache[block], field), axis, capacity - room)
+                cache[block] = cache[block]._replace(**{field: grown})
+        return cache
+
+    @abc.abstractmethod
+    def padded(self, values: Any, axis: int, count: int) -> Any:
+        """An array with so many zeros behind it along an axis."""
 
     @abc.abstractmethod
     def on_device(self, values: Any) -> Any:

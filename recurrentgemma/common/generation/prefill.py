@@ -29,7 +29,7 @@ def read(engine: Engine, state: State, steps: int = 0) -> tuple[Any, np.ndarray,
     rows = [tokens[:-1] for tokens in state.pending]
     lengths = chunk_lengths(max(map(len, rows)), engine.prefill_chunks, pad=engine.pads_chunks)
     tokens, segment_pos = pad_left(rows, PAD, sum(lengths), starts=state.lengths)
-    capacity = capacity_for(engine, max(state.num_tokens) + steps)
+    capacity = engine.capacity_for(max(state.num_tokens) + steps)
     engine.prepare(state.num_rows, capacity)
     if state.cache is None:
         cache = engine.begin(state.num_rows, capacity)
@@ -97,7 +97,7 @@ def scored(
     lengths = chunk_lengths(len(inputs), engine.score_chunks, pad=engine.pads_chunks)
     padded, segment_pos = pad_left([inputs], PAD, sum(lengths))
     goals, _ = pad_left([targets], PAD, sum(lengths))
-    cache = engine.begin(1, capacity_for(engine, len(inputs)))
+    cache = engine.begin(1, engine.capacity_for(len(inputs)))
     start, padding = 0, sum(lengths) - len(inputs)
     for length in lengths:
         chunk = slice(start, start + length)
@@ -108,9 +108,3 @@ def scored(
         scores = engine.on_host(logits)[0, new] if return_logits else None
         yield scores, engine.on_host(logprobs)[0, new]
         start += length
-
-
-def capacity_for(engine: Engine, tokens: int) -> int | None:
-    """The capacity of a cache for texts of so many tokens; None where no state grows with them."""
-    del engine, tokens  # no state grows yet
-    return None

@@ -30,7 +30,7 @@ from recurrentgemma.common.io.state_files import (
     widened,
     write_state,
 )
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import State, StateError, empty_state
 from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary, apply_it_formatter, check_text
 
@@ -68,7 +68,7 @@ class BaseSampler(Generic[_Array]):
         return f"{type(self).__name__}({self.engine}, vocab={self.tokenizer.size}, {self.sampling})"
 
     @property
-    def config(self) -> GriffinConfig:
+    def config(self) -> Config:
         """The model's configuration."""
         return self.engine.config
 
