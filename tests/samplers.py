@@ -56,3 +56,14 @@ def generate(sampler, prompts=PROMPTS, steps=STEPS, **kwargs) -> list[list[int]]
 
 def without_eos(sampler, prompts=PROMPTS, steps=STEPS) -> list[list[int]]:
     return generate(sampler, prompts, steps, end_sampling_at_eos_token=False)
+
+
+def saying(sampler, tokens) -> None:
+    """Makes a sampler say these tokens, in one row."""
+    said, choose = iter(tokens), sampler.engine.choose
+
+    def chosen(*args):
+        sampled, seen = choose(*args)
+        return sampled._replace(tokens=sampler.engine.on_device(np.array([next(said)]))), seen
+
+    sampler.engine.choose = chosen

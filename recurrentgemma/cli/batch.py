@@ -1,4 +1,4 @@
-"""`recurrentgemma sample --input`: many prompts, a JSON line each, and results likewise."""
+"""`recurrentgemma sample --input`: many prompts, one JSON line each, and one for each result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from recurrentgemma.common.model.state import State
 
 
-class Batch(NamedTuple):
+class PromptFiles(NamedTuple):
     """Prompts, and where their results go.
 
     Attributes:
@@ -43,13 +43,13 @@ class Batch(NamedTuple):
     results: ResultFile
 
 
-def open_batch(source: Path, output: Path, *, force: bool) -> Batch:
-    """Reads the whole input, and what the output holds already; - is stdin and stdout.
+def open_batch(source: Path, output: Path, *, force: bool) -> PromptFiles:
+    """Reads the whole input, and what the output already holds; - is stdin and stdout.
 
     Raises:
       OSError: The input cannot be read.
-      OutputError: The output is the input, holds something else than results of these prompts, or
-        cannot be written.
+      OutputError: The output is the input, holds anything but results of these prompts, or cannot
+        be written.
     """
     source, output = expanded(source), expanded(output)
     name = source_name(source)
@@ -64,7 +64,7 @@ def open_batch(source: Path, output: Path, *, force: bool) -> Batch:
                 f"{output} holds the result of another prompt than line {number} of {name}; "
                 "--force replaces it"
             )
-    return Batch(lines, results)
+    return PromptFiles(lines, results)
 
 
 def recorded_options(sampling: Sampling, **others: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def recorded_options(sampling: Sampling, **others: Any) -> dict[str, Any]:
 
 def run_batch(
     sampler: BaseSampler[Any],
-    batch: Batch,
+    batch: PromptFiles,
     *,
     batch_size: int,
     keep_going: bool,
@@ -83,27 +83,27 @@ def run_batch(
     options: dict[str, Any],
     record: dict[str, Any],
 ) -> int:
-    """Continues every prompt that has no result yet; how many lines of the input are wrong.
+    """Continues every prompt that has no result yet; returns how many lines are no prompts.
 
     Line n draws with the seed `seed + n`, so that results do not depend on what ran before.
 
     Args:
-      sampler: What continues them.
+      sampler: Continues the prompts.
       batch: The prompts and their results.
       batch_size: Prompts at a time.
       keep_going: Whether a line that is no prompt gets an error as its result.
-      seed: Of the draws.
-      state: What each prompt is added to, if anything.
-      options: Of the sampler.
-      record: `recorded_options`, which each result is written with.
+      seed: The seed of the draws.
+      state: The state that each prompt is added to, if any.
+      options: The options of the sampler.
+      record: `recorded_options`, written beside each result.
 
     Raises:
       LineError: A line is no prompt, and `keep_going` is not set.
-      OutputError: `results` were made with other options, or cannot be written.
+      OutputError: The results were made with other options, or cannot be written.
     """
     lines, results = batch
     _require_same_options(results, record)
-    # What had an error and now is a prompt is done again.
+    # A line that had an error before and is a prompt now is done again.
     done = {
         line.number
         for line in lines
@@ -181,7 +181,7 @@ def _is_one_file(source: Path, output: Path) -> bool:
 
 
 def _require_same_options(results: ResultFile, record: dict[str, Any]) -> None:
-    """Raises `OutputError` where results were made with other options; some have no record."""
+    """Raises `OutputError` if results were made with other options; old ones have no record."""
     for result in results.finished.values():
         before = result.get("options")
         if not isinstance(before, dict) or before == record:
@@ -200,7 +200,7 @@ def _require_same_options(results: ResultFile, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int, done: int, results: ResultFile) -> Iterator[Callable[[], object]]:
-    """A progress bar on a terminal's stderr, but beside results; what it yields moves it on."""
+    """A progress bar on stderr if that is a terminal; the function that it yields moves it on."""
     if not sys.stderr.isatty() or results.path == STDIO:
         yield lambda: None
         return

@@ -149,7 +149,7 @@ def memory_rate(framework: Framework, device: str) -> float:
 
 
 def _rate(read: Callable[[], Any]) -> float:
-    """Of the median of several runs, after the first."""
+    """Bytes a second in the median of several runs, after a first one."""
     seconds = []
     for _ in range(_READS + 1):
         started = time.perf_counter()
@@ -164,15 +164,13 @@ def _run(
     """Seconds to the first token, and from there to the last."""
     import numpy as np
 
-    from recurrentgemma.common.generation.loop import Generation
     from recurrentgemma.common.model.state import empty_state
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(sampler.config.vocab_size, size=(batch_size, prompt_tokens))
     state = empty_state(sampler.config, batch_size).extended(prompts.tolist())
-    request = sampler._request(new_tokens, (None, batch_size, 1), (False, (), ()), None, None)
     started = time.perf_counter()
-    steps = iter(Generation(sampler, state, request))
+    steps = iter(sampler.generation(state, new_tokens, end_sampling_at_eos_token=False))
     next(steps)
     first = time.perf_counter()
     for _ in steps:

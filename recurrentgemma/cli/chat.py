@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 COMMANDS = """\
 /save FILE   keep the conversation in a file; /save! FILE replaces one that is there
-/load FILE   go on with one that was kept
+/load FILE   continue one that was kept
 /undo        take back the last turn
 /reset       begin anew
 /quit        end, as Ctrl-D does
@@ -52,9 +52,7 @@ def chat(
     checkpoint: Checkpoint = None,
     load: Annotated[
         Path | None,
-        typer.Option(
-            help="Go on with a conversation that was saved.", metavar="FILE", show_default=False
-        ),
+        typer.Option(help="Continue a saved conversation.", metavar="FILE", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
@@ -68,7 +66,7 @@ def chat(
     stop: Stop = None,
     dtype: DTypeOption = None,
 ) -> None:
-    """Talk with an instruction-tuned model. /help lists what else may be typed.
+    """Talk with an instruction-tuned model. /help lists the commands.
 
     The conversation is kept in the model's state: each turn reads only what is new.
     """
@@ -107,12 +105,12 @@ def chat(
 
 
 def _lines() -> Any:
-    """What the user types, a line at a time; an editable one in a terminal."""
+    """The lines that the user types; in a terminal they can be edited."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  # makes `input` editable
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # read from before
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text ends no chat
+        with contextlib.suppress(io.UnsupportedOperation):  # something was read already
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text end no chat
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -125,7 +123,7 @@ def _lines() -> Any:
 
 
 def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
-    """Says something and prints the answer; a mistake is told, and the chat goes on."""
+    """Says something and prints the answer; after a mistake's message the chat goes on."""
     try:
         _require_text(text)
         with contextlib.closing(conversation.send(text, **options)) as answer:
@@ -141,7 +139,7 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> N
 
 
 def _command(conversation: Conversation, name: str, argument: str = "") -> None:
-    """Does what a line that begins with / says; a mistake is told, and the chat goes on."""
+    """Obeys a line that begins with /; after a mistake's message the chat goes on."""
     try:
         if name == "/help":
             sys.stdout.write(COMMANDS)
@@ -178,7 +176,7 @@ def _require_text(text: str) -> None:
 
 
 def _told(error: Exception) -> str:
-    """What to tell of a mistake; anything else is raised."""
+    """The message of a user's mistake; any other error is raised."""
     message = mistake(error)
     if message is None:
         raise error

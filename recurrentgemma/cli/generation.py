@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from recurrentgemma.cli.console import working
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.generation.loop import LogProbs, Stream
+    from recurrentgemma.common.generation.engine import LogProbs
+    from recurrentgemma.common.generation.loop import TokenStream
 
 
-class Run(NamedTuple):
-    """What was generated, and how fast.
+class TimedText(NamedTuple):
+    """A generated text, and how fast it came.
 
     Attributes:
-      tokens: Token ids, with the one that stopped it.
+      tokens: Token ids, also the one that stopped the text.
       text: Their text.
-      first_token_s: Seconds to the first token: reading the prompt, and what JAX compiles.
-      tokens_per_second: The rate after that; None of fewer than two tokens.
+      first_token_s: Seconds to the first token, in which JAX may compile and the prompt is read.
+      tokens_per_second: The rate after that; None for fewer than two tokens.
       finish_reason: Why the text ended.
       logprobs: Log-probabilities in each place, if asked for.
     """
@@ -40,14 +41,14 @@ class Run(NamedTuple):
         return f"{number}{rate}, first after {self.first_token_s:.2f} s"
 
 
-def generate(stream: Stream, before: str | None) -> Run:
+def generate(stream: TokenStream, before: str | None) -> TimedText:
     """Runs a sampler's stream, writing its text to stdout as it comes.
 
-    Nothing is written until the first token is there, since the spinner would wipe it away.
+    Nothing is written before the first token: the spinner would wipe it away.
 
     Args:
-      stream: What `Sampler.stream` returned.
-      before: What to write before the text; None writes nothing at all.
+      stream: The stream, from `Sampler.stream`.
+      before: Text to write first; None writes nothing at all.
     """
     started = time.perf_counter()
     with working("Reading the prompt"):
@@ -70,7 +71,7 @@ def generate(stream: Stream, before: str | None) -> Run:
         _write("\n")
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
     text = "".join(pieces)
-    return Run(tokens, text, first_token_s, rate, stream.finish_reason, logprobs)
+    return TimedText(tokens, text, first_token_s, rate, stream.finish_reason, logprobs)
 
 
 def _write(text: str | None) -> None:

@@ -95,7 +95,7 @@ def sample(
     load_state: Annotated[
         Path | None,
         typer.Option(
-            help="Go on from a saved state; PROMPT, if any, or each of --input is added to it.",
+            help="Continue a saved state; PROMPT, if any, or each of --input is added to it.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=_STATES,
@@ -114,8 +114,8 @@ def sample(
         Path | None,
         typer.Option(
             "--input",
-            help='Prompts instead: a JSON string a line, or an object with a string "prompt"; '
-            "- reads stdin.",
+            help="Many prompts instead: each line a JSON string, or an object with a string "
+            '"prompt"; - reads stdin.',
             parser=named_path,
             metavar="FILE",
             show_default=False,
@@ -125,8 +125,8 @@ def sample(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Their results, a JSON object a line; - is stdout. A file that is there is gone "
-            "on with.",
+            help="Results, one JSON object a line; - is stdout. Rerunning resumes a file that is "
+            "there.",
             parser=named_path,
             metavar="FILE",
             show_default=False,
@@ -256,8 +256,8 @@ def sample(
         line = f"{framework}, {loaded.dtype} on {loaded.device}"
         line += f", seed {seed}" if seed is not None else ""
         sys.stderr.write(f"{speed}, loaded in {load_s:.2f} s\n{line}\n")
-    if save_state is not None and stream is not None:  # at last, so that no text is lost
-        state = sampler.prefill("", stream.state)  # read, also where nothing was generated
+    if save_state is not None and stream is not None:  # last, so that no text is lost
+        state = sampler.prefill("", stream.state)  # reads the prompt if nothing was generated
         sampler.save_state(save_state, state, force=force)
 
 
@@ -270,7 +270,7 @@ def _require_sense(
     save_state: Path | None,
     num_samples: int,
 ) -> None:
-    """Raises `ValueError` for options that do not go together."""
+    """Raises `ValueError` if options do not go together."""
     if (source is None) != (output is None):
         raise ValueError("--input and --output go together")
     if source is not None and (prompt is not None or save_state):

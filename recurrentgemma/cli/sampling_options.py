@@ -88,12 +88,12 @@ def strategy(
     repetition_penalty: float,
     seed: int | None,
 ) -> tuple[Sampling, int | None]:
-    """The strategy that the options ask for, and the seed of its draws if it makes any."""
+    """The strategy that the options ask for, and a seed: the given one, or a fresh one to draw."""
     from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
     if seed is not None and not 0 <= seed < SEEDS:
         raise ValueError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")
-    # Also where greedy, so that a wrong value is never passed over.
+    # Made even if the strategy is greedy, so that a wrong value is always reported.
     categorical = Categorical(
         temperature or 1.0,
         top_k,

@@ -38,7 +38,7 @@ def score(
         bool, typer.Option("--json", help="Print one JSON object, with every token.")
     ] = False,
 ) -> None:
-    """Print the perplexity of a text and its log-probability, natural and a token."""
+    """Print the perplexity of a text and its log-probability (natural logarithm)."""
     from recurrentgemma.common.generation.strategies import Greedy
 
     file = expanded(file)

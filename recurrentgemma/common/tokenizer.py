@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece as spm
@@ -37,32 +37,58 @@ def apply_it_formatter(input_string: str) -> str:
     return f"{START_OF_TURN}user\n{input_string}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a tokenizer is asked for: methods of a `sentencepiece.SentencePieceProcessor`."""
+
+    def EncodeAsIds(self, text: str) -> list[int]: ...
+    def DecodeIds(self, ids: list[int]) -> str: ...
+    def GetPieceSize(self) -> int: ...
+    def bos_id(self) -> int: ...
+    def eos_id(self) -> int: ...
+    def pad_id(self) -> int: ...
+
+
+_METHODS = ("EncodeAsIds", "DecodeIds", "GetPieceSize", "bos_id", "eos_id", "pad_id")
+
+
 class Tokenizer:
-    """A sentencepiece vocabulary with its special tokens, looked up by piece.
+    """A vocabulary with its special tokens, looked up by piece.
 
     Attributes:
-      vocab: The sentencepiece processor.
+      vocab: The sentencepiece processor, or an object with its methods.
       pad_id: Pads a row.
       bos_id: Starts every prompt.
       eos_id: Ends a text.
       end_of_turn_id: Ends a turn of an instruction-tuned model; None if there is no such piece.
     """
 
-    def __init__(self, vocab: spm.SentencePieceProcessor | str | os.PathLike[str]) -> None:
-        """Wraps a processor, or loads the one in a file.
+    def __init__(self, vocab: Any) -> None:
+        """Wraps a vocabulary, or loads the sentencepiece model in a file.
+
+        Args:
+          vocab: A `Vocabulary`, or a path.
 
         Raises:
-          ValueError: The file is missing or not a sentencepiece model, or BOS or EOS is missing.
+          ValueError: The file is missing or not a sentencepiece model, the object lacks a method,
+            or BOS or EOS is missing.
         """
-        if not isinstance(vocab, spm.SentencePieceProcessor):
+        if isinstance(vocab, str | os.PathLike):
             vocab = _load(Path(vocab))
+        if missing := [name for name in _METHODS if not callable(getattr(vocab, name, None))]:
+            raise ValueError(
+                f"a vocabulary must have the methods {', '.join(_METHODS)}, got "
+                f"{type(vocab).__name__}, which lacks {', '.join(missing)}"
+            )
         self.vocab = vocab
         if vocab.bos_id() < 0 or vocab.eos_id() < 0:
             raise ValueError("the tokenizer must have a BOS and an EOS piece, it lacks one")
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
         self.pad_id = max(vocab.pad_id(), 0)
-        end_of_turn = vocab.piece_to_id(END_OF_TURN)
-        self.end_of_turn_id = None if end_of_turn == vocab.unk_id() else end_of_turn
+        self.end_of_turn_id: int | None = None
+        if hasattr(vocab, "PieceToId"):
+            end_of_turn = vocab.PieceToId(END_OF_TURN)
+            self.end_of_turn_id = None if end_of_turn == vocab.unk_id() else end_of_turn
 
     def require_end_of_turn(self) -> int:
         """The id that ends a turn.
@@ -77,7 +103,7 @@ class Tokenizer:
     @property
     def size(self) -> int:
         """Number of pieces."""
-        return self.vocab.get_piece_size()
+        return self.vocab.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
         """BOS and the tokens of a text; the empty text is BOS alone.
@@ -86,11 +112,11 @@ class Tokenizer:
           ValueError: The text is not a `str`, or holds an unpaired surrogate.
         """
         check_text(text)
-        return [self.bos_id, *self.vocab.encode(text)]
+        return [self.bos_id, *self.vocab.EncodeAsIds(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens are skipped."""
-        return self.vocab.decode(self.spoken(tokens))
+        return self.vocab.DecodeIds(self.spoken(tokens))
 
     def spoken(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that make text: no special tokens and no ids beyond the pieces."""

@@ -2,100 +2,106 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
+from recurrentgemma.common.generation.engine import LogProbs, Sampled
+from recurrentgemma.common.generation.settings import RowSettings, Variant
+from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
-__all__ = ["Categorical", "Choice", "Greedy", "Sampling", "choose", "cut_off", "draw"]
-
-
-class Choice(NamedTuple):
-    """A token a row, with what was asked for of the model's log-probabilities.
-
-    Attributes:
-      tokens: Token ids.
-      logprobs: Their log-probabilities; None if not asked for.
-      top_tokens: The likeliest tokens, most likely first; None likewise.
-      top_logprobs: Their log-probabilities; None likewise.
-    """
-
-    tokens: Int[Array, " b"]
-    logprobs: Float[Array, " b"] | None
-    top_tokens: Int[Array, "b n"] | None
-    top_logprobs: Float[Array, "b n"] | None
+__all__ = ["Categorical", "Greedy", "choose", "cut_off", "draw"]
 
 
 def choose(
-    sampling: Sampling,
+    variant: Variant,
+    settings: RowSettings,
     logits: Float[Array, "b v"],
-    uniform: Float[Array, " b"],
+    numbers: Float[Array, " b"],
     seen: Bool[Array, "b v"] | None = None,
-    num_logprobs: int | None = None,
-) -> Choice:
-    """A token a row, and the log-probabilities of it and of the `num_logprobs` likeliest."""
-    tokens = draw(sampling, logits, uniform, seen)
-    if num_logprobs is None:
-        return Choice(tokens, None, None, None)
+) -> Sampled:
+    """A token a row, and the log-probabilities that the variant asks for."""
+    tokens = draw(variant, settings, logits, numbers, seen)
+    if variant.num_logprobs is None:
+        return Sampled(tokens)
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    top_logprobs, top_tokens = jax.lax.top_k(logprobs, num_logprobs)
+    top_logprobs, top_tokens = top(logprobs, variant.num_logprobs)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
-    return Choice(tokens, chosen, top_tokens, top_logprobs)
+    return Sampled(tokens, LogProbs(chosen, top_tokens, top_logprobs))
 
 
 def draw(
-    sampling: Sampling,
+    variant: Variant,
+    settings: RowSettings,
     logits: Float[Array, "b v"],
-    uniform: Float[Array, " b"],
+    numbers: Float[Array, " b"],
     seen: Bool[Array, "b v"] | None = None,
 ) -> Int[Array, " b"]:
-    """A token a row: the first at which the cumulated probabilities reach a number in (0, 1].
+    """A token a row: the likeliest, or the first at which the cumulated weights reach a number.
 
     Args:
-      sampling: How tokens are chosen.
+      variant: Which of this the batch needs.
+      settings: How each row chooses.
       logits: What to choose by.
-      uniform: The numbers.
+      numbers: The number for each row, in (0, 1], a share of all weights.
       seen: The tokens that the repetition penalty is for.
     """
     logits = logits.astype(jnp.float32)
     if seen is not None:
-        penalty = sampling.repetition_penalty
+        penalty = settings.penalty[:, None]
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
         most = float(jnp.finfo(jnp.float32).max)  # infinities have no softmax
-        penalised = penalised.clip(-most, most)
-        logits = jnp.where(seen, penalised, logits)
-    if isinstance(sampling, Greedy):
-        return logits.argmax(-1)
-    values, ids = cut_off(sampling, logits)
-    weights = jnp.exp(values)
-    # Rounding must neither choose a token of weight 0 nor leave none to choose.
-    reached = jnp.where(weights > 0, weights.cumsum(-1), 0)
-    goal = uniform[:, None] * reached.max(-1, keepdims=True)
-    choice = (reached >= goal).argmax(-1, keepdims=True)
-    return choice[:, 0] if ids is None else jnp.take_along_axis(ids, choice, -1)[:, 0]
+        logits = jnp.where(seen & (penalty != 1), penalised.clip(-most, most), logits)
+    tokens = logits.argmax(-1)
+    draws = settings.temperature > 0
+    is_cut = (settings.top_k > 0) | (settings.top_p < 1)
+    if variant.plain:
+        values = cut_off(settings, logits)
+        tokens = jnp.where(draws & ~is_cut, _pick(values, numbers), tokens)
+    if variant.width:
+        values, ids = top(logits, variant.width)
+        values = cut_off(settings, values, ordered=True)
+        drawn = jnp.take_along_axis(ids, _pick(values, numbers)[:, None], -1)[:, 0]
+        tokens = jnp.where(draws & is_cut, drawn, tokens)
+    return tokens
 
 
 def cut_off(
-    sampling: Categorical, logits: Float[Array, "b v"]
-) -> tuple[Float[Array, "b k"], Int[Array, "b k"] | None]:
-    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
+    settings: RowSettings, logits: Float[Array, "b k"], ordered: bool = False
+) -> Float[Array, "b k"]:
+    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf.
 
-    They are divided by the temperature, the highest is 0, and they come most likely first; without
-    `top_k` and `top_p` in the order of the vocabulary and without ids.
+    They are divided by the temperature, and the highest is 0. `top_k` and `top_p` count only where
+    the logits are `ordered`, most likely first.
     """
-    values, ids = logits, None
-    if sampling.top_k is not None or sampling.top_p < 1:
-        # Equals come in order of id.
-        values, ids = jax.lax.top_k(logits, min(sampling.top_k or logits.shape[1], logits.shape[1]))
-    values = (values - values.max(-1, keepdims=True)) / sampling.temperature
-    if sampling.top_p < 1:
-        probabilities = jax.nn.softmax(values)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = (before < sampling.top_p).at[:, 0].set(True)
-        values = jnp.where(kept, values, -jnp.inf)
-    if sampling.min_p > 0:
-        values = jnp.where(values >= jnp.log(jnp.float32(sampling.min_p)), values, -jnp.inf)
-    return values, ids
+    if ordered:
+        k = settings.top_k[:, None]
+        logits = jnp.where((jnp.arange(logits.shape[1]) < k) | (k == 0), logits, -jnp.inf)
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)
+    values = (logits - logits.max(-1, keepdims=True)) / temperature[:, None]
+    if ordered:
+        weights, p = jnp.exp(values), settings.top_p[:, None]
+        before = weights.cumsum(-1) - weights
+        kept = (before < p * _cumulated(weights).max(-1, keepdims=True)) | (p == 1)
+        values = jnp.where(kept.at[:, 0].set(True), values, -jnp.inf)
+    return jnp.where(values >= settings.log_min_p[:, None], values, -jnp.inf)
+
+
+def top(values: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The k largest values and their places, largest first, among equals in order of place."""
+    values, places = jax.lax.top_k(values, k)
+    return values, places
+
+
+def _pick(values: Float[Array, "b k"], numbers: Float[Array, " b"]) -> Int[Array, " b"]:
+    """The place at which the cumulated weights reach a share of their sum."""
+    reached = _cumulated(jnp.exp(values))
+    return (reached >= numbers[:, None] * reached.max(-1, keepdims=True)).argmax(-1)
+
+
+def _cumulated(weights: Float[Array, "b k"]) -> Float[Array, "b k"]:
+    """The cumulated weights; 0 at a weight of 0, which rounding must not choose.
+
+    What comes behind the last weight changes no bit: rows cut off at different places agree.
+    """
+    return jnp.where(weights > 0, weights.cumsum(-1), 0)

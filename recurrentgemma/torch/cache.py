@@ -6,6 +6,7 @@ with them, the same tokens leave the same arrays. Every update is functional.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,16 @@ def cache_from_numpy(
             )
         )
         for block, empty in init_cache(config, 1, dtype, "meta").items()
+    }
+
+
+def map_cache(function: Callable[..., Tensor], cache: Any, *others: Any) -> Any:
+    """The results of a function for each array of caches, or for single arrays."""
+    if isinstance(cache, Tensor):
+        return function(cache, *others)
+    return {
+        name: type(block)(*map(function, block, *(other[name] for other in others)))
+        for name, block in cache.items()
     }
 
 

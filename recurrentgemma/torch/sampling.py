@@ -2,114 +2,117 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
+from recurrentgemma.common.generation.engine import LogProbs, Sampled
+from recurrentgemma.common.generation.settings import RowSettings, Variant
+from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
-__all__ = ["Categorical", "Choice", "Greedy", "Sampling", "choose", "cut_off", "draw"]
-
-
-class Choice(NamedTuple):
-    """A token a row, with what was asked for of the model's log-probabilities.
-
-    Attributes:
-      tokens: Token ids.
-      logprobs: Their log-probabilities; None if not asked for.
-      top_tokens: The likeliest tokens, most likely first; None likewise.
-      top_logprobs: Their log-probabilities; None likewise.
-    """
-
-    tokens: Int[Tensor, " b"]
-    logprobs: Float[Tensor, " b"] | None
-    top_tokens: Int[Tensor, "b n"] | None
-    top_logprobs: Float[Tensor, "b n"] | None
+__all__ = ["Categorical", "Greedy", "choose", "cut_off", "draw"]
 
 
 def choose(
-    sampling: Sampling,
+    variant: Variant,
+    settings: RowSettings,
     logits: Float[Tensor, "b v"],
-    uniform: Float[Tensor, " b"],
+    numbers: Float[Tensor, " b"],
     seen: Bool[Tensor, "b v"] | None = None,
-    num_logprobs: int | None = None,
-) -> Choice:
-    """A token a row, and the log-probabilities of it and of the `num_logprobs` likeliest."""
-    tokens = draw(sampling, logits, uniform, seen)
-    if num_logprobs is None:
-        return Choice(tokens, None, None, None)
+) -> Sampled:
+    """A token a row, and the log-probabilities that the variant asks for."""
+    tokens = draw(variant, settings, logits, numbers, seen)
+    if variant.num_logprobs is None:
+        return Sampled(tokens)
     logprobs = logits.float().log_softmax(-1)
-    top_logprobs, top_tokens = top(logprobs, num_logprobs)
+    top_logprobs, top_tokens = top(logprobs, variant.num_logprobs)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return Choice(tokens, chosen, top_tokens, top_logprobs)
+    return Sampled(tokens, LogProbs(chosen, top_tokens, top_logprobs))
 
 
 def draw(
-    sampling: Sampling,
+    variant: Variant,
+    settings: RowSettings,
     logits: Float[Tensor, "b v"],
-    uniform: Float[Tensor, " b"],
+    numbers: Float[Tensor, " b"],
     seen: Bool[Tensor, "b v"] | None = None,
 ) -> Int[Tensor, " b"]:
-    """A token a row: the first at which the cumulated probabilities reach a number in (0, 1].
+    """A token a row: the likeliest, or the first at which the cumulated weights reach a number.
 
     Args:
-      sampling: How tokens are chosen.
+      variant: Which of this the batch needs.
+      settings: How each row chooses.
       logits: What to choose by.
-      uniform: The numbers.
+      numbers: The number for each row, in (0, 1], a share of all weights.
       seen: The tokens that the repetition penalty is for.
     """
     logits = logits.float()
     if seen is not None:
-        penalty = sampling.repetition_penalty
+        penalty = settings.penalty[:, None]
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         most = torch.finfo(torch.float32).max  # infinities have no softmax
-        penalised = penalised.clamp(-most, most)
-        logits = torch.where(seen, penalised, logits)
-    if isinstance(sampling, Greedy):
-        return logits.argmax(-1)
-    values, ids = cut_off(sampling, logits)
-    weights = torch.exp(values)
-    # Rounding must neither choose a token of weight 0 nor leave none to choose.
-    reached = torch.where(weights > 0, weights.cumsum(-1), 0)
-    goal = uniform[:, None] * reached.amax(-1, keepdim=True)
-    choice = (reached >= goal).int().argmax(-1, keepdim=True)
-    return choice[:, 0] if ids is None else ids.gather(-1, choice)[:, 0]
+        logits = torch.where(seen & (penalty != 1), penalised.clamp(-most, most), logits)
+    tokens = logits.argmax(-1)
+    draws = settings.temperature > 0
+    is_cut = (settings.top_k > 0) | (settings.top_p < 1)
+    if variant.plain:
+        values = cut_off(settings, logits)
+        tokens = torch.where(draws & ~is_cut, _pick(values, numbers), tokens)
+    if variant.width:
+        values, ids = top(logits, variant.width)
+        values = cut_off(settings, values, ordered=True)
+        drawn = ids.gather(-1, _pick(values, numbers)[:, None])[:, 0]
+        tokens = torch.where(draws & is_cut, drawn, tokens)
+    return tokens
 
 
 def cut_off(
-    sampling: Categorical, logits: Float[Tensor, "b v"]
-) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"] | None]:
-    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf, and their token ids.
+    settings: RowSettings, logits: Float[Tensor, "b k"], ordered: bool = False
+) -> Float[Tensor, "b k"]:
+    """The logits that `top_k`, `top_p` and `min_p` keep, others at -inf.
 
-    They are divided by the temperature, the highest is 0, and they come most likely first; without
-    `top_k` and `top_p` in the order of the vocabulary and without ids.
+    They are divided by the temperature, and the highest is 0. `top_k` and `top_p` count only where
+    the logits are `ordered`, most likely first.
     """
-    values, ids = logits, None
-    if sampling.top_k is not None or sampling.top_p < 1:
-        values, ids = top(logits, min(sampling.top_k or logits.shape[1], logits.shape[1]))
-    values = (values - values.amax(-1, keepdim=True)) / sampling.temperature
-    if sampling.top_p < 1:
-        probabilities = values.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = before < sampling.top_p
+    if ordered:
+        k, place = settings.top_k[:, None], torch.arange(logits.shape[1], device=logits.device)
+        logits = torch.where((place < k) | (k == 0), logits, -torch.inf)
+    temperature = torch.where(settings.temperature > 0, settings.temperature, 1)
+    values = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    if ordered:
+        weights, p = torch.exp(values), settings.top_p[:, None]
+        before = weights.cumsum(-1) - weights
+        kept = (before < p * _cumulated(weights).amax(-1, keepdim=True)) | (p == 1)
         kept[:, 0] = True
         values = torch.where(kept, values, -torch.inf)
-    if sampling.min_p > 0:
-        values = torch.where(values >= math.log(sampling.min_p), values, -torch.inf)
-    return values, ids
+    return torch.where(values >= settings.log_min_p[:, None], values, -torch.inf)
 
 
 def top(values: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
-    """The k largest values and their places, largest first, of equals the first.
+    """The k largest values and their places, largest first, among equals in order of place.
 
-    `torch.topk` chooses any of equals, and a stable sort of all is slow.
+    `torch.topk` chooses any among equals, and a stable sort of all values is slow. The host never
+    waits for the device here, as it would for `nonzero`.
     """
     least = values.topk(max(k, 1)).values[:, -1:]
     above, equal = values > least, values == least
     kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-    places = kept.nonzero()[:, 1].reshape(len(values), k)
+    rank = torch.where(kept, kept.cumsum(-1) - 1, k)
+    every = torch.arange(values.shape[1], device=values.device).expand_as(rank)
+    places = rank.new_zeros(len(rank), k + 1).scatter_(1, rank, every)[:, :k]
     ordered, order = values.gather(-1, places).sort(dim=-1, descending=True, stable=True)
     return ordered, places.gather(-1, order)
+
+
+def _pick(values: Float[Tensor, "b k"], numbers: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The place at which the cumulated weights reach a share of their sum."""
+    reached = _cumulated(torch.exp(values))
+    return (reached >= numbers[:, None] * reached.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+def _cumulated(weights: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """The cumulated weights; 0 at a weight of 0, which rounding must not choose.
+
+    What comes behind the last weight changes no bit: rows cut off at different places agree.
+    """
+    return torch.where(weights > 0, weights.cumsum(-1), 0)

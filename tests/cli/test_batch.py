@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import recurrentgemma.common.generation.reader
+import recurrentgemma.common.generation.prefill
 from recurrentgemma.common.io.jsonl import OutputError, ResultFile
 
 PROMPTS = ["It was", "", "And he said", "“É”", "In the", "x", "Emma"]
@@ -58,9 +58,9 @@ def test_a_shared_prompt_is_read_once(cli, batch, checkpoint, framework, tmp_pat
     args = ("sample", "--checkpoint", checkpoint, "--framework", framework, "--max-new-tokens")
     assert cli(*args, "0", "--save-state", state, "It was a truth. " * 9).code == 0
     read = []
-    pad = recurrentgemma.common.generation.reader.pad_left
+    pad = recurrentgemma.common.generation.prefill.pad_left
     monkeypatch.setattr(
-        "recurrentgemma.common.generation.reader.pad_left",
+        "recurrentgemma.common.generation.prefill.pad_left",
         lambda rows, *others, **options: read.extend(rows) or pad(rows, *others, **options),
     )
     done, results = batch("--framework", framework, "--load-state", state, "--batch-size", "3")

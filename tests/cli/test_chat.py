@@ -55,9 +55,9 @@ def test_mistakes_do_not_end_a_chat(chat, tmp_path):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
-    from recurrentgemma.common.generation.loop import Stream
+    from recurrentgemma.common.generation.loop import TokenStream
 
-    following = Stream.__next__
+    following = TokenStream.__next__
     calls = []
 
     def interrupted(stream):
@@ -66,7 +66,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
             raise KeyboardInterrupt
         return following(stream)
 
-    monkeypatch.setattr(Stream, "__next__", interrupted)
+    monkeypatch.setattr(TokenStream, "__next__", interrupted)
     done = chat("Hello", "And?", "/undo", "/undo", "/undo")
     assert done.code == 0
     assert done.out.count("[stopped]\n") == 1

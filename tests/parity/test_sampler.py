@@ -105,7 +105,7 @@ def test_logits_score_the_tokens(twin: str) -> None:
             assert sampler.tokenizer.encode(shorter) == tokens[: length - 1].tolist()
             (alone,) = sampler([shorter], 1, return_logits=True).logits
             np.testing.assert_allclose(logits[length - 1], np.asarray(alone)[0], atol=1e-5)
-    assert sampler(PROMPTS, 1).logits is None
+    assert sampler(PROMPTS, 1).logits == []
 
 
 def test_no_steps_and_no_prompts(twin: str) -> None:
@@ -134,7 +134,7 @@ def test_a_long_prompt_is_read_in_chunks(twin: str) -> None:
     expected = sampler([prompt, "x"], 2, **kwargs)
     for chunks in ((16,), (32, 8), (24, 12, 3), (1,)):
         sampler = make_sampler(twin)
-        sampler.prefill_chunks = sampler.score_chunks = chunks
+        sampler.engine.prefill_chunks = sampler.engine.score_chunks = chunks
         assert without_eos(sampler, [prompt, "x"]) == whole
     echoed = sampler([prompt, "x"], 2, **kwargs)
     for one, other in zip(echoed.logits, expected.logits, strict=True):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samplers import make_sampler
+from samplers import make_sampler, saying
 
 from recurrentgemma.common.generation.conversation import Conversation
+from recurrentgemma.common.generation.prefill import scored
 from recurrentgemma.common.model.state import StateError
 from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
@@ -33,14 +34,7 @@ def spoken(sampler, text: str) -> list[int]:
 
 def answering(sampler, answers: list[list[int]]) -> None:
     """Makes the sampler say these tokens, one list an answer."""
-    said = iter([token for answer in answers for token in answer])
-    choose = sampler._choose
-
-    def chosen(*args):
-        choice, seen = choose(*args)
-        return choice._replace(tokens=np.array([next(said)])), seen
-
-    sampler._choose = chosen
+    saying(sampler, [token for answer in answers for token in answer])
 
 
 def test_the_template_is_the_published_one(sampler) -> None:
@@ -95,8 +89,8 @@ def test_an_answer_cut_short_is_closed_by_the_next_turn(sampler) -> None:
 def test_each_turn_reads_only_what_is_new(sampler) -> None:
     """And says what a model that reads everything again would say."""
     read = []
-    prefill = sampler._prefill
-    sampler._prefill = lambda cache, tokens, pos: (
+    prefill = sampler.engine.prefill
+    sampler.engine.prefill = lambda cache, tokens, pos: (
         read.append(int((pos >= 0).sum())) or prefill(cache, tokens, pos)
     )
     conversation = Conversation(sampler)
@@ -107,7 +101,7 @@ def test_each_turn_reads_only_what_is_new(sampler) -> None:
     # The last token said, the turn's template and its words, but the last.
     assert sum(read) == len(conversation.turns[1].tokens) - STEPS < first / 3
     tokens = all_tokens(conversation)
-    expected = np.concatenate([np.asarray(scores) for scores, _ in sampler._scored(tokens, True)])
+    expected = np.concatenate([scores for scores, _ in scored(sampler.engine, tokens, True)])
     np.testing.assert_array_equal(expected[-STEPS:].argmax(-1), tokens[-STEPS:])
 
 
@@ -173,7 +167,7 @@ def test_files(twin: str, sampler, tmp_path) -> None:
     assert again.ask("Other", STEPS) == conversation.ask("Other", STEPS)
     assert again.turns == conversation.turns
     sampler.save_state(tmp_path / "state", sampler.prefill("x"))
-    with pytest.raises(StateError, match="is a state, but of no conversation"):
+    with pytest.raises(StateError, match="is a state, but holds no conversation"):
         again.load(tmp_path / "state")
     assert again.turns == conversation.turns
 
@@ -182,7 +176,7 @@ def test_ctrl_c_stops_the_answer_alone(sampler) -> None:
     conversation = Conversation(sampler)
     whole = conversation.ask("One", 12)
     conversation.reset()
-    feed, calls = sampler._feed, []
+    feed, calls = sampler.engine.feed, []
 
     def interrupted(*args):
         result = feed(*args)
@@ -191,7 +185,7 @@ def test_ctrl_c_stops_the_answer_alone(sampler) -> None:
             raise KeyboardInterrupt
         return result
 
-    sampler._feed = interrupted
+    sampler.engine.feed = interrupted
     with pytest.raises(KeyboardInterrupt):
         conversation.ask("One", 12)
     assert len(conversation.turns) == 1

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from samplers import CONFIG, PROMPTS, lists, make_sampler, without_eos
 
-from recurrentgemma.common.generation.loop import Generation
 from recurrentgemma.common.model.state import empty_state
 
 FREE = {"end_sampling_at_eos_token": False}
@@ -30,8 +29,7 @@ def test_nothing_compiles_after_the_first_call() -> None:
     def complete(sampler, length: int, steps: int) -> None:
         tokens = rng.integers(5, CONFIG.vocab_size, size=length).tolist()
         state = empty_state(CONFIG, 1).extended([tokens])
-        sampler._complete(state, sampler._request(steps, (None, 1, 1), (False, (), ()), None, None),
-                          return_logits=False)  # fmt: skip
+        assert len(list(sampler.generation(state, steps, **FREE))) == steps
 
     rng = np.random.default_rng(0)
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -59,14 +57,14 @@ def test_nothing_compiles_after_the_first_call() -> None:
 def test_logits_are_computed_only_where_they_are_needed(twin: str) -> None:
     sampler = make_sampler(twin)
     shapes = []
-    feed = sampler._feed
+    feed = sampler.engine.feed
 
     def noting(*args):
         logits, run = feed(*args)
         shapes.append(tuple(logits.shape))
         return logits, run
 
-    sampler._feed = noting
+    sampler.engine.feed = noting
     sampler(["And it came to pass " * 20, "x"], 3, **FREE)
     assert shapes == [(2, CONFIG.vocab_size)] * 3
 
@@ -77,13 +75,13 @@ def test_a_finished_row_changes_nothing(twin: str) -> None:
     stop = free[0][3]
     end = free[0].index(stop) + 1
     fed = []
-    feed = sampler._feed
+    feed = sampler.engine.feed
 
     def noting(run, tokens, segment_pos):
         fed.append((tokens.tolist(), segment_pos.tolist()))
         return feed(run, tokens, segment_pos)
 
-    sampler._feed = noting
+    sampler.engine.feed = noting
     out = sampler.generate(sampler.prefill(PROMPTS), 20, stop_ids=[stop], **FREE)
     assert lists(out.tokens)[0] == free[0][:end]
     for step, (tokens, segment_pos) in enumerate(fed):
@@ -95,7 +93,7 @@ def test_a_finished_row_changes_nothing(twin: str) -> None:
     alone = sampler.generate(sampler.prefill(PROMPTS[0]), 20, stop_ids=[stop], **FREE)
     assert out.state.num_tokens[0] == alone.state.num_tokens[0]
     assert out.state.pending[0] == alone.state.pending[0] == (stop,)
-    batch, single = (sampler._to_numpy(state.cache) for state in (out.state, alone.state))
+    batch, single = (sampler.engine.to_numpy(state.cache) for state in (out.state, alone.state))
     for block, fields in single.items():
         for field, value in fields.items():
             np.testing.assert_allclose(batch[block][field][:1], value, atol=1e-5)
@@ -104,9 +102,8 @@ def test_a_finished_row_changes_nothing(twin: str) -> None:
 def test_everything_stops_when_all_rows_have(twin: str) -> None:
     sampler = make_sampler(twin)
     free = without_eos(sampler, ["x"], 20)[0]
-    request = sampler._request(20, (None, 1, 1), (False, (), [free[2]]), None, None)
     state = empty_state(CONFIG, 1).extended([sampler.tokenizer.encode("x")])
-    steps = list(Generation(sampler, state, request))
+    steps = list(sampler.generation(state, 20, stop_ids=[free[2]], **FREE))
     assert len(steps) == free.index(free[2]) + 1
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, without_eos
+from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, saying, without_eos
 
+from recurrentgemma.common.generation.prefill import scored
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
 HOT = Categorical(temperature=1.5)
@@ -28,7 +29,7 @@ def test_greedy_batches_of_ragged_prompts_over_every_split(twin: str) -> None:
         assert without_eos(sampler, [prompt], 256) == [row]
     for chunks in ((1,), (8,), (40, 5)):
         sampler = make_sampler(twin)
-        sampler.prefill_chunks = chunks
+        sampler.engine.prefill_chunks = chunks
         assert without_eos(sampler, prompts, 256) == batch
     if twin == "torch":
         pytest.importorskip(SUBMODULES["jax"], reason="parity needs both frameworks")
@@ -128,8 +129,8 @@ def test_the_bundled_model_draws_the_same_text_in_both() -> None:
 def test_several_samples_of_a_prompt(twin: str) -> None:
     sampler = make_sampler(twin, sampling=HOT)
     read = []
-    original = sampler._prefill
-    sampler._prefill = lambda cache, tokens, pos: (
+    original = sampler.engine.prefill
+    sampler.engine.prefill = lambda cache, tokens, pos: (
         read.append(len(tokens)) or original(cache, tokens, pos)
     )
     out = sampler(PROMPTS[:2], STEPS, rng=[3, 4], num_samples=3, echo=True, **FREE)
@@ -210,14 +211,7 @@ def test_texts_with_bytes_are_streamed_whole(twin: str) -> None:
     sampler = make_sampler(twin)
     vocab = sampler.tokenizer.vocab
     data = "héé🐎–x".encode()
-    tokens = iter([vocab.piece_to_id(f"<0x{byte:02X}>") for byte in data])
-    choose = sampler._choose
-
-    def chosen(*args):
-        choice, seen = choose(*args)
-        return choice._replace(tokens=np.array([next(tokens)])), seen
-
-    sampler._choose = chosen
+    saying(sampler, [vocab.piece_to_id(f"<0x{byte:02X}>") for byte in data])
     pieces = [piece for _, piece in sampler.stream("x", len(data), stop_strings="\0", **FREE)]
     assert pieces == ["h", "", "é", "", "é", "", "", "", "🐎", "", "", "–", "x"]
 
@@ -262,7 +256,7 @@ def test_scores_are_the_log_probabilities_of_the_text(twin: str) -> None:
     # A greedy continuation scores as it was generated.
     out = sampler(["In the"], 8, num_logprobs=0, **FREE)
     tokens = sampler.tokenizer.encode("In the") + lists(out.tokens)[0]
-    again = np.concatenate([part for _, part in sampler._scored(tokens)])
+    again = np.concatenate([part for _, part in scored(sampler.engine, tokens)])
     np.testing.assert_allclose(again[-8:], out.logprobs[0].chosen, atol=1e-5)
 
 
@@ -287,27 +281,27 @@ def test_a_stream_left_early_goes_on_from_its_state(twin: str) -> None:
     assert lists(sampler.generate(untouched, 20, **FREE).tokens) == [whole]
 
 
-@pytest.mark.parametrize("where", ["_prefill", "_feed", "_choose"])
+@pytest.mark.parametrize("where", ["prefill", "feed", "choose"])
 def test_ctrl_c_leaves_everything_usable(twin: str, where: str) -> None:
     """Wherever it strikes, even when a step has already used up the state before it."""
     sampler = make_sampler(twin)
     (whole,) = without_eos(sampler, ["In the beginning"], 12)
-    method, calls = getattr(sampler, where), []
+    method, calls = getattr(sampler.engine, where), []
 
     def interrupted(*args):
         result = method(*args)
         calls.append(None)
-        if len(calls) == (1 if where == "_prefill" else 5):
+        if len(calls) == (1 if where == "prefill" else 5):
             raise KeyboardInterrupt
         return result
 
-    setattr(sampler, where, interrupted)
+    setattr(sampler.engine, where, interrupted)
     stream = sampler.stream("In the beginning", 12, **FREE)
     got = []
     with pytest.raises(KeyboardInterrupt):
         got.extend(token for token, _ in stream)
-    setattr(sampler, where, method)
-    assert got == whole[: 0 if where == "_prefill" else 4]
+    setattr(sampler.engine, where, method)
+    assert got == whole[: 0 if where == "prefill" else 4]
     rest = sampler.generate(stream.state, 12 - len(got), **FREE)
     assert got + lists(rest.tokens)[0] == whole
     assert without_eos(sampler, ["In the beginning"], 12) == [whole]
@@ -362,7 +356,7 @@ def test_no_prompts(twin: str) -> None:
     sampler = make_sampler(twin)
     out = sampler([], 3, return_logits=True, num_logprobs=2)
     assert out == ([], [], [], [], [], None)
-    assert sampler([], 3) == ([], [], None, None, [], None)
+    assert sampler([], 3) == ([], [], [], None, [], None)
     assert sampler.score([]) == []
     with pytest.raises(ValueError, match="at least one text is expected, got none"):
         sampler.prefill([])

@@ -5,6 +5,9 @@ import importlib
 import numpy as np
 import pytest
 
+from recurrentgemma.common.generation.requests import RowRequest
+from recurrentgemma.common.generation.settings import RowSettings, row_settings, variant_of
+from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, row_keys, uniform
 
 SIZE, COUNT, GROUPS = 4096, 4096, 64
@@ -22,14 +25,30 @@ def array(twin: str, values, dtype: str = "float32"):
     return torch.tensor(np.asarray(values)).to(getattr(torch, dtype))
 
 
+def settings(twin: str, sampling, num_rows: int):
+    """The variant and settings of rows that all choose in one way."""
+    rows = [RowRequest(1, sampling, Stops({}, ()))] * num_rows
+    arrays = row_settings(rows, SIZE)
+    dtypes = {"top_k": "int32", "stop_ids": "int32"}
+    fields = {name: array(twin, value, dtypes.get(name, "float32"))
+              for name, value in arrays._asdict().items()}  # fmt: skip
+    return variant_of(rows, SIZE, None, False), RowSettings(**fields)
+
+
+def draw(twin: str, sampling, logits, numbers, seen=None) -> np.ndarray:
+    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    variant, arrays = settings(twin, sampling, len(logits))
+    variant = variant._replace(width=min(variant.width, logits.shape[1]))
+    return np.asarray(module.draw(variant, arrays, logits, numbers, seen))
+
+
 def draw_many(twin: str, sampling, logits: np.ndarray, count: int, dtype: str = "float32"):
     """`count` independent draws from one row of logits, the same every run."""
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
-    numbers = uniform(row_keys(0, count), np.arange(count))
+    numbers = uniform(row_keys(0, count), np.arange(count))[0]
     drawn = []
     for part in np.split(numbers, max(1, count // 1024)):
         rows = array(twin, np.tile(logits, (len(part), 1)), dtype)
-        drawn.append(np.asarray(module.draw(sampling, rows, array(twin, part))))
+        drawn.append(draw(twin, sampling, rows, array(twin, part)))
     return np.concatenate(drawn)
 
 
@@ -79,7 +98,11 @@ def kept(twin: str, sampling: Categorical, probabilities) -> list[int]:
     module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     with np.errstate(divide="ignore"):
         logits = np.log(np.asarray([probabilities], np.float32))
-    values, ids = module.cut_off(sampling, array(twin, logits))
+    variant, arrays = settings(twin, sampling, 1)
+    values, ids = array(twin, logits), None
+    if variant.width:
+        values, ids = module.top(values, min(variant.width, logits.shape[1]))
+    values = module.cut_off(arrays, values, ids is not None)
     finite = np.isfinite(np.asarray(values[0]))
     ids = np.arange(len(finite)) if ids is None else np.asarray(ids[0])
     return sorted(ids[finite].tolist())
@@ -131,12 +154,11 @@ def test_draws_respect_cut_offs(twin: str) -> None:
 
 def test_extreme_numbers_choose_possible_tokens(twin: str) -> None:
     """At the ends of (0, 1] and with impossible tokens at both ends of the vocabulary."""
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     logits = np.random.default_rng(0).normal(size=(2, SIZE)).astype(np.float32)
     logits[:, :9] = logits[:, -9:] = -np.inf
     numbers = array(twin, [2.0**-24, 1.0])
     for sampling in (Categorical(), Categorical(top_p=0.999), Categorical(1e-30)):
-        for token in np.asarray(module.draw(sampling, array(twin, logits), numbers)):
+        for token in draw(twin, sampling, array(twin, logits), numbers):
             assert 9 <= token < SIZE - 9
 
 
@@ -168,14 +190,13 @@ def test_penalties_at_the_ends_of_their_range(
 
 
 def check_penalty(twin: str, penalty: float, temperature: float, offset: float) -> None:
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     logits = np.random.default_rng(0).uniform(-10, 10, size=(3, 64)).astype(np.float32) + offset
     seen = np.zeros((3, 64), bool)
     seen[1, 5:9] = seen[2] = True
     arrays = array(twin, logits), array(twin, [0.5] * 3), array(twin, seen, "bool")
-    greedy = np.asarray(module.draw(Greedy(penalty), *arrays))
+    greedy = draw(twin, Greedy(penalty), *arrays)
     assert greedy[0] == logits[0].argmax()
-    drawn = np.asarray(module.draw(Categorical(temperature, None, 1.0, 0.0, penalty), *arrays))
+    drawn = draw(twin, Categorical(temperature, None, 1.0, 0.0, penalty), *arrays)
     wide = logits.astype(np.float64)
     penalised = np.where(wide > 0, wide / penalty, wide * penalty)
     wide = np.where(seen, penalised.clip(-HUGE, HUGE), wide)
@@ -186,19 +207,17 @@ def check_penalty(twin: str, penalty: float, temperature: float, offset: float) 
 
 
 def test_repetition_penalty(twin: str) -> None:
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     logits = array(twin, [[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
     seen = array(twin, [[True, False, False], [True, False, False]], "bool")
     numbers = array(twin, [1.0, 1.0])
 
-    def draw(penalty: float) -> list[int]:
-        drawn = module.draw(Greedy(penalty), logits, numbers, seen)
-        return np.asarray(drawn).tolist()
+    def penalised(penalty: float) -> list[int]:
+        return draw(twin, Greedy(penalty), logits, numbers, seen).tolist()
 
-    assert draw(1.0) == [0, 0]
-    assert draw(1.3) == [0, 0]
-    assert draw(1.4) == [1, 0]  # 2 / 1.4 < 1.5
-    assert draw(1.6) == [1, 1]  # -1 * 1.6 < -1.5
+    assert penalised(1.0) == [0, 0]
+    assert penalised(1.3) == [0, 0]
+    assert penalised(1.4) == [1, 0]  # 2 / 1.4 < 1.5
+    assert penalised(1.6) == [1, 1]  # -1 * 1.6 < -1.5
 
 
 def test_log_probabilities(twin: str) -> None:
@@ -209,21 +228,26 @@ def test_log_probabilities(twin: str) -> None:
     expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     strategy = Categorical(temperature=0.3, top_k=5)
     numbers = array(twin, [0.1, 0.5, 0.9])
-    choice = module.choose(strategy, array(twin, logits), numbers, None, 4)
-    tokens = np.asarray(choice.tokens)
-    np.testing.assert_allclose(choice.logprobs, expected[np.arange(3), tokens], rtol=1e-5)
+    variant, arrays = settings(twin, strategy, 3)
+    variant = variant._replace(width=50, num_logprobs=4)
+    tokens, logprobs, _ = module.choose(variant, arrays, array(twin, logits), numbers)
+    tokens = np.asarray(tokens)
+    np.testing.assert_allclose(logprobs.chosen, expected[np.arange(3), tokens], rtol=1e-5)
     order = np.argsort(-expected, axis=-1, kind="stable")[:, :4]
-    np.testing.assert_array_equal(choice.top_tokens, order)
-    np.testing.assert_allclose(
-        choice.top_logprobs, np.take_along_axis(expected, order, -1), rtol=1e-5
-    )
-    assert module.choose(strategy, array(twin, logits), numbers)[1:] == (None, None, None)
+    np.testing.assert_array_equal(logprobs.top_tokens, order)
+    np.testing.assert_allclose(logprobs.top, np.take_along_axis(expected, order, -1), rtol=1e-5)
+    variant = variant._replace(num_logprobs=None)
+    assert module.choose(variant, arrays, array(twin, logits), numbers)[1:] == (None, None)
 
 
 def test_random_streams() -> None:
     alone = uniform(row_keys([7], 1), [3])
     batch = uniform(row_keys([5, 7, 9], 3), [1, 3, 2])
-    assert batch[1] == alone[0]
+    assert batch[0, 1] == alone[0, 0]
+    # Several steps at once are those one after the other; a row without a key gets ones.
+    ahead = uniform([*row_keys([5, 7], 2), None], [1, 3, 9], 5)
+    steps = [uniform(row_keys([5, 7], 2), [1 + step, 3 + step])[0] for step in range(5)]
+    np.testing.assert_array_equal(ahead, np.column_stack([steps, np.ones(5, np.float32)]))
     # The row and the position count, and so does each sample.
     keys = row_keys(0, 2, 2)
     numbers = [uniform(keys, [step] * 4) for step in range(50)]

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from samplers import CONFIG, PROMPTS, STEPS, SUBMODULES, lists, make_sampler, without_eos
 
 from recurrentgemma.common.errors import DestinationError
+from recurrentgemma.common.generation.prefill import scored
 from recurrentgemma.common.generation.strategies import Categorical
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.memory import state_bytes
@@ -47,23 +48,23 @@ def test_text_is_added_to_a_state(twin: str) -> None:
     prompt, questions = "In the beginning God created the heavens.", ["", "\nAnd?", "\nWho? " * 30]
     shared = sampler.prefill(prompt)
     read = []
-    prefill = sampler._prefill
-    sampler._prefill = lambda cache, tokens, pos: (
+    prefill = sampler.engine.prefill
+    sampler.engine.prefill = lambda cache, tokens, pos: (
         read.append(int((pos >= 0).sum())) or prefill(cache, tokens, pos)
     )
     several = sampler.prefill(questions, shared)
     tokens = [sampler.tokenizer.vocab.encode(question) for question in questions]
     assert sum(read) == sum(map(len, tokens))  # and the shared prompt no more
-    sampler._prefill = prefill
+    sampler.engine.prefill = prefill
     whole = [sampler.tokenizer.encode(prompt) + row for row in tokens]
     assert several.num_tokens == tuple(map(len, whole))
     outs = lists(sampler.generate(several, STEPS, **FREE).tokens)
     for question, row, out in zip(questions, whole, outs, strict=True):
         alone = sampler.prefill(question, shared)
         assert lists(sampler.generate(alone, STEPS, **FREE).tokens) == [out]
-        scored = np.concatenate([np.asarray(logits) for logits, _ in sampler._scored(
-            [*row, *out], True)])  # fmt: skip
-        np.testing.assert_array_equal(scored[len(row) - 1 :].argmax(-1), out)
+        chunks = scored(sampler.engine, [*row, *out], True)
+        scores = np.concatenate([logits for logits, _ in chunks])
+        np.testing.assert_array_equal(scores[len(row) - 1 :].argmax(-1), out)
 
 
 def test_the_size_of_a_state_is_constant(twin: str) -> None:
@@ -92,7 +93,7 @@ def test_a_file_goes_on_in_the_other_framework(twin: str, dtype: str, tmp_path) 
         assert (loaded.lengths, loaded.pending) == (state.lengths, state.pending)
         np.testing.assert_array_equal(loaded.seen, state.seen)
         assert loaded.nbytes == state.nbytes
-        back, expected = sampler._to_numpy(loaded.cache), one._to_numpy(state.cache)
+        back, expected = sampler.engine.to_numpy(loaded.cache), one.engine.to_numpy(state.cache)
         for block, fields in expected.items():
             for field, value in fields.items():
                 np.testing.assert_array_equal(back[block][field], value)

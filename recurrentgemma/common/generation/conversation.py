@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from recurrentgemma.common.generation.sampler import BaseSampler
 
 _NOTE = "conversation"
-_KEPT = 8  # states before a turn, each as large as the model's: undoing more turns reads again
+_KEPT = 8  # states from before a turn; undoing more turns than this reads the text again
 
 
 class Turn(NamedTuple):
-    """What was said and answered.
+    """A question and its answer.
 
     Attributes:
       user: The user's words.
-      model: The model's, as far as they went.
-      tokens: All tokens that the turn added, those of the template with them.
+      model: The model's words, as far as they went.
+      tokens: All tokens that the turn added, also those of the template.
     """
 
     user: str
@@ -37,18 +37,18 @@ class Turn(NamedTuple):
 
 
 class Conversation:
-    """Turns of a conversation; each reads only what is new, in the template as published.
+    """The turns of a conversation; each reads only what is new, in the published template.
 
         chat = Conversation(sampler)
         for text in chat.send("Who are you?"):
             print(text, end="", flush=True)
 
     In a notebook the object shows itself; `copy.copy` forks it. Leaving the loop early, Ctrl-C, or
-    going on with the conversation in any way ends the answer and keeps what there is of it; where
-    it was not begun, nothing was said.
+    going on with the conversation in any way ends the answer and keeps the part that was said. An
+    answer that nobody began to read adds no turn.
 
     Attributes:
-      sampler: What answers; `sampler.sampling` says how.
+      sampler: The sampler that answers; `sampler.sampling` says how.
       turns: The turns so far.
       state: The model's state after them; None before the first.
     """
@@ -61,7 +61,7 @@ class Conversation:
         """
         sampler.tokenizer.require_end_of_turn()
         self.sampler = sampler
-        # Held by whoever iterates alone: once that is over, so is the answer.
+        # Weak reference: dropping the iterator ends the answer.
         self._answering: weakref.ref[Generator[str]] | None = None
         self.reset()
 
@@ -87,11 +87,11 @@ class Conversation:
 
         Args:
           text: The user's words.
-          total_generation_steps: At most this many tokens of an answer.
-          **options: Those of `Sampler.stream`.
+          total_generation_steps: At most this many tokens in the answer.
+          **options: The options of `Sampler.stream`.
 
         Raises:
-          ValueError: The text is no `str`, or an option is out of range; nothing was said then.
+          ValueError: The text is no `str`, or an option is out of range; no turn is added then.
         """
         self._end_answer()
         tokens = self._opening(text)
@@ -136,12 +136,12 @@ class Conversation:
         """Goes on with a conversation that was saved.
 
         Raises:
-          StateError: It is no conversation with this model, or not whole; nothing changed then.
+          StateError: The file holds no whole conversation with this model; nothing changes then.
         """
         self._end_answer()
         state, notes = self.sampler.load_state_and_notes(path)
         if _NOTE not in notes:
-            raise StateError(f"{path} is a state, but of no conversation")
+            raise StateError(f"{path} is a state, but holds no conversation")
         try:
             turns = [_turn(user, model, tokens) for user, model, tokens in json.loads(notes[_NOTE])]
             _check_turns(turns, state)
@@ -178,7 +178,7 @@ class Conversation:
             self.state = state
 
     def _end_answer(self) -> None:
-        """Closes the answer that is still running, so that turns and state are of one moment."""
+        """Closes the answer that is still running, so that turns and state agree."""
         answer = None if self._answering is None else self._answering()
         if answer is not None:
             answer.close()
@@ -201,7 +201,7 @@ class Conversation:
             for turn in self.turns
             for who, words in (("user", turn.user), ("model", turn.model))
         )
-        # By these classes notebooks know that dollars are no formulas.
+        # These classes tell notebooks that dollars are no formulas.
         return f"<div class='tex2jax_ignore mathjax_ignore'>{''.join(said)}</div>"
 
 

@@ -1,61 +1,31 @@
-"""The generation loop: tokens for every row of a state, a step at a time."""
+"""The generation loop: tokens for every row of a state, one after the other."""
 
 from __future__ import annotations
 
-import abc
 import array
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.generation.stops import RowText, Stops
-from recurrentgemma.common.generation.strategies import Greedy, Sampling, uniform
+from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
+from recurrentgemma.common.generation.prefill import PAD, read
+from recurrentgemma.common.generation.requests import RowRequest
+from recurrentgemma.common.generation.settings import row_settings, variant_of
+from recurrentgemma.common.generation.stops import RowText
+from recurrentgemma.common.generation.strategies import uniform
 from recurrentgemma.common.model.state import State
 from recurrentgemma.common.tokenizer import Tokenizer
 
 
-class LogProbs(NamedTuple):
-    """Log-probabilities under the model itself: softmax(logits), before any sampling strategy.
-
-    Attributes:
-      chosen: Of the tokens generated, [N] or a number.
-      top_tokens: The likeliest tokens in each place, most likely first, [N, n] or [n].
-      top: Their log-probabilities.
-    """
-
-    chosen: np.ndarray
-    top_tokens: np.ndarray
-    top: np.ndarray
-
-
-class Request(NamedTuple):
-    """What is asked of a generation.
-
-    Attributes:
-      steps: At most this many tokens a row.
-      sampling: How they are chosen.
-      keys: Each row's random stream; none where nothing is drawn.
-      stops: What ends a row.
-      num_logprobs: How many of the likeliest tokens to report beside the chosen one; None reports
-        no log-probabilities at all.
-    """
-
-    steps: int
-    sampling: Sampling
-    keys: Sequence[np.ndarray]
-    stops: Stops
-    num_logprobs: int | None
-
-
-class Step(NamedTuple):
+class NewTokens(NamedTuple):
     """One generated token a row.
 
     Attributes:
       tokens: Token ids, [B].
-      active: The rows that they count for: those that had not ended before, [B].
+      active: The rows that had not ended before; the other tokens mean nothing, [B].
       texts: What became certain of each row's text.
-      logits: What the tokens were chosen from, [B, V], on the device.
+      logits: What the tokens were chosen from, [B, V], on the device; None if not asked for.
       logprobs: [B] and [B, n]; None if not asked for.
     """
 
@@ -66,107 +36,131 @@ class Step(NamedTuple):
     logprobs: LogProbs | None
 
 
-class Engine(abc.ABC):
-    """What a framework does for the loop. A `run` is a model's state that steps may change."""
-
-    tokenizer: Tokenizer
-
-    @abc.abstractmethod
-    def _read(self, state: State) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Reads all pending tokens but the last: a run, those last ones, their positions, [B]."""
-
-    @abc.abstractmethod
-    def _feed(self, run: Any, tokens: np.ndarray, segment_pos: np.ndarray) -> tuple[Any, Any]:
-        """Reads a token a row, [B]: the logits after it, [B, V], and the run."""
-
-    @abc.abstractmethod
-    def _on_device(self, values: np.ndarray) -> Any:
-        """An array on the model's device."""
-
-    @abc.abstractmethod
-    def _choose(
-        self, request: Request, logits: Any, number: np.ndarray, seen: Any, fed: np.ndarray
-    ) -> tuple[Any, Any]:
-        """The framework's `Choice`, and `seen` (if any) with the tokens just fed, [B]."""
-
-    @abc.abstractmethod
-    def _snapshot(self, run: Any) -> Any:
-        """A copy of a run's cache, which no later step changes."""
-
-
 class Generation:
-    """Iterates over the steps of a generation. It may be left at any point, and `state` is good.
+    """Iterates over the new tokens of a batch. It may be left at any point: `state` is right.
+
+    The engine decodes k tokens a row at a time. It checks stop ids itself; the text, with its stop
+    strings, is put together here, and tokens behind a stop string are dropped.
 
     Attributes:
+      engine: What decodes.
+      variant: The parts of a step that the rows need.
       texts: The rows' texts so far, with why they ended.
       generated: The rows' tokens so far.
     """
 
-    def __init__(self, engine: Engine, state: State, request: Request) -> None:
-        self.texts = [RowText(engine.tokenizer, request.stops) for _ in range(state.num_rows)]
-        self._engine, self._origin, self._request = engine, state, request
-        self.generated = [array.array("i") for _ in range(state.num_rows)]
-        self._run: Any = None  # also while a step changes it
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        state: State,
+        rows: Sequence[RowRequest],
+        num_logprobs: int | None = None,
+        return_logits: bool = False,
+    ) -> None:
+        self.texts = [RowText(tokenizer, row.stops) for row in rows]
+        self.generated = [array.array("i") for _ in rows]
+        vocab_size = engine.config.vocab_size
+        self.engine, self._origin, self._rows = engine, state, rows
+        self.variant = variant_of(rows, vocab_size, num_logprobs, return_logits)
+        # A cache, None while a step uses it up, and how many tokens were fed to each of its rows.
+        self._cache: Any = None
+        self._fed = np.zeros(len(rows), np.int32)
+        # Rows of a cache as they were before tokens behind a stop string were fed to them.
+        self._kept_rows: dict[int, Any] = {}
 
-    def __iter__(self) -> Generator[Step]:
-        engine, origin, request = self._engine, self._origin, self._request
-        if not request.steps:
+    def __iter__(self) -> Generator[NewTokens]:
+        engine, rows, variant = self.engine, self._rows, self.variant
+        left = np.array([row.steps for row in rows], np.int32)
+        if not left.any():
             return
-        run, tokens, position = engine._read(origin)
-        penalised = request.sampling.repetition_penalty != 1
-        seen = engine._on_device(origin.seen) if penalised else None
-        active = np.ones(origin.num_rows, bool)
-        number = np.ones(origin.num_rows, np.float32)
-        for step in range(request.steps):
-            self._run = None
-            # A row that has ended is fed padding, which changes nothing.
-            fed = np.where(active, tokens, engine.tokenizer.pad_id).astype(np.int32)
-            logits, run = engine._feed(run, fed, np.where(active, position, -1).astype(np.int32))
-            position = position + active
-            if not isinstance(request.sampling, Greedy):
-                number = uniform(request.keys, position)
-            choice, seen = engine._choose(request, logits, number, seen, fed)
-            tokens = np.asarray(choice.tokens)
-            texts = [""] * origin.num_rows
-            rows = np.flatnonzero(active)
-            for row in rows:
-                token = int(tokens[row])
-                texts[row] = self.texts[row].add(token, last=step + 1 == request.steps)
-                self.generated[row].append(token)
-            self._run = run
-            yield Step(tokens, active, texts, logits, _logprobs(choice))
-            active = active.copy()
-            active[rows] = [not self.texts[row].stopped for row in rows]
-            if not active.any():
-                return
+        cache, tokens, position = read(engine, self._origin, int(left.max()))
+        settings = engine.on_device(row_settings(rows, engine.config.vocab_size))
+        seen = engine.on_device(self._origin.seen) if variant.penalised else None
+        keys = [row.key for row in rows]
+        burst = 1  # the first token comes as soon as it can
+        while left.any():
+            active = left > 0
+            before = self._cache = engine.snapshot(cache) if burst > 1 else None
+            sampled, cache, seen = engine.decode(
+                variant,
+                settings,
+                cache,
+                seen,
+                np.where(active, tokens, PAD).astype(np.int32),
+                np.where(active, position, -1).astype(np.int32),
+                left,
+                uniform(keys, position + 1, burst),
+            )
+            new_tokens, logprobs = _on_host(engine, sampled)
+            fed = np.zeros_like(left)
+            for place, tokens in enumerate(new_tokens):
+                active = left > 0
+                fed += active
+                left = left - active
+                texts = [""] * len(rows)
+                for row in np.flatnonzero(active).tolist():
+                    texts[row] = self._add(row, int(tokens[row]), last=not left[row])
+                    if self.texts[row].stopped:
+                        left[row] = 0
+                        if self.texts[row].finish_reason == "stop_string" and place + 1 < burst:
+                            self._kept_rows[row] = engine.take(before, np.array([row]))
+                over = place + 1 == burst or not left.any()
+                if over:
+                    self._cache = cache
+                    fed[[*self._kept_rows]] = 0
+                    self._fed = self._fed + fed
+                yield NewTokens(
+                    tokens,
+                    active,
+                    texts,
+                    None if sampled.logits is None else sampled.logits[place],
+                    None if logprobs is None else LogProbs(*(part[place] for part in logprobs)),
+                )
+                if over:
+                    break
+            position = position + fed
+            burst = engine.burst if left.max() >= engine.burst else 1
+
+    def _add(self, row: int, token: int, last: bool) -> str:
+        self.generated[row].append(token)
+        return self.texts[row].add(token, last)
 
     @property
     def state(self) -> State:
         """The state after all that was generated so far."""
-        if self._run is None:  # a step was cut off, or none was made: read again from the start
-            return self._origin.extended(self.generated)
-        generated = self.generated
-        pairs = zip(self._origin.num_tokens, generated, strict=True)
+        origin, generated = self._origin, self.generated
+        whole = origin.extended(generated)
+        if self._cache is None:  # a step was cut off, or none was made: read again from the start
+            return whole
+        cache = self.engine.snapshot(self._cache)
+        for row, kept in self._kept_rows.items():
+            cache = self.engine.put(cache, np.array([row]), kept)
+        pairs = zip(origin.num_tokens, self._fed.tolist(), strict=True)
         return State(
-            self._origin.config,
-            self._engine._snapshot(self._run),
-            tuple(length + len(new) - 1 for length, new in pairs),
-            tuple((new[-1],) for new in generated),
-            self._origin.extended(generated).seen,
+            origin.config,
+            cache,
+            tuple(length - 1 + fed for length, fed in pairs),
+            tuple(
+                (last, *new)[fed:]
+                for (*_, last), new, fed in zip(origin.pending, generated, self._fed, strict=True)
+            ),
+            whole.seen,
         )
 
 
-def _logprobs(choice: Any) -> LogProbs | None:
-    if choice.logprobs is None:
-        return None
-    return LogProbs(*map(np.asarray, choice[1:]))
+def _on_host(engine: Engine, sampled: Sampled) -> tuple[np.ndarray, LogProbs | None]:
+    tokens = engine.on_host(sampled.tokens)
+    if sampled.logprobs is None:
+        return tokens, None
+    return tokens, LogProbs(*map(engine.on_host, sampled.logprobs))
 
 
-class Stream(Iterator[tuple[int, str]]):
+class TokenStream(Iterator[tuple[int, str]]):
     """One row's tokens, each with the text that became certain with it.
 
-    The text is never half a character, nothing of a stop string, and may be empty. Together the
-    texts are what a call returns. Leaving the loop, `close` and Ctrl-C end the generation, and
+    The text is never half a character, holds nothing of a stop string, and may be empty. Together
+    the texts are what a call returns. Leaving the loop, `close` and Ctrl-C end the generation, and
     `state` goes on from there.
 
     Attributes:

@@ -4,117 +4,139 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, Unpack
 
 import numpy as np
-import sentencepiece as spm
 
-from recurrentgemma.common.generation.loop import Generation, Request, Stream
-from recurrentgemma.common.generation.output import SamplerOutput, logprobs_of_row
-from recurrentgemma.common.generation.reader import Reader
+from recurrentgemma.common.generation.engine import Engine
+from recurrentgemma.common.generation.loop import Generation, TokenStream
+from recurrentgemma.common.generation.prefill import read_pending, repeated, require_own, scored
+from recurrentgemma.common.generation.requests import (
+    Options,
+    Samplings,
+    Steps,
+    StopIds,
+    StopStrings,
+    checked_integer,
+    row_requests,
+)
+from recurrentgemma.common.generation.results import SamplerOutput, collected
 from recurrentgemma.common.generation.scores import Score
-from recurrentgemma.common.generation.stops import Stops, checked_ids, checked_strings
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.io.state_files import (
     StoredState,
     read_state,
     write_state,
 )
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import State, StateError, empty_state
-from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter, check_text
+from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary, apply_it_formatter, check_text
 
 _Array = TypeVar("_Array")
 
 
-class BaseSampler(Reader, Generic[_Array]):
-    """Text from a model: what it can be asked. The twins add what runs on their framework.
+class BaseSampler(Generic[_Array]):
+    """Text from a model: what it can be asked.
 
     Attributes:
+      engine: Runs the model.
+      tokenizer: The vocabulary with its special tokens.
       sampling: How tokens are chosen.
       is_it_model: Whether prompts are put into the chat template and `<end_of_turn>` ends a row.
     """
 
+    engine: Engine
+
     def __init__(
         self,
-        config: GriffinConfig,
-        vocab: spm.SentencePieceProcessor | Tokenizer,
+        engine: Engine,
+        vocab: Vocabulary | Tokenizer,
         sampling: Sampling | None,
         greedy: bool,
         is_it_model: bool,
     ) -> None:
-        self.config = config
+        self.engine = engine
         self.tokenizer = vocab if isinstance(vocab, Tokenizer) else Tokenizer(vocab)
         self.sampling: Sampling = sampling or (Greedy() if greedy else Categorical())
         self.is_it_model = is_it_model
         if is_it_model:
             self.tokenizer.require_end_of_turn()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.engine}, vocab={self.tokenizer.size}, {self.sampling})"
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return self.engine.config
+
     def __call__(
         self,
         input_strings: Sequence[str],
-        total_generation_steps: int,
+        total_generation_steps: Steps,
         *,
         rng: Any = None,
         echo: bool = False,
         return_logits: bool = False,
         end_sampling_at_eos_token: bool = True,
-        sampling: Sampling | None = None,
+        sampling: Samplings = None,
         num_samples: int = 1,
-        stop_strings: str | Iterable[str] = (),
-        stop_ids: Iterable[int] = (),
+        stop_strings: StopStrings = (),
+        stop_ids: StopIds = (),
         num_logprobs: int | None = None,
     ) -> SamplerOutput[_Array]:
         """Continues each prompt.
 
         Args:
           input_strings: Prompts; they may differ in length and be empty.
-          total_generation_steps: At most this many tokens a row.
+          total_generation_steps: At most this many tokens a row; a number, or one a prompt.
           rng: Seed of the draws: an integer; one a prompt, in a sequence or an array of any
             framework; or the framework's own, a key (also JAX's old uint32 ones), keys, one a
             prompt, or a `torch.Generator`; fresh if None. A row's draws depend on its seed and on
-            the positions of its tokens, not on other rows: of one integer each row makes a seed of
-            its own, and of several each prompt's is the same wherever the prompt stands.
+            the positions of its tokens, not on other rows: from one integer each row makes a seed
+            of its own, and with one seed a prompt a prompt's place does not matter.
           echo: Whether to return the prompts too.
           return_logits: Whether to return logits.
-          end_sampling_at_eos_token: Whether a row ends at EOS (and, of an instruction-tuned model,
-            at `<end_of_turn>`).
-          sampling: How tokens are chosen, instead of the sampler's own way.
+          end_sampling_at_eos_token: Whether a row ends at EOS (and, if the model is
+            instruction-tuned, at `<end_of_turn>`).
+          sampling: How tokens are chosen, instead of the sampler's own way; a strategy, or one a
+            prompt.
           num_samples: How many rows to return for each prompt, one after the other; the prompt is
             read once.
-          stop_strings: Where a row's text ends, before the first of them that occurs.
-          stop_ids: Tokens that end a row.
+          stop_strings: Where a row's text ends, before the first of them that occurs; or a list of
+            lists, one a prompt.
+          stop_ids: Tokens that end a row; or a list of lists, one a prompt.
           num_logprobs: How many of the likeliest tokens to report with their log-probabilities
             beside the chosen one's; None reports none.
 
         Raises:
           ValueError: The prompts are no sequence of strings, hold tokens outside the vocabulary, or
-            something else asked for is out of range.
+            another argument is out of range.
         """
         prompts = self._encode(input_strings)
-        samples = _checked("num_samples", num_samples, least=1)
-        request = self._request(
-            total_generation_steps,
-            (rng, len(prompts), samples),
-            (end_sampling_at_eos_token, stop_strings, stop_ids),
-            sampling,
-            num_logprobs,
-        )
-        if not prompts:
-            logits = [] if return_logits else None
-            logprobs = None if num_logprobs is None else []
-            return SamplerOutput([], [], logits, logprobs, [])
-        prompt_logits = [self._prompt_logits(row) for row in prompts if echo and return_logits]
         state = empty_state(self.config, len(prompts)).extended(prompts)
-        out = self._complete(self._repeated(state, samples), request, return_logits)
+        generation = self._generation(
+            state,
+            total_generation_steps,
+            num_samples,
+            return_logits,
+            rng=rng,
+            end_sampling_at_eos_token=end_sampling_at_eos_token,
+            sampling=sampling,
+            stop_strings=stop_strings,
+            stop_ids=stop_ids,
+            num_logprobs=num_logprobs,
+        )
+        out = collected(generation)
         if not echo:
             return out
-        prompts = [row for row in prompts for _ in range(samples)]
-        text = map(self.tokenizer.decode, prompts)
         logits = out.logits
-        if logits is not None:
-            prompt_logits = [row for row in prompt_logits for _ in range(samples)]
-            logits = self._joined(prompt_logits, logits)
+        if return_logits:
+            scores = [row for prompt in map(self._prompt_logits, prompts)
+                      for row in [prompt] * num_samples]  # fmt: skip
+            logits = self._joined(scores, logits)
+        prompts = [row for row in prompts for _ in range(num_samples)]
+        text = map(self.tokenizer.decode, prompts)
         return out._replace(
             text=[prompt + new for prompt, new in zip(text, out.text, strict=True)],
             tokens=self._joined([np.array(row, np.int32) for row in prompts], out.tokens),
@@ -124,74 +146,62 @@ class BaseSampler(Reader, Generic[_Array]):
     def generate(
         self,
         state: State,
-        total_generation_steps: int,
+        total_generation_steps: Steps,
         *,
-        rng: Any = None,
         return_logits: bool = False,
-        end_sampling_at_eos_token: bool = True,
-        sampling: Sampling | None = None,
         num_samples: int = 1,
-        stop_strings: str | Iterable[str] = (),
-        stop_ids: Iterable[int] = (),
-        num_logprobs: int | None = None,
+        **options: Unpack[Options],
     ) -> SamplerOutput[_Array]:
         """Continues the texts of a state, which stays as it is; the output has the state after.
 
-        The arguments are those of a call, and so is what comes out: the continuation of a state is
-        that of the prompt it was made of.
+        The arguments are those of a call, with one entry a text for one a prompt, and so are the
+        results: a state continues as the prompt that it was made from.
 
         Raises:
-          StateError: It is the state of another model or framework, or of nothing.
-          ValueError: Something asked for is out of range.
+          StateError: It is the state of another model or framework, or holds no text.
+          ValueError: An argument is out of range.
         """
-        self._require_own(state)
-        samples = _checked("num_samples", num_samples, least=1)
-        request = self._request(
-            total_generation_steps,
-            (rng, state.num_rows, samples),
-            (end_sampling_at_eos_token, stop_strings, stop_ids),
-            sampling,
-            num_logprobs,
+        require_own(self.engine, state)
+        generation = self._generation(
+            state, total_generation_steps, num_samples, return_logits, **options
         )
-        return self._complete(self._repeated(state, samples), request, return_logits, True)
+        out = collected(generation)
+        return out._replace(state=generation.state)
 
     def stream(
         self,
         input_string: str | State,
         total_generation_steps: int,
-        *,
-        rng: Any = None,
-        end_sampling_at_eos_token: bool = True,
-        sampling: Sampling | None = None,
-        stop_strings: str | Iterable[str] = (),
-        stop_ids: Iterable[int] = (),
-        num_logprobs: int | None = None,
-    ) -> Stream:
+        **options: Unpack[Options],
+    ) -> TokenStream:
         """Continues one prompt, or the one text of a state, a token at a time.
 
         The arguments are those of a call.
 
         Returns:
-          An iterator over each token id with the text that became certain with it; see `Stream`.
+          An iterator over each token id with the text that became certain with it; see
+          `TokenStream`.
 
         Raises:
-          StateError: The state is of another model or framework, or has not one row.
-          ValueError: Something asked for is out of range.
+          StateError: The state is another model's or framework's, or does not have one row.
+          ValueError: An argument is out of range.
         """
         if isinstance(input_string, State):
-            state = self._require_own(input_string)
+            state = require_own(self.engine, input_string)
             if state.num_rows != 1:
                 raise StateError(f"a stream goes on from a state of one row, got {state.num_rows}")
         else:
             state = empty_state(self.config, 1).extended(self._encode([input_string]))
-        request = self._request(
-            total_generation_steps,
-            (rng, 1, 1),
-            (end_sampling_at_eos_token, stop_strings, stop_ids),
-            sampling,
-            num_logprobs,
-        )
-        return Stream(Generation(self, state, request))
+        return TokenStream(self._generation(state, total_generation_steps, **options))
+
+    def generation(
+        self, state: State, total_generation_steps: Steps, **options: Unpack[Options]
+    ) -> Generation:
+        """Continues the texts of a state, a token for each of them at a time.
+
+        The arguments and errors are those of `generate`; iterating does the work.
+        """
+        return self._generation(require_own(self.engine, state), total_generation_steps, **options)
 
     def prefill(self, text: str | Sequence[str], state: State | None = None) -> State:
         """Reads text, to be continued any number of times.
@@ -199,11 +209,11 @@ class BaseSampler(Reader, Generic[_Array]):
         Args:
           text: One text, or several for a state of so many rows.
           state: What the texts are added to, as they stand: each to its row or, where there is
-            one row alone, all of them to that. If None they are prompts.
+            only one row, all of them to that. If None they are prompts.
 
         Raises:
           StateError: The state is of another model or framework, or has another number of rows.
-          ValueError: The texts are no strings, none at all, or hold tokens outside the vocabulary.
+          ValueError: There is no text, one is no string, or it has tokens outside the vocabulary.
         """
         texts = [text] if isinstance(text, str) else text
         if state is None:
@@ -213,11 +223,11 @@ class BaseSampler(Reader, Generic[_Array]):
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
-            if tokens and self._require_own(state).num_rows == 1:
-                state = self._repeated(state, len(tokens))
+            if tokens and require_own(self.engine, state).num_rows == 1:
+                state = repeated(self.engine, state, len(tokens))
             if len(tokens) != state.num_rows:
                 raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
-        return self._read_state(state.extended(tokens))
+        return read_pending(self.engine, state.extended(tokens))
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """The log-probability of every token of each text; no template is put around it.
@@ -225,11 +235,9 @@ class BaseSampler(Reader, Generic[_Array]):
         Raises:
           ValueError: The texts are no sequence of strings, or hold tokens outside the vocabulary.
         """
+        none = np.zeros(0, np.float32)
         return [
-            Score(
-                tokens[1:],
-                np.concatenate([np.zeros(0, np.float32), *(s for _, s in self._scored(tokens))]),
-            )
+            Score(tokens[1:], np.concatenate([none, *(s for _, s in scored(self.engine, tokens))]))
             for tokens in self._encode(texts, as_prompts=False)
         ]
 
@@ -250,13 +258,13 @@ class BaseSampler(Reader, Generic[_Array]):
           force: Whether to replace what is at `path`.
 
         Raises:
-          StateError: It is the state of another model or framework, or of nothing.
-          ValueError: The notes are no strings.
+          StateError: It is the state of another model or framework, or holds no text.
+          ValueError: A note is no string.
           DestinationError: `path` exists and `force` is not set, or cannot be written.
         """
-        self._require_own(state)
+        require_own(self.engine, state)
         cache = state.cache
-        arrays = None if cache is None else self._to_numpy(cache)
+        arrays = None if cache is None else self.engine.to_numpy(cache)
         stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
         write_state(path, self.config, stored, force=force)
 
@@ -264,7 +272,7 @@ class BaseSampler(Reader, Generic[_Array]):
         """Reads a state file, in the dtype of this model's own state.
 
         Raises:
-          StateError: It is no state file, not whole, or of another model.
+          StateError: The file is no whole state file, or the state is another model's.
         """
         return self.load_state_and_notes(path)[0]
 
@@ -272,7 +280,7 @@ class BaseSampler(Reader, Generic[_Array]):
         """Reads a state file with what was kept beside it; see `load_state`."""
         stored = read_state(path, self.config)
         arrays = stored.arrays
-        cache = None if arrays is None else self._from_numpy(arrays)
+        cache = None if arrays is None else self.engine.from_numpy(arrays)
         state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
         return state, stored.notes
 
@@ -293,95 +301,55 @@ class BaseSampler(Reader, Generic[_Array]):
                 )
         return prompts
 
-    def _request(
+    def _prompt_logits(self, prompt: list[int]) -> np.ndarray:
+        """The logits that score each token of a prompt, [T, V]: zeros for the first."""
+        first = np.zeros((1, self.config.vocab_size), np.float32)
+        return np.concatenate([first, *(z for z, _ in scored(self.engine, prompt, True))])
+
+    def _generation(
         self,
-        steps: int,
-        seeds: tuple[Any, int, int],
-        stops: tuple[bool, str | Iterable[str], Iterable[int]],
-        sampling: Sampling | None,
-        num_logprobs: int | None,
-    ) -> Request:
-        sampling = self.sampling if sampling is None else sampling
-        if not isinstance(sampling, Greedy | Categorical):
-            raise ValueError(f"sampling must be Greedy or Categorical, got {sampling!r}")
+        state: State,
+        steps: Steps,
+        num_samples: int = 1,
+        return_logits: bool = False,
+        *,
+        rng: Any = None,
+        end_sampling_at_eos_token: bool = True,
+        sampling: Samplings = None,
+        stop_strings: StopStrings = (),
+        stop_ids: StopIds = (),
+        num_logprobs: int | None = None,
+    ) -> Generation:
+        samples = checked_integer("num_samples", num_samples, least=1)
+        vocab_size = self.config.vocab_size
         if num_logprobs is not None:
-            num_logprobs = _checked("num_logprobs", num_logprobs, 0, self.config.vocab_size)
-        rng, num_texts, num_samples = seeds
-        drawn = isinstance(sampling, Categorical) or rng is not None
-        at_eos, strings, ids = stops
-        reasons = dict.fromkeys(checked_ids(ids, self.config.vocab_size), "stop_id")
-        if at_eos:
-            reasons[self.tokenizer.eos_id] = "eos"
+            num_logprobs = checked_integer("num_logprobs", num_logprobs, 0, vocab_size)
+        always = {}
+        if end_sampling_at_eos_token:
+            always[self.tokenizer.eos_id] = "eos"
             if self.is_it_model:
-                reasons[self.tokenizer.require_end_of_turn()] = "end_of_turn"
-        return Request(
-            steps=_checked("total_generation_steps", steps, least=0),
-            sampling=sampling,
-            keys=row_keys(self._seed(rng), num_texts, num_samples) if drawn else [],
-            stops=Stops(reasons, checked_strings(strings)),
-            num_logprobs=num_logprobs,
+                always[self.tokenizer.require_end_of_turn()] = "end_of_turn"
+        rows = row_requests(
+            state.num_rows,
+            samples,
+            steps=steps,
+            sampling=self.sampling if sampling is None else sampling,
+            stop_strings=stop_strings,
+            stop_ids=stop_ids,
+            always=always,
+            vocab_size=vocab_size,
         )
+        if rng is not None or any(isinstance(row.sampling, Categorical) for row in rows):
+            keys = row_keys(self._seed(rng), state.num_rows, samples)
+            rows = [row._replace(key=key) for row, key in zip(rows, keys, strict=True)]
+        if rows:
+            state = repeated(self.engine, state, samples)
+        return Generation(self.engine, self.tokenizer, state, rows, num_logprobs, return_logits)
 
-    def _complete(
-        self, state: State, request: Request, return_logits: bool, return_state: bool = False
-    ) -> SamplerOutput[_Array]:
-        generation = Generation(self, state, request)
-        rows = range(state.num_rows)
-        tokens: list[list[int]] = [[] for _ in rows]
-        texts: list[list[str]] = [[] for _ in rows]
-        all_logits, all_logprobs = [], []
-        for step in generation:
-            for row in np.flatnonzero(step.active):
-                tokens[row].append(int(step.tokens[row]))
-                texts[row].append(step.texts[row])
-            if return_logits:
-                all_logits.append(self._on_host(step.logits))
-            if step.logprobs is not None:
-                all_logprobs.append(step.logprobs)
-        logits = logprobs = None
-        if return_logits:
-            empty = np.zeros((0, self.config.vocab_size), np.float32)
-            of_rows = [[empty, *(z[row, None] for z in all_logits[: len(tokens[row])])]
-                       for row in rows]  # fmt: skip
-            logits = [self._on_device(np.concatenate(parts)) for parts in of_rows]
-        if request.num_logprobs is not None:
-            logprobs = [logprobs_of_row(all_logprobs, row, len(tokens[row])) for row in rows]
-        return SamplerOutput(
-            text=["".join(parts) for parts in texts],
-            tokens=[self._on_device(np.array(row, np.int32)) for row in tokens],
-            logits=logits,
-            logprobs=logprobs,
-            finish_reasons=[text.finish_reason for text in generation.texts],
-            state=generation.state if return_state else None,
-        )
-
-    def _require_own(self, state: State) -> State:
-        if not isinstance(state, State):
-            raise StateError(f"a State is expected, got {type(state).__name__}")
-        differences = [
-            f"{name}={its}, the model's is {own}"
-            for name, (its, own) in state.config.differences(self.config).items()
-        ]
-        if differences:
-            raise StateError(f"this is the state of another model: {'; '.join(differences)}")
-        if not state.pending or not all(state.pending):
-            raise StateError("this is the state of nothing: prefill makes one of a text")
-        if state.cache is not None and not all(map(self._is_own, next(iter(state.cache.values())))):
-            raise StateError(
-                "this is the state of another framework's sampler: to move it, write it there with "
-                "save_state and read it here with load_state"
-            )
-        return state
+    def _seed(self, rng: Any) -> Any:
+        """Integers from the framework's own source of randomness; fresh ones if None."""
+        raise NotImplementedError
 
     def _joined(self, before: Sequence[np.ndarray], after: Sequence[Any]) -> list[Any]:
-        pairs = zip(before, map(self._on_host, after), strict=True)
-        return [self._on_device(np.concatenate(pair)) for pair in pairs]
-
-
-def _checked(name: str, value: Any, least: int, most: int | None = None) -> int:
-    within = f"of at least {least}" if most is None else f"from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or (
-        most is not None and value > most
-    ):  # fmt: skip
-        raise ValueError(f"{name} must be an integer {within}, got {value!r}")
-    return int(value)
+        pairs = zip(before, map(self.engine.on_host, after), strict=True)
+        return [self.engine.on_device(np.concatenate(pair)) for pair in pairs]

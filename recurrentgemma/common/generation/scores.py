@@ -1,4 +1,4 @@
-"""What a model says of a given text."""
+"""How likely a model finds a given text."""
 
 from __future__ import annotations
 

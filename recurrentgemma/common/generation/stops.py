@@ -25,7 +25,7 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
     """Stop strings, from one or several.
 
     Raises:
-      ValueError: One is empty, no string or no Unicode text, or they are nothing to iterate over.
+      ValueError: One is empty, no string or no Unicode text, or `strings` is not iterable.
     """
     if not isinstance(strings, Iterable):
         raise ValueError(f"stop_strings must be a string or several, got {strings!r}")
@@ -41,7 +41,7 @@ def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
     """Stop ids.
 
     Raises:
-      ValueError: One is no token of the vocabulary, or they are nothing to iterate over.
+      ValueError: One is no token of the vocabulary, or `ids` is not iterable.
     """
     if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
         raise ValueError(f"stop_ids must be a sequence of token ids, got {ids!r}")
@@ -57,7 +57,7 @@ def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
 def _is_token(value: Any, vocab_size: int) -> bool:
     try:
         return not isinstance(value, bool) and 0 <= operator.index(value) < vocab_size
-    except TypeError:  # of a framework's number, say, that is no integer
+    except TypeError:  # a framework's array that holds no integer, for example
         return False
 
 
@@ -65,7 +65,7 @@ class RowText:
     """The text of one row as its tokens come: only what is certain, and nothing past its end.
 
     Attributes:
-      finish_reason: Why the row ended; "length" as long as nothing else ended it.
+      finish_reason: Why the row ended; "length" until a stop is reached.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Stops) -> None:
@@ -96,7 +96,7 @@ class RowText:
 
 
 def _beginning(text: str, strings: Sequence[str]) -> int:
-    """The length of the longest end of a text with which one of the strings may begin."""
+    """The length of the longest end of a text that one of the strings begins with."""
     longest = max(map(len, strings), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(string.startswith(text[-length:]) for string in strings):

@@ -1,8 +1,8 @@
 """How the next token is chosen: frozen, hashable strategies that both twins carry out.
 
-Each row draws from a random stream of its own: one number a token, a function of the row's seed and
-the token's position alone. So a row's draws depend neither on its neighbours nor on where in the
-batch it stands, and the same seed draws the same in both frameworks.
+Each row draws from a random stream of its own: one number a token, which depends on the row's seed
+and the token's position alone. A row's draws depend neither on its neighbours nor on its place in
+the batch, and the same seed draws the same in both frameworks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most likely token; of equals the one with the lowest id.
+    """The most likely token; among equals the one with the lowest id.
 
     Attributes:
       repetition_penalty: As in `Categorical`.
@@ -40,12 +40,12 @@ class Categorical:
     Attributes:
       temperature: Above 0; lower is closer to greedy. Like the penalty it must be a normal number
         of float32, from 1.18e-38 to 3.4e+38.
-      top_k: Keep the k most likely tokens, of equals the lowest ids first; None keeps all.
-      top_p: Of what `top_k` keeps, keep the fewest most likely tokens whose probabilities reach p,
-        in (0, 1].
+      top_k: Keep the k most likely tokens, among equals the lowest ids; None keeps all.
+      top_p: Keep the fewest most likely tokens whose probabilities, among those that `top_k` keeps,
+        reach p, in (0, 1].
       min_p: Keep the tokens at least this many times as likely as the likeliest, in [0, 1].
-      repetition_penalty: What the logits of tokens already in the text are divided by where they
-        are positive, else multiplied by, before all else; 1 changes nothing (arXiv 1909.05858,
+      repetition_penalty: Before all else, the logits of tokens that occur in the text are divided
+        by this where they are positive, else multiplied by it; 1 changes nothing (arXiv 1909.05858,
         section 4.1).
 
     Raises:
@@ -76,13 +76,13 @@ def row_keys(seeds: Any, num_texts: int, num_samples: int = 1) -> list[np.ndarra
     """The key of each row's random stream.
 
     Args:
-      seeds: One integer for all, of which each row makes its own, or one a text, in a sequence or
-        an array of any framework: alone with its own seed a text draws what it draws in a batch.
+      seeds: One integer for all, from which each row makes its own, or one a text, in a sequence or
+        an array of any framework: with its own seed a text draws alone what it draws in a batch.
       num_texts: Number of texts.
       num_samples: Rows of each text, which draw differently.
 
     Raises:
-      ValueError: A seed is no integer, or there is not one a text.
+      ValueError: A seed is no integer, or the number of seeds and texts differ.
     """
     seeds = _plain(seeds)
     if _is_integer(seeds):
@@ -101,13 +101,19 @@ def row_keys(seeds: Any, num_texts: int, num_samples: int = 1) -> list[np.ndarra
     ]
 
 
-def uniform(keys: Sequence[np.ndarray], positions: Sequence[int] | np.ndarray) -> np.ndarray:
-    """A number in (0, 1] a row, [B] float32, from each row's key and a counter."""
-    raw = [
-        np.random.Philox(key=key, counter=int(position)).random_raw()
-        for key, position in zip(keys, positions, strict=True)
-    ]
-    return ((np.array(raw, np.uint64) >> np.uint64(40)) + 1).astype(np.float32) * 2**-24
+def uniform(
+    keys: Sequence[np.ndarray | None], positions: Sequence[int] | np.ndarray, steps: int = 1
+) -> np.ndarray:
+    """Numbers in (0, 1], [steps, B] float32: those of each row's position and the ones after it.
+
+    A row without a key draws nothing and gets ones.
+    """
+    raw = np.full((steps, len(keys)), 2**64 - 1, np.uint64)
+    for row, (key, position) in enumerate(zip(keys, positions, strict=True)):
+        if key is not None:  # four words a count, the first of which counts
+            words = np.random.Philox(key=key, counter=int(position)).random_raw(4 * steps)
+            raw[:, row] = words[::4]
+    return ((raw >> np.uint64(40)) + 1).astype(np.float32) * 2**-24
 
 
 def _check_normal(name: str, value: Any, advice: str = "") -> None:

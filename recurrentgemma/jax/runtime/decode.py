@@ -10,30 +10,39 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from recurrentgemma.common.generation.engine import Sampled
 from recurrentgemma.jax.cache import Cache
 from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.trees import Params
+from recurrentgemma.jax.sampling import choose
 
 
-class Functions(NamedTuple):
-    """What runs on the device; a cache that goes in may be used up, but for `take`'s.
+class DecodeFunctions(NamedTuple):
+    """What runs on the device. A cache and `seen` that go in are used up, except by `take`.
 
     Attributes:
       prefill: (params, cache, tokens [B, T], segment_pos [B, T]) to the cache after them.
       feed: (params, cache, tokens [B], segment_pos [B]) to logits [B, V] and the cache.
       score: (params, cache, tokens [B, T], segment_pos [B, T], targets [B, T]) to logits
         [B, T, V], the targets' log-probabilities [B, T] and the cache.
-      take: (cache, rows) to the state of these rows.
+      choose: (variant, settings, logits, numbers, seen, fed) to what `Engine.choose` returns.
+      burst: (variant, params, settings, cache, seen, tokens, segment_pos, left, numbers) to what
+        `Engine.decode` returns.
+      take: (cache, rows) to copies of these rows.
+      put: (cache, rows, others) to the cache with other rows in their places.
     """
 
     prefill: Callable[..., Cache]
     feed: Callable[..., tuple[Array, Cache]]
     score: Callable[..., tuple[Array, Array, Cache]]
-    take: Callable[..., Cache]
+    choose: Callable[..., tuple[Sampled, Array | None]]
+    burst: Callable[..., tuple[Sampled, Cache, Array | None]]
+    take: Callable[..., Any]
+    put: Callable[..., Any]
 
 
-def functions(model: Griffin) -> Functions:
+def functions(model: Griffin) -> DecodeFunctions:
     """The steps as they are, not compiled."""
 
     def apply(params: Params, **kwargs: Any) -> tuple[Any, Any]:
@@ -56,21 +65,55 @@ def functions(model: Griffin) -> Functions:
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
         return logits, jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], cache
 
-    def take(cache, rows):
-        return jax.tree.map(lambda value: value[rows], cache)
+    def burst(variant, params, settings, cache, seen, tokens, segment_pos, left, numbers):
+        def step(carry, number):
+            cache, seen, tokens, segment_pos, left = carry
+            logits, cache = feed(params, cache, tokens, segment_pos)
+            sampled, seen = _choose(variant, settings, logits, number, seen, tokens)
+            ended = (sampled.tokens[:, None] == settings.stop_ids).any(-1)
+            left = jnp.where(ended, 0, left - 1).clip(min=0)
+            tokens = jnp.where(left > 0, sampled.tokens, 0).astype(tokens.dtype)
+            segment_pos = jnp.where(left > 0, segment_pos + 1, -1)
+            if variant.logits:
+                sampled = sampled._replace(logits=logits)
+            return (cache, seen, tokens, segment_pos, left), sampled
 
-    return Functions(prefill, feed, score, take)
+        carry = (cache, seen, tokens, segment_pos, left)
+        (cache, seen, *_), sampled = jax.lax.scan(step, carry, numbers)
+        return sampled, cache, seen
+
+    return DecodeFunctions(prefill, feed, score, _choose, burst, _take, _put)
 
 
-def compiled(model: Griffin, platform: str) -> Functions:
+def compiled(model: Griffin, platform: str) -> DecodeFunctions:
     """Shared by all samplers: another of the same model and shapes compiles nothing."""
     return _compiled(cast(Any, model), platform)  # hashable, as pyright does not see
 
 
 @functools.lru_cache
-def _compiled(model: Griffin, platform: str) -> Functions:
-    prefill, feed, score, take = functions(model)
-    compile = functools.partial(
-        jax.jit, donate_argnames=("cache",), compiler_options=compiler_options(platform)
+def _compiled(model: Griffin, platform: str) -> DecodeFunctions:
+    prefill, feed, score, choose, burst, take, put = functions(model)
+    compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    return DecodeFunctions(
+        compile(prefill, donate_argnames="cache"),
+        compile(feed, donate_argnames="cache"),
+        compile(score, donate_argnames="cache"),
+        jax.jit(choose, static_argnames="variant", donate_argnames="seen"),
+        compile(burst, static_argnames="variant", donate_argnames=("cache", "seen")),
+        jax.jit(take),
+        jax.jit(put, donate_argnames="cache"),
     )
-    return Functions(compile(prefill), compile(feed), compile(score), jax.jit(take))
+
+
+def _choose(variant, settings, logits, numbers, seen, fed):
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(fed)), fed].set(True)
+    return choose(variant, settings, logits, jnp.asarray(numbers), seen), seen
+
+
+def _take(cache, rows):
+    return jax.tree.map(lambda value: value[rows], cache)
+
+
+def _put(cache, rows, others):
+    return jax.tree.map(lambda value, other: value.at[rows].set(other), cache, others)

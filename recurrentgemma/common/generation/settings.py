@@ -1,0 +1,91 @@
+"""What each row of a batch asks for, as arrays that one compiled step reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.generation.requests import RowRequest
+from recurrentgemma.common.generation.strategies import Categorical
+
+_LEAST_WIDTH, _LEAST_STOPS = 64, 4
+
+
+class RowSettings(NamedTuple):
+    """How each row's next token is chosen: one array a setting, one entry a row.
+
+    Attributes:
+      temperature: [B] float32; 0 takes the most likely token.
+      top_k: [B] int32; 0 keeps all tokens.
+      top_p: [B] float32; 1 keeps all tokens.
+      log_min_p: [B] float32; -inf keeps all tokens.
+      penalty: [B] float32; 1 changes nothing.
+      stop_ids: [B, S] int32, the ids that end a row; -1 fills the rest.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    log_min_p: Any
+    penalty: Any
+    stop_ids: Any
+
+
+class Variant(NamedTuple):
+    """The parts that a step needs for a batch. Compiled steps differ in these alone.
+
+    Attributes:
+      plain: Whether a row draws from the whole vocabulary.
+      width: How many of the most likely tokens are sorted; 0 where no row has `top_k` or `top_p`.
+      penalised: Whether a row has a repetition penalty.
+      num_logprobs: How many of the likeliest tokens to report; None reports no log-probabilities.
+      logits: Whether to return the logits.
+    """
+
+    plain: bool = False
+    width: int = 0
+    penalised: bool = False
+    num_logprobs: int | None = None
+    logits: bool = False
+
+
+def row_settings(rows: Sequence[RowRequest], vocab_size: int) -> RowSettings:
+    """The settings of all rows as NumPy arrays."""
+    drawn = [row.sampling if isinstance(row.sampling, Categorical) else None for row in rows]
+    stop_ids = np.full((len(rows), _bucket(max(len(r.stops.ids) for r in rows), _LEAST_STOPS)), -1)
+    for row, request in enumerate(rows):
+        stop_ids[row, : len(request.stops.ids)] = [*request.stops.ids]
+    return RowSettings(
+        np.array([s.temperature if s else 0 for s in drawn], np.float32),
+        np.array([min(s.top_k or 0, vocab_size) if s else 0 for s in drawn], np.int32),
+        np.array([s.top_p if s else 1 for s in drawn], np.float32),
+        np.array([math.log(s.min_p) if s and s.min_p else -np.inf for s in drawn], np.float32),
+        np.array([row.sampling.repetition_penalty for row in rows], np.float32),
+        stop_ids.astype(np.int32),
+    )
+
+
+def variant_of(
+    rows: Sequence[RowRequest], vocab_size: int, num_logprobs: int | None, logits: bool
+) -> Variant:
+    """What a step needs for these rows."""
+    drawn = [row.sampling for row in rows if isinstance(row.sampling, Categorical)]
+    cut = [s for s in drawn if s.top_k is not None or s.top_p < 1]
+    width = max((s.top_k or vocab_size for s in cut), default=0)
+    return Variant(
+        plain=len(cut) < len(drawn),
+        width=min(_bucket(width, _LEAST_WIDTH), vocab_size) if cut else 0,
+        penalised=any(row.sampling.repetition_penalty != 1 for row in rows),
+        num_logprobs=num_logprobs,
+        logits=logits,
+    )
+
+
+def _bucket(count: int, least: int) -> int:
+    """The least of `least`, 4 * `least`, 16 * `least`, ... that is no smaller than a count."""
+    while least < count:
+        least *= 4
+    return least
