@@ -23,7 +23,13 @@ class Fault(NamedTuple):
     options: str = ""
 
     @property
+    def path(self) -> str:
+        """From the repository's root."""
+        return f"recurrentgemma/{self.file}"
+
+    @property
     def twin(self) -> str:
+        """The folder in the package: jax or torch."""
         return self.file.split("/")[0]
 
 

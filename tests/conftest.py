@@ -35,6 +35,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from backends import BACKENDS, TWINS, Backend  # noqa: E402  # imports no twin yet
+from sweeps import sweep  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "recurrentgemma"
 
@@ -55,7 +56,7 @@ jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
 hypothesis.settings.register_profile(
     "recurrentgemma",
     deadline=None,
-    max_examples=12,
+    max_examples=sweep(12, 100),
     derandomize="CI" in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
