@@ -33,9 +33,9 @@ import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from sweeps import sweep  # noqa: E402
 
 from backends import BACKENDS, TWINS, Backend  # noqa: E402  # imports no twin yet
-from sweeps import sweep  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "recurrentgemma"
 

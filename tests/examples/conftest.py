@@ -22,6 +22,8 @@ def example(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(script, run_name="__main__")
+        if "torch" in sys.modules:  # a script may turn gradients off for good
+            sys.modules["torch"].set_grad_enabled(True)
         said = capsys.readouterr()
         assert (ended.value.code or 0) == code, said.err
         return said.err if code else said.out
