@@ -3,9 +3,9 @@
     python benchmarks/attention_memory.py
     python benchmarks/attention_memory.py --published ENVIRONMENT/bin/python
 
-Width 512, 8 heads, window 256, float32. Each measurement is a process of its own, which reports the
-most memory that it held beyond what it held before the first call: of the forward pass, and of it
-with the backward pass. Exits 1 where one of ours is above 0.5 GB. See `model.py` for --published.
+Width 512, 8 heads, window 256, float32. Each measurement runs in its own process, which reports how
+far its memory rose above its level before the first call: for the forward pass, and for forward and
+backward together. Exits with 1 if one of ours is above 0.5 GB. See `model.py` for --published.
 """
 
 from __future__ import annotations
@@ -26,29 +26,24 @@ LENGTH, WIDTH = 8192, 512
 LIMIT = 0.5e9
 
 
-def block_arguments(package: Any, published: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the package's LocalAttentionBlock takes."""
+def block_of(package: Any) -> Any:
+    """A LocalAttentionBlock; the published package and ours take the same arguments."""
     config = config_of(package)
-    if not published:
-        return (config, "blocks.2.attention_block"), {}
-    settings = {
-        "width": config.width,
-        "num_heads": config.num_heads,
-        "window_size": config.attention_window_size,
-        "final_w_init_variance_scale": 1.0,
-    }
-    return (), settings
+    return package.LocalAttentionBlock(
+        width=config.width,
+        num_heads=config.num_heads,
+        window_size=config.attention_window_size,
+    )
 
 
-def run_jax(backward: bool, published: bool) -> None:
+def run_jax(backward: bool) -> None:
     """The layer in `recurrentgemma.jax`."""
     import jax
     import jax.numpy as jnp
 
     from recurrentgemma import jax as package
 
-    args, settings = block_arguments(package, published)
-    block = package.LocalAttentionBlock(*args, **settings)
+    block = block_of(package)
     positions = jnp.arange(LENGTH)[None]
     params = jax.jit(block.init)(jax.random.key(0), jnp.ones((1, 8, WIDTH)), positions[:, :8])
 
@@ -59,14 +54,13 @@ def run_jax(backward: bool, published: bool) -> None:
     measure(lambda x: jax.block_until_ready(run(params, jnp.asarray(x))))
 
 
-def run_torch(backward: bool, published: bool) -> None:
+def run_torch(backward: bool) -> None:
     """The layer in `recurrentgemma.torch`."""
     import torch
 
     from recurrentgemma import torch as package
 
-    args, settings = block_arguments(package, published)
-    block = package.LocalAttentionBlock(*args, **settings)
+    block = block_of(package)
     positions = torch.arange(LENGTH)[None]
 
     def run(x: np.ndarray) -> None:
@@ -87,7 +81,7 @@ def measure(run: Any) -> None:
 
 
 def peak() -> int:
-    """The most bytes that the process has held."""
+    """The most bytes that the process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -96,14 +90,14 @@ def main() -> int:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--published", metavar="PYTHON", help="Python with the published package")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        framework, backward, published = arguments.worker
+        framework, backward = arguments.worker
         run = {"jax": run_jax, "torch": run_torch}[framework]
-        run(backward == "backward", published == "published")
+        run(backward == "backward")
         return 0
     pythons = {"ours": sys.executable}
     if arguments.published:
@@ -114,7 +108,7 @@ def main() -> int:
         for framework in ("jax", "torch"):
             found = results[f"{whose} {framework}"] = {}
             for what in ("forward", "backward"):
-                command = [python, __file__, "--worker", framework, what, whose]
+                command = [python, __file__, "--worker", framework, what]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[what] = json.loads(done.stdout)
             table.add_row(f"{whose} {framework}", *(f"{v / 1e6:,.0f}" for v in found.values()))

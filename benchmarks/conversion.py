@@ -1,17 +1,17 @@
-"""Memory and rate of converting a checkpoint between all formats, each in a process of its own.
+"""Memory and rate of converting a checkpoint between all formats, each in its own process.
 
     python benchmarks/conversion.py --folder /some/disk --preset RECURRENT_GEMMA_2B_V1
 
-For each direction: the peak of anonymous memory (RssAnon: what is not pages of mapped files) beyond
-what the imports took, and the rates of writing, of verifying, and of all of it with every byte
-flushed to the disk. Between safetensors, `cp` of the source runs just before each conversion, as it
-is and flushed, in as many rounds as asked for, and two ratios say how the conversion compares:
-writing with `cp`, and all of it, verification included, with `cp` flushed. Where `cp` flushed is
-much slower than `cp`, the disk is the limit.
+For each direction it measures the peak of anonymous memory (RssAnon, which leaves out mapped files)
+above the level after the imports, and three rates: writing, verifying, and everything with every
+byte flushed to the disk. Between safetensors formats, `cp` copies the source just before each
+conversion, once plain and once flushed, in `--rounds` rounds. Two ratios compare: writing with
+plain `cp`, and everything, verification included, with flushed `cp`. If flushed `cp` is much slower
+than plain `cp`, the disk is the limit.
 
-All start alike: the disk idle, and as much memory as the copy takes just used and given up, since a
-virtual machine's host takes back what was free for some seconds, and `cp` is three times as slow
-when it has to be asked for again. It reads /proc, so it runs on Linux.
+Every run starts with an idle disk, and with as much memory as the copy takes, just used and freed:
+a virtual machine's host takes back memory that is free for some seconds, and `cp` is three times as
+slow when it must ask for it again. The script reads /proc, so it runs on Linux.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from interleaved import publish
 from rich.table import Table
 
 from recurrentgemma.common.io.arrays import BFLOAT16
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma_conversion import Format, Step, convert
-from recurrentgemma_conversion.formats import Request
-from recurrentgemma_conversion.native import NativeWriter
+from recurrentgemma.common.model.state_dict import torch_name, torch_shape
+from recurrentgemma_conversion import Format, Progress, convert
+from recurrentgemma_conversion.readers.base import Contents
+from recurrentgemma_conversion.readers.native import write_native
 
 SAFETENSORS = {Format.RECURRENTGEMMA, Format.HUGGINGFACE}
 INTERVAL = 0.005  # seconds between two looks at the memory
@@ -50,11 +51,11 @@ def make(folder: Path, config: GriffinConfig) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir()
     dtypes = {spec.path: BFLOAT16 for spec in layer_spec(config)}
-    writer = NativeWriter(folder, Request(config, dtypes, ""))
-    for spec in layer_spec(config):
-        bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
-        writer.write(spec, bits.view(BFLOAT16).reshape(spec.shape))
-    writer.finish()
+    with write_native(folder, Contents(config, dtypes)) as write:
+        for spec in layer_spec(config):
+            bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)
+            values = bits.view(BFLOAT16).reshape(torch_shape(spec.path, spec.shape))
+            write(torch_name(spec.path), values)
 
 
 def rss_anon() -> int:
@@ -64,7 +65,7 @@ def rss_anon() -> int:
 
 
 class Peak:
-    """The peak of anonymous memory while it runs, beyond what there was before."""
+    """The peak of anonymous memory in the `with` block, above the level before it."""
 
     def __enter__(self) -> Peak:
         self.bytes, self._before, self._stop = 0, rss_anon(), threading.Event()
@@ -82,12 +83,12 @@ class Peak:
 
 
 def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
-    """Converts and prints what it took."""
+    """Converts, and prints memory and times."""
     if Format.KAGGLE_TORCH in (to, source.name):
         import torch  # noqa: F401  # imports do not count
     times: dict[str, list[float]] = {}
 
-    def progress(step: Step) -> None:
+    def progress(step: Progress) -> None:
         times.setdefault(step.phase, []).append(time.perf_counter())
 
     make_ready(sum(file.stat().st_size for file in source.rglob("*")))
@@ -98,7 +99,7 @@ def child(source: Path, destination: Path, to: str, tokenizer: Path) -> None:
 
 
 def make_ready(size: int) -> None:
-    """Lets the disk come to rest, and has the host provide memory."""
+    """Waits until the disk is idle, and makes the host provide memory."""
     os.sync()
     subprocess.run([sys.executable, "-c", f"b'1' * {size}"], check=True)
 
@@ -118,11 +119,11 @@ def copy(source: Path, destination: Path, *, flush: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="where 6 copies have room")
+    parser.add_argument("--folder", type=Path, help="folder with room for 6 copies")
     parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
     parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
-    parser.add_argument("--rounds", type=int, default=3, help="of what is compared with cp")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison with cp")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -162,7 +163,7 @@ def run(folder: Path, config: GriffinConfig, formats: list[Format], rounds: int)
     make(folder / "recurrentgemma", config)
     shutil.copy(tokenizer, folder / "recurrentgemma/tokenizer.model")
     rows = []
-    # First from ours, which makes the sources of the others.
+    # Convert from ours first: this makes the sources for the others.
     order = sorted(formats, key=lambda f: f is not Format.RECURRENTGEMMA)
     for source in order:
         for to in order:

@@ -1,7 +1,7 @@
-"""Timing of contenders against each other: each in a process of its own, taking turns.
+"""Timing of contenders against each other: each in its own process, in turns.
 
 A worker is a script that calls `serve` with its tasks. Only one runs at a time, and every round
-runs each of them once, so that a slow minute of the machine falls on all alike.
+runs each task once, so that a slow minute of the machine affects all equally.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from rich.table import Table
 
 Task = Callable[[], Any]
 Seconds = dict[str, dict[str, list[float]]]
-TURN = 0.05  # seconds that a short task is repeated for
-# What changes speed, and is not in the command.
+TURN = 0.05  # seconds for which a short task repeats
+# Settings that change the speed and are not in the command.
 ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "XLA_FLAGS")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy")
 
 
 def serve(tasks: Mapping[str, Task]) -> None:
-    """Runs what standard input asks for, `{"task": name, "turn": bool}` a line.
+    """Runs the tasks that standard input names, one line `{"task": name, "turn": bool}` each.
 
-    Answers with the seconds of one call or, for a turn, with the median of calls that follow each
-    other for `TURN` seconds: after one that is not counted, which wakes threads and fills caches.
+    Answers with the seconds of one call or, for a turn, with the median of repeated calls over
+    `TURN` seconds. An uncounted call before them wakes threads and fills caches.
     """
 
     def timed(call: Task) -> float:
@@ -94,7 +94,7 @@ class Worker:
 
 
 def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[Seconds, Seconds]:
-    """Seconds by contender and task: of each first call, and of `rounds` turns (see `serve`)."""
+    """Seconds by contender and task: first calls, and `rounds` turns (see `serve`)."""
     tasks = sorted({task for worker in workers.values() for task in worker.tasks})
     turns = [(name, task) for task in tasks for name in workers if task in workers[name].tasks]
     first: Seconds = {name: {} for name in workers}

@@ -1,11 +1,11 @@
-"""A stream of a million tokens: state, memory and time a token must stay as they were at 4k.
+"""A stream of a million tokens: state, memory and time per token must not grow after 4k tokens.
 
     python benchmarks/long_stream.py [--tokens 1000000] [--frameworks jax torch]
 
-Each framework streams in a process of its own, through a model of 0.2M parameters with a window of
-64: it reads text in stretches of 2000 words, each on the state that the one before has left. At 4k
-tokens and at each tenth of the way it generates 500 from there and prints a row. It exits with 1
-where the last row's state, memory or median times are above 1.1 times those at 4k (times: 1.25).
+Each framework runs in its own process, with a model of 0.2M parameters and a window of 64. It reads
+text in stretches of 2000 words, each from the state that the previous one left. At 4k tokens and at
+each tenth of the way it generates 500 tokens and prints a row. It exits with 1 if the state or the
+memory of the last row is above 1.1 times the value at 4k, or a median time above 1.25 times.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def resident() -> int:
 
 
 def stream(framework: str, tokens: int) -> None:
-    """Streams, printing a JSON line at each mark."""
+    """Streams, and prints a JSON line at each mark."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
 
     config = GriffinConfig(
         vocab_size=2048,
@@ -62,7 +62,7 @@ def stream(framework: str, tokens: int) -> None:
     rng = np.random.default_rng(0)
     options = {"rng": 0, "sampling": Categorical(), "end_sampling_at_eos_token": False}
     state, position = sampler.prefill("In the beginning"), 0
-    recent = collections.deque(maxlen=20)  # seconds a token of the last stretches
+    recent = collections.deque(maxlen=20)  # seconds per token of the last stretches
     while marks:
         text = " ".join(rng.choice(words, STRETCH))
         start = time.perf_counter()
@@ -88,11 +88,11 @@ def stream(framework: str, tokens: int) -> None:
 
 
 def main() -> int:
-    """Runs each framework; 0 if all stays flat."""
+    """Runs each framework; returns 0 if nothing grows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--frameworks", nargs="+", default=["jax", "torch"])
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--stream", metavar="FRAMEWORK", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream:

@@ -5,18 +5,18 @@
 
 The workload has 23M parameters in float32 (width 512, R R A twice, window 256, vocabulary 8192):
 1024 tokens of prefill, 64 tokens decoded after it one by one, 8192 tokens of prefill, and a
-training step of 2 x 512 tokens with plain SGD. Contenders take turns, each in a process of its own.
-`--published` names the Python of an environment of its own that holds the package `recurrentgemma`
-1.0.1, which has our import name:
+training step on 2 x 512 tokens with plain SGD. Contenders run in turns, each in its own process.
+`--published` names the Python of a separate environment with the package `recurrentgemma` 1.0.1,
+which shares our import name:
 
     pip install torch jax flax orbax-checkpoint sentencepiece einops jaxtyping "typeguard<3" rich
     pip install --no-deps recurrentgemma==1.0.1
 
-"forward" computes the logits of every token; "prefill" what sampling needs, the logits of the last
-token and the state, where a contender can; long prompts are read in chunks of 2048 tokens, where a
-contender can. "step compiled" decodes as torch's sampler does with `jit_compile`. The training step
-recomputes nothing in the backward pass unless the contender's name says remat. The bound of
-decoding is the time in which as many bytes as the weights have are read.
+"forward" computes the logits of every token. "prefill" computes only what sampling needs, the last
+token's logits and the state, and reads long prompts in chunks of 2048 tokens, if the contender can.
+"step compiled" decodes like torch's sampler with `jit_compile`. The training step recomputes
+nothing in the backward pass unless the contender's name says remat. The bound for decoding is the
+time that it takes to read the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def torch_tasks(
 ) -> Tasks:
     """Tasks of a torch module.
 
-    `forward(tokens)` gives logits, `prefill(tokens)` also the state, and
+    `forward(tokens)` returns logits, `prefill(tokens)` also the state, and
     `decode(token, state, position)` the next state; `long_prefill` is `prefill` if not given.
     """
     import torch
@@ -240,7 +240,7 @@ def transformers_torch() -> Tasks:
 
 
 def memory() -> Tasks:
-    """The time that decoding cannot go below."""
+    """The least time that decoding can take."""
     import torch
 
     from recurrentgemma import torch as package
@@ -273,9 +273,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
+    parser.add_argument("--published", metavar="PYTHON", help="Python with the published package")
     parser.add_argument("--only", nargs="+", help="contenders, by name")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--worker", choices=EVERY, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

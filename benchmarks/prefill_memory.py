@@ -2,9 +2,9 @@
 
     python benchmarks/prefill_memory.py
 
-Each measurement is a process of its own: a 5M-parameter model (the bundled model's shape) reads the
-prompt, and the process reports the most memory it ever held. Prints a table and the ratio of the
-longest prompt to the shortest; exits 1 where it is above 1.2.
+Each measurement runs in its own process: a 5M-parameter model (the bundled model's shape) reads the
+prompt, and the process reports its peak memory. Prints a table and the ratio of the longest prompt
+to the shortest; exits with 1 if it is above 1.2.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def read(framework: str, length: int) -> None:
     """Reads `length` tokens and prints this process's peak memory in MB."""
     import numpy as np
 
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
 
     config = GriffinConfig(
         vocab_size=2048,
@@ -68,7 +68,7 @@ def read(framework: str, length: int) -> None:
 
 
 def main() -> int:
-    """Runs every measurement; 0 if memory stays flat."""
+    """Runs every measurement; returns 0 if memory does not grow."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--frameworks", nargs="+", default=["jax", "torch"])

@@ -3,11 +3,11 @@
     python benchmarks/scan.py --output benchmarks/results/NAME
     python benchmarks/scan.py --device gpu --dtype bfloat16 --shapes 8x4096x2560 1x8192x2560
 
-Each output is first compared with the definition in float64. Then contenders take turns, forward
-and backward, each framework in a process of its own. On the CPU the floor is a loop in C with
-OpenMP, whose output is newly allocated ("C") or used before ("C, same output"). On a
-GPU the scans of flash-linear-attention and accelerated-scan join in where they are installed, and
-the floor is the bytes that must move at the rate of a copy measured in the same run.
+The script first compares each output with the definition in float64. Then contenders run in turns,
+forward and backward, each framework in its own process. On the CPU the floor is a loop in C with
+OpenMP that writes to new memory ("C") or to the same memory again ("C, same output"). On a GPU the
+scans of flash-linear-attention and accelerated-scan take part if they are installed, and the floor
+is the time to move the necessary bytes at the rate of a copy in the same run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IMPLEMENTATIONS = {
     ("torch", "cpu"): ["native"],
     ("torch", "gpu"): ["triton", "native"],
 }
-# Arrays of [B, T, D] that each pass must read or write.
+# How many [B, T, D] arrays each pass must read or write.
 PASSES = {
     "copy": 2,
     "scan forward": 3,
@@ -60,7 +60,7 @@ def inputs(operation: str, shape: Shape) -> list[np.ndarray]:
 
 
 def expected(operation: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """The outputs in float64, one document from the first step on."""
+    """The outputs in float64, with one document from the first step on."""
     x, *others = (array.astype(np.float64) for array in arrays)
     if operation == "scan":
         a = others[0]
@@ -77,7 +77,7 @@ def expected(operation: str, arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def check(name: str, outputs: np.ndarray, truth: np.ndarray, dtype: str) -> None:
-    """Correctness comes before speed."""
+    """Raises if an output is wrong: correctness comes before speed."""
     error = np.abs(outputs - truth).max() / np.abs(truth).max()
     if not error < TOLERANCE[dtype]:
         raise AssertionError(f"{name} is off by {error:.2g} of the largest value")
@@ -236,7 +236,7 @@ BUILDERS = {"C": c_tasks, "jax": jax_tasks, "torch": torch_tasks}
 
 
 def rows(shape: Shape, itemsize: int, seconds: dict[str, list[float]]) -> Iterator[list[str]]:
-    """Cells of a table: what, who, time, rate, and the time against the floor."""
+    """The rows of a table: pass, implementation, time, rate, and the time relative to the floor."""
     size = int(np.prod(shape)) * itemsize
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     for key in sorted(seconds, key=lambda key: (key.partition("|")[0], medians[key])):
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--shapes", nargs="+", metavar="BxTxD")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--worker", choices=BUILDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shapes = arguments.shapes or SHAPES[arguments.device]
@@ -280,7 +280,7 @@ def main() -> None:
     for text in shapes:
         options = ["--device", arguments.device, "--dtype", arguments.dtype, "--shapes", text]
         workers = {
-            # Memory as the frameworks get it: NumPy would ask for huge pages.
+            # The frameworks get ordinary memory; NumPy would ask for huge pages.
             name: Worker(
                 [sys.executable, __file__, "--worker", name, *options], NUMPY_MADVISE_HUGEPAGE="0"
             )

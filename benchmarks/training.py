@@ -3,15 +3,15 @@
     python benchmarks/training.py time --published ENVIRONMENT/bin/python --output FILE
     python benchmarks/training.py memory --published ENVIRONMENT/bin/python --output FILE
 
-"time" is a step of 2 x 512 tokens on the model of `benchmarks/model.py` (23M parameters, float32);
-contenders take turns, each in a process of its own. "memory" is a step of 2 x 2048 tokens on a
-model of vocabulary 256,000 and width 256 (R R A); contenders come one after the other, and what
-counts is the most memory that a process held, or, of a step of JAX that the machine has no room
-for, what its compiler sets aside. The step of the published package is that of its
+"time" is a step on 2 x 512 tokens with the model of `benchmarks/model.py` (23M parameters,
+float32); contenders run in turns, each in its own process. "memory" is a step on 2 x 2048 tokens
+with a model of vocabulary 256,000 and width 256 (R R A). Contenders run one after the other, and
+the figure is the peak memory of the process; if the machine has no room for a JAX step, the figure
+is the memory that the compiler plans for it. The published package's step comes from its
 fine-tuning tutorial: a one-hot cross-entropy over all logits, and Optax. `transformers` has its own
-loss. All recompute blocks in the backward pass where their name says remat, and never elsewhere.
+loss. A contender recomputes blocks in the backward pass only if its name says remat.
 
-`--published` names the Python of an environment of its own: see `benchmarks/model.py`; it also has
+`--published` names the Python of a separate environment: see `benchmarks/model.py`; it also needs
 `optax`.
 """
 
@@ -45,15 +45,15 @@ MEMORY = {
     },
 }
 WORKLOADS = {"time": TIME, "memory": MEMORY}
-RATE, DECAY, B2 = 1e-4, 0.1, 0.96  # the tutorial's
+RATE, DECAY, B2 = 1e-4, 0.1, 0.96  # the tutorial's values
 
 
 class Step(NamedTuple):
     """A training step.
 
     Attributes:
-      run: Takes it.
-      planned: Bytes that the compiler sets aside for it; 0 where nobody says.
+      run: Runs the step.
+      planned: Bytes that the compiler plans for the step; 0 if it does not say.
     """
 
     run: Task
@@ -95,7 +95,7 @@ def our_batch(package: Any, workload: dict[str, Any]) -> Any:
 
 
 def ours(framework: str, remat: bool, workload: dict[str, Any], optimizer: str) -> Step:
-    """A step of ours."""
+    """Our step."""
     import importlib
 
     package = importlib.import_module(f"recurrentgemma.{framework}")
@@ -196,7 +196,7 @@ def torch_step(model: Any, loss: Callable[[], Any], optimizer: str) -> Step:
 
 
 def published_torch(workload: dict[str, Any], optimizer: str) -> Step:
-    """A step on the published package's PyTorch half, with torch's loss over all logits."""
+    """A step of the published package's PyTorch half, with torch's loss over all logits."""
     import torch
 
     from recurrentgemma import torch as package
@@ -255,7 +255,7 @@ EVERY = OURS | PEERS | PUBLISHED
 
 
 def report_peak(step: Step) -> None:
-    """Takes two steps and prints the most memory this process held, before them and in all."""
+    """Runs two steps and prints the peak memory of this process, before them and in total."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     planned, peak = step.planned(), None
     if planned < available():
@@ -266,13 +266,13 @@ def report_peak(step: Step) -> None:
 
 
 def available() -> int:
-    """Bytes of memory that this machine has left."""
+    """Bytes of memory that this machine has free."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 def time_steps(commands: dict[str, list[str]], rounds: int, output: Path | None) -> None:
-    """Prints medians, quartiles and the ratio of each peer to each of ours."""
+    """Prints medians, quartiles and the ratio of each peer to each contender of ours."""
     workers = {name: Worker(command) for name, command in commands.items()}
     first, later = measure(workers, rounds)
     for worker in workers.values():
@@ -290,7 +290,7 @@ def time_steps(commands: dict[str, list[str]], rounds: int, output: Path | None)
 
 
 def weigh_steps(commands: dict[str, list[str]], output: Path | None) -> None:
-    """Prints peaks, and the ratio of each to the tutorial's."""
+    """Prints peaks, and the ratio of each to the tutorial's peak."""
     bytes_ = {}
     for name, command in commands.items():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -314,9 +314,9 @@ def main() -> None:
     parser.add_argument("what", choices=WORKLOADS)
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--published", metavar="PYTHON", help="of the published package")
+    parser.add_argument("--published", metavar="PYTHON", help="Python with the published package")
     parser.add_argument("--only", nargs="+", help="contenders, by name")
-    parser.add_argument("--output", type=Path, help="file for the results, without suffix")
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--worker", choices=EVERY, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

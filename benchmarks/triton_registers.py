@@ -1,4 +1,4 @@
-"""Registers and spills of the Triton kernels, compiled ahead of time: no GPU is needed.
+"""Registers and spills of the Triton kernels, compiled ahead of time without a GPU.
 
 python benchmarks/triton_registers.py > benchmarks/results/triton_registers.md
 """
@@ -30,7 +30,7 @@ CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Usage(NamedTuple):
-    """Registers a thread, and bytes a thread spilled to memory."""
+    """Registers per thread, and bytes that a thread spills to memory."""
 
     registers: int
     spilled: int
@@ -42,10 +42,10 @@ def compile_kernel(
     """Compiles one kernel with all of its optional arguments.
 
     Args:
-      kernel: Of `KERNELS`.
-      dtype: Of the sequences.
+      kernel: One of `KERNELS`.
+      dtype: The dtype of the sequences.
       architecture: 90 for sm_90.
-      gated: For `rg_lru_scan`; else for `linear_scan`.
+      gated: Whether to compile for `rg_lru_scan`, or for `linear_scan`.
       a_thread: Channels of a thread.
       steps: Of a tile.
     """
@@ -86,7 +86,7 @@ def compile_kernel(
 
 
 def tiles(kernel: str, dtype: str) -> list[tuple[int, int]]:
-    """Channels of a thread and steps of a tile, as `scan_triton.tiling` cuts long sequences."""
+    """Channels of a thread and steps of a tile in the cuts that `tiling` makes for long texts."""
     adjoint = kernel in ("backward", "summarize adjoint")
     elements = scan_triton.BACKWARD_ELEMENTS if adjoint else scan_triton.FORWARD_ELEMENTS
     cuts = {

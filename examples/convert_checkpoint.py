@@ -16,7 +16,7 @@ def main(flags: argparse.Namespace) -> None:
     source = flags.path_checkpoint or BUNDLED
     summary = convert(source, flags.path_destination, flags.to)
 
-    # Opening a checkpoint reads its headers; one of its parameters is read by `read(spec)`.
+    # Opening a checkpoint reads its headers; `read(spec)` reads one parameter.
     with open_checkpoint(flags.path_destination) as checkpoint:
         for spec in layer_spec(checkpoint.config):
             print(spec.path, spec.shape)

@@ -1,4 +1,4 @@
-"""Reads a text in one framework and goes on with it in the other, by way of a file.
+"""Reads a text in one framework and continues it in the other, through a state file.
 
 python examples/cross_framework_state.py
 """
@@ -33,7 +33,7 @@ def main(flags: argparse.Namespace) -> int:
             state = samplers[writer].load_state(file)
             texts += samplers[writer].generate(state, steps).text
             size = file.stat().st_size
-            print(f"{reader} reads, {writer} goes on ({size:,} bytes between):\n{texts[-1]}\n")
+            print(f"{reader} reads, {writer} continues ({size:,} bytes between):\n{texts[-1]}\n")
     texts += samplers["PyTorch"]([prompt], steps).text
     same = len(set(texts)) == 1
     print("The same text as without a change of framework." if same else "THE TEXTS DIFFER.")
@@ -41,7 +41,7 @@ def main(flags: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    script = Script(description="Reads a text in one framework, goes on with it in the other.")
+    script = Script(description="Reads a text in one framework, continues it in the other.")
     add = script.add_argument
     add("--path_checkpoint", help="folder, file or archive of any format (the bundled model)")
     add("--string_to_sample", default="My dear Fanny,", help="prompt")

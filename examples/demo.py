@@ -1,4 +1,4 @@
-"""Samples from the bundled model in JAX and in PyTorch, and checks that they say the same.
+"""Samples from the bundled model in JAX and in PyTorch, and checks that both write the same.
 
 python examples/demo.py
 """
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # on logits of magnitude 30: float32 rounding in two orders of
 
 
 def main() -> int:
-    """Shows both frameworks' greedy continuations; 0 if every token is the same."""
+    """Shows both frameworks' greedy continuations; returns 0 if every token is the same."""
     console = Console()
     results, seconds = {}, {}
     for framework in ("jax", "torch"):

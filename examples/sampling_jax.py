@@ -1,4 +1,4 @@
-"""Continues a text in JAX: the bundled model's way, or that of a checkpoint of any format.
+"""Continues a text in JAX with the bundled model, or with a checkpoint of any format.
 
 python examples/sampling_jax.py
 python examples/sampling_jax.py --path_checkpoint=2b/ --string_to_sample="The sea is"

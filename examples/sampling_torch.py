@@ -1,4 +1,4 @@
-"""Continues a text in PyTorch: the bundled model's way, or that of a checkpoint of any format.
+"""Continues a text in PyTorch with the bundled model, or with a checkpoint of any format.
 
 python examples/sampling_torch.py
 python examples/sampling_torch.py --path_checkpoint=2b/ --string_to_sample="The sea is"

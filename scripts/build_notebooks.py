@@ -1,4 +1,4 @@
-"""Runs the notebooks, whose source is notebooks/*.py, and stores them with their outputs.
+"""Runs the scripts notebooks/*.py, and stores them as notebooks with their outputs.
 
 python scripts/build_notebooks.py
 python scripts/build_notebooks.py inside_griffin
@@ -22,12 +22,12 @@ def read(file: Path) -> nbformat.NotebookNode:
     """The notebook in a script, without outputs."""
     notebook = jupytext.read(file)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # not a new one each time
+        cell.id = f"cell-{number}"  # the same at every build
     return notebook
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Runs every cell, in this interpreter's environment and the folder of the notebooks.
+    """Runs every cell with this interpreter, in the notebooks' folder.
 
     Raises:
       CellExecutionError: A cell raised an error.
@@ -41,7 +41,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         extra_arguments=["--HistoryManager.enabled=False"],
     )
     client.execute()
-    # Of the interpreter that happened to run it.
+    # Leave out the version of the interpreter.
     notebook.metadata.language_info = {"name": "python", "file_extension": ".py"}
     return notebook
 

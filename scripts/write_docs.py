@@ -1,8 +1,8 @@
-"""Writes the tables of the documentation that come from the layer spec: `make docs` does it.
+"""Writes the documentation's tables that follow from the layer spec; `make docs` runs it.
 
     python scripts/write_docs.py
 
-Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what the function NAME gives.
+Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds the output of the function NAME.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.layouts import Stored
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
+from recurrentgemma_conversion import Format
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.names.table import Piece
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,7 +27,7 @@ _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DO
 
 def names() -> Iterator[str]:
     """The table of names: one layer of each kind, its shapes in letters."""
-    # Sizes that tell the letters apart.
+    # No two letters share a size.
     config = GriffinConfig(
         vocab_size=1009, width=60, mlp_expanded_width=77, num_heads=5, lru_width=40,
         attention_window_size=8, logits_soft_cap=30.0, embeddings_scale_by_sqrt_dim=True,
@@ -36,10 +38,12 @@ def names() -> Iterator[str]:
     def shape(sizes: tuple[int, ...]) -> str:
         return f"[{', '.join(letters.get(size, str(size)) for size in sizes)}]"
 
-    def stored(one: Stored) -> str:
-        part = "" if one.part is None else f" (half {one.part})"
-        return f"`{_numbered(one.name)}`{' ↔' if one.transpose else ''}{part}"
+    def stored(piece: Piece) -> str:
+        part = "" if piece.part is None else f" (half {piece.part})"
+        turned = " ↔" if list(piece.order) != sorted(piece.order) else ""
+        return f"`{_numbered(piece.name)}`{turned}{part}"
 
+    torch, hf = (layout(config, f).pieces for f in (Format.KAGGLE_TORCH, Format.HUGGINGFACE))
     yield "| `kaggle-flax` | shape | `kaggle-torch`, `recurrentgemma` | `huggingface` |"
     yield "|---|---|---|---|"
     seen = set()
@@ -47,12 +51,12 @@ def names() -> Iterator[str]:
         path = _numbered(spec.path)
         if path not in seen:
             seen.add(path)
-            hf = "<br>".join(map(stored, spec.hf))
-            yield f"| `{path}` | {shape(spec.shape)} | {stored(spec.torch)} | {hf} |"
+            ours, theirs = ("<br>".join(map(stored, names[spec.path])) for names in (torch, hf))
+            yield f"| `{path}` | {shape(spec.shape)} | {ours} | {theirs} |"
 
 
 def memory() -> Iterator[str]:
-    """What `recurrentgemma inspect --preset NAME --memory` prints of sizes."""
+    """The sizes that `recurrentgemma inspect --preset NAME --memory` prints."""
     for preset in Preset:
         config = GriffinConfig.from_preset(preset)
         lines = list(render(described(config, {}, memory=True), every_block=False))
@@ -70,7 +74,7 @@ def _numbered(name: str) -> str:
 
 
 def written(text: str) -> str:
-    """A page with its generated parts as they must be."""
+    """A page with its generated parts up to date."""
     functions = {"names": names, "memory": memory}
     return _GENERATED.sub(
         lambda match: match[1] + "\n".join(functions[match[2]]()) + "\n" + match[3], text

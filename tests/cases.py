@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import Zeros, sample_params
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.init import Zeros
+from recurrentgemma.common.model.layer_spec import sample_params
 
 BLOCKS = {"R": "recurrent", "A": "attention"}
 
@@ -70,7 +71,7 @@ def scaled_to(
 ) -> dict[str, np.ndarray]:
     """The parameters with a final norm that gives these tokens uncapped logits of a magnitude."""
     uncapped = dataclasses.replace(config, logits_soft_cap=0.0)
-    logits, _ = reference.griffin(uncapped, params, tokens, segment_pos)
+    logits, _ = reference.forward(uncapped, params, tokens, segment_pos)
     factor = magnitude / np.abs(logits).max()
     return params | {"final_norm.scale": (1 + params["final_norm.scale"]) * factor - 1}
 

@@ -9,10 +9,12 @@ from cases import make_config, make_params
 
 from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion.convert import WRITERS
-from recurrentgemma_conversion.formats import Format, Request
+from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.readers.base import Contents
 
 # The vocabulary of the bundled tokenizer.
 CONFIGS = {
@@ -44,13 +46,21 @@ def write_checkpoint(
     params = parameters(config, dtype) | dict(changes or {})
     names = {spec.path: dtype for spec in layer_spec(config)} | dict(dtypes or {})
     stored = {path: DTYPES[name] for path, name in names.items()}
-    request = Request(config, stored, "model", tokenizer=load_tokenizer())
-    writer = WRITERS[format_](folder, request)
-    for spec in layer_spec(config):
-        writer.write(spec, params[spec.path])
-    writer.finish()
+    contents = Contents(config, stored, "model", tokenizer=load_tokenizer())
+    with WRITERS[format_](folder, contents) as write:
+        for name, tensor in layout(config, format_).encode(lambda spec: params[spec.path]):
+            write(name, tensor)
     (folder / TOKENIZER).write_bytes((BUNDLED / TOKENIZER).read_bytes())
     return folder
+
+
+def decoded(
+    config: GriffinConfig, format_: Format, stored: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The parameters, by path, that a file of a format holds, and no other tensors."""
+    names = layout(config, format_)
+    assert stored.keys() == names.shapes.keys()
+    return {spec.path: np.asarray(names.decode(spec, stored.__getitem__)) for spec in names.specs}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import numpy as np
 import sentencepiece as spm
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 PROMPTS = ["In the beginning", "", "x", "It is a truth universally acknowledged, that a man"]

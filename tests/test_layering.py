@@ -15,6 +15,7 @@ COMMON = [
     "recurrentgemma.common.generation.sampler",
     "recurrentgemma.common.model.state",
     "recurrentgemma.common.tokenizer",
+    "recurrentgemma.common.twin",
     "recurrentgemma.cli",
     "recurrentgemma_conversion",
 ]

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece as spm
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 
 # Not the packages themselves: under pytest tests/jax and tests/torch would do for them.

@@ -1,9 +1,8 @@
-"""One adapter per twin for training: the same calls over NumPy and the layer spec's paths."""
+"""Training in both twins: the same calls over NumPy and the layer spec's paths."""
 
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 from cases import make_tokens, positions
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.common.training.optimization import OptimizerOptions
@@ -21,10 +19,10 @@ Params = Mapping[str, np.ndarray]
 
 
 def make_batch(config: GriffinConfig, seed: int, rows: int = 3, length: int = 17) -> Batch:
-    """Rows of one document, of three, and of one behind padding, over and over.
+    """Rows of one document, of three, and of one after padding, in turn.
 
-    Targets are a function of the tokens, so that there is something to learn; what follows a
-    document's last token, padding and some others have no weight.
+    Targets are a function of the tokens, so that there is something to learn. Padding, each
+    document's last token and some others have no weight.
     """
     rng = np.random.default_rng(seed)
     tokens = make_tokens(config, rows, length, seed=seed)
@@ -55,7 +53,6 @@ class Trainer(abc.ABC):
         """The twin."""
         return self.backend.module
 
-    @abc.abstractmethod
     def state(
         self,
         config: GriffinConfig,
@@ -68,14 +65,22 @@ class Trainer(abc.ABC):
         lora: LoraOptions | None = None,
     ) -> Any:
         """A training state of a model with these parameters."""
+        return self.backend.twin.train_state(
+            self.backend.twin.make(config, params.items(), dtype),
+            gradient_checkpointing=gradient_checkpointing,
+            state_dtype=state_dtype,
+            optimizer=optimizer,
+            lora=lora,
+        )
 
-    @abc.abstractmethod
     def parameters(self, state: Any) -> dict[str, np.ndarray]:
-        """What `parameters` gives, as float64 by path."""
+        """The parameters of the state's model, as float64 by path."""
+        params = self.backend.twin.params(self.backend.twin.trained(state))
+        return {path: value.astype(np.float64) for path, value in params.items()}
 
     @abc.abstractmethod
     def logits(self, state: Any, batch: Batch) -> np.ndarray:
-        """Of the model as it is in training, adapters beside the base."""
+        """The logits of the model in training, its adapters not merged."""
 
     @abc.abstractmethod
     def cross_entropy(
@@ -87,7 +92,7 @@ class Trainer(abc.ABC):
     def cross_entropy_second(
         self, hidden, embedding, targets, weights, directions, **kwargs: Any
     ) -> tuple[np.ndarray, ...]:
-        """Gradients of the sum over all of `directions` times those of the loss, in float64."""
+        """Gradients of the sum of `directions` times the loss's gradients, in float64."""
 
     def steps(
         self, state: Any, batches: Sequence[Batch | Sequence[Batch]]
@@ -101,31 +106,6 @@ class Trainer(abc.ABC):
 
 
 class JaxTrainer(Trainer):
-    def state(
-        self,
-        config,
-        params,
-        *,
-        dtype="float32",
-        state_dtype="float32",
-        gradient_checkpointing=True,
-        optimizer=None,
-        lora=None,
-    ):
-        model = self.module.Griffin(config, gradient_checkpointing, param_dtype=dtype)
-        tree = self.backend._tree(params, dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.module.create_train_state(
-            model, tree, optimizer=optimizer, lora=lora, state_dtype=state_dtype
-        )
-
-    def parameters(self, state):
-        griffin = importlib.import_module("recurrentgemma.jax.griffin")
-        tree = self.module.parameters(state)
-        return {
-            spec.path: self.backend.to_numpy(griffin.get_path(tree, spec.path))
-            for spec in layer_spec(state.model.config)
-        }
-
     def logits(self, state, batch):
         import jax
 
@@ -170,38 +150,6 @@ class JaxTrainer(Trainer):
 
 
 class TorchTrainer(Trainer):
-    def state(
-        self,
-        config,
-        params,
-        *,
-        dtype="float32",
-        state_dtype="float32",
-        gradient_checkpointing=True,
-        optimizer=None,
-        lora=None,
-    ):
-        import torch
-
-        model = self.module.Griffin(config, gradient_checkpointing, dtype=getattr(torch, dtype))
-        with torch.no_grad():
-            for spec in layer_spec(config):
-                value = torch.tensor(np.ascontiguousarray(spec.torch.encode(params[spec.path])))
-                model.get_parameter(spec.torch.name).copy_(value)
-        return self.module.create_train_state(
-            model, optimizer=optimizer, lora=lora, state_dtype=getattr(torch, state_dtype)
-        )
-
-    def parameters(self, state):
-        model = self.module.parameters(state)
-        assert type(model) is self.module.Griffin
-        return {
-            spec.path: spec.torch.decode(
-                self.backend.to_numpy(model.get_parameter(spec.torch.name)), spec
-            )
-            for spec in layer_spec(model.config)
-        }
-
     def logits(self, state, batch):
         return self.backend.to_numpy(state.model(batch.tokens, batch.segment_pos)[0])
 

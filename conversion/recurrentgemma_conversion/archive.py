@@ -1,4 +1,4 @@
-"""Archives as downloaded: `archive.tar.gz`, unpacked next to where the result goes."""
+"""Archives as downloaded: `archive.tar.gz`, unpacked beside the destination."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(path: Path, folder: Path, place: Path) -> None:
-    """Unpacks an archive into a folder; nothing of it may land outside.
+    """Unpacks an archive into a folder; its members must stay inside.
 
     Args:
       path: The archive.
-      folder: Where what is in it goes.
+      folder: The folder for its members.
       place: What messages call the disk of the folder.
 
     Raises:
       DamagedError: It is cut short, damaged, no tar archive, or names files outside the folder.
-      DiskSpaceError: There is no room for what is in it.
+      DiskSpaceError: There is no room for its members.
     """
     try:
         with tarfile.open(path) as archive:
@@ -41,7 +41,7 @@ def unpack(path: Path, folder: Path, place: Path) -> None:
             archive.extractall(folder, filter="data")
             file: Any = archive.fileobj
             while file.read(1 << 20):
-                pass  # of what is compressed the checksum comes last
+                pass  # the checksum of compressed data comes last
     except DiskSpaceError:
         raise
     except Exception as error:  # a damaged archive raises nearly anything

@@ -6,9 +6,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from recurrentgemma.common.errors import (
     DestinationError,
@@ -16,39 +18,33 @@ from recurrentgemma.common.errors import (
     TokenizerError,
     VerificationError,
 )
-from recurrentgemma.common.io.arrays import count_nonfinite, float_dtype, same_bits
+from recurrentgemma.common.io.arrays import Stacked, count_nonfinite, float_dtype, same_bits
 from recurrentgemma.common.io.checkpoint import TOKENIZER
 from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma_conversion.formats import (
-    Format,
-    Reader,
-    Request,
-    Writer,
-    checkpoint_name,
-    require_size,
-    require_utf8,
-)
-from recurrentgemma_conversion.huggingface import GENERATION, HuggingFaceWriter
-from recurrentgemma_conversion.kaggle_flax import KaggleFlaxWriter
-from recurrentgemma_conversion.kaggle_torch import KaggleTorchWriter, import_torch
-from recurrentgemma_conversion.native import NativeWriter
+from recurrentgemma_conversion.formats import Format, require_utf8
+from recurrentgemma_conversion.names import family_of, layout
 from recurrentgemma_conversion.opening import READERS, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.readers.base import Contents, Reader, Writer, require_size
+from recurrentgemma_conversion.readers.huggingface import GENERATION, write_huggingface
+from recurrentgemma_conversion.readers.kaggle_flax import write_kaggle_flax
+from recurrentgemma_conversion.readers.kaggle_torch import import_torch, write_kaggle_torch
+from recurrentgemma_conversion.readers.native import write_native
 
-WRITERS: dict[Format, Callable[[Path, Request], Writer]] = {
-    Format.KAGGLE_FLAX: KaggleFlaxWriter,
-    Format.KAGGLE_TORCH: KaggleTorchWriter,
-    Format.HUGGINGFACE: HuggingFaceWriter,
-    Format.RECURRENTGEMMA: NativeWriter,
+WRITERS: dict[Format, Writer] = {
+    Format.KAGGLE_FLAX: write_kaggle_flax,
+    Format.KAGGLE_TORCH: write_kaggle_torch,
+    Format.HUGGINGFACE: write_huggingface,
+    Format.RECURRENTGEMMA: write_native,
 }
-Progress = Callable[["Step"], None]
+Tell = Callable[["Progress"], None]
 
 
-class Step(NamedTuple):
-    """How far a conversion is, told before each tensor and at the end of each phase.
+class Progress(NamedTuple):
+    """How far a conversion is, told before each parameter and at the end of each phase.
 
     Attributes:
       phase: "write" or "verify".
@@ -71,8 +67,8 @@ class Summary(NamedTuple):
     """What a conversion did.
 
     Attributes:
-      source_format: The format read.
-      format: The format written.
+      source_format: The format of the source.
+      format: The format of the result.
       tensors: Number of parameters.
       values: Number of values.
       bytes: Bytes of the parameters as written.
@@ -80,8 +76,8 @@ class Summary(NamedTuple):
       seconds: The time it took, verification included.
       verified: Whether the result was read again and compared.
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
-      dropped: Files of the source's tokenizer for which the format has no place, where that leaves
-        the result without a tokenizer.
+      dropped: Files of the source's tokenizer that the format has no place for, where the result
+        is left without a tokenizer.
     """
 
     source_format: Format
@@ -109,7 +105,7 @@ def convert(
     allow_nonfinite: bool = False,
     force: bool = False,
     verify: bool = True,
-    progress: Progress = lambda step: None,
+    progress: Tell = lambda step: None,
 ) -> Summary:
     """Writes a checkpoint in another format: whole and verified, or not at all.
 
@@ -119,18 +115,18 @@ def convert(
       source: A checkpoint of any format, or an archive.
       destination: The folder to make.
       to: The format of the result.
-      dtype: What the parameters are cast to, to nearest, ties to even; as stored if None.
+      dtype: The dtype to cast the parameters to, to nearest, ties to even; no cast if None.
       shard_size: Bytes in a safetensors file, at most.
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A sentencepiece model, where there is none beside the weights.
-      overrides: What the source does not say of the model, or says otherwise.
+      overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
 
     Raises:
-      CheckpointError: A subclass of it names what is wrong. Nothing was written.
+      CheckpointError: A subclass names the problem. Nothing was written.
     """
     started = time.perf_counter()
     to = Format(to)
@@ -147,17 +143,17 @@ def convert(
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
-        specs = layer_spec(reader.config)
+        specs = reader.specs
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
         )
         pieces, read = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
-        request = Request(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
+        contents = Contents(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
-            nonfinite = _write(reader, WRITERS[to](folder, request), progress, total)
+            nonfinite = _write(reader, folder, to, contents, progress)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
             if kept:
@@ -167,8 +163,8 @@ def convert(
                 shutil.copyfile(pieces, folder / TOKENIZER)
             if verify:
                 with ThreadPoolExecutor(1) as disk:
-                    flushed = disk.submit(flush, folder)  # as long as it takes to compare
-                    _verify(reader, folder, to, request, progress, total)
+                    flushed = disk.submit(flush, folder)  # while the values are compared
+                    _verify(reader, folder, to, contents, progress)
                     flushed.result()
         return Summary(
             source_format=reader.format,
@@ -188,61 +184,65 @@ def convert(
         )
 
 
-def _write(reader: Reader, writer: Writer, progress: Progress, total: int) -> dict[str, int]:
-    """Writes every parameter; how many values of which are NaN or infinite."""
-    nonfinite = {}
-    try:
-        with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
-            for spec in _Steps("write", reader, writer.request, progress, total):
-                parameter = reader.read_parts(spec)
-                count = counter.submit(count_nonfinite, parameter, writer.request.dtypes[spec.path])
-                writer.write(spec, parameter)
-                nonfinite[spec.path] = count.result()
-        writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-    return {path: count for path, count in nonfinite.items() if count}
+def _write(
+    reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell
+) -> dict[str, int]:
+    """Writes every parameter; counts the values that are NaN or infinite, where there are any."""
+    counts: dict[str, Future[int]] = {}
+    meter = _Meter("write", reader, contents, tell)
+    with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
+
+        def read(spec: ParamSpec) -> np.ndarray | Stacked:
+            meter.next(spec.path)
+            if counts:
+                list(counts.values())[-1].result()  # so that few parameters are in memory
+            parameter, dtype = reader.read_parts(spec), contents.dtypes[spec.path]
+            counts[spec.path] = counter.submit(count_nonfinite, parameter, dtype)
+            return parameter
+
+        with WRITERS[to](folder, contents) as write:
+            for name, tensor in layout(contents.config, to).encode(read):
+                write(name, tensor)
+    meter.next()
+    return {path: count for path, found in counts.items() if (count := found.result())}
 
 
-def _verify(
-    reader: Reader, folder: Path, to: Format, request: Request, progress: Progress, total: int
-) -> None:
+def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell) -> None:
     """Reads what was written and compares it with the source, bit for bit after the cast."""
     weights = {
-        Format.KAGGLE_FLAX: folder / request.name,
-        Format.KAGGLE_TORCH: folder / f"{request.name}.pt",
+        Format.KAGGLE_FLAX: folder / contents.name,
+        Format.KAGGLE_TORCH: folder / f"{contents.name}.pt",
     }.get(to, folder)
     written = READERS[to](weights, NO_OVERRIDES)
-    if written.config != request.config:
+    written.require()
+    if written.config != contents.config:
         raise VerificationError(f"the config reads back as {written.config}")
     wrong = []
-    for spec in _Steps("verify", reader, request, progress, total):
+    meter = _Meter("verify", reader, contents, tell)
+    for spec in reader.specs:
+        meter.next(spec.path)
         parameter, reads_back = reader.read_parts(spec), written.read_parts(spec)
-        if not same_bits(parameter, reads_back, request.dtypes[spec.path]):
+        if not same_bits(parameter, reads_back, contents.dtypes[spec.path]):
             wrong.append(spec.path)
+    meter.next()
     if wrong:
-        raise VerificationError(f"what was written reads back otherwise: {', '.join(wrong)}")
+        raise VerificationError(f"these parameters differ when read back: {', '.join(wrong)}")
 
 
-class _Steps:
-    """Goes through the layer spec and tells the progress."""
+class _Meter:
+    """Tells how far a phase is."""
 
-    def __init__(
-        self, phase: str, reader: Reader, request: Request, progress: Progress, total: int
-    ) -> None:
-        self._specs, self._dtypes = layer_spec(reader.config), request.dtypes
-        self._tell = lambda path, tensors, done: progress(
-            Step(phase, path, tensors, len(self._specs), done, total)
-        )
+    def __init__(self, phase: str, reader: Reader, contents: Contents, tell: Tell) -> None:
+        self._sizes = {s.path: s.size * contents.dtypes[s.path].itemsize for s in reader.specs}
+        self._phase, self._tell = phase, tell
+        self._tensors = self._bytes = 0
 
-    def __iter__(self):
-        done = 0
-        for i, spec in enumerate(self._specs):
-            self._tell(spec.path, i, done)
-            yield spec
-            done += spec.size * self._dtypes[spec.path].itemsize
-        self._tell("", len(self._specs), done)
+    def next(self, path: str = "") -> None:
+        """A parameter begins, and the one before is done; all are done at ""."""
+        count, total = len(self._sizes), sum(self._sizes.values())
+        self._tell(Progress(self._phase, path, self._tensors, count, self._bytes, total))
+        self._tensors += 1
+        self._bytes += self._sizes.get(path, 0)
 
 
 def find_tokenizer(
@@ -271,13 +271,15 @@ def find_tokenizer(
 
 
 def _name(reader: Reader) -> str:
-    """What the weights are called: as in the source, where that gives them a name.
+    """The name of the weights: as in the source, where that gives them a name.
 
-    Such as is found again: of Unicode, and not hidden.
+    The name is made Unicode and not hidden, so that the weights are found again.
     """
-    path = Path(os.path.abspath(reader.path))  # of which the last part is no ".."
+    path = Path(os.path.abspath(reader.path))  # its last part is not ".."
     name = {Format.KAGGLE_FLAX: path.name, Format.KAGGLE_TORCH: path.stem}.get(reader.format, "")
-    return os.fsencode(name).decode(errors="replace").lstrip(".") or checkpoint_name(reader.config)
+    family = family_of(reader.config)
+    released = family.release(reader.config) if family else "model"
+    return os.fsencode(name).decode(errors="replace").lstrip(".") or released
 
 
 def _nonfinite_message(path: Path, counts: dict[str, int]) -> str:
@@ -296,7 +298,7 @@ def _require_folder_name(target: Path, force: bool) -> None:
 
 
 def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader) -> None:
-    """Neither may hold the other, under whatever names; `reader` may be of an unpacked archive."""
+    """Neither may hold the other, under any name; `reader` may have opened an unpacked archive."""
     for path in (expanded(source), reader.path, *reader.weights):
         if Path(os.path.realpath(path)).is_relative_to(target):
             raise DestinationError(f"the destination {target} must not hold the source {path}")

@@ -16,7 +16,7 @@ from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.opening import detect
 
 _EXTRA = "'recurrentgemma[hub]'"
-# Not what else a repository may hold, such as other formats of the same weights.
+# A repository may hold other files, such as the same weights in other formats.
 _HUGGINGFACE_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -38,7 +38,7 @@ def download(
       DownloadError: There are no credentials, the licence is not accepted, the network or the site
         fails, or something else went wrong; the message says what to do.
       DiskSpaceError: The disk became full.
-      CheckpointError: What came is no checkpoint, or `destination` exists and `force` is not set.
+      CheckpointError: The files are no checkpoint, or `destination` exists and `force` is not set.
     """
     site, _, name = source.partition(":")
     if site not in _SITES or not name:
@@ -48,14 +48,14 @@ def download(
         )
     folder = destination_path(destination)
     with whole_folder(folder, force=force) as temporary:
-        with contextlib.redirect_stdout(sys.stderr):  # where the libraries' messages belong
+        with contextlib.redirect_stdout(sys.stderr):  # the libraries print messages
             _SITES[site](name, temporary)
         format_, _ = detect(temporary)
     return format_, folder
 
 
 def default_folder(source: str) -> Path:
-    """Where a download goes if nothing is said: a folder here, named for the model."""
+    """The folder for a download where none is given: here, and named for the model."""
     parts = source.partition(":")[2].strip("/").split("/")
     if source.startswith("kaggle:") and len(parts) >= 4:  # "recurrentgemma-flax-2b-it"
         return Path("-".join(parts[1:4]))
@@ -80,7 +80,7 @@ def _from_huggingface(name: str, folder: Path) -> None:
         ) from error
     except errors.HFValidationError as error:
         raise DownloadError(f"hf:{name} is no name of a model: OWNER/MODEL is expected") from error
-    except Exception as error:  # of several libraries, which change with its versions
+    except Exception as error:  # several libraries raise, and they change with versions
         raise _failed("huggingface.co", page, error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
@@ -103,7 +103,7 @@ def _from_kaggle(name: str, folder: Path) -> None:
         raise DownloadError(f"{page} needs credentials: {login}") from error
     except exceptions.DataCorruptionError as error:
         raise DownloadError(f"a file of kaggle:{name} arrived damaged: try again") from error
-    except Exception as error:  # of several libraries, which change with its versions
+    except Exception as error:  # several libraries raise, and they change with versions
         if _status(error) in (401, 403):
             credentials = kagglehub.config.get_kaggle_credentials()
             raise _refused(error, page, login, credentials) from error
@@ -123,14 +123,14 @@ def _status(error: BaseException) -> int | None:
 
 
 def _refused(error: Exception, page: str, login: str, credentials: Any) -> DownloadError:
-    """The site knows the model, and does not give it: who asks is unknown, or has not agreed."""
+    """The site knows the model but refuses it: the user is unknown, or has not agreed."""
     if _status(error) == 401 or not credentials:
         return DownloadError(f"{page} needs credentials: {login}")
     return DownloadError(f"its licence is not accepted yet: open {page}, accept it, and try again")
 
 
 def _failed(host: str, page: str, error: Exception) -> DownloadError | DiskSpaceError:
-    """What came of it where neither the login nor the name is at fault."""
+    """The error of a download whose login and name are right."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             return DiskSpaceError("the disk became full: make room, or choose a folder elsewhere")

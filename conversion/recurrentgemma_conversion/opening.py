@@ -1,4 +1,4 @@
-"""Which format a path holds, told by content, and the reader for it."""
+"""The one way in: the format of a path, told by its content, and the reader for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from recurrentgemma.common.io.files import expanded, scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
-from recurrentgemma_conversion.formats import Format, Reader, require_recurrent
-from recurrentgemma_conversion.huggingface import HuggingFaceReader, read_fields
-from recurrentgemma_conversion.kaggle_flax import DATABASE, KaggleFlaxReader
-from recurrentgemma_conversion.kaggle_torch import KaggleTorchReader
-from recurrentgemma_conversion.native import NativeReader
-from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import require_known
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.readers.base import Reader, read_fields
+from recurrentgemma_conversion.readers.huggingface import HuggingFaceReader
+from recurrentgemma_conversion.readers.kaggle_flax import DATABASE, KaggleFlaxReader
+from recurrentgemma_conversion.readers.kaggle_torch import KaggleTorchReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.KAGGLE_FLAX: KaggleFlaxReader,
@@ -28,7 +30,7 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.HUGGINGFACE: HuggingFaceReader,
     Format.RECURRENTGEMMA: NativeReader,
 }
-# Levels of folders around a checkpoint, at most: as in the cache of the hub of Hugging Face.
+# Levels of folders around a checkpoint, at most: as in the cache of Hugging Face's hub.
 _DEPTH = 3
 
 
@@ -38,18 +40,30 @@ def open_checkpoint(
     overrides: Overrides = NO_OVERRIDES,
     scratch: Path | None = None,
 ) -> Iterator[Reader]:
-    """Opens a checkpoint of any format.
+    """Opens a checkpoint of any format, its config known and its tensors checked against it.
 
     Args:
       path: A folder, one that holds a single checkpoint, a file of weights, or an archive; the
         bundled model if None.
       overrides: What the caller says of the model.
-      scratch: Beside which path an archive is unpacked, for as long as the checkpoint is open; in
+      scratch: An archive is unpacked beside this path for as long as the checkpoint is open; in
         the system's folder for temporary files if None.
 
     Raises:
       CheckpointError: There is none, more than one, or it cannot be served.
     """
+    with open_headers(path, overrides, scratch) as reader:
+        reader.require()
+        yield reader
+
+
+@contextlib.contextmanager
+def open_headers(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Overrides = NO_OVERRIDES,
+    scratch: Path | None = None,
+) -> Iterator[Reader]:
+    """`open_checkpoint` for callers that can do without the config: nothing is compared yet."""
     source = BUNDLED if path is None else expanded(path)
     if not source.exists():
         raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
@@ -58,7 +72,7 @@ def open_checkpoint(
         yield READERS[format_](found, overrides)
         return
     with scratch_folder(scratch or Path(tempfile.gettempdir(), "recurrentgemma")) as folder:
-        # In a folder of its own, beside which nothing is, under the archive's name.
+        # In a folder of its own with nothing beside it, under the archive's name.
         unpacked = folder / found.name.partition(".tar")[0]
         unpacked.mkdir()
         try:
@@ -87,7 +101,7 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     source = BUNDLED if path is None else expanded(path)
     around = source.is_dir() and not (source / TOKENIZER).is_file()
     if around or (source.is_file() and _kind(source)):
-        with open_checkpoint(source, ANY_MODEL) as checkpoint:
+        with open_headers(source) as checkpoint:
             return checkpoint.load_tokenizer()
     return load_tokenizer_here(source)
 
@@ -97,7 +111,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
-      NotRecurrentGemmaError: There is one of another model.
+      NotRecurrentGemmaError: The checkpoint holds another model.
     """
     found = _nearest(path)
     if not found:
@@ -115,7 +129,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
 def _nearest(path: Path) -> list[Path]:
     """The checkpoints at a path or, if there are none, the least deep in the folders in it.
 
-    One of several names is there once, and no file is to which another's links lead.
+    A checkpoint with several names counts once; a file to which another's links lead does not.
     """
     found: dict[Path, int] = {}
     folders = [path]
@@ -129,7 +143,7 @@ def _nearest(path: Path) -> list[Path]:
         folders = [folder for folder in inside if not folder.name.startswith(".")]
     if len(found) < 2:
         return list(found)
-    # Of its names the last counts: a link, beside which is what belongs to it, or the nearest.
+    # The last name counts: a link, with the checkpoint's other files beside it, or the nearest.
     names = sorted(found, key=lambda where: (where.is_symlink(), -found[where]))
     places = {where.resolve(): where for where in names}
     files = (file for where in places.values() for file in where.rglob("*") if file.is_file())
@@ -156,7 +170,7 @@ def _weights_at(path: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is by its first bytes: safetensors, a pickle, an archive or something else."""
+    """The kind of a file by its first bytes: safetensors, pickle, archive; None for others."""
     with path.open("rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
@@ -172,9 +186,10 @@ def _is_orbax(path: Path) -> bool:
 
 
 def _format(path: Path) -> Format | None:
-    """The format of weights; none for an archive.
+    """The format of weights; None for an archive.
 
-    Safetensors are Hugging Face's or ours, by the config beside them, or else by their names.
+    The config beside safetensors tells whether they are Hugging Face's or ours. Without it neither
+    can be read: the tensors' names then tell whose config is missing.
     """
     if path.is_dir() and _is_orbax(path):
         return Format.KAGGLE_FLAX
@@ -182,9 +197,10 @@ def _format(path: Path) -> Format | None:
     if kind != "safetensors":
         return Format.KAGGLE_TORCH if kind == "pickle" else None
     config = (path if path.is_dir() else path.parent) / CONFIG
-    if config.is_file() and "model_type" in read_fields(config):
-        return Format.HUGGINGFACE
+    if config.is_file():
+        fields = read_fields(config)
+        return Format.HUGGINGFACE if "model_type" in fields else Format.RECURRENTGEMMA
     names = list(Shards(path).tensors)
-    require_recurrent(path, names)
+    require_known(path, names)
     ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
-    return Format.RECURRENTGEMMA if ours or config.is_file() else Format.HUGGINGFACE
+    return Format.RECURRENTGEMMA if ours else Format.HUGGINGFACE

@@ -1,4 +1,4 @@
-"""The tiny model's card, filled in with what was measured."""
+"""The tiny model's card, filled in with the measurements."""
 
 import platform
 from collections.abc import Mapping, Sequence

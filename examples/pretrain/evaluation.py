@@ -1,4 +1,4 @@
-"""What the tiny model is worth: bits per byte on held-out chapters, beside xz, and samples."""
+"""Measures the tiny model: bits per byte on held-out chapters, beside xz, and samples."""
 
 import lzma
 import math
@@ -63,9 +63,9 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """Bits that the model needs for each byte of text, for each source and "overall".
 
-    The model reads each document from its own start, its state carried from chunk to chunk, so
-    every token is predicted from everything before it in its chapter. Counted are all tokens of
-    the text, the first given only `<bos>`, and the `<eos>` that says where it ends.
+    The model reads each document from its own start and carries its state from chunk to chunk, so
+    it predicts every token from everything before it in the chapter. The sum counts all tokens of
+    the text, the first after `<bos>` alone, and the `<eos>` at its end.
     """
     stream = pack(encode(vocab, documents))
     count = len(stream.tokens) - 1
@@ -87,7 +87,7 @@ def bits_per_byte(
             progress.update(task, completed=end)
     if progress and task is not None:
         progress.remove_task(task)
-    counted = np.where(stream.positions[1:] > 0, losses, 0.0)  # no one predicts the next <bos>
+    counted = np.where(stream.positions[1:] > 0, losses, 0.0)  # the next <bos> does not count
     nats = np.bincount(stream.document[1:], counted, minlength=len(documents))
     return _rates(documents, nats / math.log(2))
 
@@ -106,10 +106,10 @@ def _xz_size(data: bytes) -> int:
 
 
 def xz_bits_per_byte(corpus: Corpus, progress: Progress | None = None) -> dict[str, dict]:
-    """The same for `xz -9e`: over the held-out text "alone", and when it "saw_training" text.
+    """The same for `xz -9e`: over the held-out text "alone", and after it "saw_training" text.
 
-    The second, the fairer one, is the growth of the compressed training text when the held-out
-    text is appended to it; xz's window of 64 MiB holds all of it.
+    The second is fairer: it is the growth of the compressed training text when the held-out text is
+    appended; xz's window of 64 MiB holds both.
     """
 
     def text(documents: list[Document], source: str) -> bytes:
@@ -146,7 +146,7 @@ def continue_text(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> str:
-    """The prompt and up to `steps` more tokens; temperature 0 takes the likeliest each time."""
+    """The prompt and up to `steps` more tokens; temperature 0 always takes the likeliest."""
     generator = torch.Generator().manual_seed(seed)
     ids = [vocab.bos_id(), *vocab.EncodeAsIds(prompt)]
     tokens: Tensor = torch.tensor([ids], device=device)

@@ -1,4 +1,4 @@
-"""Makes the bundled model of a run's: in bfloat16, measured on the held-out chapters, with a card.
+"""Makes the bundled model from a run: casts to bfloat16, measures, and writes the card.
 
 python examples/pretrain/finish.py runs/pretrain/run --force
 python examples/pretrain/finish.py runs/pretrain/run --out somewhere/else
@@ -25,7 +25,7 @@ TARGET = 1.8  # bits per byte that a bundled model must beat
 
 
 def finish(arguments: argparse.Namespace) -> float:
-    """Writes `--out`; its bits per byte."""
+    """Writes `--out`; returns the bits per byte."""
     run, out = RunFolder(arguments.run), arguments.out
     if not run.model.is_dir():
         raise ValueError(f"{run.path} holds no finished run")
@@ -53,8 +53,8 @@ def finish(arguments: argparse.Namespace) -> float:
 
 
 def main() -> int:
-    """0 for a model good enough to bundle, 1 for a worse one, 2 for an error."""
-    parser = argparse.ArgumentParser(description="Make the bundled model of a run's.")
+    """Returns 0 for a model good enough to bundle, 1 for a worse one, 2 for an error."""
+    parser = argparse.ArgumentParser(description="Make the bundled model from a run.")
     parser.add_argument("run", type=Path, help="the folder of the run")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the finished model")
     parser.add_argument("--force", action="store_true", help="replace the model in --out")

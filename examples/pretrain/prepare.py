@@ -1,4 +1,4 @@
-"""What `recurrentgemma train` needs: train.jsonl, valid.jsonl, tokenizer.model in runs/pretrain.
+"""Writes the inputs of `recurrentgemma train` to runs/pretrain: two JSONL files and a tokenizer.
 
 python examples/pretrain/prepare.py
 """
@@ -13,7 +13,7 @@ from tokenizer import make_tokenizer, write_atomically
 
 
 def to_jsonl(documents: list[Document]) -> bytes:
-    """A line a chapter."""
+    """One line for each chapter."""
     lines = [json.dumps(d._asdict(), ensure_ascii=False) for d in documents]
     return ("\n".join(lines) + "\n").encode()
 

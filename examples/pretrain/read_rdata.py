@@ -1,9 +1,9 @@
 """Reads character vectors out of an R package's lazy-load database, with the standard library.
 
-R keeps a package's data sets in two files: `Rdata.rdb`, compressed objects one after another, and
-`Rdata.rdx`, an index that says where each begins and how long it is. Index and objects are both in
-R's serialisation format (XDR, big-endian; "R Internals", section 1.8). Only the object types that
-such data needs are read: lists, strings, numbers, symbols and attributes.
+R keeps a package's data sets in two files: `Rdata.rdb` holds compressed objects one after another,
+and `Rdata.rdx` is an index with the start and length of each. Both use R's serialisation format
+(XDR, big-endian; "R Internals", section 1.8). This module reads only the object types that such
+data needs: lists, strings, numbers, symbols and attributes.
 """
 
 import bz2
@@ -116,7 +116,7 @@ def _decompress(block: bytes, compression: int) -> bytes:
 
 
 def read_string_vectors(index: bytes, database: bytes) -> dict[str, list[str]]:
-    """Every character vector of a lazy-load database, by name, missing values as empty strings.
+    """Every character vector of a lazy-load database, by name; missing values are empty strings.
 
     Args:
         index: the contents of `Rdata.rdx`.

@@ -34,7 +34,7 @@ def train_tokenizer(
     vocab_size: int = VOCAB_SIZE,
     model_type: Literal["unigram", "bpe"] = "unigram",
 ) -> bytes:
-    """A sentencepiece model of the documents' paragraphs, serialised; the same bytes every time."""
+    """A serialised sentencepiece model of the documents' paragraphs; always the same bytes."""
     paragraphs = (
         paragraph for document in documents for paragraph in document.text.split("\n") if paragraph
     )
@@ -60,7 +60,7 @@ def train_tokenizer(
         remove_extra_whitespaces=False,
         split_digits=True,
         allow_whitespace_only_pieces=True,
-        max_sentence_length=1 << 20,  # longer ones would be skipped without a word
+        max_sentence_length=1 << 20,  # longer paragraphs would be skipped silently
         num_threads=1,
         minloglevel=2,
     )
@@ -68,7 +68,7 @@ def train_tokenizer(
 
 
 def check_tokenizer(vocab: sentencepiece.SentencePieceProcessor, corpus: Corpus) -> None:
-    """Raises ValueError where an id is not Gemma's or a text does not survive the round trip."""
+    """Raises ValueError if an id is not Gemma's or a text does not survive the round trip."""
     for piece, index in SPECIAL_PIECES.items():
         if vocab.PieceToId(piece) != index:
             raise ValueError(f"{piece} must be {index}, got {vocab.PieceToId(piece)}")
@@ -83,7 +83,7 @@ def check_tokenizer(vocab: sentencepiece.SentencePieceProcessor, corpus: Corpus)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes through a temporary sibling, so that `path` is the old file or the whole new one."""
+    """Writes a temporary sibling and renames it: `path` is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
@@ -101,7 +101,7 @@ def make_tokenizer(corpus: Corpus, target: Path) -> sentencepiece.SentencePieceP
 
 
 def main() -> int:
-    """Makes the tokenizer and prints how many bytes a token stands for."""
+    """Makes the tokenizer and prints how many bytes a token holds on average."""
     parser = argparse.ArgumentParser(description="Train the tiny model's tokenizer.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=ASSETS / "tokenizer.model")

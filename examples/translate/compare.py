@@ -22,7 +22,7 @@ NAMES: tuple[str, ...] = ("JAX", "PyTorch")
 
 
 def sampler(framework: str, path: Path | None) -> Any:
-    """A sampler in float32 on a checkpoint, the bundled model if None."""
+    """A sampler in float32 for a checkpoint; the bundled model if None."""
     if framework == "PyTorch":
         import torch
 
@@ -38,7 +38,7 @@ def sampler(framework: str, path: Path | None) -> Any:
 
 
 def translations(runs: dict[str, RunFolder]) -> list[str]:
-    """A table of the first sentences held out: greedy, before and after."""
+    """A table of greedy answers to the first held-out sentences, before and after training."""
     lines = (HERE / "valid.jsonl").read_text(encoding="utf-8").splitlines()[:SENTENCES]
     examples = [json.loads(line) for line in lines]
     prompts = [example["prompt"] for example in examples]
@@ -61,7 +61,7 @@ def losses(path: Path) -> np.ndarray:
 
 
 def difference(runs: dict[str, RunFolder], steps: int) -> float:
-    """The largest relative difference of the training losses within some steps."""
+    """The largest relative difference of the training losses within the first steps."""
     one, other = (losses(run.train_log)[:steps, 1] for run in runs.values())
     return float(np.max(np.abs(one - other) / other))
 
@@ -78,7 +78,7 @@ def main() -> None:
     for name, run in runs.items():
         shutil.copy(run.validation_log, RESULTS / f"validation_{name.lower()}.jsonl")
     steps = int(losses(folders[0].train_log)[-1, 0])
-    lines = ["# Results", "", "## Validation loss, nats a token", ""]
+    lines = ["# Results", "", "## Validation loss, nats per token", ""]
     lines += [f"| step | {' | '.join(runs)} |", "|---|---|---|"]
     columns = [losses(run.validation_log) for run in folders]
     for (step, one), (_, other) in zip(*columns, strict=True):

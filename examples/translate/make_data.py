@@ -2,10 +2,9 @@
 
     python examples/translate/make_data.py bigbench-1.0.0.tar.gz
 
-The argument is the source package `bigbench` 1.0.0 of the Python package index, 358 MB, which `pip
-download` cannot get, since it would build it first: download the file by hand.
-The sentences are those of MultiEmo, as the source package `bigbench` has them; README.md says whose
-they are.
+The argument is the source package `bigbench` 1.0.0 from the Python package index, 358 MB. Download
+the file by hand: `pip download` fails, since it tries to build the package. The sentences come from
+MultiEmo; README.md names its authors and licence.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def check(path: Path) -> None:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """All sentences with their translations, without a space before a sign that has none."""
+    """All sentences with their translations, without spaces before punctuation."""
     members = {TASK.format(language): language for language in ("en", "fr")}
     signs = {"en": ".,?!", "fr": ".,"}
     texts: dict[str, list[str]] = {}
@@ -60,7 +59,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def choose(pairs: list[Pair]) -> list[Pair]:
-    """Whole sentences of 3 to 8 words on both sides: those whose rarest word is the commonest."""
+    """Whole sentences of 3 to 8 words on both sides, those with the most common rarest word."""
     pairs = [
         pair
         for pair, shape in ((pair, (SENTENCE, PHRASE)) for pair in dict.fromkeys(pairs))

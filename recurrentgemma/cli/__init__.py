@@ -56,7 +56,7 @@ def exit_code(name: str, program: Callable[[], int | None]) -> int:
         _give_up_stdout()
         return CLOSED_PIPE
     except Exception as error:
-        from recurrentgemma.cli.errors import mistake
+        from recurrentgemma.cli.mistakes import mistake
 
         message = mistake(error)
         if message is None:

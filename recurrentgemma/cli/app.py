@@ -22,7 +22,7 @@ from recurrentgemma.cli.train import train
 
 app = typer.Typer(
     name="recurrentgemma",
-    help="RecurrentGemma and Griffin language models, in JAX and in PyTorch.",
+    help="RecurrentGemma and Griffin language models in JAX and in PyTorch.",
     epilog="Try: recurrentgemma sample 'It was a truth'",
     add_completion=False,
     rich_markup_mode="rich",
@@ -62,9 +62,9 @@ def _program(
 
 
 def run(args: Sequence[str]) -> int:
-    """Runs the program on command-line words; its exit code. Every error is raised.
+    """Runs the program on command-line words and returns its exit code; raises every error.
 
-    Not `app(args)`, which reports errors in its own ways.
+    `app(args)` would report errors in its own ways.
     """
     command = typer.main.get_command(app)
     try:

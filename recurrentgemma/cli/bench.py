@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -21,19 +20,18 @@ from recurrentgemma.cli.frameworks import (
     DTypeOption,
     Framework,
     FrameworkOption,
-    Loaded,
     choose_framework,
     find_checkpoint,
     load_sampler,
     random_sampler,
 )
 from recurrentgemma.common.model.presets import Preset, member
+from recurrentgemma.common.twin import find_twin
 
 if TYPE_CHECKING:
     from recurrentgemma.common.generation.sampler import BaseSampler
 
 _READ_BYTES, _READS = 2**29, 5
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def bench(
@@ -90,7 +88,8 @@ def bench(
         "new_tokens": new_tokens,
     }
     with working("Running"):
-        report |= measure(loaded, batch_size, prompt_tokens, new_tokens)
+        report |= measure(loaded.sampler, batch_size, prompt_tokens, new_tokens)
+    report["peak_memory_bytes"] = find_twin(framework).memory() or 0
     specs = layer_spec(loaded.sampler.config)
     size = sum(spec.size for spec in specs) * {DType.FLOAT32: 4, DType.BFLOAT16: 2}[loaded.dtype]
     report["weight_bytes"] = size
@@ -116,18 +115,17 @@ def bench(
 
 
 def measure(
-    loaded: Loaded, batch_size: int, prompt_tokens: int, new_tokens: int
+    sampler: BaseSampler[Any], batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, float]:
-    """Times of the second of two runs, and the most memory held."""
-    _run(loaded.sampler, batch_size, prompt_tokens, 2)
-    first, rest = _run(loaded.sampler, batch_size, prompt_tokens, new_tokens)
+    """Times of the second of two runs."""
+    _run(sampler, batch_size, prompt_tokens, 2)
+    first, rest = _run(sampler, batch_size, prompt_tokens, new_tokens)
     step = rest / (new_tokens - 1)
     return {
         "first_token_s": first,
         # All but the prompt's last token, which the first step reads.
         "prefill_tokens_per_second": batch_size * (prompt_tokens - 1) / max(first - step, 1e-9),
         "decode_tokens_per_second": batch_size / step,
-        "peak_memory_bytes": _peak_memory(loaded.device),
     }
 
 
@@ -180,13 +178,3 @@ def _run(
     for _ in steps:
         pass
     return first - started, time.perf_counter() - first
-
-
-def _peak_memory(device: str) -> int:
-    """Bytes: of the device where it counts them, or else of the process."""
-    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
-    if device == "cuda" and torch is not None:
-        return torch.cuda.max_memory_allocated()
-    if device != "cpu" and jax is not None:
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.errors import mistake
 from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
@@ -21,6 +20,7 @@ from recurrentgemma.cli.frameworks import (
     find_checkpoint,
     load_sampler,
 )
+from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.cli.sampling_options import (
     MinP,
     RepetitionPenalty,

@@ -1,4 +1,4 @@
-"""What the commands share of reading and writing in a terminal."""
+"""Reading and writing in a terminal, shared by the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
-    """Shows that something slow is going on: on stderr, if that is a terminal."""
+    """Shows on stderr, if it is a terminal, that the program is working."""
     if not sys.stderr.isatty():
         yield
         return
@@ -20,10 +20,10 @@ def working(message: str) -> Iterator[None]:
 
 
 def read_stdin() -> str:
-    """All of stdin, without the newline at its end, as a shell's `$(...)` would have it.
+    """All of stdin without the newline at its end, as in a shell's `$(...)`.
 
     Raises:
-      ValueError: It is closed, or not UTF-8.
+      ValueError: Stdin is closed, or not UTF-8.
     """
     if sys.stdin is None:
         raise ValueError("there is no prompt: give one as an argument or on stdin")

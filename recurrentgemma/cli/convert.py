@@ -1,4 +1,4 @@
-"""`recurrentgemma convert`: a checkpoint of any format in another."""
+"""`recurrentgemma convert`: a checkpoint of any format into another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recurrentgemma.cli.frameworks import DType
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 
 if TYPE_CHECKING:
-    from recurrentgemma_conversion import Step, Summary
+    from recurrentgemma_conversion import Progress, Summary
 
 FORMATS = ("kaggle-flax", "kaggle-torch", "huggingface", "recurrentgemma")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -34,7 +34,7 @@ def convert(
     ],
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Cast, to nearest, ties to even. Default: as stored."),
+        typer.Option(help="Cast to this dtype, to nearest, ties to even. Default: no cast."),
     ] = None,
     shard_size: Annotated[
         str, typer.Option(help="Largest safetensors file, such as 500MB or 2GiB.", metavar="SIZE")
@@ -70,8 +70,8 @@ def convert(
     """Convert a checkpoint to another format, bit for bit.
 
     The formats: kaggle-flax (Orbax directory), kaggle-torch (.pt file), huggingface (for
-    transformers), recurrentgemma (ours). The source's is recognised. The result appears whole and
-    verified, or not at all.
+    transformers), recurrentgemma (ours). The format of the source is recognised. The result appears
+    whole and verified, or not at all.
     """
     from recurrentgemma_conversion import convert as run
 
@@ -126,7 +126,7 @@ def parse_size(text: str) -> int:
     """A number of bytes, with a unit or without: "5GB", "1.5 GiB", "1000".
 
     Raises:
-      ValueError: It is none, or not positive.
+      ValueError: The text is no size, or not positive.
     """
     match = re.fullmatch(r"([0-9.]+)\s*([KMG]I?)?B?", text.strip().upper())
     try:
@@ -139,13 +139,14 @@ def parse_size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Step], None]]:
+def _progress() -> Iterator[Callable[[Progress], None]]:
     """Shows tensors, bytes and rate as they come: on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda step: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -154,10 +155,10 @@ def _progress() -> Iterator[Callable[[Step], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = {}
 
-        def show(step: Step) -> None:
+        def show(step: Progress) -> None:
             if step.phase not in tasks:
                 name = {"write": "Writing", "verify": "Verifying"}[step.phase]
                 tasks[step.phase] = bars.add_task(name, total=step.total_bytes, tensors="")

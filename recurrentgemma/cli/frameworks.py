@@ -1,4 +1,4 @@
-"""The choice between JAX and PyTorch, and a sampler in either: neither is imported before."""
+"""The choice between JAX and PyTorch, and a sampler in either; neither is imported before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from recurrentgemma.common.extras import is_installed
+from recurrentgemma.common.twin import find_twin, installed_framework
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
+    import numpy as np
+
     from recurrentgemma.common.generation.sampler import BaseSampler
     from recurrentgemma.common.generation.strategies import Sampling
     from recurrentgemma.common.model.layer_spec import ParamSpec
@@ -18,14 +20,14 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
 
 
 class Framework(enum.StrEnum):
-    """What the model runs on."""
+    """The framework that a model runs on."""
 
     JAX = "jax"
     TORCH = "torch"
 
 
 class DType(enum.StrEnum):
-    """Of parameters and computation."""
+    """The dtype of parameters and computation."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -58,23 +60,15 @@ class Loaded(NamedTuple):
 
 
 _BLOCK = 1 << 20  # values
-_MODULES = {Framework.TORCH: ("torch",), Framework.JAX: ("jax", "flax")}
 
 
 def choose_framework(wanted: Framework | None) -> Framework:
-    """The framework asked for, or else PyTorch where it is installed, or else JAX.
+    """The framework asked for, or else PyTorch if it is installed, or else JAX.
 
     Raises:
-      ValueError: It is not installed; the message says how to install it.
+      MissingExtraError: It is not installed; the message has the pip command.
     """
-    candidates = list(_MODULES) if wanted is None else [wanted]
-    for framework in candidates:
-        if all(map(is_installed, _MODULES[framework])):
-            return framework
-    commands = " or ".join(f"pip install 'recurrentgemma[{f}]'" for f in candidates)
-    if wanted is None:
-        raise ValueError(f"neither PyTorch nor JAX is installed: {commands}")
-    raise ValueError(f"--framework {wanted} needs what is not installed: {commands}")
+    return Framework(installed_framework(wanted))
 
 
 def find_checkpoint(path: Path | None) -> tuple[Path, Tokenizer]:
@@ -87,6 +81,11 @@ def find_checkpoint(path: Path | None) -> tuple[Path, Tokenizer]:
         return path, opened.load_tokenizer()
 
 
+def default_dtype(device: str) -> DType:
+    """The dtype to run in on a device unless another is asked for."""
+    return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
+
+
 def load_sampler(
     framework: Framework,
     path: Path,
@@ -95,60 +94,40 @@ def load_sampler(
     dtype: DType | None,
     chat: bool,
 ) -> Loaded:
-    """Loads a checkpoint; on an accelerator if there is one.
+    """Loads a checkpoint, on an accelerator if there is one.
 
     Args:
-      framework: What to run it on.
-      path: The checkpoint folder.
+      framework: The framework to run it on.
+      path: The checkpoint.
       tokenizer: Its tokenizer.
       sampling: How tokens are chosen.
-      dtype: Of parameters and computation; if None float32 on CPU and bfloat16 elsewhere.
+      dtype: The dtype of parameters and computation; see `default_dtype` if None.
       chat: Whether the model is instruction-tuned.
     """
-    load = _load_torch if framework is Framework.TORCH else _load_jax
-    return load(path, tokenizer, sampling, dtype, chat)
-
-
-def default_dtype(device: str) -> DType:
-    """What to run in on a device, where nothing is said."""
-    return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
-
-
-def _load_torch(
-    path: Path, tokenizer: Tokenizer, sampling: Sampling, dtype: DType | None, chat: bool
-) -> Loaded:
-    import torch
-
-    from recurrentgemma.torch import Sampler, load_checkpoint
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    twin = find_twin(framework)
+    device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = load_checkpoint(path, dtype=getattr(torch, dtype), device=device)
-    sampler = Sampler(model, tokenizer.vocab, is_it_model=chat, sampling=sampling)
-    return Loaded(sampler, device, dtype)
-
-
-def _load_jax(
-    path: Path, tokenizer: Tokenizer, sampling: Sampling, dtype: DType | None, chat: bool
-) -> Loaded:
-    import jax
-
-    from recurrentgemma.jax import Sampler, load_checkpoint
-
-    device = jax.default_backend()
-    dtype = dtype or default_dtype(device)
-    model, params = load_checkpoint(path, dtype=jax.numpy.dtype(dtype))
-    sampler = Sampler(model, tokenizer.vocab, params, is_it_model=chat, sampling=sampling)
+    model = twin.load(path, dtype, device)
+    sampler = twin.sampler(model, tokenizer.vocab, is_it_model=chat, sampling=sampling)
     return Loaded(sampler, device, dtype)
 
 
 def random_sampler(framework: Framework, preset: str, dtype: DType | None) -> Loaded:
     """A sampler on random weights of a published size, with the bundled tokenizer."""
-    make = _random_torch if framework is Framework.TORCH else _random_jax
-    return make(preset, dtype)
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.layer_spec import layer_spec
+
+    twin = find_twin(framework)
+    device = twin.default_device()
+    dtype = dtype or default_dtype(device)
+    config = GriffinConfig.from_preset(preset)
+    values = ((spec.path, _random_values(spec, dtype)) for spec in layer_spec(config))
+    model = twin.make(config, values, dtype, device)
+    return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)
 
 
-def _random_values(spec: ParamSpec, dtype: DType) -> Any:
+def _random_values(spec: ParamSpec, dtype: DType) -> np.ndarray:
     """Initial values in the Flax layout; a large parameter repeats a random block."""
     import numpy as np
 
@@ -159,39 +138,3 @@ def _random_values(spec: ParamSpec, dtype: DType) -> Any:
         return sample_param(spec, 0).astype(DTYPES[dtype])
     block = spec.init.sample(np.random.default_rng(0), (_BLOCK,))
     return np.resize(block.astype(DTYPES[dtype]), spec.shape)
-
-
-def _random_torch(preset: str, dtype: DType | None) -> Loaded:
-    import torch
-
-    from recurrentgemma.common.io.checkpoint import load_tokenizer
-    from recurrentgemma.common.model.layer_spec import layer_spec
-    from recurrentgemma.torch import Griffin, GriffinConfig, Sampler
-    from recurrentgemma.torch.runtime.arrays import to_tensor
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or default_dtype(device)
-    model = Griffin(GriffinConfig.from_preset(preset), device="meta")
-    state = {
-        spec.torch.name: to_tensor(spec.torch.encode(_random_values(spec, dtype))).to(device)
-        for spec in layer_spec(model.config)
-    }
-    model.load_state_dict(state, assign=True)
-    return Loaded(Sampler(model, load_tokenizer()), device, dtype)
-
-
-def _random_jax(preset: str, dtype: DType | None) -> Loaded:
-    import jax
-
-    from recurrentgemma.common.io.checkpoint import load_tokenizer
-    from recurrentgemma.common.model.layer_spec import layer_spec
-    from recurrentgemma.jax import Griffin, GriffinConfig, Sampler
-    from recurrentgemma.jax.griffin import set_path
-
-    device = jax.default_backend()
-    dtype = dtype or default_dtype(device)
-    model = Griffin(GriffinConfig.from_preset(preset), param_dtype=jax.numpy.dtype(dtype))
-    params: dict[str, Any] = {}
-    for spec in layer_spec(model.config):
-        set_path(params, spec.path, jax.numpy.asarray(_random_values(spec, dtype)))
-    return Loaded(Sampler(model, load_tokenizer(), params), device, dtype)

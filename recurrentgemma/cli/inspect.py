@@ -15,8 +15,8 @@ from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, ov
 from recurrentgemma.common.model.presets import Preset
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.model.config import GriffinConfig
-    from recurrentgemma.common.model.layer_spec import ParamSpec
+    from recurrentgemma.common.model.config import Config
+    from recurrentgemma.common.model.params import ParamSpec
 
 
 def inspect(
@@ -56,7 +56,7 @@ def inspect(
     from recurrentgemma.cli.tables import render
     from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma_conversion import open_checkpoint
 
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
@@ -79,9 +79,7 @@ def inspect(
         typer.echo("\n".join([title, "", *render(report, every_block=every_block)]))
 
 
-def described(
-    config: GriffinConfig, dtypes: Mapping[str, str], *, memory: bool = False
-) -> dict[str, Any]:
+def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False) -> dict[str, Any]:
     """A model's config, counts, sizes and parameters, as JSON values.
 
     Args:
@@ -131,9 +129,9 @@ def described(
     }
 
 
-def _part(spec: ParamSpec, config: GriffinConfig) -> str:
+def _part(spec: ParamSpec, config: Config) -> str:
     """The part of the model that a parameter is counted with."""
     first, *rest = spec.path.split(".")
     if first == "blocks":
-        return f"{config.block_types[int(rest[0])].value}_blocks"
+        return f"{config.model.layers[int(rest[0])].mixer.kind}_blocks"
     return "embedding" if first == "embedder" else first

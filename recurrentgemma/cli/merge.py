@@ -25,7 +25,7 @@ def merge(
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     dtype: Annotated[
-        DType | None, typer.Option(help="Of the merged parameters. Default: the base's.")
+        DType | None, typer.Option(help="The dtype of the merged parameters. Default: the base's.")
     ] = None,
     peft: Annotated[
         bool,
@@ -41,7 +41,7 @@ def merge(
 ) -> None:
     """Merge trained adapters into their model: a checkpoint folder that needs no adapters.
 
-    With adapters trained on a quantised base, that base is what they are merged into.
+    Adapters that were trained on a quantised base are merged into that base.
     """
     if not force and (destination.exists() or destination.is_symlink()):
         raise ValueError(f"{destination} exists; pass --force to replace it")
@@ -64,11 +64,12 @@ def _merge(
 
     from recurrentgemma.common.io.arrays import DTYPES
     from recurrentgemma.common.model.layer_spec import ParamSpec
-    from recurrentgemma.common.training.adapters import read_adapters, write_peft
+    from recurrentgemma.common.training.adapters import read_adapters
     from recurrentgemma.common.training.lora import lora_targets
     from recurrentgemma.common.training.lora import merge as merged
-    from recurrentgemma_conversion.native import save_folder
     from recurrentgemma_conversion.opening import open_checkpoint
+    from recurrentgemma_conversion.peft import write_peft
+    from recurrentgemma_conversion.readers.native import save_folder
 
     with open_checkpoint(base, stated) as checkpoint:
         adapters = read_adapters(path, checkpoint.config)

@@ -1,4 +1,4 @@
-"""`recurrentgemma parity`: whether two frameworks, or two checkpoints, are one model."""
+"""`recurrentgemma parity`: checks that two frameworks, or two checkpoints, are one model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Implementation(enum.StrEnum):
-    """What a model can run on."""
+    """The implementation that runs a model."""
 
     JAX = "jax"
     TORCH = "torch"
@@ -26,7 +27,7 @@ class Implementation(enum.StrEnum):
 
 
 class ParityDType(enum.StrEnum):
-    """Of parameters and computation."""
+    """The dtype of parameters and computation."""
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"
@@ -48,21 +49,21 @@ def parity(
     other: Annotated[
         Path | None,
         typer.Argument(
-            help="Another, of the same config. Default: A itself.",
+            help="Another checkpoint with the same config. Default: A.",
             metavar="[B]",
             show_default=False,
         ),
     ] = None,
     framework: Annotated[
         Implementation,
-        typer.Option(help="What A runs on."),
+        typer.Option(help="The implementation that runs A."),
     ] = Implementation.JAX,
     against: Annotated[
         Implementation,
-        typer.Option(help="What B runs on, or A again."),
+        typer.Option(help="The implementation that runs B."),
     ] = Implementation.TORCH,
     dtype: Annotated[
-        ParityDType, typer.Option(help="Of parameters and computation.")
+        ParityDType, typer.Option(help="Dtype of parameters and computation.")
     ] = ParityDType.FLOAT32,
     text: Annotated[
         Path | None,
@@ -70,7 +71,7 @@ def parity(
             help="Read a UTF-8 text instead of random tokens.", metavar="FILE", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of random tokens.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens.", metavar="N")] = 0,
     length: Annotated[
         int | None,
         typer.Option(
@@ -87,7 +88,7 @@ def parity(
         bool, typer.Option("--gradients", help="Compare every parameter's gradient, too.")
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="List every tensor, and those inside of blocks.")
+        bool, typer.Option("--all", help="List every tensor, inside of blocks too.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every tensor.")
@@ -103,9 +104,9 @@ def parity(
 ) -> None:
     """Prove that two frameworks, or two checkpoints, are one model.
 
-    Compares activations, logits, states and gradients with what the dtype's rounding must give,
-    which is measured, and again in float64, where nothing else differs. Exits with 0 if all are
-    within their budgets, or else with 1.
+    Compares activations, logits, states and gradients. Differences must stay within a budget that
+    is measured from the dtype's rounding, and within 1e-10 in float64. Exits with 0 if all do, or
+    else with 1.
     """
     from recurrentgemma.cli.parity_table import render, title_of
     from recurrentgemma.common.io.checkpoint import BUNDLED
@@ -117,9 +118,9 @@ def parity(
     from recurrentgemma_conversion import open_checkpoint
 
     if framework is Implementation.TRANSFORMERS:
-        raise ValueError("transformers is compared with: --against transformers")
+        raise UserError("--framework must be jax or torch, got transformers: use --against")
     if against is Implementation.TRANSFORMERS and dtype is ParityDType.FLOAT64:
-        raise ValueError(
+        raise UserError(
             "--against transformers takes float32 and bfloat16, since its recurrence is float32, "
             f"got {dtype}"
         )
@@ -179,7 +180,7 @@ def _tokens(file: Path, tokenizer: Tokenizer | None) -> list[int]:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
         ) from error
     assert tokenizer is not None

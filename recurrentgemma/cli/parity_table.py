@@ -8,23 +8,23 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recurrentgemma.parity import Batch, Report, Row
+    from recurrentgemma.parity import ParityBatch, Report, Row
 
 
 def title_of(sides: Sequence[str], dtype: str) -> str:
-    """What is compared, in a line."""
+    """A line that names the two sides."""
     return f"{sides[0]} against {sides[1]}, {dtype}"
 
 
-def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
+def render(report: Report, title: str, batch: ParityBatch, *, every: bool) -> None:
     """Prints a report.
 
     Args:
       report: The report.
-      title: What was compared.
-      batch: On what.
-      every: Whether to list every tensor; else states and gradients have a line a block, that of
-        their worst.
+      title: The first line.
+      batch: The tokens of the comparison.
+      every: Whether to list every tensor; otherwise each block has one line for its worst state and
+        one for its worst gradient.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -38,8 +38,8 @@ def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
     console.print(
         f"{rows} rows of {length} tokens: in one pass, in chunks ({chunks}), "
         f"and {batch.num_steps} step by step.\n"
-        "Differences are relative to a tensor's RMS. The columns of dtypes have the part\n"
-        f"that they take of their budget in it, which is {_budgets(levels)}.\n"
+        "Differences are relative to a tensor's RMS. A dtype's column shows the part that\n"
+        f"they take of their budget in it, which is {_budgets(levels)}.\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("worst of all passes", no_wrap=True, overflow="ellipsis")
@@ -65,7 +65,7 @@ def render(report: Report, title: str, batch: Batch, *, every: bool) -> None:
 
 
 def summary(report: Report) -> Iterable[str]:
-    """What the table comes to."""
+    """The lines below the table."""
     params = [row for row in report.rows if row.kind == "parameter"]
     differing = [row for row in params if not row.within]
     if differing:
@@ -100,7 +100,7 @@ def _budgets(levels: Sequence[str]) -> str:
 
 
 def _lines(rows: Sequence[Row], every: bool) -> Iterable[tuple[str, Row]]:
-    """Labels, and the worst row of each."""
+    """Each label with its worst row."""
     for kind in ("activation", "state", "gradient"):
         labels: dict[str, Row] = {}
         for row in rows:

@@ -1,4 +1,4 @@
-"""Files as the user names them, where - is stdin."""
+"""Files as the user names them; - is stdin."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from recurrentgemma.common.io.jsonl import STDIO
 
 
 def named_path(word: str) -> Path:
-    """The path that a word names: `STDIO` only for - itself, not for a file of that name (./-)."""
+    """The path that a word names: - is `STDIO`, and ./- is a file of that name."""
     path = Path(word)
     return path.absolute() if path == STDIO and word != str(STDIO) else path
 
 
 def source_name(path: Path) -> str:
-    """What messages call a file that is read."""
+    """The name of an input file in messages."""
     return "stdin" if path == STDIO else str(path)
 
 
@@ -24,7 +24,7 @@ def read_source(path: Path, what: str) -> bytes:
 
     Args:
       path: The file.
-      what: What to ask for in a terminal.
+      what: What the terminal asks the user to type.
 
     Raises:
       OSError: The file cannot be read.

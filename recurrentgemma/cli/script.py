@@ -1,4 +1,4 @@
-"""Scripts that speak as the program does: a user's mistake is one line and exit code 2."""
+"""Scripts that report errors like the program: one line and exit code 2 for a user's mistake."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from recurrentgemma.cli import USER_MISTAKE, exit_code
 
 
 class Script(argparse.ArgumentParser):
-    """The flags of a script, and its end."""
+    """A script's flags and its exit."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the script, its flags being wrong."""
+        """Ends the script because a flag is wrong."""
         self.exit(USER_MISTAKE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def run(self, main: Callable[[argparse.Namespace], int | None]) -> NoReturn:

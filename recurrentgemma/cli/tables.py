@@ -14,11 +14,11 @@ _Row = Sequence[str]
 
 
 def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
-    """The lines of a report that `inspect.described` made.
+    """The lines of a report from `inspect.described`.
 
     Args:
       report: The report.
-      every_block: Whether to list all blocks, else the first of each kind.
+      every_block: Whether to list all blocks, or only the first of each kind.
     """
     rows = list(_config_rows(report["config"]))
     if "tokenizer" in report:
@@ -39,7 +39,7 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     yield ""
     sizes = dict(report["bytes"])
     training = sizes.pop("training", {})
-    columns = list(sizes["parameters"])  # the state has no size as stored
+    columns = list(sizes["parameters"])  # the state has no stored size
     rows = [
         (name.replace("_", " "), *(_size(row.get(column)) for column in columns))
         for name, row in sizes.items()
@@ -66,12 +66,12 @@ def _config_rows(config: dict[str, Any]) -> Iterator[_Row]:
 
 
 def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]:
-    """The table of parameters: headings, and rows all aligned alike."""
+    """The table of parameters: headings, and rows with one alignment."""
     entries = list(_entries(report, every_block))
     header = ["parameter", "shape", "axes", "dtype", "count"]
     rows = [entry for entry in entries if not isinstance(entry, str)]
     dtypes = {parameter["dtype"] for parameter in report["parameters"]}
-    if len(dtypes) == 1:  # as is usual; no column then
+    if len(dtypes) == 1:  # the usual case: leave out the column
         (dtype,) = dtypes
         header[0] += f" (all {dtype})" if dtype else ""
         header, *rows = ([*row[:3], row[4]] for row in (header, *rows))
@@ -102,7 +102,7 @@ def _entries(report: dict[str, Any], every_block: bool) -> Iterator[str | _Row]:
 
 
 def _block_entries(parameters: list[dict[str, Any]]) -> Iterator[str | _Row]:
-    """A block's rows, those of one layer indented under its name."""
+    """A block's rows; the rows of one layer are indented under its name."""
     for layer, group in groupby(parameters, lambda p: _split(p["path"])[1].split(".")[0]):
         rows = list(group)
         if len(rows) > 1:
@@ -113,7 +113,7 @@ def _block_entries(parameters: list[dict[str, Any]]) -> Iterator[str | _Row]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A path's block number and the path inside the block; ("", path) outside of blocks."""
+    """A path's block number and the path inside the block; ("", path) outside blocks."""
     if not path.startswith("blocks."):
         return "", path
     _, number, inside = path.split(".", 2)
@@ -131,7 +131,7 @@ def _row(name: str, parameter: dict[str, Any]) -> _Row:
 
 
 def _align(rows: Iterable[_Row], right: Iterable[int]) -> list[str]:
-    """Rows as lines in which columns line up, those numbered in `right` on the right."""
+    """Aligns rows into lines; columns numbered in `right` align on the right."""
     rows, right = list(rows), set(right)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

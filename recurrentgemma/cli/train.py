@@ -32,9 +32,10 @@ from recurrentgemma.cli.train_options import (
     require_consistent,
     to_toml,
 )
+from recurrentgemma.common.errors import UserError
 
 if TYPE_CHECKING:
-    from recurrentgemma.common.training.run import Run
+    from recurrentgemma.common.training.run import TrainingRun
     from recurrentgemma.common.training.run_folder import RunFolder
 
 
@@ -49,7 +50,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or begin it.")
+        bool, typer.Option("--resume", help="Continue the run in --out, or begin it.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
     as_json: Annotated[
@@ -59,9 +60,9 @@ def train(
 ) -> None:
     """Train a model from scratch, fine-tune one, or train adapters for one.
 
-    Data is JSONL: {"text": ...}; {"prompt": ..., "completion": ...}, of which the completion is
-    learnt; or {"messages": [{"role": "user", "content": ...}, {"role": "model", ...}]}, of which
-    the model's turns are.
+    Data is JSONL: {"text": ...}; {"prompt": ..., "completion": ...}, which trains on the
+    completion; or {"messages": [{"role": "user", "content": ...}, {"role": "model", ...}]}, which
+    trains on the model's turns.
     """
     from recurrentgemma.common.io.files import expanded, held_folder
     from recurrentgemma.common.training.run import Interrupted
@@ -75,9 +76,9 @@ def train(
     from_file = read_toml(expanded(options))[0] if options is not None else {}
     out = merged(given, from_file).out
     if out is None:
-        raise ValueError("--out must name the folder of the run")
+        raise UserError("--out must name the folder of the run")
     if resume and force:
-        raise ValueError("--resume and --force exclude each other")
+        raise UserError("--resume and --force exclude each other")
     folder = RunFolder(out)
     resume = resume and folder.options.is_file()
     if not resume:
@@ -87,7 +88,7 @@ def train(
             prepared.run()
             summary = prepared.finish()
     except Interrupted as interrupted:
-        sys.stderr.write(f"recurrentgemma: {interrupted}; --resume goes on\n")
+        sys.stderr.write(f"recurrentgemma: {interrupted}; --resume continues\n")
         raise typer.Exit(128 + interrupted.signal) from None
     if as_json:
         typer.echo(json.dumps(summary))
@@ -96,9 +97,9 @@ def train(
 
 
 class _Prepared(NamedTuple):
-    """A run that can be started."""
+    """A run that is ready to start."""
 
-    run: Run
+    run: TrainingRun
     finish: Callable[[], dict[str, Any]]
 
 
@@ -110,7 +111,7 @@ def _prepared(
     resume: bool,
     force: bool,
 ) -> Iterator[_Prepared]:
-    """Reads all that a run needs, then makes or opens its folder: mistakes change nothing."""
+    """Reads all inputs, then makes or opens the folder, so that mistakes change nothing."""
     from recurrentgemma.cli.train_display import (
         Logs,
         Observer,
@@ -119,10 +120,10 @@ def _prepared(
         Terminal,
         require_tensorboard,
     )
-    from recurrentgemma.cli.trainers import make_trainer
+    from recurrentgemma.cli.trainers import TwinTrainer
     from recurrentgemma.common.io.files import whole_file
     from recurrentgemma.common.training.loss_plot import can_draw, require_matplotlib
-    from recurrentgemma.common.training.run import Run
+    from recurrentgemma.common.training.run import TrainingRun
 
     stored, files = read_toml(folder.options) if resume else ({}, {})
     options = merged(given, from_file, stored)
@@ -146,7 +147,7 @@ def _prepared(
     with working("Loading the model"):
         assert options.framework is not None
         setup = make_setup(options, config, tokenizer, plan.steps)
-        trainer = make_trainer(options.framework, setup)
+        trainer = TwinTrainer(options.framework, setup)
     progress = None
     if resume:
         folder.clean()
@@ -154,7 +155,7 @@ def _prepared(
             progress, arrays = folder.load(steps[-1])
             trainer.load(progress.step, arrays)
             data.stream.position = progress.position
-            sys.stderr.write(f"going on from {folder.checkpoint(progress.step)}\n")
+            sys.stderr.write(f"continuing from {folder.checkpoint(progress.step)}\n")
     else:
         folder.begin()
     with whole_file(folder.options, force=True) as file:
@@ -169,7 +170,7 @@ def _prepared(
             observers.append(Plot(folder))
         for observer in observers:
             stack.enter_context(observer)
-        run = Run(plan, trainer, data.stream, data.validation, folder, observers, progress)
+        run = TrainingRun(plan, trainer, data.stream, data.validation, folder, observers, progress)
 
         def finish() -> dict[str, Any]:
             trainer.save(folder.model, folder.adapters)
@@ -180,28 +181,28 @@ def _prepared(
 
 def _require_same(folder: RunFolder, before: TrainOptions, now: TrainOptions) -> None:
     if changed := differences(before, now):
-        raise ValueError(
-            f"{folder.path} was begun with other options, with which alone it can be resumed: "
+        raise UserError(
+            f"{folder.path} must be resumed with the options that it began with: "
             f"{'; '.join(changed)}"
         )
 
 
 def _require_same_files(folder: RunFolder, before: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name, digest in now.items() if before.get(name) != digest]:
-        raise ValueError(
-            f"{folder.path} cannot be resumed, since what it was made of is no longer what it was: "
+        raise UserError(
+            f"{folder.path} cannot be resumed, since these inputs have changed: "
             f"{', '.join(changed)}"
         )
 
 
 def _resolved(options: TrainOptions) -> TrainOptions:
-    """The options with what depends on the machine, checked against each other."""
+    """The options, checked, with the defaults that depend on the machine."""
     from recurrentgemma.cli.trainers import training_dtype
     from recurrentgemma.common.model.presets import member
     from recurrentgemma.common.training.packing import TooLong
 
     if not options.train:
-        raise ValueError("--train must name a JSONL file")
+        raise UserError("--train must name a JSONL file")
     require_consistent(options)
     member(TooLong, options.too_long)
     framework = choose_framework(options.framework)
@@ -210,19 +211,19 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 
 
 def _say(options: TrainOptions, data: Data) -> None:
-    """Tells what there is to train on, on stderr."""
+    """Prints the amount of data on stderr."""
     cut = data.cut
     tokens = sum(example.places for example in cut.examples)
     line = f"{tokens:,} tokens in {data.stream.rows_in_epoch():,} rows of {options.length}"
     if cut.too_long:
         done = {"skip": "skipped", "truncate": "truncated"}.get(options.too_long, "split")
-        line += f"; {cut.too_long:,} examples are longer and were {done}"
+        line += f"; {cut.too_long:,} longer examples were {done}"
     if cut.empty:
         line += f"; {cut.empty:,} left out, with nothing to predict"
     sys.stderr.write(line + "\n")
 
 
-def _summary(folder: RunFolder, run: Run) -> dict[str, Any]:
+def _summary(folder: RunFolder, run: TrainingRun) -> dict[str, Any]:
     from recurrentgemma.common.training.logs import read_log
 
     progress = run.progress

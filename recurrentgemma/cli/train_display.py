@@ -1,4 +1,4 @@
-"""Who is told of a training run: its logs, the terminal, the plot, TensorBoard."""
+"""Observers of a training run: its logs, the terminal, the plot, TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 200  # characters of a sample
 
 
 class Observer:
-    """One that takes no notice, and closes at the end."""
+    """An observer that does nothing."""
 
     def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
         del entries
@@ -33,7 +33,7 @@ class Observer:
         del path
 
     def close(self) -> None:
-        """The run is over."""
+        """Called when the run is over."""
 
     def __enter__(self) -> Observer:
         return self
@@ -76,7 +76,7 @@ class TensorBoard(Observer):
     """Event files for TensorBoard."""
 
     def __init__(self, folder: RunFolder, step: int) -> None:
-        """Opens them.
+        """Opens the files.
 
         Raises:
           MissingExtraError: tensorboardX is not installed.
@@ -103,21 +103,21 @@ class TensorBoard(Observer):
 
 
 def require_tensorboard() -> None:
-    """Raises `MissingExtraError` where tensorboardX is not installed."""
+    """Raises `MissingExtraError` if tensorboardX is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise MissingExtraError("--tensorboard", "tensorboardX", "'recurrentgemma[train]'")
 
 
 class Terminal(Observer):
-    """What happens, on stderr: a bar where that is a terminal, or else a line now and then."""
+    """Progress on stderr: a bar in a terminal, otherwise a line now and then."""
 
     def __init__(self, steps: int, done: int, memory: Callable[[], int | None]) -> None:
         """Begins.
 
         Args:
-          steps: Steps in all.
+          steps: Steps in total.
           done: Steps done before.
-          memory: Tells the bytes used.
+          memory: Returns the bytes in use.
         """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

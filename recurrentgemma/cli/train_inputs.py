@@ -1,4 +1,4 @@
-"""What a run of `recurrentgemma train` is made of, by its options."""
+"""The inputs of `recurrentgemma train`, by its options."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from recurrentgemma.common.errors import UserError
+
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
     from recurrentgemma.cli.trainers import Setup
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
-    from recurrentgemma.common.training.packing import Cut, Stream
+    from recurrentgemma.common.training.packing import Cut, RowStream
     from recurrentgemma.common.training.run import Plan
 
-_PROMPTS = 2  # continued at each evaluation where none are given
+_PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 
 
-def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, Tokenizer]:
+def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.model.config import GriffinConfig
+    from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma_conversion.opening import open_checkpoint
 
     if options.preset is not None:
@@ -46,9 +48,7 @@ def config_and_tokenizer(options: TrainOptions) -> tuple[GriffinConfig | None, T
     return config if options.from_scratch else None, tokenizer
 
 
-def _require_match(
-    tokenizer: Tokenizer, config: GriffinConfig, own: Tokenizer | None = None
-) -> None:
+def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None = None) -> None:
     from recurrentgemma.common.errors import TokenizerError
 
     if tokenizer.size != config.vocab_size:
@@ -61,13 +61,13 @@ def _require_match(
         pieces = [t.vocab.id_to_piece(index) for t in (tokenizer, own)]
         if pieces[0] != pieces[1]:
             raise TokenizerError(
-                "the tokenizer is not that of the checkpoint: "
+                "the tokenizer differs from the checkpoint's: "
                 f"its piece {index} is {pieces[0]!r}, the checkpoint's is {pieces[1]!r}"
             )
 
 
 def fingerprints(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
-    """SHA-256 of all that a run goes on to need: by the files' names, and of the tokenizer."""
+    """The SHA-256 of every file that a run reads, by name, and of the tokenizer."""
     from recurrentgemma.common.training.data import fingerprint
     from recurrentgemma_conversion.opening import open_checkpoint
 
@@ -82,29 +82,29 @@ def fingerprints(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 class Data(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
       stream: The rows to train on.
       validation: The batches to evaluate on.
       cut: The examples in the rows.
-      prompts: Of the first examples to evaluate on, or else to train on.
+      prompts: The prompts of the first examples to evaluate on, or else to train on.
     """
 
-    stream: Stream
+    stream: RowStream
     validation: list[Batch]
     cut: Cut
     prompts: list[str]
 
 
 def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
-    """The rows of all files, those to evaluate on held out.
+    """Reads all files; the examples to evaluate on are held out.
 
     Raises:
       DataError: A line cannot be read; see `read_examples`.
     """
     from recurrentgemma.common.training.data import hold_out, read_examples
-    from recurrentgemma.common.training.packing import Stream, TooLong, cut, in_order
+    from recurrentgemma.common.training.packing import RowStream, TooLong, cut, in_order
 
     def read(paths: Sequence[Path]) -> list[Example]:
         return [
@@ -117,7 +117,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
     too_long = TooLong(options.too_long)
     rows = (options.length, tokenizer.pad_id)
     kept = cut(examples, options.length, too_long, options.stride)
-    stream = Stream(kept.examples, *rows, seed=options.seed, packed=options.pack)
+    stream = RowStream(kept.examples, *rows, seed=options.seed, packed=options.pack)
     validation = []
     if held_out:
         held = cut(held_out, options.length, too_long, options.stride)
@@ -127,7 +127,7 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
 
 
 def make_plan(options: TrainOptions, data: Data) -> Plan:
-    """How long the run is, and what it does on its way.
+    """The length and the schedule of the run.
 
     Raises:
       ValueError: It has no steps.
@@ -138,7 +138,7 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
     rows = options.batch_size * options.accumulation
     steps = options.steps or math.ceil(epochs * data.stream.rows_in_epoch() / rows)
     if not steps:
-        raise ValueError(f"--epochs must be above 0, got {options.epochs}")
+        raise UserError(f"--epochs must be above 0, got {options.epochs}")
     return Plan(
         steps=steps,
         batch_size=options.batch_size,
@@ -153,9 +153,9 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
 
 
 def make_setup(
-    options: TrainOptions, config: GriffinConfig | None, tokenizer: Tokenizer, steps: int
+    options: TrainOptions, config: Config | None, tokenizer: Tokenizer, steps: int
 ) -> Setup:
-    """What is trained, and how; `config` and `tokenizer` are those of `config_and_tokenizer`."""
+    """What to train, and how; `config_and_tokenizer` gives `config` and `tokenizer`."""
     from recurrentgemma.cli.trainers import Setup
     from recurrentgemma.common.training.lora import LoraOptions
     from recurrentgemma.common.training.optimization import OptimizerOptions

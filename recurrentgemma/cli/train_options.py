@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from recurrentgemma.cli.frameworks import DType, Framework
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.presets import Preset
 
@@ -31,7 +32,7 @@ _EXCLUSIVE = (
     ("steps", "epochs"),
     ("checkpoint", "preset", "config"),
 )
-# These may change when a run is resumed: its weights do not depend on them.
+# A resumed run may change these: its weights do not depend on them.
 _FREE = frozenset(
     [
         "framework",
@@ -44,7 +45,7 @@ _FREE = frozenset(
         "sample_tokens",
         "plot",
         "tensorboard",
-    ]  # as a list it is three times as long
+    ]
 )
 
 
@@ -72,12 +73,16 @@ class TrainOptions:
     ] = 256
     stride: Annotated[
         int | None,
-        _option(_DATA, "Between the windows of a split example. Default: the length.", min=1,
+        _option(_DATA, "Tokens between windows of a split example. Default: the length.", min=1,
                 metavar="N", show_default=False),
     ] = None  # fmt: skip
     too_long: Annotated[
         str,
-        _option(_DATA, "An example longer than a row: split, truncate or skip.", metavar="HOW"),
+        _option(
+            _DATA,
+            "For examples longer than a row: split, truncate or skip.",
+            metavar="HOW",
+        ),
     ] = "split"
     pack: Annotated[
         bool, _option(_DATA, "Several examples in a row, or each in its own.", "--pack/--no-pack")
@@ -85,7 +90,7 @@ class TrainOptions:
     eos: Annotated[
         bool, _option(_DATA, "Whether EOS ends texts and completions.", "--eos/--no-eos")
     ] = True
-    seed: Annotated[int, _option(_DATA, "Of the order and of initial values.", min=0)] = 0
+    seed: Annotated[int, _option(_DATA, "Seed of the order and of initial values.", min=0)] = 0
 
     framework: Annotated[
         Framework | None,
@@ -128,7 +133,7 @@ class TrainOptions:
         DType | None,
         _option(
             _MODEL,
-            "Of the parameters. Default: float32 on CPU, or else bfloat16.",
+            "Dtype of the parameters. Default: float32 on CPU, or else bfloat16.",
             show_default=False,
         ),
     ] = None
@@ -151,31 +156,41 @@ class TrainOptions:
         _option(_MODEL, "attention, recurrent, mlp or gates. Repeatable.", metavar="GROUP"),
     ] = dataclasses.field(default_factory=lambda: ["attention", "recurrent", "mlp"])
     lora_quantize: Annotated[
-        bool, _option(_MODEL, "Keep what is under the adapters as int8.", "--lora-quantize")
+        bool, _option(_MODEL, "Keep the weights under the adapters as int8.", "--lora-quantize")
     ] = False
 
     optimizer: Annotated[str, _option(_OPTIMIZER, "adamw, sgd or adafactor.", metavar="NAME")] = (
         "adamw"
     )
-    learning_rate: Annotated[float, _option(_OPTIMIZER, "The highest.", metavar="X")] = 3e-4
+    learning_rate: Annotated[float, _option(_OPTIMIZER, "The highest rate.", metavar="X")] = 3e-4
     warmup_steps: Annotated[
-        int, _option(_OPTIMIZER, "Steps over which it grows to that.", min=0, metavar="N")
+        int,
+        _option(
+            _OPTIMIZER,
+            "Steps until the rate is highest.",
+            min=0,
+            metavar="N",
+        ),
     ] = 0
     final_fraction: Annotated[
-        float, _option(_OPTIMIZER, "What the cosine ends at, as a share of it.", metavar="P")
+        float,
+        _option(_OPTIMIZER, "The last rate, as a share of the highest.", metavar="P"),
     ] = 0.1
     weight_decay: Annotated[
-        float, _option(_OPTIMIZER, "Of kernels; never of norms and biases.", metavar="X")
+        float,
+        _option(_OPTIMIZER, "For kernels, not norms or biases.", metavar="X"),
     ] = 0.1
     b1: Annotated[float, _option(_OPTIMIZER, "AdamW's.", metavar="X")] = 0.9
     b2: Annotated[float, _option(_OPTIMIZER, "AdamW's.", metavar="X")] = 0.95
     eps: Annotated[float, _option(_OPTIMIZER, "AdamW's.", metavar="X")] = 1e-8
     momentum: Annotated[float, _option(_OPTIMIZER, "SGD's.", metavar="X")] = 0.9
     clip_norm: Annotated[
-        float, _option(_OPTIMIZER, "The largest norm of a gradient; 0 for any.", min=0, metavar="X")
+        float,
+        _option(_OPTIMIZER, "Largest gradient norm; 0 for no limit.", min=0, metavar="X"),
     ] = 1.0
     state_dtype: Annotated[
-        DType, _option(_OPTIMIZER, "Of the optimiser's copy of the parameters and its state.")
+        DType,
+        _option(_OPTIMIZER, "Dtype of the optimiser's state and its copy of parameters."),
     ] = DType.FLOAT32
 
     out: Annotated[
@@ -192,7 +207,7 @@ class TrainOptions:
     ] = None
     batch_size: Annotated[int, _option(_RUN, "Rows read at once.", min=1, metavar="N")] = 8
     accumulation: Annotated[
-        int, _option(_RUN, "Batches whose gradients make an update.", min=1, metavar="N")
+        int, _option(_RUN, "Batches whose gradients make one update.", min=1, metavar="N")
     ] = 1
     evaluate_every: Annotated[
         int, _option(_RUN, "Steps between evaluations.", min=1, metavar="N")
@@ -201,22 +216,23 @@ class TrainOptions:
         int, _option(_RUN, "Steps between checkpoints.", min=1, metavar="N")
     ] = 100
     keep: Annotated[
-        int, _option(_RUN, "Last checkpoints kept, beside the best.", min=1, metavar="K")
+        int,
+        _option(_RUN, "Last checkpoints to keep, beside the best.", min=1, metavar="K"),
     ] = 2
     log_every: Annotated[
         int, _option(_RUN, "Steps between looks at the loss.", min=1, metavar="N")
     ] = 10
     sample_prompt: Annotated[
         list[str],
-        _option(_RUN, "Continued at each evaluation. Repeatable. Default: of the first examples.",
+        _option(_RUN, "A prompt to continue at evaluations. Repeatable. Default: from the data.",
                 metavar="TEXT", show_default=False),
     ] = dataclasses.field(default_factory=list)  # fmt: skip
     sample_tokens: Annotated[
-        int, _option(_RUN, "Tokens of these; 0 for no samples.", min=0, metavar="N")
+        int, _option(_RUN, "Tokens to continue prompts with; 0 for none.", min=0, metavar="N")
     ] = 32
     plot: Annotated[
         bool | None,
-        _option(_RUN, "Draw loss.png. Default: where matplotlib is installed.", "--plot/--no-plot",
+        _option(_RUN, "Draw loss.png. Default: if matplotlib is installed.", "--plot/--no-plot",
                 show_default=False),
     ] = None  # fmt: skip
     tensorboard: Annotated[bool, _option(_RUN, "Log for TensorBoard, too.", "--tensorboard")] = (
@@ -243,36 +259,36 @@ def parameters() -> list[inspect.Parameter]:
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options in a TOML file, and the hashes of data files if it is a run's own.
+    """The options in a TOML file, and the hashes of data files if a run wrote it.
 
-    Names are those of the flags, with "-" or "_".
+    Keys are named like the flags, with "-" or "_".
 
     Raises:
-      ValueError: It is not TOML, or keys are unknown or have values of a wrong type (all are told).
+      ValueError: It is not TOML, or keys are unknown or have a wrong type; all are listed.
       OSError: It cannot be read.
     """
     try:
         values = tomllib.loads(path.read_bytes().decode())
     except ValueError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
+        raise UserError(f"{path} is not TOML: {error}") from error
     files = values.pop(_FILES, {})
     options, problems = {}, []
     for key, value in values.items():
         name = key.replace("-", "_")
         try:
             if name in options:
-                raise ValueError(f"{name} is given twice")
+                raise UserError(f"{name} is given twice")
             options[name] = _converted(name, value)
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{path}: {'; '.join(problems)}")
     return options, files
 
 
 def _converted(name: str, value: Any) -> Any:
     if name not in FIELDS:
-        raise ValueError(f"unknown option {name!r}")
+        raise UserError(f"unknown option {name!r}")
     kind = _TYPES[name]
     kinds = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
     if typing.get_origin(kind) is list:
@@ -286,7 +302,7 @@ def _as_kind(name: str, kind: type, value: Any) -> Any:
         return float(value)
     stored = str if issubclass(kind, Path | enum.Enum) else kind
     if type(value) is not stored:
-        raise ValueError(f"{name} must be of type {stored.__name__}, got {value!r}")
+        raise UserError(f"{name} must be of type {stored.__name__}, got {value!r}")
     return kind(value)
 
 
@@ -311,7 +327,7 @@ def _toml(value: Any) -> str:
 
 
 def differences(before: TrainOptions, now: TrainOptions) -> list[str]:
-    """What a resumed run must have as it was, and has not."""
+    """The options that must stay the same when a run is resumed, but changed."""
     return [
         f"{name} was {_toml(getattr(before, name))}, is {_toml(getattr(now, name))}"
         for name in FIELDS
@@ -320,9 +336,9 @@ def differences(before: TrainOptions, now: TrainOptions) -> list[str]:
 
 
 def merged(given: Mapping[str, Any], *lower: Mapping[str, Any]) -> TrainOptions:
-    """Options, those that are given first before those below and before what these exclude.
+    """Merges options: those that are given win over the lower ones, and over what they exclude.
 
-    In paths `~` is the home: no shell expands it in a TOML file, and not all do in `--out=~/run`.
+    `~` in a path is the home: no shell expands it in a TOML file, and not all do in `--out=~/run`.
     """
     values: dict[str, Any] = {}
     for layer in (*reversed(lower), given):
@@ -340,8 +356,8 @@ def _at_home(value: Any) -> Any:
 
 
 def require_consistent(options: TrainOptions) -> None:
-    """Raises `ValueError` where options that exclude each other are given."""
+    """Raises `ValueError` if options exclude each other."""
     for group in _EXCLUSIVE:
         given = [f"--{name.replace('_', '-')}" for name in group if getattr(options, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
+            raise UserError(f"{' and '.join(given)} exclude each other")

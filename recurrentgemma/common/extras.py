@@ -1,4 +1,4 @@
-"""What is installed of the packages that only some of the work needs."""
+"""Packages that only some features need: which are installed, and how to install the others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EXTRA_OF = {
 
 
 def is_installed(module: str) -> bool:
-    """Whether there is a top-level module of that name, which is not imported."""
-    # Without an origin it is just some folder of that name.
+    """Whether a top-level module of that name exists; it is not imported."""
+    # Without an origin it is only a folder of that name.
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 

@@ -1,4 +1,4 @@
-"""Text in and out: tokenizer, chat template, padding and positions, safe streaming."""
+"""Text to tokens and back: tokenizer, chat template, padding with positions, streaming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
 def check_text(text: Any, name: str = "text") -> None:
-    """Raises `ValueError`, which calls it `name`, unless it is a `str` that UTF-8 can encode."""
+    """Raises `ValueError` unless `text` is a `str` that UTF-8 can encode. The error says `name`."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a str, got {type(text).__name__}: {text!r}")
     try:
@@ -28,10 +28,10 @@ def check_text(text: Any, name: str = "text") -> None:
 
 
 def apply_it_formatter(input_string: str) -> str:
-    """One user turn in the template of instruction-tuned models, up to where the model speaks.
+    """One user turn in the template of instruction-tuned models, up to the model's answer.
 
     Raises:
-      ValueError: It is no `str`, or holds an unpaired surrogate.
+      ValueError: The input is not a `str`, or holds an unpaired surrogate.
     """
     check_text(input_string)
     return f"{START_OF_TURN}user\n{input_string}{END_OF_TURN}\n{START_OF_TURN}model\n"
@@ -41,18 +41,18 @@ class Tokenizer:
     """A sentencepiece vocabulary with its special tokens, looked up by piece.
 
     Attributes:
-      vocab: The processor underneath.
-      pad_id: Padding.
+      vocab: The sentencepiece processor.
+      pad_id: Pads a row.
       bos_id: Starts every prompt.
       eos_id: Ends a text.
-      end_of_turn_id: Ends a turn of an instruction-tuned model; None where there is no such piece.
+      end_of_turn_id: Ends a turn of an instruction-tuned model; None if there is no such piece.
     """
 
     def __init__(self, vocab: spm.SentencePieceProcessor | str | os.PathLike[str]) -> None:
         """Wraps a processor, or loads the one in a file.
 
         Raises:
-          ValueError: The file is missing or no sentencepiece model, or there is no BOS or EOS.
+          ValueError: The file is missing or not a sentencepiece model, or BOS or EOS is missing.
         """
         if not isinstance(vocab, spm.SentencePieceProcessor):
             vocab = _load(Path(vocab))
@@ -68,7 +68,7 @@ class Tokenizer:
         """The id that ends a turn.
 
         Raises:
-          ValueError: There is none: the model was not tuned to chat.
+          ValueError: The tokenizer has no such piece: the model was not tuned to chat.
         """
         if self.end_of_turn_id is None:
             raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
@@ -83,17 +83,17 @@ class Tokenizer:
         """BOS and the tokens of a text; the empty text is BOS alone.
 
         Raises:
-          ValueError: It is no `str`, or holds an unpaired surrogate.
+          ValueError: The text is not a `str`, or holds an unpaired surrogate.
         """
         check_text(text)
         return [self.bos_id, *self.vocab.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens; special tokens are skipped."""
         return self.vocab.decode(self.spoken(tokens))
 
     def spoken(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens that text is made of, without special ones and those beyond the pieces."""
+        """The tokens that make text: no special tokens and no ids beyond the pieces."""
         special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
         return [int(t) for t in tokens if t not in special and t < self.size]
 
@@ -110,25 +110,25 @@ def _load(path: Path) -> spm.SentencePieceProcessor:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come, never printing half a character."""
+    """Turns tokens into text one by one, and never prints half a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the last printed one, and at most three after it
+        self._tokens: list[int] = []  # the last printed token, and at most three after it
         self._printed = 0  # a token's text may depend on the one before it
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token, maybe none."""
+        """The text that one more token makes certain; possibly empty."""
         self._tokens += self._tokenizer.spoken([token])
         certain = len(self._tokens)
-        # An unfinished character decodes to U+FFFD: wait for its rest. It has three bytes at most.
+        # An unfinished character, three bytes at most, decodes to U+FFFD: wait for the rest.
         least = max(self._printed, certain - 3)
         while certain > least and self._text(certain).endswith("\N{REPLACEMENT CHARACTER}"):
             certain -= 1
         return self._advance(certain)
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text still held back; call it at the end."""
         return self._advance(len(self._tokens))
 
     def _text(self, end: int) -> str:
@@ -147,12 +147,12 @@ def pad_left(
     length: int | None = None,
     starts: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one batch, padded on the left, and their positions (-1 where padded).
+    """Puts prompts into one batch, padded on the left, with positions (-1 at padding).
 
     Args:
       prompts: Token ids of each row.
-      pad_id: What padding is filled with.
-      length: Length of the batch, at least the longest prompt's; that if None.
+      pad_id: The token id of padding.
+      length: Length of the batch, at least the longest prompt's; that length if None.
       starts: The position of each row's first token; 0 if None.
 
     Returns:

@@ -3,7 +3,7 @@
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.generation.conversation import Conversation
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.model.state import State
 from recurrentgemma.common.training.batch import Batch
@@ -13,9 +13,6 @@ from recurrentgemma.common.training.optimization import OptimizerOptions
 if not (is_installed("jax") and is_installed("flax")):
     raise MissingFrameworkError("recurrentgemma.jax", "jax", "'recurrentgemma[jax]'")
 
-from recurrentgemma.jax.attention import LocalAttentionBlock
-from recurrentgemma.jax.blocks import MLPBlock, RecurrentBlock, ResidualBlock
-from recurrentgemma.jax.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
 from recurrentgemma.jax.checkpoint import (
     load_checkpoint,
     load_parameters,
@@ -25,6 +22,15 @@ from recurrentgemma.jax.checkpoint import (
 from recurrentgemma.jax.griffin import Griffin, init_params
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.jax.loss import cross_entropy
+from recurrentgemma.jax.modules import (
+    AttentionBlockCache,
+    LocalAttentionBlock,
+    MLPBlock,
+    RecurrentBlock,
+    RecurrentBlockCache,
+    ResidualBlock,
+    ResidualBlockCache,
+)
 from recurrentgemma.jax.rg_lru import RGLRU
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy

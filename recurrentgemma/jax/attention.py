@@ -1,108 +1,113 @@
-"""Local multi-query attention in blocks: memory grows with T, never with T squared."""
+"""Attention in blocks: where the reach has a limit, memory grows with T, never with T squared."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.model.presets import TemporalBlockType
-from recurrentgemma.jax.cache import (
-    AttentionBlockCache,
-    init_block_cache,
-    num_padding,
-    prepend_history,
-)
-from recurrentgemma.jax.layers import SpecModule
+from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
+from recurrentgemma.common.model.state import round_capacity
+from recurrentgemma.jax.cache import empty_block, num_padding, prepend_history
+from recurrentgemma.jax.layers import RMSNorm, SpecModule
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 
-MAX_WAVELENGTH = 10_000
 BLOCKS_PER_WINDOW = 4
 
 
-def apply_rope(x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
-    """Rotary embedding of the first half of each head; the second half passes through.
+def apply_rope(
+    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], rope: Rope
+) -> Float[Array, "b t n h"]:
+    """Rotary embedding of the first `share` of each head; the rest passes through.
 
-    The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
+    The turned part is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
     """
-    rotated, passed = jnp.split(x, 2, -1)
-    half = rotated.shape[-1] // 2
+    half = int(x.shape[-1] * rope.share) // 2
+    rotated, passed = jnp.split(x, [2 * half], -1)
     wide = wide_dtype(x.dtype)
     exponent = jnp.arange(half, dtype=wide) / half
-    angle = positions[..., None, None] * jnp.asarray(MAX_WAVELENGTH, wide) ** -exponent
+    angle = positions[..., None, None] * (jnp.asarray(rope.base, wide) ** -exponent / rope.stretch)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(rotated.astype(wide), 2, -1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
     return jnp.concatenate([turned.astype(x.dtype), passed], -1)
 
 
-def local_attention(
+def attend(
     q_btnh: Float[Array, "b t n h"],
-    kv_bsh: Float[Array, "b s hh"],
+    kv_bskh: Float[Array, "b s kv hh"],
     document_bt: Int[Array, "b t"],
     document_bs: Int[Array, "b s"],
-    window: int,
+    mixer: Attention,
 ) -> Float[Array, "b t n h"]:
-    """Attention of T queries over S = H + T places, H of them history (0 or `window`).
+    """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
 
-    The query at place H + t sees places H + t - window to H + t, those of its own document. The
-    sequence goes in blocks of a fraction of the window, each against its own keys and those of the
-    blocks that the window reaches.
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. The
+    sequence goes in blocks of a fraction of the reach, each against its own keys and those of the
+    blocks that the reach covers.
 
     Args:
       q_btnh: Queries.
-      kv_bsh: Key and value, side by side in the last axis.
+      kv_bskh: Key and value, side by side in the last axis.
       document_bt: Which document each query belongs to.
       document_bs: Which document each key belongs to.
-      window: How many places before its own a query sees.
+      mixer: The reach, the scale and the soft cap.
     """
-    length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
-    block = -(-window // BLOCKS_PER_WINDOW)
-    reach = block * BLOCKS_PER_WINDOW
-    if history + length <= reach + block:  # no more keys than a block sees
+    length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
+    reach = history + length if mixer.reach is None else mixer.reach
+    block = -(-reach // BLOCKS_PER_WINDOW)
+    covered = block * BLOCKS_PER_WINDOW
+    if history + length <= covered + block:  # no more keys than a block sees
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
-        kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
+        kv_bgskh, document_bgs = kv_bskh[:, None], document_bs[:, None]
     else:
-        before, number = reach - history, (length + block - 1) // block
+        before, number = covered - history, (length + block - 1) // block
         q_bgcnh = _blocks(q_btnh, 0, number, block)
         document_bgc = _blocks(document_bt, 0, number, block)
         number += BLOCKS_PER_WINDOW
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, number, block))
+        kv_bgskh = _and_previous(_blocks(kv_bskh, before, number, block))
         document_bgs = _and_previous(_blocks(document_bs, before, number, block))
-        history = reach
-    lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgsh.shape[2])
-    mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
+        history = covered
+    lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgskh.shape[2])
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    k_bgsh, v_bgsh = jnp.split(kv_bgsh, 2, -1)
-    encoded = _attend(q_bgcnh, k_bgsh, v_bgsh, mask_bgcs)
+    k_bgskh, v_bgskh = jnp.split(kv_bgskh, 2, -1)
+    encoded = _attend(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer)
     places = encoded.shape[1] * encoded.shape[2]
     return encoded.reshape(encoded.shape[0], places, *encoded.shape[3:])[:, :length]
 
 
 def _attend(
     q_bgcnh: Float[Array, "b g c n h"],
-    k_bgsh: Float[Array, "b g s h"],
-    v_bgsh: Float[Array, "b g s h"],
+    k_bgskh: Float[Array, "b g s kv h"],
+    v_bgskh: Float[Array, "b g s kv h"],
     mask_bgcs: Bool[Array, "b g c s"],
+    mixer: Attention,
 ) -> Float[Array, "b g c n h"]:
-    """Multi-query attention in each of G blocks, its softmax in float32."""
+    """Attention in each of G blocks, its softmax in float32; R query heads share a key head."""
     wide = wide_dtype(q_bgcnh.dtype)
+    kv_heads, group = mixer.kv_heads, mixer.heads // mixer.kv_heads
+    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], kv_heads, group, mixer.head_dim)
     # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
-    logits_bgcns = jnp.einsum("bgcnh,bgsh->bgcns", q_bgcnh, k_bgsh, preferred_element_type=wide)
-    logits_bgcns = logits_bgcns * q_bgcnh.shape[-1] ** -0.5
-    logits_bgcns = jnp.where(mask_bgcs[:, :, :, None], logits_bgcns, jnp.finfo(wide).min)
-    largest_bgcn1 = jax.lax.stop_gradient(logits_bgcns.max(-1, keepdims=True))
-    weights_bgcns = jnp.exp(logits_bgcns - largest_bgcn1)
-    out_bgcnh = jnp.einsum(
-        "bgcns,bgsh->bgcnh",
-        weights_bgcns.astype(v_bgsh.dtype),
-        v_bgsh,
+    scores_bgkcrs = jnp.einsum(
+        "bgckrh,bgskh->bgkcrs", q_bgckrh, k_bgskh, preferred_element_type=wide
+    )
+    scores_bgkcrs = scores_bgkcrs * mixer.scale
+    if mixer.soft_cap:
+        scores_bgkcrs = jnp.tanh(scores_bgkcrs / mixer.soft_cap) * mixer.soft_cap
+    mask_bg1c1s = mask_bgcs[:, :, None, :, None]
+    scores_bgkcrs = jnp.where(mask_bg1c1s, scores_bgkcrs, jnp.finfo(wide).min)
+    largest_bgkcr1 = jax.lax.stop_gradient(scores_bgkcrs.max(-1, keepdims=True))
+    weights_bgkcrs = jnp.exp(scores_bgkcrs - largest_bgkcr1)
+    out_bgkcrh = jnp.einsum(
+        "bgkcrs,bgskh->bgkcrh",
+        weights_bgkcrs.astype(v_bgskh.dtype),
+        v_bgskh,
         preferred_element_type=wide,
     )
-    return (out_bgcnh / weights_bgcns.sum(-1, keepdims=True)).astype(q_bgcnh.dtype)
+    out_bgkcrh = (out_bgkcrh / weights_bgkcrs.sum(-1, keepdims=True)).astype(q_bgcnh.dtype)
+    return out_bgkcrh.swapaxes(2, 3).reshape(q_bgcnh.shape)
 
 
 def _blocks(x: Array, before: int, number: int, length: int) -> Array:
@@ -121,8 +126,12 @@ def _and_previous(blocks: Array) -> Array:
     return jnp.concatenate(list(shifted), 2)
 
 
-class LocalAttentionBlock(SpecModule):
-    """Multi-query attention in which a token sees itself and the W tokens before it."""
+class AttentionBlock(SpecModule):
+    """Attention in which a token sees itself and `reach` tokens before it, or all."""
+
+    width: int
+    mixer: Attention
+    final_w_init_variance_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -130,115 +139,130 @@ class LocalAttentionBlock(SpecModule):
         x: Float[Array, "b t d"],
         segment_pos: Int[Array, "b t"],
         cache: AttentionBlockCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], AttentionBlockCache]:
+        return_cache: bool = True,
+    ) -> tuple[Float[Array, "b t d"], AttentionBlockCache | None]:
         """Returns the outputs and the state after them."""
-        segment_pos = as_positions(segment_pos, x)
-        q_btd, k_bth, v_bth = (self.linear(f"proj_{name}")(x) for name in "qkv")
-        q_btnh = q_btd.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        q_btnh = apply_rope(q_btnh, segment_pos)
-        k_bth = apply_rope(k_bth[..., None, :], segment_pos)[..., 0, :]
+        mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
+        q_btnh, k_btkh, v_btkh = (
+            self.linear(f"proj_{name}", self.width, heads * mixer.head_dim, bias=False)(x).reshape(
+                *x.shape[:2], heads, mixer.head_dim
+            )
+            for name, heads in (("q", mixer.heads), ("k", mixer.kv_heads), ("v", mixer.kv_heads))
+        )
+        if mixer.qk_norm:
+            q_btnh = self.child(RMSNorm, "q_norm", mixer.head_dim)(q_btnh)
+            k_btkh = self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh)
+        q_btnh, k_btkh = (apply_rope(z, segment_pos, mixer.rope) for z in (q_btnh, k_btkh))
         if not x.shape[1]:  # nothing happens to the state
-            kind = TemporalBlockType.ATTENTION
-            empty: Any = init_block_cache(self.config, kind, x.shape[0], v_bth.dtype)
+            empty = empty_block(mixer, x.shape[0], v_btkh.dtype)
             encoded, new_cache = q_btnh, cache or empty
         elif cache is not None and x.shape[1] == 1:
-            encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
+            encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
         else:
-            kv_bth = jnp.concatenate([k_bth, v_bth], -1)
-            encoded, new_cache = self._chunk(q_btnh, kv_bth, segment_pos, cache)
-        return self.linear("proj_final")(encoded.reshape(q_btd.shape)), new_cache
+            kv_btkh = jnp.concatenate([k_btkh, v_btkh], -1)
+            encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)
+        out = encoded.reshape(*x.shape[:2], mixer.heads * mixer.head_dim)
+        sizes = (out.shape[-1], self.width, mixer.out_bias, self.final_w_init_variance_scale)
+        return self.linear("proj_final", *sizes)(out), new_cache if return_cache else None
 
-    def _chunk(
-        self,
-        q_btnh: Float[Array, "b t n h"],
-        kv_bth: Float[Array, "b t hh"],
-        segment_pos: Int[Array, "b t"],
-        cache: AttentionBlockCache | None,
-    ) -> tuple[Float[Array, "b t n h"], AttentionBlockCache]:
-        document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
-        window = self.config.attention_window_size
-        if cache is None:
-            kv_bsh, document_bs = kv_bth, document
-        else:
-            padding = num_padding(segment_pos)
-            kv_bwh, document_bw = _history(cache, segment_pos, padding)
-            kv_bsh = prepend_history(kv_bwh, kv_bth, padding)
-            # Shifted by one, so that the zeros before the history mean no document.
-            document_bs = prepend_history(
-                document_bw[..., None] + 1, document[..., None] + 1, padding
-            )[..., 0] - 1  # fmt: skip
-        encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
-        return encoded, _new_cache(cache, kv_bth, segment_pos, window)
+
+def _chunk(
+    mixer: Attention,
+    q_btnh: Float[Array, "b t n h"],
+    kv_btkh: Float[Array, "b t kv hh"],
+    segment_pos: Int[Array, "b t"],
+    cache: AttentionBlockCache | None,
+) -> tuple[Float[Array, "b t n h"], AttentionBlockCache]:
+    document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
+    if cache is None:
+        kv_bskh, document_bs = kv_btkh, document
+        slots = mixer.reach or round_capacity(kv_btkh.shape[1])
+    else:
+        padding, slots = num_padding(segment_pos), cache.keys.shape[1]
+        kv_bpz, document_bp = _history(cache, segment_pos, padding)
+        kv_bsz = prepend_history(
+            kv_bpz, kv_btkh.reshape(*kv_btkh.shape[:2], kv_bpz.shape[2]), padding
+        )
+        kv_bskh = kv_bsz.reshape(*kv_bsz.shape[:2], *kv_btkh.shape[2:])
+        # Shifted by one, so that the zeros before the history mean no document.
+        document_bs = prepend_history(
+            document_bp[..., None] + 1, document[..., None] + 1, padding
+        )[..., 0] - 1  # fmt: skip
+    encoded = attend(q_btnh, kv_bskh, document, document_bs, mixer)
+    return encoded, _new_cache(cache, kv_btkh, segment_pos, slots)
 
 
 def _step(
+    mixer: Attention,
     q_b1nh: Float[Array, "b 1 n h"],
-    k_b1h: Float[Array, "b 1 h"],
-    v_b1h: Float[Array, "b 1 h"],
+    k_b1kh: Float[Array, "b 1 kv h"],
+    v_b1kh: Float[Array, "b 1 kv h"],
     segment_pos: Int[Array, "b 1"],
     cache: AttentionBlockCache,
 ) -> tuple[Float[Array, "b 1 n h"], AttentionBlockCache]:
-    """One token a row, against the ring as it lies: what a chunk of one token would give."""
-    window = cache.keys.shape[1]
+    """One token a row, against the ring as it lies: equal to a chunk of one token."""
+    slots = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
-    slot = jnp.arange(window)
-    between = (segment_pos - slot - 1) % window  # tokens since the one in the slot
+    slot = jnp.arange(slots)
+    between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
     sees_bs = jnp.pad(between < num_before, ((0, 0), (0, 1)), constant_values=True)
-    replaced = ((between == window - 1) & is_token)[..., None, None]
+    replaced = ((between == slots - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]
 
     (keys, ring_of_keys), (values, ring_of_values) = (
-        _extended_and_replaced(ring.astype(new.dtype), new[:, None], starts, replaced)
-        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+        _extended_and_replaced(ring.astype(new.dtype), new, starts, replaced)
+        for ring, new in ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     )
-    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
+    args = (keys[:, None], values[:, None], sees_bs[:, None, None], mixer)
+    encoded = _attend(q_b1nh[:, None], *args)[:, 0]
     num_tokens = (num_before + is_token)[:, 0]
     return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
 
 
 def _extended_and_replaced(
-    ring_bw1h: Array, new_b11h: Array, starts: Array, replaced: Array
+    ring_bskh: Array, new_b1kh: Array, starts: Array, replaced: Array
 ) -> tuple[Array, Array]:
-    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
-    seen = jnp.concatenate([ring_bw1h, new_b11h], 1).swapaxes(1, 2)
-    return seen, jnp.where(replaced, new_b11h, jnp.where(starts, 0, ring_bw1h))
+    """The keys that one token sees, [B, S + 1, K, H], and the ring after it."""
+    seen = jnp.concatenate([ring_bskh, new_b1kh], 1)
+    return seen, jnp.where(replaced, new_b1kh, jnp.where(starts, 0, ring_bskh))
 
 
 def _history(
     cache: AttentionBlockCache, segment_pos: Int[Array, "b t"], padding: Int[Array, " b"]
-) -> tuple[Float[Array, "b w hh"], Int[Array, "b w"]]:
+) -> tuple[Float[Array, "b s z"], Int[Array, "b s"]]:
     """The ring in order of time, and its documents: 0, which a continued document has, or none."""
-    window = cache.keys.shape[1]
+    slots = cache.keys.shape[1]
     last = segment_pos.shape[1] - 1
     first_pos = jnp.take_along_axis(segment_pos, padding.clip(max=last)[:, None], 1)
-    age = jnp.arange(window, 0, -1)
-    slot = (first_pos - age) % window
+    age = jnp.arange(slots, 0, -1)
+    slot = (first_pos - age) % slots
     rows = jnp.arange(slot.shape[0])[:, None]
-    kv = jnp.concatenate([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)[rows, slot]
+    kv = jnp.concatenate([cache.keys, cache.values], -1)
+    kv = kv.reshape(*kv.shape[:2], kv.shape[2] * kv.shape[3])[rows, slot]
     return kv, jnp.where(age <= cache.num_tokens[:, None], 0, -1)
 
 
 def _new_cache(
     cache: AttentionBlockCache | None,
-    kv_bth: Float[Array, "b t hh"],
+    kv_btkh: Float[Array, "b t kv hh"],
     segment_pos: Int[Array, "b t"],
-    window: int,
+    slots: int,
 ) -> AttentionBlockCache:
     """The ring after a chunk: per slot the newest token of the last document, else as it was."""
     length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
     starts = (segment_pos == 0).any(-1)
     num_new = length - num_padding(segment_pos)
     num_new = jnp.where(starts, jnp.minimum(num_new - 1, last_pos) + 1, num_new)
-    age = (last_pos[:, None] - jnp.arange(window)) % window
+    age = (last_pos[:, None] - jnp.arange(slots)) % slots
     rows = jnp.arange(age.shape[0])[:, None]
-    newest = kv_bth[rows, (length - 1 - age).clip(min=0)]
+    newest = kv_btkh[rows, (length - 1 - age).clip(min=0)]
     if cache is None:
         kept, num_tokens = jnp.zeros_like(newest), num_new
     else:
-        kept = jnp.concatenate([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)
-        kept = jnp.where(starts[:, None, None], 0, kept.astype(newest.dtype))
+        kept = jnp.concatenate([cache.keys, cache.values], -1).astype(newest.dtype)
+        kept = jnp.where(starts[:, None, None, None], 0, kept)
         num_tokens = jnp.where(starts, num_new, cache.num_tokens + num_new)
-    kv = jnp.where((age < num_new[:, None])[..., None], newest, kept)
-    keys, values = jnp.split(kv[:, :, None], 2, -1)
+    kv = jnp.where((age < num_new[:, None])[..., None, None], newest, kept)
+    keys, values = jnp.split(kv, 2, -1)
     return AttentionBlockCache(keys, values, num_tokens.astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""The state of a Griffin model between two chunks of the same sequences.
+"""The state of a model between two chunks of the same sequences.
 
 The state is canonical: however the tokens were split into chunks, and however much padding came
 with them, the same tokens leave the same arrays. Every update is functional.
@@ -6,83 +6,67 @@ with them, the same tokens leave the same arrays. Every update is functional.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax.export import register_namedtuple_serialization
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
-from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.model import state
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.mixers import MIXERS, AttentionBlockCache, RecurrentBlockCache
 from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.jax.scan import wide_dtype
 
-
-class RecurrentBlockCache(NamedTuple):
-    """The state of a recurrent block.
-
-    Attributes:
-      rg_lru_state: h of the RG-LRU, float32 or wider.
-      conv1d_state: The last inputs of the convolution in the current document, oldest first, zeros
-        where the document has had fewer.
-    """
-
-    rg_lru_state: Float[Array, "b l"]
-    conv1d_state: Float[Array, "b 3 l"]
+__all__ = [
+    "AttentionBlockCache",
+    "Cache",
+    "RecurrentBlockCache",
+    "cache_from_numpy",
+    "cache_to_numpy",
+    "init_cache",
+]
+Cache = dict[str, Any]  # of each "blocks.N" its mixer's named tuple
 
 
-class AttentionBlockCache(NamedTuple):
-    """The state of a local attention block: a ring over the current document's last W tokens.
-
-    Attributes:
-      keys: Rotated keys; the token at position p of its document is at slot p mod W, zeros where
-        there is none.
-      values: Values, in the same slots.
-      num_tokens: How many tokens of the current document have been seen.
-    """
-
-    keys: Float[Array, "b w 1 h"]
-    values: Float[Array, "b w 1 h"]
-    num_tokens: Int[Array, " b"]
+def register_cache(kind: type) -> None:
+    """Makes a mixer's named tuple known to `jax.export`."""
+    # The name under which an exported program is serialised.
+    register_namedtuple_serialization(kind, serialized_name=f"recurrentgemma.{kind.__name__}")
 
 
-for _kind in (RecurrentBlockCache, AttentionBlockCache):
-    # What a program that `jax.export` makes names them when it is serialised.
-    register_namedtuple_serialization(_kind, serialized_name=f"recurrentgemma.{_kind.__name__}")
-
-ResidualBlockCache = RecurrentBlockCache | AttentionBlockCache
-Cache = dict[str, ResidualBlockCache]
+for _mixer in MIXERS.values():
+    register_cache(_mixer.cache)
 
 
-def init_block_cache(
-    config: GriffinConfig,
-    block_type: TemporalBlockType,
-    batch_size: int,
-    dtype: Dtype,
-) -> ResidualBlockCache:
-    """The state of one block before the first token: zeros."""
-
-    def zeros(*shape: int, dtype: Dtype = dtype) -> Array:
-        return jnp.zeros((batch_size, *shape), dtype)
-
-    if block_type is TemporalBlockType.RECURRENT:
-        return RecurrentBlockCache(
-            rg_lru_state=zeros(config.lru_width, dtype=wide_dtype(dtype)),
-            conv1d_state=zeros(CONV1D_WIDTH - 1, config.lru_width),
-        )
-    kv_shape = (config.attention_window_size, 1, config.head_dim)
-    return AttentionBlockCache(zeros(*kv_shape), zeros(*kv_shape), zeros(dtype=jnp.int32))
+def _zeros(dtype: Dtype):
+    """Makes the arrays of an empty state from shapes and the dtypes of `StateSpec`."""
+    dtypes = {"wide": wide_dtype(dtype), "int32": jnp.int32, "compute": dtype}
+    return lambda shape, kind: jnp.zeros(shape, dtypes[kind])
 
 
-def init_cache(config: GriffinConfig, batch_size: int, dtype: Dtype) -> Cache:
+def init_cache(config: Config, batch_size: int, dtype: Dtype, capacity: int | None = None) -> Cache:
     """The state of a model before the first token, keyed "blocks.N"."""
-    return {
-        f"blocks.{i}": init_block_cache(config, block_type, batch_size, dtype)
-        for i, block_type in enumerate(config.block_types)
-    }
+    return state.init_cache(config, batch_size, _zeros(dtype), capacity)
+
+
+def empty_block(mixer: Any, batch_size: int, dtype: Dtype) -> Any:
+    """The state of one mixer before the first token."""
+    return state.init_block(mixer, batch_size, _zeros(dtype))
+
+
+def require_capacity(config: Config, cache: Cache, segment_pos: Int[Array, "b t"]) -> None:
+    """Raises `CapacityError` where a state that grows with the text has too little room.
+
+    It looks at values, so inside a traced function it does nothing.
+    """
+    capacity = state.capacity_of(config, cache)
+    if capacity is None or isinstance(segment_pos, jax.core.Tracer) or not segment_pos.size:
+        return
+    state.require_room(capacity, int(segment_pos.max()) + 1)
 
 
 def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
@@ -96,26 +80,22 @@ def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def cache_from_numpy(
-    config: GriffinConfig,
-    arrays: Arrays,
-    dtype: Dtype,
-) -> Cache:
+def cache_from_numpy(config: Config, arrays: Arrays, dtype: Dtype) -> Cache:
     """The inverse of `cache_to_numpy`.
 
     Raises:
       ValueError: The arrays are not the state of such a model.
     """
     check_state(config, arrays)
-    cache = {}
-    for block, empty in init_cache(config, 1, dtype).items():
-        cache[block] = type(empty)(
-            **{
-                field: jnp.asarray(arrays[block][field], like.dtype)
+    return {
+        block: type(empty)(
+            *(
+                jnp.asarray(arrays[block][field], like.dtype)
                 for field, like in empty._asdict().items()
-            }
+            )
         )
-    return cache
+        for block, empty in init_cache(config, 1, dtype).items()
+    }
 
 
 def prepend_history(

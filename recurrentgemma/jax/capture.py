@@ -8,6 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model.activations import EMBEDDER
+from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma.jax.cache import Cache
 from recurrentgemma.jax.griffin import Griffin, Params
 
@@ -53,8 +54,7 @@ def activations(
 
 
 def _output(tree: Any, name: str) -> Array:
-    parts = name.split(".")
-    for key in [".".join(parts[:2]), *parts[2:]]:
+    for key in tree_keys(name):
         tree = tree[key]
     ((output),) = tree["encode" if name == EMBEDDER else "__call__"]
     return output[0] if isinstance(output, tuple) else output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,16 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded, whole_folder
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.griffin import Griffin, Params, get_path, require_available, set_path
-from recurrentgemma_conversion.formats import Reader, require_tensors
 from recurrentgemma_conversion.formats import Tensor as Held
-from recurrentgemma_conversion.kaggle_flax import flax_layout
-from recurrentgemma_conversion.native import save_folder
-from recurrentgemma_conversion.opening import open_checkpoint
-from recurrentgemma_conversion.overrides import ANY_MODEL, NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.names import flax_layout
+from recurrentgemma_conversion.opening import open_checkpoint, open_headers
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.readers.base import Reader
+from recurrentgemma_conversion.readers.native import save_folder
 
 
 def load_checkpoint(
@@ -38,17 +39,17 @@ def load_checkpoint(
     """The model in a checkpoint of any format, and its parameters.
 
     On the CPU these are views of its mapped file where they can be: uncompressed, not cast, their
-    axes as JAX has them. Writing over that file in place changes them; replacing it, as
+    axes in the order of JAX. Writing over that file in place changes them; replacing it, as
     `save_checkpoint` does, does not.
 
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
-        what matrix products take is stored in several, and float64 as float32 where JAX has it
-        turned off.
+      dtype: The dtype of the parameters and the computation. If None each parameter keeps its
+        stored dtype; but where the factors of matrix products are stored in several, these are
+        float32 or wider, and float64 becomes float32 where JAX has it turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
-      overrides: What the checkpoint does not say of the model, or says otherwise.
+      overrides: What the caller says of the model.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
@@ -68,7 +69,7 @@ def load_checkpoint(
 
 def save_checkpoint(
     path: str | os.PathLike[str],
-    config: GriffinConfig,
+    config: Config,
     params: Params,
     tokenizer: Tokenizer,
     *,
@@ -78,26 +79,17 @@ def save_checkpoint(
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
-        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
     """
-    leaves = dict(_leaves(params.get("params", params)))
+    leaves = flatten_nested_dict(params.get("params", params))
     held = {name: Held.of(leaf) for name, leaf in leaves.items()}
-    dtypes = require_tensors(path, config, held, flax_layout)
+    dtypes = flax_layout(layer_spec(config)).dtypes(path, held)
 
     def parameter(spec: ParamSpec) -> np.ndarray:
         return np.asarray(leaves[spec.path])
 
     save_folder(path, config, dtypes, parameter, tokenizer, force=force)
-
-
-def _leaves(tree: Params, parents: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a tree of parameters, by dotted path."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{parents}{key}.")
-        else:
-            yield f"{parents}{key}", value
 
 
 def load_parameters(
@@ -106,7 +98,8 @@ def load_parameters(
 ) -> Params:
     """The parameters in a checkpoint of any format, such as an Orbax directory from Kaggle.
 
-    On the CPU views of its mapped file where they can be, as in `load_checkpoint`.
+    On the CPU these are views of its mapped file where they can be, as in `load_checkpoint`. The
+    checkpoint need not say what its shapes do not tell.
 
     Args:
       checkpoint_path: The checkpoint, absolute or relative.
@@ -123,7 +116,7 @@ def load_parameters(
     path = expanded(checkpoint_path).absolute()
     if not path.exists():
         raise ValueError(f"no checkpoint directory at {path}")
-    with open_checkpoint(path, ANY_MODEL) as checkpoint:
+    with open_headers(path) as checkpoint:
         return _load(checkpoint, sharding, None)
 
 
@@ -132,7 +125,7 @@ def _load(
 ) -> dict[str, Any]:
     """Every parameter on its devices; on the host one at a time."""
     params: dict[str, Any] = {}
-    for spec in layer_spec(checkpoint.config):
+    for spec in checkpoint.specs:
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))

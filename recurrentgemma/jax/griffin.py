@@ -1,4 +1,4 @@
-"""The Griffin model (arXiv 2402.19427), which RecurrentGemma is (arXiv 2404.07839)."""
+"""The model: Griffin (arXiv 2402.19427), RecurrentGemma (arXiv 2404.07839) and their like."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import sample_params
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import num_parameters, sample_params
+from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma.common.model.state import check_state
-from recurrentgemma.jax.blocks import ResidualBlock
-from recurrentgemma.jax.cache import Cache, init_cache
+from recurrentgemma.jax import modules  # published code finds its classes as griffin.modules
+from recurrentgemma.jax.blocks import Block
+from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
 from recurrentgemma.jax.sharding import ShardingSpec
+
+__all__ = ["Griffin", "Params", "get_path", "init_params", "modules", "set_path"]
 
 Params = Mapping[str, Any]
 
@@ -34,7 +38,7 @@ class Griffin(nn.Module):
       scan_sharding_spec: How the linear recurrence is split over devices, if it is.
     """
 
-    config: GriffinConfig
+    config: Config
     gradient_checkpointing: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -51,8 +55,21 @@ class Griffin(nn.Module):
     def setup(self) -> None:
         for dtype in (self.dtype, self.param_dtype):
             require_available(dtype)
-        settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
-        self.embedder = Embedder(self.config, "embedder", *settings)
+        value = self.config.model
+        sizes = (value.vocab_size, value.width, value.embedding_scale, value.soft_cap)
+        self.embedder = Embedder(*sizes, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "scan_type": self.config.scan_type,
+            "scan_sharding_spec": self.scan_sharding_spec,
+        }
+
+    def __repr__(self) -> str:
+        return f"Griffin({self.config!r}, {num_parameters(self.config):,} parameters)"
 
     def __call__(
         self,
@@ -120,33 +137,39 @@ class Griffin(nn.Module):
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
             check_state(self.config, arrays, tokens.shape[0])
-        settings = (self.dtype, self.param_dtype, self.scan_sharding_spec)
+            require_capacity(self.config, cache, segment_pos)
+        value, settings = self.config.model, self._settings
         x = self.embedder.encode(tokens)
-        block_type = nn.remat(ResidualBlock) if self.gradient_checkpointing else ResidualBlock
+        block_type = nn.remat(Block) if self.gradient_checkpointing else Block
+        variance = 2 / max(value.num_layers, 1)
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
             new_cache = cache or self.init_cache(tokens.shape[0], x.dtype)
         else:
-            for i in range(self.config.num_layers):
+            for i, layer in enumerate(value.layers):
                 name = f"blocks.{i}"
-                block = block_type(self.config, name, *settings, name=name)
+                block = block_type(value.width, layer, variance, **settings, name=name)
                 x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
         if last_only:
             x = x[:, -1:]
-        return RMSNorm(self.config, "final_norm", *settings, name="final_norm")(x), new_cache
+        return RMSNorm(value.width, **settings, name="final_norm")(x), new_cache
 
-    def init_cache(self, batch_size: int, dtype: Dtype | None = None) -> Cache:
+    def init_cache(
+        self, batch_size: int, dtype: Dtype | None = None, capacity: int | None = None
+    ) -> Cache:
         """The state before the first token.
 
         Args:
           batch_size: Number of rows, B.
           dtype: Of keys, values and convolution inputs; the computation's if None. The RG-LRU's
             state is float32 or wider.
+          capacity: Tokens that a state which grows with the text has room for; 256 if None.
         """
-        return init_cache(self.config, batch_size, dtype or self.dtype or self.param_dtype)
+        dtype = dtype or self.dtype or self.param_dtype
+        return init_cache(self.config, batch_size, dtype, capacity)
 
 
-def init_params(config: GriffinConfig, seed: int, dtype: Dtype = jnp.float32) -> Params:
+def init_params(config: Config, seed: int, dtype: Dtype = jnp.float32) -> Params:
     """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit.
 
     Raises:
@@ -170,7 +193,7 @@ def require_available(dtype: Dtype | None) -> None:
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     """Puts a leaf at a layer spec's path into a tree of Flax parameters."""
-    *parents, leaf = _keys(path)
+    *parents, leaf = tree_keys(path)
     for key in parents:
         tree = tree.setdefault(key, {})
     tree[leaf] = value
@@ -178,12 +201,6 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
 
 def get_path(tree: Params, path: str) -> Any:
     """The leaf at a layer spec's path in a tree of Flax parameters."""
-    for key in _keys(path):
+    for key in tree_keys(path):
         tree = tree[key]
     return tree
-
-
-def _keys(path: str) -> list[str]:
-    """The keys of a spec path in a Flax tree, where "blocks.N" is one."""
-    keys = path.split(".")
-    return [".".join(keys[:2]), *keys[2:]] if keys[0] == "blocks" else keys

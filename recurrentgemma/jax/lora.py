@@ -13,7 +13,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.training.lora import LoraOptions, Quantized, adapter_specs, quantize
 from recurrentgemma.jax.griffin import Params, get_path, set_path
@@ -76,7 +76,7 @@ def _product(module: nn.Module, x: Float[Array, "b t i"], a: Array, b: Array):
     y_cbtj = x_cbti @ a_cir[:, None] @ b_crj[:, None]
     if isinstance(module, BlockDiagonalLinear):
         return jnp.concatenate(y_cbtj, -1)
-    return tuple(y_cbtj) if isinstance(module, Einsum) else y_cbtj[0]
+    return y_cbtj if isinstance(module, Einsum) else y_cbtj[0]
 
 
 def _dequantized(quantized: Quantized, dtype: Dtype) -> Array:

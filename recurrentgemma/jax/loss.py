@@ -1,4 +1,4 @@
-"""The loss of next tokens, without all logits at a time: with 256,000 pieces they are the peak."""
+"""The loss of next tokens, computed in chunks: the logits of 256,000 pieces would fill memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def cross_entropy(
     `embedding`, and sums are wide.
 
     Args:
-      hidden: What `Griffin.hidden` returns.
+      hidden: The output of `Griffin.hidden`.
       embedding: The tied embedding.
       targets: The token that follows each; anything where the weight is 0.
-      weights: What each counts.
+      weights: The weight of each target.
       soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
       chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
     """

@@ -6,6 +6,7 @@ import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 
+from recurrentgemma.common.model import params
 from recurrentgemma.jax.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.jax.scan import SCAN_TYPES, rg_lru_scan
 
@@ -18,22 +19,34 @@ class RGLRU(SpecModule):
     Everything past the gates' linear maps is float32, or float64 beside float64.
     """
 
+    width: int
+    num_heads: int
+    w_init_variance_scale: float = 1.0
+    only_real: bool = True
+    min_rad: float = 0.9
+
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t l"],
         segment_pos: Int[Array, "b t"],
-        state: Float[Array, "b l"] | None = None,
-    ) -> tuple[Float[Array, "b t l"], Float[Array, "b l"]]:
+        cache: Float[Array, "b l"] | None = None,
+        return_cache: bool = True,
+    ) -> tuple[Float[Array, "b t l"], Float[Array, "b l"] | None]:
         """Returns the outputs and the last state."""
+        if not self.only_real:
+            raise ValueError("only_real must be True: no published model has a complex state")
+        (a_param,) = self.declare(params.a_param(self.width, self.min_rad))
         (x,) = promote_dtype(x, dtype=self.dtype)
-        return rg_lru_scan(
+        sizes = (self.width, self.num_heads, None, self.w_init_variance_scale)
+        y, new_cache = rg_lru_scan(
             x,
-            self.child(BlockDiagonalLinear, "input_gate")(x),
-            self.child(BlockDiagonalLinear, "a_gate")(x),
-            self.parameter("a_param"),
+            self.child(BlockDiagonalLinear, "input_gate", *sizes)(x),
+            self.child(BlockDiagonalLinear, "a_gate", *sizes)(x),
+            a_param,
             segment_pos,
-            state,
-            implementation=SCAN_TYPES[self.config.scan_type],
+            cache,
+            implementation=SCAN_TYPES[self.scan_type],
             sharding_spec=self.scan_sharding_spec,
         )
+        return y, new_cache if return_cache else None

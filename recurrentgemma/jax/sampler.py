@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from recurrentgemma.common.generation.loop import Request
 from recurrentgemma.common.generation.output import SamplerOutput
 from recurrentgemma.common.generation.sampler import BaseSampler
-from recurrentgemma.common.model.config import shapes_of
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays, State
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy

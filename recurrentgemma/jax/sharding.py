@@ -23,12 +23,11 @@ class ShardingSpec(NamedTuple):
     """Which mesh axes the scan's [B, T, D] arrays are split over.
 
     Batch and width split without communication; see `ShardedScan` for the sequence. A single step
-    has no sequence to split. Sizes that the mesh does not divide are filled up with padding, which
-    costs what it adds and changes nothing. On a mesh with explicit axes the outputs are sharded as
-    x is.
+    is never split. Sizes that the mesh does not divide get padding, which costs its share of time
+    and changes nothing. On a mesh with explicit axes, outputs are sharded like x.
 
     Attributes:
-      mesh: The devices; None where each has its part already, as under `jax.pmap`.
+      mesh: The devices; None if each device already holds its part, as under `jax.pmap`.
       batch_axis_name: Mesh axis, or axes, of the batch.
       sequence_axis_name: Mesh axis of the sequence.
       activations_axis_name: Mesh axis, or axes, of the width.
@@ -74,10 +73,10 @@ def split(
     inputs: Inputs,
     h0: Array,
 ) -> tuple[Array, Array]:
-    """`run(scan, inputs, h0)` as each device's part of it.
+    """Runs each device's part of `run(scan, inputs, h0)`.
 
     Raises:
-      ValueError: The sequence is to be split, but the spec has no mesh.
+      ValueError: The spec splits the sequence, but has no mesh.
     """
     batch, length, width = inputs.x.shape
     if length == 1:
@@ -90,7 +89,7 @@ def split(
                 f"mesh=None and sequence_axis_name={spec.sequence_axis_name!r}"
             )
         return run(scan, inputs, h0)
-    # Of types that say how arrays are sharded, what is inside has none.
+    # Inside, types do not say how arrays are sharded.
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     sharded = ShardedScan(scan, spec._replace(mesh=auto))
 
@@ -109,7 +108,7 @@ def split(
 
 
 def _padded(inputs: Inputs, h0: Array, spec: ShardingSpec) -> tuple[Inputs, Array]:
-    """Rows, steps and channels such that the mesh divides them."""
+    """Pads rows, steps and channels until the mesh divides them."""
     assert spec.mesh is not None
     spare = []
     for size, names in zip(inputs.x.shape, spec.activations_sharding_spec, strict=True):
@@ -135,10 +134,10 @@ def _axes(names: AxisName) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedScan(Scan):
-    """A scan of which each device does its part.
+    """A scan in which each device runs its part.
 
-    Where the sequence is split, the parts are scanned twice: from zero, for the state that each
-    adds to what reaches it, and then from the state that does.
+    If the sequence is split, each part runs twice: first from a zero state, to find what it adds to
+    the state that reaches it, then from that state.
     """
 
     local: Scan
@@ -222,7 +221,7 @@ class ShardedScan(Scan):
 def _states_between(
     added: Array, decay: Array, h0: Array, axis: str, reverse: bool
 ) -> tuple[Array, Array]:
-    """The state that reaches this device, and the one that leaves the last."""
+    """The state that reaches this device, and the state that leaves the last device."""
     added, decay = lax.all_gather(added, axis), lax.all_gather(decay, axis)
     order = range(added.shape[0])
     states, state = [], h0
@@ -234,7 +233,7 @@ def _states_between(
 
 
 def _neighbour(state: Array, first: Array, axis: str, reverse: bool) -> Array:
-    """The state of the device before this one, `first` on the first."""
+    """The state of the previous device; `first` on the first device."""
     here, devices = lax.axis_index(axis), lax.axis_size(axis)
     step = -1 if reverse else 1
     pairs = [(i, i + step) for i in range(devices) if 0 <= i + step < devices]

@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match, sample_param
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch
@@ -42,14 +43,14 @@ class TrainState:
     """A model in training.
 
     Attributes:
-      step: Steps done.
-      parameters: What is trained, by the layer spec's paths, in the optimiser state's dtype.
-      optimizer_state: Optax's.
+      step: The number of steps done.
+      parameters: The trained parameters, by the layer spec's paths, in the optimiser state's dtype.
+      optimizer_state: The state of optax's optimiser.
       base: With LoRA, the frozen parameters under the adapters.
       model: The model.
       optimizer: How it is optimised.
-      lora: The adapters that are trained; the model's own parameters if None.
-      dtype: Of the parameters in the forward pass.
+      lora: Which adapters are trained; the model's own parameters if None.
+      dtype: The dtype of the parameters in the forward pass.
     """
 
     step: int
@@ -75,12 +76,12 @@ def create_train_state(
 
     Args:
       model: The model.
-      params: Its parameters. They are copied, or under LoRA shared; they stay as they are.
+      params: Its parameters. They are copied, or shared with LoRA; they do not change.
       optimizer: How to optimise; AdamW if None.
       lora: Train adapters of this kind on frozen parameters; all parameters if None.
-      state_dtype: Of what is trained, as the optimiser sees it, and of its state. Where it is wider
-        than the parameters the forward pass casts them, so that small updates are not lost.
-      seed: Of the adapters' initial values.
+      state_dtype: The dtype of the optimiser's state and of the parameters that it updates. If it
+        is wider than the model's, the forward pass casts them, so that small updates are not lost.
+      seed: The seed of the adapters' initial values.
 
     Raises:
       ValueError: The parameters are not the model's, or LoRA has no targets in it.
@@ -115,14 +116,14 @@ def loss_fn(
     adapters: Mapping[str, Array] | None = None,
     lora: LoraOptions | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The mean over the weights of -log p(target), in float32 or wider; 0 where none counts.
+    """The weighted mean of -log p(target), in float32 or wider; 0 if all weights are 0.
 
     Args:
       model: The model.
-      params: Its parameters, or under adapters their `frozen_base`.
-      batch: What it reads and what follows.
-      adapters: A and B of each target, if there are any.
-      lora: What they were made of.
+      params: Its parameters; with adapters, their `frozen_base`.
+      batch: The tokens, targets and weights.
+      adapters: A and B of each LoRA target, if any.
+      lora: The options of the adapters.
 
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
@@ -133,15 +134,15 @@ def loss_fn(
 
 
 def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
-    """One update, by the gradient of the mean over the weights of all batches.
+    """One update, by the gradient of the weighted mean over all batches.
 
     Args:
-      state: Its parameters and optimiser state are used up: go on with the one returned.
+      state: Its buffers are donated: continue with the state returned.
       batches: One batch, or several of one shape whose gradients are accumulated.
 
     Returns:
       The new state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping)
-      and "learning_rate". Those that are arrays are not waited for.
+      and "learning_rate". Arrays among them may still be computed.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
@@ -164,7 +165,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
 
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
+    """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     function = compiled(platform_of(state.parameters)).total
     summed, tokens = 0.0, 0.0
     for batch in batches:
@@ -176,11 +177,11 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
-    """All that changes in training, in the Flax layout: what the PyTorch twin's has too.
+    """Everything that training changes, in the Flax layout; the PyTorch twin has the same.
 
-    Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
-    `common.optimization.moment_shapes`).
-    On a CPU they are views, good until the next step.
+    Names are "step", "parameters.<path>" and the optimiser's, such as "mu.<path>" (see
+    `common.training.optimization.moment_shapes`). On a CPU the arrays are views, valid until the
+    next step.
     """
     specs = trainable_specs(state.model.config, state.lora)
     shapes = moment_shapes(state.optimizer, specs)
@@ -195,10 +196,10 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these arrays, from `state_arrays` of either twin, cast to its dtypes.
+    """The state with the arrays that `state_arrays` of either twin returned, cast to its dtypes.
 
     Raises:
-      ValueError: Names or shapes are not the state's; all differences are listed.
+      ValueError: Names or shapes differ from the state's; the message lists all differences.
     """
     specs = trainable_specs(state.model.config, state.lora)
     shapes = {name: np.shape(array) for name, array in arrays.items()}
@@ -219,7 +220,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
 
 
 def parameters(state: TrainState) -> Params:
-    """The model's parameters, adapters merged: to sample from or to save."""
+    """The model's parameters, adapters merged, to sample from or to save."""
     if state.lora is None:
         return tree_of(state.parameters, state.dtype, copy=True)
     assert state.base is not None
@@ -227,24 +228,24 @@ def parameters(state: TrainState) -> Params:
 
 
 def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
-    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+    """Writes only the adapters, to a file that either twin and `recurrentgemma merge` read.
 
     Raises:
-      ValueError: The state has none.
-      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+      ValueError: The state has no adapters.
+      CheckpointError: `path` exists and `force` is not set, or it cannot be written.
     """
     if state.lora is None:
-        raise ValueError("the state has no adapters: it was created without lora")
+        raise UserError("the state has no adapters: it was created without lora")
     specs = trainable_specs(state.model.config, state.lora)
     arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
 def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
-    """The parameters of a model with the adapters in a file merged into them, in its dtype.
+    """A model's parameters with the adapters in a file merged into them, in its dtype.
 
     Raises:
-      CheckpointError: It is no adapter file, damaged, or of another model.
+      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
     """
     _, options, arrays = read_adapters(path, model.config)
     base = frozen_base(model.config, params, options)
@@ -254,9 +255,9 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
 
 
 def _placed(tree: Any, beside: Any) -> Any:
-    """The arrays of a tree that are on no device of their own, on all that `beside` is on.
+    """The tree, its arrays that have no fixed device placed on the devices of `beside`.
 
-    As after a step: where places differ, the second step would compile anew.
+    A step places them there, too. Otherwise the second step would compile again.
     """
     fixed = [leaf for leaf in jax.tree.leaves(beside) if getattr(leaf, "committed", False)]
     if not fixed:
@@ -268,5 +269,5 @@ def _placed(tree: Any, beside: Any) -> Any:
 
 
 def _placed_like(new: Any, old: Any) -> Any:
-    """The arrays of a tree where those of another tree are."""
+    """The arrays of a tree, placed where another tree's are."""
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if y.committed else x, new, old)

@@ -1,18 +1,17 @@
-"""Whether two models are one: every activation, state and gradient against what rounding gives."""
+"""The comparison of two models: every activation, state and gradient, within rounding."""
 
-from recurrentgemma.parity.batches import Batch, default_length, make_batch
-from recurrentgemma.parity.errors import Error, compare_tensors
-from recurrentgemma.parity.models import JaxModel, Model, TorchModel, load_model
+from recurrentgemma.parity.batches import ParityBatch, default_length, make_batch
+from recurrentgemma.parity.budget import Error, compare_tensors
+from recurrentgemma.parity.models import Model, TwinModel, load_model
 from recurrentgemma.parity.report import Report, Row, compare, require_same_config
 
 __all__ = [
-    "Batch",
     "Error",
-    "JaxModel",
     "Model",
+    "ParityBatch",
     "Report",
     "Row",
-    "TorchModel",
+    "TwinModel",
     "compare",
     "compare_tensors",
     "default_length",

@@ -7,19 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import state_spec
 
-LONGEST = 512  # tokens a row that are read unless more are asked for
+LONGEST = 512  # tokens a row, unless more are asked for
 
 
-class Batch(NamedTuple):
-    """Rows of tokens, and how they are read in parts.
+class ParityBatch(NamedTuple):
+    """Rows of tokens, and the parts in which they are read.
 
     Attributes:
       tokens: [B, T] int32.
       segment_pos: [B, T] int32; see `Griffin`.
-      chunks: Lengths of the parts in which a second pass reads the rows; those of one token are
-        steps of decoding.
+      chunks: Lengths of the parts in which a second pass reads the rows; a part of one token is a
+        step of decoding.
     """
 
     tokens: np.ndarray
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """How many tokens of each row are read one at a time."""
+        """The number of tokens of each row that are read one at a time."""
         return sum(length == 1 for length in self.chunks)
 
     def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -39,30 +40,35 @@ class Batch(NamedTuple):
         )
 
 
-def default_length(config: GriffinConfig) -> int:
-    """Long enough to leave the attention window behind, where that is not long."""
-    return min(config.attention_window_size + 64, LONGEST)
+def default_length(config: Config) -> int:
+    """Tokens a row: 64 more than a state of a fixed size has slots for, at most `LONGEST`."""
+    slots = [
+        spec.shape[spec.axes.index("slots")]
+        for spec in state_spec(config)
+        if "slots" in spec.axes and not spec.grows
+    ]
+    return min(max(slots, default=0) + 64, LONGEST)
 
 
 def make_batch(
-    config: GriffinConfig,
+    config: Config,
     length: int,
     *,
     seed: int = 0,
     text: Sequence[int] | None = None,
     plain: bool = False,
-) -> Batch:
-    """Four rows: a document, four packed ones, one behind padding, and a short one behind much.
+) -> ParityBatch:
+    """Four rows: a document, four packed ones, one after padding, a short one after much padding.
 
-    They are read in one pass, and again in two chunks and then token by token.
+    A model reads them in one pass, and again in two chunks and then token by token.
 
     Args:
       config: The model.
       length: T, at least 12.
-      seed: Of random tokens.
-      text: Tokens of a text to take instead, over and over where it is short.
-      plain: Four whole documents without padding, in one chunk and then token by token: what
-        implementations read that know no more.
+      seed: The seed of random tokens.
+      text: Tokens of a text to take instead; a short text is repeated.
+      plain: Make four whole documents without padding, in one chunk and then token by token, for
+        implementations that can read nothing else.
     """
     if text is None:
         tokens = np.random.default_rng(seed).integers(config.vocab_size, size=(4, length))
@@ -74,7 +80,7 @@ def make_batch(
         chunks = (length - steps,)
     else:
         chunks = ((length - steps + 1) // 2, (length - steps) // 2)
-        # Documents start in each chunk, the third just before decoding, and in it.
+        # Documents start in each chunk, just before decoding, and while decoding.
         first, last_of_chunk = chunks[0] // 2, sum(chunks)
         packed = [first, last_of_chunk - 2 - first, 4, steps - 2]
         documents = [[length], packed, [length - 3], [max(length // 8, 5)]]
@@ -82,4 +88,4 @@ def make_batch(
         [-1] * (length - sum(lengths)) + [place for n in lengths for place in range(n)]
         for lengths in documents
     ]
-    return Batch(tokens.astype(np.int32), np.array(rows, np.int32), chunks + (1,) * steps)
+    return ParityBatch(tokens.astype(np.int32), np.array(rows, np.int32), chunks + (1,) * steps)

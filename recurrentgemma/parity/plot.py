@@ -12,11 +12,11 @@ from recurrentgemma.parity.report import Report
 
 
 def check_plot(file: str | os.PathLike[str]) -> None:
-    """Raises where a figure cannot be written.
+    """Raises if a figure cannot be written.
 
     Raises:
-      MissingExtraError: There is no matplotlib; the message names the pip command.
-      DestinationError: The suffix of the file is not one that matplotlib writes.
+      MissingExtraError: matplotlib is not installed; the message has the pip command.
+      DestinationError: matplotlib does not write files with this suffix.
     """
     try:
         import matplotlib  # noqa: F401
@@ -38,11 +38,11 @@ def plot(report: Report, title: str, file: str | os.PathLike[str]) -> None:
 
     Args:
       report: What to draw.
-      title: Above it.
-      file: Where the figure goes, in the format of its suffix; one that is there is replaced.
+      title: The title of the figure.
+      file: Where to write the figure, in the format of its suffix; an existing file is replaced.
 
     Raises:
-      CheckpointError: As of `check_plot`.
+      CheckpointError: See `check_plot`.
     """
     check_plot(file)
     from matplotlib.figure import Figure

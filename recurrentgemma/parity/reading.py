@@ -1,4 +1,4 @@
-"""What a model says of a batch: in one pass, in chunks, token by token, and of its own accord."""
+"""A model's outputs on a batch: in one pass, in chunks, token by token, and in free decoding."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recurrentgemma.parity.batches import Batch
+from recurrentgemma.parity.batches import ParityBatch
 from recurrentgemma.parity.models import Arrays, Model
 
 CASES = ("one pass", "in chunks", "step by step")
 
 
 class Reading(NamedTuple):
-    """All that is compared of a model in one dtype.
+    """Everything that is compared about a model in one dtype.
 
     Attributes:
-      tensors: Activations, logits and the state after them by name, of each of `CASES`; padding is
-        left out, so that they are [N, ...].
-      gradients: By parameter; empty if they were not wanted.
-      greedy: The likeliest tokens after the batch, [B, S].
+      tensors: For each of `CASES`, the activations, the logits and the state after them, by name.
+        Padding is left out, so that activations are [N, ...].
+      gradients: The gradients by parameter; empty if they were not asked for.
+      greedy: The most likely tokens after the batch, [B, S].
     """
 
     tensors: dict[str, Arrays]
@@ -28,22 +28,22 @@ class Reading(NamedTuple):
 
 
 def read(
-    model: Model, batch: Batch, names: tuple[str, ...], num_greedy: int, gradients: bool
+    model: Model, batch: ParityBatch, names: tuple[str, ...], num_greedy: int, gradients: bool
 ) -> Reading:
     """Runs a model on a batch.
 
     Args:
       model: The model.
       batch: The batch.
-      names: Of the activations.
-      num_greedy: How many tokens to go on with.
+      names: The names of the activations.
+      num_greedy: How many tokens to continue each row with.
       gradients: Whether to compute gradients.
     """
     tokens, segment_pos = batch.tokens, batch.segment_pos
     whole, state = model.run(tokens, segment_pos, None, names)
     places = segment_pos >= 0
     tensors = {CASES[0]: _at(whole, places) | ({} if state is None else model.arrays_of(state))}
-    state, parts = model.start(len(tokens)), []
+    state, parts = model.start(len(tokens), tokens.shape[1] + num_greedy), []
     after_chunks: Arrays = {}
     for part in batch.parts():
         if part[0].shape[1] == 1 and not after_chunks:

@@ -11,13 +11,11 @@ import numpy as np
 
 from recurrentgemma.common.errors import MismatchError
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.parity.batches import Batch
-from recurrentgemma.parity.errors import Error, compare_tensors
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.parity.batches import ParityBatch
+from recurrentgemma.parity.budget import Error, compare_tensors
 from recurrentgemma.parity.models import Model
 from recurrentgemma.parity.reading import CASES, Reading, read
-
-STATE_FIELDS = ("rg_lru_state", "conv1d_state", "keys", "values", "num_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +26,9 @@ class Row:
       kind: "parameter", "activation", "state" or "gradient".
       name: Its name.
       case: One of `reading.CASES`; empty for parameters and gradients.
-      error: In the dtype of the comparison.
-      wide: In the widest dtype that both models have.
-      dtypes: In which the two models put it out.
+      error: The error in the dtype of the comparison.
+      wide: The error in the widest dtype that both models have.
+      dtypes: The dtypes in which the two models returned it.
     """
 
     kind: str
@@ -42,7 +40,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """The part of its budget that it takes: above 1, or of other dtypes, it is beyond."""
+        """The part of its budget that it takes; infinite if the dtypes differ."""
         if self.dtypes[0] != self.dtypes[1]:
             return math.inf
         return max(self.error.share, self.wide.share)
@@ -55,17 +53,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of a comparison.
+    """The result of a comparison.
 
     Attributes:
-      dtype: In which it was made.
+      dtype: The dtype of the comparison.
       wide: The widest dtype that both models have.
       rows: Every tensor in the order of the forward pass, case by case, the gradients last.
-      argmax_agreement: Part of the places where both models find the same token the likeliest.
-      kl_divergence: Of the second model's next-token distribution from the first's: the mean over
-        all places, in nats.
-      greedy_agreement: How many tokens each row goes on alike, of `num_greedy`.
-      num_greedy: How many were asked for.
+      argmax_agreement: The part of all places where both models rank the same token first.
+      kl_divergence: The mean over all places of KL(first || second), between the next-token
+        distributions of the two models, in nats.
+      greedy_agreement: How many tokens of each row's continuation agree before the first that
+        differs.
+      num_greedy: The length of the continuations.
     """
 
     dtype: str
@@ -83,11 +82,11 @@ class Report:
 
     @property
     def first_beyond(self) -> Row | None:
-        """The first tensor that is not."""
+        """The first tensor that is beyond its budget."""
         return next((row for row in self.rows if not row.within), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The report as JSON values."""
         first = self.first_beyond
         return {
             "within_budget": self.within,
@@ -130,8 +129,8 @@ def _row_to_dict(row: Row, dtype: str) -> dict[str, Any]:
     }
 
 
-def require_same_config(names: tuple[str, str], one: GriffinConfig, other: GriffinConfig) -> None:
-    """Raises `MismatchError` where two models are different, with both values of what differs."""
+def require_same_config(names: tuple[str, str], one: Config, other: Config) -> None:
+    """Raises `MismatchError`, with both values of every field that differs, if any does."""
     problems = [f"{name}: {a} | {b}" for name, (a, b) in one.differences(other).items()]
     if problems:
         raise MismatchError(f"{names[0]} | {names[1]}: the configs differ", problems)
@@ -140,7 +139,7 @@ def require_same_config(names: tuple[str, str], one: GriffinConfig, other: Griff
 def compare(
     one: Callable[[], Model],
     other: Callable[[], Model],
-    batch: Batch,
+    batch: ParityBatch,
     dtype: str,
     *,
     gradients: bool = False,
@@ -148,17 +147,17 @@ def compare(
     inside: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Compares two models of one config, of which one at a time is held in memory.
+    """Compares two models of one config; only one at a time is held in memory.
 
     Args:
-      one: Makes the first, in `dtype`; in float64 it is the truth.
-      other: Makes the second.
-      batch: What they are compared on.
+      one: Makes the first model, in `dtype`; cast to float64, it is taken as true.
+      other: Makes the second model.
+      batch: The tokens to compare them on.
       dtype: "float64", "float32" or "bfloat16".
       gradients: Whether to compare every parameter's gradient.
-      num_greedy: How many tokens each goes on with.
+      num_greedy: How many tokens to continue each row with.
       inside: Whether to compare the parts of blocks, too.
-      progress: Called with what is being done.
+      progress: Called with a line about each step.
     """
 
     def readings(which: str, model: Model, dtypes: set[str]) -> dict[str, Reading]:
@@ -176,7 +175,10 @@ def compare(
     second = readings("second", model, {dtype, wide})
     progress("Loading the first model")
     model = one()
-    first_params = model.parameters()
+    first_params, activations = (
+        model.parameters(),
+        {*activation_names(model.config, inside), "logits"},
+    )
     first = readings("first", model, {dtype, wide, "float64"})
     del model
 
@@ -187,14 +189,14 @@ def compare(
             at_wide = compare_tensors(tensor(first[wide]), tensor(second[wide]), true, wide)
         else:
             at_wide = error
-        # An implementation from outside has dtypes of its own.
+        # An implementation from outside may return other dtypes.
         dtypes = (a.dtype.name, b.dtype.name if wide == "float64" else a.dtype.name)
         return Row(kind, name, case, error, at_wide, dtypes)
 
     rows = [_parameter(name, value, second_params[name]) for name, value in first_params.items()]
     for case in CASES:
         for name in second[dtype].tensors[case]:
-            kind = "state" if name.rpartition(".")[2] in STATE_FIELDS else "activation"
+            kind = "activation" if name in activations else "state"
             rows.append(row(kind, name, case, lambda r, c=case, n=name: r.tensors[c][n]))
     for name in second[dtype].gradients:
         rows.append(row("gradient", name, "", lambda r, n=name: r.gradients[n]))
@@ -215,7 +217,7 @@ def compare(
 
 
 def _parameter(name: str, one: np.ndarray, other: np.ndarray) -> Row:
-    """A parameter must be the same number for number: it has no budget."""
+    """A parameter has no budget: every number must be the same."""
     one64, other64 = one.astype(np.float64), other.astype(np.float64)
     scale = float(np.sqrt(np.mean(one64**2))) or 1.0
     apart = np.abs(one64 - other64) / scale
@@ -232,7 +234,7 @@ def _parameter(name: str, one: np.ndarray, other: np.ndarray) -> Row:
 
 
 def _kl_divergence(one: np.ndarray, other: np.ndarray) -> float:
-    """The mean over places of sum p log(p / q), in nats; never below 0, as rounding may have it."""
+    """The mean over places of sum p log(p / q), in nats; rounding below 0 is cut off."""
     log_p, log_q = (_log_softmax(logits) for logits in (one, other))
     return max(float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()), 0.0)
 

@@ -1,7 +1,7 @@
-"""The RecurrentGemma of `transformers`, as an implementation from outside.
+"""The RecurrentGemma of `transformers`, an implementation from outside.
 
-Its port admits one key fewer than the published code, so it gets a window of W + 1; and it reads
-documents whole, one a row, without padding: each row by a copy of the modules, which hold states.
+Its attention sees one key fewer than the published code, so it gets a window of W + 1. It reads
+whole documents, one a row, without padding. Its modules hold the state, so each row has a copy.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.parity.models import Arrays, Model, Outputs
-from recurrentgemma_conversion.huggingface import to_fields
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.twin import Outputs
+from recurrentgemma.parity.models import Arrays, Model
+from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.names.griffin import to_fields
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 
 class TransformersModel(Model):
-    """A model of theirs, whose recurrence is float32 whatever its dtype."""
+    """A model of `transformers`; its recurrence is float32 in every dtype."""
 
     widest = "float32"
     plain = True
@@ -36,7 +38,7 @@ class TransformersModel(Model):
     def load(
         cls, path: str | os.PathLike[str] | None, dtype: str, overrides: Overrides = NO_OVERRIDES
     ) -> TransformersModel:
-        """From a checkpoint of any format, or the bundled model if None."""
+        """Loads a checkpoint of any format, or the bundled model if None."""
         from recurrentgemma_conversion.opening import open_checkpoint
 
         with open_checkpoint(path, overrides) as reader:
@@ -44,7 +46,7 @@ class TransformersModel(Model):
 
     @classmethod
     def make(cls, config: GriffinConfig, params: Arrays, dtype: str) -> TransformersModel:
-        """From parameters in the Flax layout, by path.
+        """Makes a model of parameters in the Flax layout, by path.
 
         Raises:
           ConfigError: `transformers` has no model of this config.
@@ -69,11 +71,8 @@ class TransformersModel(Model):
         fields["attn_implementation"] = "eager"
         theirs = transformers.RecurrentGemmaConfig(**fields)
         model = transformers.RecurrentGemmaForCausalLM(theirs)
-        state = {
-            stored.name: to_tensor(stored.encode(params[spec.path]))
-            for spec in layer_spec(config)
-            for stored in spec.hf
-        }
+        stored = layout(config, Format.HUGGINGFACE).encode(lambda spec: params[spec.path])
+        state = {name: to_tensor(np.asarray(tensor)) for name, tensor in stored}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state)
         return cls(config, model.to(getattr(torch, dtype)).eval())
@@ -121,7 +120,8 @@ class TransformersModel(Model):
             logits = model(ids, position_ids=position_ids, **given).logits
         return {name: captured[name] for name in names} | {"logits": to_array(logits)}
 
-    def start(self, batch_size):
+    def start(self, batch_size, capacity):
+        del capacity
         import transformers
 
         shared = {id(parameter): parameter for parameter in self._model.parameters()}
@@ -135,7 +135,7 @@ class TransformersModel(Model):
 
     def arrays_of(self, state):
         del state
-        return {}  # in layouts of their own
+        return {}  # its states have other layouts
 
     def parameters(self):
         return self._by_path(self._model.state_dict())
@@ -153,11 +153,12 @@ class TransformersModel(Model):
     def _by_path(self, tensors: Any) -> Arrays:
         from recurrentgemma.torch.runtime.arrays import to_array
 
-        arrays = {}
-        for spec in layer_spec(self.config):
-            parts = [part.decode(to_array(tensors[part.name]), spec) for part in spec.hf]
-            arrays[spec.path] = parts[0] if spec.hf[0].part is None else np.stack(parts)
-        return arrays
+        stored = layout(self.config, Format.HUGGINGFACE)
+
+        def fetch(name: str) -> np.ndarray:
+            return to_array(tensors[name])
+
+        return {spec.path: np.asarray(stored.decode(spec, fetch)) for spec in stored.specs}
 
 
 def _their_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.generation.conversation import Conversation
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.model.state import State
 from recurrentgemma.common.training.batch import Batch
@@ -13,13 +13,19 @@ from recurrentgemma.common.training.optimization import OptimizerOptions
 if not is_installed("torch"):
     raise MissingFrameworkError("recurrentgemma.torch", "torch", "'recurrentgemma[torch]'")
 
-from recurrentgemma.torch.attention import LocalAttentionBlock
-from recurrentgemma.torch.blocks import MLPBlock, RecurrentBlock, ResidualBlock
-from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache, ResidualBlockCache
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.torch.loss import cross_entropy
+from recurrentgemma.torch.modules import (
+    AttentionBlockCache,
+    LocalAttentionBlock,
+    MLPBlock,
+    RecurrentBlock,
+    RecurrentBlockCache,
+    ResidualBlock,
+    ResidualBlockCache,
+)
 from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy

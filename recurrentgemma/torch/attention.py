@@ -1,111 +1,119 @@
-"""Local multi-query attention in blocks: memory grows with T, never with T squared."""
+"""Attention in blocks: where the reach has a limit, memory grows with T, never with T squared."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.presets import TemporalBlockType
-from recurrentgemma.torch.cache import (
-    AttentionBlockCache,
-    init_block_cache,
-    num_padding,
-    prepend_history,
-)
-from recurrentgemma.torch.layers import SpecModule
+from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
+from recurrentgemma.common.model.state import round_capacity
+from recurrentgemma.torch.cache import empty_block, num_padding, prepend_history
+from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
-MAX_WAVELENGTH = 10_000
 BLOCKS_PER_WINDOW = 4
 
 
 def apply_rope(
-    x: Float[Tensor, "b t n h"], positions: Int[Tensor, "b t"]
+    x: Float[Tensor, "b t n h"], positions: Int[Tensor, "b t"], rope: Rope
 ) -> Float[Tensor, "b t n h"]:
-    """Rotary embedding of the first half of each head; the second half passes through.
+    """Rotary embedding of the first `share` of each head; the rest passes through.
 
-    The rotated half is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
+    The turned part is itself split in two, (x1 cos - x2 sin, x2 cos + x1 sin), in float32.
     """
-    rotated, passed = x.chunk(2, -1)
-    half = rotated.shape[-1] // 2
+    half = int(x.shape[-1] * rope.share) // 2
+    rotated, passed = x.split([2 * half, x.shape[-1] - 2 * half], -1)
     wide = wide_dtype(x.dtype)
     exponent = torch.arange(half, device=x.device, dtype=wide) / half
-    angle = positions[..., None, None] * MAX_WAVELENGTH**-exponent
+    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
     sin, cos = torch.sin(angle), torch.cos(angle)
     x1, x2 = rotated.to(wide).chunk(2, -1)
     turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
     return torch.cat([*(z.to(x.dtype) for z in turned), passed], -1)
 
 
-def local_attention(
+def attend(
     q_btnh: Float[Tensor, "b t n h"],
-    kv_bsh: Float[Tensor, "b s hh"],
+    kv_bskh: Float[Tensor, "b s kv hh"],
     document_bt: Int[Tensor, "b t"],
     document_bs: Int[Tensor, "b s"],
-    window: int,
+    mixer: Attention,
 ) -> Float[Tensor, "b t n h"]:
-    """Attention of T queries over S = H + T places, H of them history (0 or `window`).
+    """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
 
-    The query at place H + t sees places H + t - window to H + t, those of its own document. The
-    sequence goes in blocks of a fraction of the window, each against its own keys and those of the
-    blocks that the window reaches.
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. The
+    sequence goes in blocks of a fraction of the reach, each against its own keys and those of the
+    blocks that the reach covers.
 
     Args:
       q_btnh: Queries.
-      kv_bsh: Key and value, side by side in the last axis.
+      kv_bskh: Key and value, side by side in the last axis.
       document_bt: Which document each query belongs to.
       document_bs: Which document each key belongs to.
-      window: How many places before its own a query sees.
+      mixer: The reach, the scale and the soft cap.
     """
-    length, history = q_btnh.shape[1], kv_bsh.shape[1] - q_btnh.shape[1]
-    block = -(-window // BLOCKS_PER_WINDOW)
-    reach = block * BLOCKS_PER_WINDOW
-    if history + length <= reach + block:  # no more keys than a block sees
+    length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
+    reach = history + length if mixer.reach is None else mixer.reach
+    block = -(-reach // BLOCKS_PER_WINDOW)
+    covered = block * BLOCKS_PER_WINDOW
+    if history + length <= covered + block:  # no more keys than a block sees
         q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
-        kv_bgsh, document_bgs = kv_bsh[:, None], document_bs[:, None]
+        kv_bgskh, document_bgs = kv_bskh[:, None], document_bs[:, None]
     else:
-        before, number = reach - history, (length + block - 1) // block
+        before, number = covered - history, (length + block - 1) // block
         q_bgcnh = _blocks(q_btnh, 0, number, block)
         document_bgc = _blocks(document_bt, 0, number, block)
         number += BLOCKS_PER_WINDOW
-        kv_bgsh = _and_previous(_blocks(kv_bsh, before, number, block))
+        kv_bgskh = _and_previous(_blocks(kv_bskh, before, number, block))
         document_bgs = _and_previous(_blocks(document_bs, before, number, block))
-        history = reach
+        history = covered
     lag_cs = (
         history
         + torch.arange(q_bgcnh.shape[2], device=q_btnh.device)[:, None]
-        - torch.arange(kv_bgsh.shape[2], device=q_btnh.device)
+        - torch.arange(kv_bgskh.shape[2], device=q_btnh.device)
     )
-    mask_bgcs = (lag_cs >= 0) & (lag_cs <= window)
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    k_bgsh, v_bgsh = kv_bgsh.chunk(2, -1)
-    return _attend(q_bgcnh, k_bgsh, v_bgsh, mask_bgcs).flatten(1, 2)[:, :length]
+    k_bgskh, v_bgskh = kv_bgskh.chunk(2, -1)
+    return _attend(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer).flatten(1, 2)[:, :length]
 
 
 def _attend(
     q_bgcnh: Float[Tensor, "b g c n h"],
-    k_bgsh: Float[Tensor, "b g s h"],
-    v_bgsh: Float[Tensor, "b g s h"],
+    k_bgskh: Float[Tensor, "b g s kv h"],
+    v_bgskh: Float[Tensor, "b g s kv h"],
     mask_bgcs: Bool[Tensor, "b g c s"],
+    mixer: Attention,
 ) -> Float[Tensor, "b g c n h"]:
-    """Multi-query attention in each of G blocks, its softmax in float32."""
-    q_zcnh, k_zsh, v_zsh, mask_zcs = (z.flatten(0, 1) for z in (q_bgcnh, k_bgsh, v_bgsh, mask_bgcs))
-    k_z1sh, v_z1sh, mask_z1cs = k_zsh[:, None], v_zsh[:, None], mask_zcs[:, None]
-    if q_zcnh.shape[1] == 1:  # heads take the place of queries, since they share their keys
-        out_zcnh = nn.functional.scaled_dot_product_attention(q_zcnh, k_z1sh, v_z1sh, mask_z1cs)
+    """Attention in each of G blocks, its softmax in float32."""
+    q_zcnh, mask_zcs = q_bgcnh.flatten(0, 1), mask_bgcs.flatten(0, 1)
+    k_zksh, v_zksh = (z.flatten(0, 1).transpose(1, 2) for z in (k_bgskh, v_bgskh))
+    if q_zcnh.shape[1] == 1:  # heads that share a key head take the place of queries
+        q_zkgh = q_zcnh.unflatten(2, (mixer.kv_heads, -1))[:, 0]
+        out_zkgh = _softmax(q_zkgh, k_zksh, v_zksh, mask_zcs[:, None], mixer)
+        out_zcnh = out_zkgh.flatten(1, 2)[:, None]
     else:
-        num_heads = q_zcnh.shape[2]
-        out_zcnh = nn.functional.scaled_dot_product_attention(
-            q_zcnh.transpose(1, 2),
-            k_z1sh.expand(-1, num_heads, -1, -1),
-            v_z1sh.expand(-1, num_heads, -1, -1),
-            mask_z1cs,
-        ).transpose(1, 2)
+        # Without a copy where there is one key head.
+        group = mixer.heads // mixer.kv_heads
+        k_znsh, v_znsh = (
+            z[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for z in (k_zksh, v_zksh)
+        )
+        q_znch, mask_z1cs = q_zcnh.transpose(1, 2), mask_zcs[:, None]
+        out_zcnh = _softmax(q_znch, k_znsh, v_znsh, mask_z1cs, mixer).transpose(1, 2)
     return out_zcnh.unflatten(0, q_bgcnh.shape[:2])
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mixer: Attention) -> Tensor:
+    """softmax(soft_cap(scale * q @ k^T)) @ v over the last two axes of each."""
+    if not mixer.soft_cap:
+        function = nn.functional.scaled_dot_product_attention
+        return function(q, k, v, mask, scale=mixer.scale)
+    wide = wide_dtype(q.dtype)
+    scores = (q.to(wide) * mixer.scale) @ k.to(wide).transpose(-1, -2)
+    scores = torch.tanh(scores / mixer.soft_cap) * mixer.soft_cap
+    weights = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1)
+    return (weights @ v.to(wide)).to(q.dtype)
 
 
 def _blocks(x: Tensor, before: int, number: int, length: int) -> Tensor:
@@ -121,133 +129,152 @@ def _and_previous(blocks: Tensor) -> Tensor:
     return torch.cat([blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1)], 2)
 
 
-class LocalAttentionBlock(SpecModule):
-    """Multi-query attention in which a token sees itself and the W tokens before it."""
+class AttentionBlock(SpecModule):
+    """Attention in which a token sees itself and `reach` tokens before it, or all."""
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.proj_q = self.linear("proj_q", device, dtype)
-        self.proj_k = self.linear("proj_k", device, dtype)
-        self.proj_v = self.linear("proj_v", device, dtype)
-        self.proj_final = self.linear("proj_final", device, dtype)
-        self.reset_parameters()
+    def __init__(
+        self,
+        width: int,
+        mixer: Attention,
+        final_w_init_variance_scale: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.mixer = mixer
+        query, key = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+        variance = final_w_init_variance_scale
+        self.proj_q = Linear(width, query, bias=False, dtype=dtype)
+        self.proj_k = Linear(width, key, bias=False, dtype=dtype)
+        self.proj_v = Linear(width, key, bias=False, dtype=dtype)
+        if mixer.qk_norm:
+            self.q_norm = RMSNorm(mixer.head_dim, device="meta", dtype=dtype)
+            self.k_norm = RMSNorm(mixer.head_dim, device="meta", dtype=dtype)
+        self.proj_final = Linear(query, width, mixer.out_bias, variance, dtype)
+        self.materialise(device)
 
     def forward(
         self,
         x: Float[Tensor, "b t d"],
         segment_pos: Int[Tensor, "b t"],
         cache: AttentionBlockCache | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache]:
+        return_cache: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache | None]:
         """Returns the outputs and the state after them."""
-        segment_pos = as_positions(segment_pos, x)
-        num_heads = self.config.num_heads
+        mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
+        projections = (self.proj_q, self.proj_k, self.proj_v)
+        q_btnh, k_btkh, v_btkh = (f(x).unflatten(-1, (-1, mixer.head_dim)) for f in projections)
+        if mixer.qk_norm:
+            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
         # Rotated together: in decoding it is the number of operations that costs.
-        qk_btmh = torch.cat([self.proj_q(x), self.proj_k(x)], -1).unflatten(-1, (num_heads + 1, -1))
-        q_btnh, k_bt1h = apply_rope(qk_btmh, segment_pos).split([num_heads, 1], 2)
-        k_bth, v_bth = k_bt1h[:, :, 0], self.proj_v(x)
+        qk_btmh = apply_rope(torch.cat([q_btnh, k_btkh], 2), segment_pos, mixer.rope)
+        q_btnh, k_btkh = qk_btmh.split([mixer.heads, mixer.kv_heads], 2)
         if not x.shape[1]:  # nothing happens to the state
-            kind = TemporalBlockType.ATTENTION
-            empty: Any = init_block_cache(self.config, kind, x.shape[0], v_bth.dtype, x.device)
+            empty = empty_block(mixer, x.shape[0], v_btkh.dtype, x.device)
             encoded, new_cache = q_btnh, cache or empty
         elif cache is not None and x.shape[1] == 1:
-            encoded, new_cache = _step(q_btnh, k_bth, v_bth, segment_pos, cache)
+            encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
         else:
-            kv_bth = torch.cat([k_bth, v_bth], -1)
-            encoded, new_cache = self._chunk(q_btnh, kv_bth, segment_pos, cache)
-        return self.proj_final(encoded.flatten(2)), new_cache
+            kv_btkh = torch.cat([k_btkh, v_btkh], -1)
+            encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)
+        return self.proj_final(encoded.flatten(2)), new_cache if return_cache else None
 
-    def _chunk(
-        self,
-        q_btnh: Float[Tensor, "b t n h"],
-        kv_bth: Float[Tensor, "b t hh"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: AttentionBlockCache | None,
-    ) -> tuple[Float[Tensor, "b t n h"], AttentionBlockCache]:
-        document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
-        window = self.config.attention_window_size
-        if cache is None:
-            kv_bsh, document_bs = kv_bth, document
-        else:
-            padding = num_padding(segment_pos)
-            kv_bwh, document_bw = _history(cache, segment_pos, padding)
-            kv_bsh = prepend_history(kv_bwh, kv_bth, padding)
-            # Shifted by one, so that the zeros before the history mean no document.
-            document_bs = prepend_history(
-                document_bw[..., None] + 1, document[..., None] + 1, padding
-            )[..., 0] - 1  # fmt: skip
-        encoded = local_attention(q_btnh, kv_bsh, document, document_bs, window)
-        return encoded, _new_cache(cache, kv_bth, segment_pos, window)
+
+def _chunk(
+    mixer: Attention,
+    q_btnh: Float[Tensor, "b t n h"],
+    kv_btkh: Float[Tensor, "b t kv hh"],
+    segment_pos: Int[Tensor, "b t"],
+    cache: AttentionBlockCache | None,
+) -> tuple[Float[Tensor, "b t n h"], AttentionBlockCache]:
+    document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
+    if cache is None:
+        kv_bskh, document_bs = kv_btkh, document
+        slots = mixer.reach or round_capacity(kv_btkh.shape[1])
+    else:
+        padding, slots = num_padding(segment_pos), cache.keys.shape[1]
+        kv_bpz, document_bp = _history(cache, segment_pos, padding)
+        kv_bsz = prepend_history(kv_bpz, kv_btkh.flatten(2), padding)
+        kv_bskh = kv_bsz.unflatten(-1, kv_btkh.shape[2:])
+        # Shifted by one, so that the zeros before the history mean no document.
+        document_bs = prepend_history(
+            document_bp[..., None] + 1, document[..., None] + 1, padding
+        )[..., 0] - 1  # fmt: skip
+    encoded = attend(q_btnh, kv_bskh, document, document_bs, mixer)
+    return encoded, _new_cache(cache, kv_btkh, segment_pos, slots)
 
 
 def _step(
+    mixer: Attention,
     q_b1nh: Float[Tensor, "b 1 n h"],
-    k_b1h: Float[Tensor, "b 1 h"],
-    v_b1h: Float[Tensor, "b 1 h"],
+    k_b1kh: Float[Tensor, "b 1 kv h"],
+    v_b1kh: Float[Tensor, "b 1 kv h"],
     segment_pos: Int[Tensor, "b 1"],
     cache: AttentionBlockCache,
 ) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
-    """One token a row, against the ring as it lies: what a chunk of one token would give."""
-    window = cache.keys.shape[1]
+    """One token a row, against the ring as it lies: equal to a chunk of one token."""
+    slots = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
-    slot = torch.arange(window, device=segment_pos.device)
-    between = (segment_pos - slot - 1) % window  # tokens since the one in the slot
+    slot = torch.arange(slots, device=segment_pos.device)
+    between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
     sees_bs = nn.functional.pad(between < num_before, (0, 1), value=True)
-    replaced = ((between == window - 1) & is_token)[..., None, None]
+    replaced = ((between == slots - 1) & is_token)[..., None, None]
     starts = starts[..., None, None]
 
     (keys, ring_of_keys), (values, ring_of_values) = (
-        _extended_and_replaced(ring.to(new.dtype), new[:, None], starts, replaced)
-        for ring, new in ((cache.keys, k_b1h), (cache.values, v_b1h))
+        _extended_and_replaced(ring.to(new.dtype), new, starts, replaced)
+        for ring, new in ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     )
-    encoded = _attend(q_b1nh[:, None], keys, values, sees_bs[:, None, None])[:, 0]
+    args = (keys[:, None], values[:, None], sees_bs[:, None, None], mixer)
+    encoded = _attend(q_b1nh[:, None], *args)[:, 0]
     num_tokens = (num_before + is_token)[:, 0]
     return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
 
 
 def _extended_and_replaced(
-    ring_bw1h: Tensor, new_b11h: Tensor, starts: Tensor, replaced: Tensor
+    ring_bskh: Tensor, new_b1kh: Tensor, starts: Tensor, replaced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What one token sees, [B, 1, W + 1, H], and the ring after it."""
-    seen = torch.cat([ring_bw1h, new_b11h], 1).transpose(1, 2)
-    return seen, torch.where(replaced, new_b11h, ring_bw1h.masked_fill(starts, 0))
+    """The keys that one token sees, [B, S + 1, K, H], and the ring after it."""
+    seen = torch.cat([ring_bskh, new_b1kh], 1)
+    return seen, torch.where(replaced, new_b1kh, ring_bskh.masked_fill(starts, 0))
 
 
 def _history(
     cache: AttentionBlockCache, segment_pos: Int[Tensor, "b t"], padding: Int[Tensor, " b"]
-) -> tuple[Float[Tensor, "b w hh"], Int[Tensor, "b w"]]:
+) -> tuple[Float[Tensor, "b s z"], Int[Tensor, "b s"]]:
     """The ring in order of time, and its documents: 0, which a continued document has, or none."""
-    window = cache.keys.shape[1]
+    slots = cache.keys.shape[1]
     last = segment_pos.shape[1] - 1
     first_pos = segment_pos.gather(1, padding.clamp(max=last)[:, None])
-    age = torch.arange(window, 0, -1, device=segment_pos.device)
-    slot = (first_pos - age) % window
+    age = torch.arange(slots, 0, -1, device=segment_pos.device)
+    slot = (first_pos - age) % slots
     rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
-    kv = torch.cat([cache.keys[:, :, 0], cache.values[:, :, 0]], -1)[rows, slot]
+    kv = torch.cat([cache.keys, cache.values], -1).flatten(2)[rows, slot]
     return kv, torch.where(age <= cache.num_tokens[:, None], 0, -1)
 
 
 def _new_cache(
     cache: AttentionBlockCache | None,
-    kv_bth: Float[Tensor, "b t hh"],
+    kv_btkh: Float[Tensor, "b t kv hh"],
     segment_pos: Int[Tensor, "b t"],
-    window: int,
+    slots: int,
 ) -> AttentionBlockCache:
     """The ring after a chunk: per slot the newest token of the last document, else as it was."""
     length, last_pos = segment_pos.shape[1], segment_pos[:, -1]
     starts = (segment_pos == 0).any(-1)
     num_new = length - num_padding(segment_pos)
     num_new = torch.where(starts, torch.minimum(num_new - 1, last_pos) + 1, num_new)
-    age = (last_pos[:, None] - torch.arange(window, device=segment_pos.device)) % window
+    age = (last_pos[:, None] - torch.arange(slots, device=segment_pos.device)) % slots
     rows = torch.arange(age.shape[0], device=age.device)[:, None]
-    newest = kv_bth[rows, (length - 1 - age).clamp(min=0)]
+    newest = kv_btkh[rows, (length - 1 - age).clamp(min=0)]
     if cache is None:
         kept, num_tokens = torch.zeros_like(newest), num_new
     else:
-        kept = torch.cat([cache.keys[:, :, 0], cache.values[:, :, 0]], -1).to(newest.dtype)
-        kept = torch.where(starts[:, None, None], 0, kept)
+        kept = torch.cat([cache.keys, cache.values], -1).to(newest.dtype)
+        kept = torch.where(starts[:, None, None, None], 0, kept)
         num_tokens = torch.where(starts, num_new, cache.num_tokens + num_new)
-    kv = torch.where((age < num_new[:, None])[..., None], newest, kept)
+    kv = torch.where((age < num_new[:, None])[..., None, None], newest, kept)
     # Contiguous, as a step leaves them: else a compiled step would be compiled once more.
-    keys, values = (z.contiguous() for z in kv[:, :, None].chunk(2, -1))
+    keys, values = (z.contiguous() for z in kv.chunk(2, -1))
     return AttentionBlockCache(keys, values, num_tokens.to(torch.int32))

@@ -1,4 +1,4 @@
-"""The state of a Griffin model between two chunks of the same sequences.
+"""The state of a model between two chunks of the same sequences.
 
 The state is canonical: however the tokens were split into chunks, and however much padding came
 with them, the same tokens leave the same arrays. Every update is functional.
@@ -6,90 +6,78 @@ with them, the same tokens leave the same arrays. Every update is functional.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple as register_namedtuple
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
-from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.model import state
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.mixers import MIXERS, AttentionBlockCache, RecurrentBlockCache
 from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.torch.scan import wide_dtype
 
-
-class RecurrentBlockCache(NamedTuple):
-    """The state of a recurrent block.
-
-    Attributes:
-      rg_lru_state: h of the RG-LRU, float32 or wider.
-      conv1d_state: The last inputs of the convolution in the current document, oldest first, zeros
-        where the document has had fewer.
-    """
-
-    rg_lru_state: Float[Tensor, "b l"]
-    conv1d_state: Float[Tensor, "b 3 l"]
+__all__ = [
+    "AttentionBlockCache",
+    "Cache",
+    "RecurrentBlockCache",
+    "cache_from_numpy",
+    "cache_to_numpy",
+    "init_cache",
+]
+Cache = dict[str, Any]  # of each "blocks.N" its mixer's named tuple
 
 
-class AttentionBlockCache(NamedTuple):
-    """The state of a local attention block: a ring over the current document's last W tokens.
-
-    Attributes:
-      keys: Rotated keys; the token at position p of its document is at slot p mod W, zeros where
-        there is none.
-      values: Values, in the same slots.
-      num_tokens: How many tokens of the current document have been seen.
-    """
-
-    keys: Float[Tensor, "b w 1 h"]
-    values: Float[Tensor, "b w 1 h"]
-    num_tokens: Int[Tensor, " b"]
+def register_cache(kind: type) -> None:
+    """Makes a mixer's named tuple known to `torch.export` and `torch.load`."""
+    # The name under which an exported program is saved; not public as yet.
+    register_namedtuple(kind, serialized_type_name=f"recurrentgemma.{kind.__name__}")
+    torch.serialization.add_safe_globals([kind])
 
 
-for _kind in (RecurrentBlockCache, AttentionBlockCache):
-    # What a program that `torch.export` makes names them when it is saved; not public as yet.
-    register_namedtuple(_kind, serialized_type_name=f"recurrentgemma.{_kind.__name__}")
-    torch.serialization.add_safe_globals([_kind])
-
-ResidualBlockCache = RecurrentBlockCache | AttentionBlockCache
-Cache = dict[str, ResidualBlockCache]
+for _mixer in MIXERS.values():
+    register_cache(_mixer.cache)
 
 
-def init_block_cache(
-    config: GriffinConfig,
-    block_type: TemporalBlockType,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
-) -> ResidualBlockCache:
-    """The state of one block before the first token: zeros."""
-
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
-
-    if block_type is TemporalBlockType.RECURRENT:
-        return RecurrentBlockCache(
-            rg_lru_state=zeros(config.lru_width, dtype=wide_dtype(dtype)),
-            conv1d_state=zeros(CONV1D_WIDTH - 1, config.lru_width),
-        )
-    kv_shape = (config.attention_window_size, 1, config.head_dim)
-    return AttentionBlockCache(zeros(*kv_shape), zeros(*kv_shape), zeros(dtype=torch.int32))
+def _zeros(dtype: torch.dtype, device: torch.device | str | None):
+    """Makes the arrays of an empty state from shapes and the dtypes of `StateSpec`."""
+    dtypes = {"wide": wide_dtype(dtype), "int32": torch.int32, "compute": dtype}
+    return lambda shape, kind: torch.zeros(shape, dtype=dtypes[kind], device=device)
 
 
 def init_cache(
-    config: GriffinConfig,
+    config: Config,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    capacity: int | None = None,
 ) -> Cache:
     """The state of a model before the first token, keyed "blocks.N"."""
-    return {
-        f"blocks.{i}": init_block_cache(config, block_type, batch_size, dtype, device)
-        for i, block_type in enumerate(config.block_types)
-    }
+    return state.init_cache(config, batch_size, _zeros(dtype, device), capacity)
+
+
+def empty_block(
+    mixer: Any, batch_size: int, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Any:
+    """The state of one mixer before the first token."""
+    return state.init_block(mixer, batch_size, _zeros(dtype, device))
+
+
+def require_capacity(config: Config, cache: Cache, segment_pos: Int[Tensor, "b t"]) -> None:
+    """Raises `CapacityError` where a state that grows with the text has too little room.
+
+    It looks at values, so inside a compiled or captured graph it does nothing.
+    """
+    capacity = state.capacity_of(config, cache)
+    compiling = torch.compiler.is_compiling() or segment_pos.is_meta
+    if capacity is None or compiling or not segment_pos.numel():
+        return
+    if segment_pos.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    state.require_room(capacity, int(segment_pos.max()) + 1)
 
 
 def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
@@ -108,10 +96,7 @@ def _without_bfloat16(value: Tensor) -> Tensor:
 
 
 def cache_from_numpy(
-    config: GriffinConfig,
-    arrays: Arrays,
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
+    config: Config, arrays: Arrays, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Cache:
     """The inverse of `cache_to_numpy`.
 
@@ -119,15 +104,15 @@ def cache_from_numpy(
       ValueError: The arrays are not the state of such a model.
     """
     check_state(config, arrays)
-    cache = {}
-    for block, empty in init_cache(config, 1, dtype, "meta").items():
-        cache[block] = type(empty)(
-            **{
-                field: torch.tensor(arrays[block][field], dtype=like.dtype, device=device)
+    return {
+        block: type(empty)(
+            *(
+                torch.tensor(arrays[block][field], dtype=like.dtype, device=device)
                 for field, like in empty._asdict().items()
-            }
+            )
         )
-    return cache
+        for block, empty in init_cache(config, 1, dtype, "meta").items()
+    }
 
 
 def prepend_history(

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
-from recurrentgemma_conversion.formats import require_tensors
-from recurrentgemma_conversion.native import save_folder, torch_layout
+from recurrentgemma_conversion.names import torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.readers.native import save_folder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,12 +43,13 @@ def load_checkpoint(
 
     Args:
       path: A folder, file or archive; the bundled model if None.
-      dtype: Of the parameters and the computation; as stored if None, but float32 or wider where
-        what matrix products take is stored in several.
+      dtype: The dtype of the parameters and the computation. If None each parameter keeps its
+        stored dtype; but where the factors of matrix products are stored in several, these are
+        float32 or wider.
       device: Where the parameters go; the CPU if None.
       sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
         process then reads the whole checkpoint and keeps its part, a tensor at a time.
-      overrides: What the checkpoint does not say of the model, or says otherwise.
+      overrides: What the caller says of the model.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
@@ -70,9 +72,9 @@ def load_checkpoint(
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
         for spec, on_host in checkpoint.read_as(wanted):
-            tensor = to_tensor(spec.torch.encode(on_host)).to(device or "cpu")
-            place = places[spec.torch.name]
-            state[spec.torch.name] = tensor if sharding is None else part_of(tensor, place)
+            name = torch_name(spec.path)
+            tensor = to_tensor(to_torch(spec.path, on_host)).to(device or "cpu")
+            state[name] = tensor if sharding is None else part_of(tensor, places[name])
     model.load_state_dict(state, assign=True)
     return model
 
@@ -87,21 +89,21 @@ def save_checkpoint(
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
-        parameters are not those of the config (all that are wrong are named), or the tokenizer is
+        parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
       RuntimeError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)
     held = {name: Held.of(tensor) for name, tensor in state.items()}
-    dtypes = require_tensors(path, model.config, held, torch_layout)
-    tensors = (state[spec.torch.name] for spec in specs)
+    dtypes = torch_layout(specs).dtypes(path, held)
+    tensors = (state[torch_name(spec.path)] for spec in specs)
 
     def write(tensors: Iterable[Tensor]) -> None:
         arrays = map(to_array, tensors)
 
         def parameter(spec: ParamSpec) -> np.ndarray:
-            return spec.torch.decode(next(arrays), spec)
+            return to_torch(spec.path, next(arrays))
 
         save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
 

@@ -1,4 +1,4 @@
-"""The Griffin model (arXiv 2402.19427), which RecurrentGemma is (arXiv 2404.07839)."""
+"""The model: Griffin (arXiv 2402.19427), RecurrentGemma (arXiv 2404.07839) and their like."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from recurrentgemma.common.model.config import GriffinConfig, shapes_of
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import require_match
+from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import check_state
-from recurrentgemma.torch.blocks import ResidualBlock
-from recurrentgemma.torch.cache import Cache, ResidualBlockCache, init_cache
+from recurrentgemma.torch import modules  # published code finds its classes as griffin.modules
+from recurrentgemma.torch.blocks import Block
+from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
+
+__all__ = ["Griffin", "modules"]
 
 
 class Griffin(SpecModule):
@@ -30,12 +34,14 @@ class Griffin(SpecModule):
 
     def __init__(
         self,
-        config: GriffinConfig,
+        config: Config,
         gradient_checkpointing: bool = True,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Builds the model with initial weights, seeded by torch's global generator.
+        """Builds the model with initial weights; torch's global generator gives the seed.
+
+        The generator itself stays as it is.
 
         Args:
           config: What the model is.
@@ -43,21 +49,18 @@ class Griffin(SpecModule):
           device: Where the parameters live; "meta" allocates and initialises nothing.
           dtype: Of the parameters and the computation; torch's default if None.
         """
-        super().__init__(config, "")
-        self.gradient_checkpointing = gradient_checkpointing
-        kwargs = {"device": "meta", "dtype": dtype}
-        self.embedder = Embedder(config, "embedder", **kwargs)
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        value, meta = config.model, {"device": "meta", "dtype": dtype}
+        scale, cap, variance = value.embedding_scale, value.soft_cap, 2 / max(value.num_layers, 1)
+        self.embedder = Embedder(value.vocab_size, value.width, scale, cap, **meta)
         self.blocks = nn.ModuleList(
-            _Block(config, f"blocks.{i}", **kwargs) for i in range(config.num_layers)
+            _Block(value.width, layer, variance, scan_type=value.scan_type, **meta)
+            for layer in value.layers
         )
-        self.final_norm = RMSNorm(config, "final_norm", **kwargs)
-        # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
-        device = torch.empty(()).device if device is None else torch.device(device)
-        if device.type != "meta":
-            for module in self.modules():  # not `to_empty`, which cannot replace fake tensors
-                for name, parameter in module.named_parameters(recurse=False):
-                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
-            self.reset_parameters()
+        self.final_norm = RMSNorm(value.width, **meta)
+        with torch.random.fork_rng(devices=[]):
+            self.materialise(device)
 
     def forward(
         self,
@@ -128,6 +131,7 @@ class Griffin(SpecModule):
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
             check_state(self.config, arrays, tokens.shape[0])
+            require_capacity(self.config, cache, segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
@@ -137,7 +141,7 @@ class Griffin(SpecModule):
             for i, block in enumerate(self.blocks):
                 name = f"blocks.{i}"
                 block_cache = cache[name] if cache else None
-                x, new_cache[name] = block(x, segment_pos, block_cache, recompute)
+                x, new_cache[name] = block(x, segment_pos, block_cache, recompute=recompute)
         if last_only:
             x = x[:, -1:]
         return self.final_norm(x), new_cache
@@ -162,16 +166,24 @@ class Griffin(SpecModule):
             require_match(shapes_of(self.state_dict()), shapes_of(state_dict))
         return super().load_state_dict(state_dict, strict, assign)
 
-    def init_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> Cache:
+    def init_cache(
+        self, batch_size: int, dtype: torch.dtype | None = None, capacity: int | None = None
+    ) -> Cache:
         """The state before the first token, on the model's device.
 
         Args:
           batch_size: Number of rows, B.
           dtype: Of keys, values and convolution inputs; the parameters' if None. The RG-LRU's state
             is float32 or wider.
+          capacity: Tokens that a state which grows with the text has room for; 256 if None.
         """
         embedding = self.embedder.input_embedding
-        return init_cache(self.config, batch_size, dtype or embedding.dtype, embedding.device)
+        dtype = dtype or embedding.dtype
+        return init_cache(self.config, batch_size, dtype, embedding.device, capacity)
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.parameters())
+        return f"Griffin({self.config!r}, {size:,} parameters)"
 
 
 def _is_integer(z: Tensor | np.ndarray) -> bool:
@@ -186,7 +198,7 @@ def _as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 
-class _Block(ResidualBlock):
+class _Block(Block):
     """A residual block whose activations the backward pass can compute again.
 
     It does so from the parameters of the forward pass, which need not be the module's own: where
@@ -198,15 +210,17 @@ class _Block(ResidualBlock):
         self,
         x: Float[Tensor, "b t d"],
         segment_pos: Int[Tensor, "b t"],
-        cache: ResidualBlockCache | None = None,
+        cache: Any = None,
+        return_cache: bool = True,
         recompute: bool = False,
-    ) -> tuple[Float[Tensor, "b t d"], ResidualBlockCache]:
-        """As `ResidualBlock`; with `recompute` only the arguments are kept for the gradient."""
+    ) -> tuple[Float[Tensor, "b t d"], Any]:
+        """As `Block`; with `recompute` only the arguments are kept for the gradient."""
         if not recompute:
-            return super().forward(x, segment_pos, cache)
+            return super().forward(x, segment_pos, cache, return_cache)
         # Parameters are inputs of a compiled graph, and what it computes again depends on these.
         run = super().forward if torch.compiler.is_compiling() else self._bound()
-        return checkpoint(run, x, segment_pos, cache, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        args = (x, segment_pos, cache, return_cache)
+        return checkpoint(run, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
 
     def _bound(self):
         """The forward pass with the parameters that the module has now."""
@@ -228,4 +242,4 @@ class _WithoutHooks(nn.Module):
         self.block = block
 
     def forward(self, *args):
-        return ResidualBlock.forward(self.block, *args)
+        return Block.forward(self.block, *args)

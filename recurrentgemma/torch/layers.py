@@ -1,28 +1,28 @@
-"""The layers under the blocks. Shapes and initial values come from the layer spec."""
+"""The layers under the blocks, each built from its sizes."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import (
-    CONV1D_WIDTH,
-    layer_spec,
-    sample_param,
-    spec_by_path,
-)
+from recurrentgemma.common.model import params
+from recurrentgemma.common.model.layer_spec import sample_param
+from recurrentgemma.common.model.numerics import RMS_EPS
+from recurrentgemma.common.model.params import ParamSpec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.torch.cache import num_padding, prepend_history
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
-_PART_ELEMENTS = 2**19  # that a part of the vocabulary has, which then stays in the cache
+MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
+_PART_ELEMENTS = 2**19  # of a part of the vocabulary, which then stays in the processor's cache
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Where products keep the dtype of their factors, under `torch.autocast` too."""
+    """Keeps products in the dtype of their factors, under `torch.autocast` too."""
     kind = device.type
     # Dynamo does not trace `torch.amp.is_autocast_available` in PyTorch 2.6 to 2.10.
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -31,181 +31,238 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 class SpecModule(nn.Module):
-    """A module whose parameters are declared in the layer spec under `prefix`."""
+    """A module that keeps the specs of its own parameters, from which they are drawn."""
 
-    def __init__(self, config: GriffinConfig, prefix: str) -> None:
-        super().__init__()
-        self.config = config
-        self.prefix = prefix
+    specs: tuple[ParamSpec, ...] = ()
 
-    def parameter(
-        self, name: str, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Parameter:
-        """An uninitialised parameter of the shape that the layer spec gives."""
-        spec = spec_by_path(self.config)[f"{self.prefix}.{name}"]
-        return nn.Parameter(torch.empty(spec.torch.shape, device=device, dtype=dtype))
+    def declare(self, specs: Iterable[ParamSpec], dtype: torch.dtype | None) -> None:
+        """Makes parameters on "meta", without values; `materialise` gives them theirs."""
+        self.specs = tuple(specs)
+        for spec in self.specs:
+            shape = torch_shape(spec.path, spec.shape)
+            parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype))
+            self.register_parameter(torch_name(spec.path), parameter)
 
-    def linear(
-        self, name: str, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Linear:
-        """An uninitialised linear layer of the shape that the layer spec gives."""
-        specs = spec_by_path(self.config)
-        out_features, in_features = specs[f"{self.prefix}.{name}.kernel"].torch.shape
-        bias = f"{self.prefix}.{name}.bias" in specs
-        # On "meta" the layer's own initialisation costs nothing.
-        linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-        linear.weight = self.parameter(f"{name}.kernel", device, dtype)
-        if bias:
-            linear.bias = self.parameter(f"{name}.bias", device, dtype)
-        return linear
+    def materialise(self, device: torch.device | str | None) -> None:
+        """Allocates all parameters on a device and draws them; on "meta" nothing happens."""
+        # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
+        device = torch.empty(()).device if device is None else torch.device(device)
+        if device.type == "meta":
+            return
+        for module in self.modules():  # not `to_empty`, which cannot replace fake tensors
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draws initial values as the layer spec says; of parameters without values none.
+        """Draws initial values as the specs say, for parameters that are not on "meta".
 
         Args:
           seed: The same seed gives the same values in the JAX twin, bit for bit. `None` takes one
             from torch's global generator on the CPU.
         """
-        parameters = {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            # That of a fake tensor is on no other device.
-            if parameter.untyped_storage().device.type != "meta"
-        }
-        if not parameters:
-            return
-        if seed is None:
+        drawn = [
+            (spec._replace(path=f"{prefix}.{spec.path}" if prefix else spec.path), parameter)
+            for prefix, module in self.named_modules()
+            for spec in (module.specs if isinstance(module, SpecModule) else ())
+            # The storage of a fake tensor is on no other device.
+            if (parameter := module.get_parameter(torch_name(spec.path)))
+            .untyped_storage().device.type != "meta"
+        ]  # fmt: skip
+        if seed is None and drawn:
             seed = int(torch.randint(2**31, (), device="cpu"))
-        prefix = f"{self.prefix}." if self.prefix else ""
-        specs = {spec.torch.name: spec for spec in layer_spec(self.config)}
-        for name, parameter in parameters.items():
-            spec = specs[prefix + name]
-            parameter.copy_(torch.from_numpy(spec.torch.encode(sample_param(spec, seed))))
+        for spec, parameter in drawn:
+            value = to_torch(spec.path, sample_param(spec, seed))
+            parameter.copy_(torch.from_numpy(value))
+
+
+class Linear(nn.Linear, SpecModule):
+    """y = x W + b; on "meta" until the block around it materialises."""
+
+    def __init__(
+        self, width: int, width_out: int, bias: bool = True, variance: float = 1.0, dtype=None
+    ) -> None:
+        super().__init__(width, width_out, bias, device="meta", dtype=dtype)
+        self.declare(params.linear((width, width_out), variance=variance, bias=bias), dtype)
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """As `SpecModule`; while `nn.Linear` is being built there is nothing to draw."""
+        if self.specs:
+            SpecModule.reset_parameters(self, seed)
 
 
 class RMSNorm(SpecModule):
-    """y = x / sqrt(mean(x^2) + 1e-6) * (1 + scale), computed in float32."""
+    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.scale = self.parameter("scale", device, dtype)
-        self.reset_parameters(0)
+    scale: nn.Parameter
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def __init__(self, width: int, eps: float = RMS_EPS, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.declare(params.rms_norm(width), dtype)
+        self.materialise(device)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32 = x.to(wide_dtype(x.dtype))
-        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
+        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * rms * (1 + self.scale.to(x32.dtype))).to(x.dtype)
 
 
 class BlockDiagonalLinear(SpecModule):
-    """y_h = x_h W_h + b_h over heads h of the last axis."""
+    """y_h = x_h W_h + b_h over blocks h of the last axis."""
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.w = self.parameter("w", device, dtype)
-        self.b = self.parameter("b", device, dtype)
-        self.reset_parameters()
+    w: nn.Parameter
+    b: nn.Parameter
 
-    def forward(self, x: Float[Tensor, "b t l"]) -> Float[Tensor, "b t l"]:
-        x_hzi = x.flatten(0, 1).unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)
+    def __init__(
+        self,
+        width: int,
+        num_blocks: int,
+        w_init_variance_scale: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        specs = params.block_diagonal(width, num_blocks, variance=w_init_variance_scale)
+        self.declare(specs, dtype)
+        self.materialise(device)
+
+    def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
+        x_hzi = x.reshape(-1, x.shape[-1]).unflatten(-1, (len(self.w), -1)).transpose(0, 1)
         y_hzj = torch.baddbmm(self.b[:, None], x_hzi, self.w)
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
 class Conv1D(SpecModule):
-    """y_t = b + sum_k w_{3-k} * x_{t-k}: depthwise, causal, within a document.
+    """y_t = b + sum_k w_{taps-1-k} * x_{t-k}: depthwise, causal, within a document.
 
     The products are summed in float32.
     """
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.w = self.parameter("w", device, dtype)
-        self.b = self.parameter("b", device, dtype)
-        self.reset_parameters()
+    w: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(
+        self,
+        width: int,
+        temporal_width: int,
+        w_init_variance_scale: float = 0.01,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.declare(params.conv_1d(width, temporal_width, w_init_variance_scale), dtype)
+        self.materialise(device)
 
     def forward(
         self,
         x: Float[Tensor, "b t l"],
         segment_pos: Int[Tensor, "b t"],
-        state: Float[Tensor, "b 3 l"] | None = None,
-    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b 3 l"]]:
+        cache: Float[Tensor, "b p l"] | None = None,
+        return_cache: bool = True,
+    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b p l"] | None]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         segment_pos = as_positions(segment_pos, x)
-        length, reach = x.shape[1], CONV1D_WIDTH - 1
-        if state is not None and length == 1:
-            return self._step(x, segment_pos, state)
-        if state is None:
+        length, reach = x.shape[1], len(self.w) - 1
+        if cache is not None and length == 1:
+            y, new_cache = self._step(x, segment_pos, cache)
+            return y, new_cache if return_cache else None
+        if cache is None:
             tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
             extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
         else:
-            extended = prepend_history(state, x, num_padding(segment_pos))
+            extended = prepend_history(cache, x, num_padding(segment_pos))
         wide = wide_dtype(x.dtype)
         w = self.w.to(wide)
         y = x * w[reach] + self.b.to(wide)
-        for k in range(1, CONV1D_WIDTH):
+        for k in range(1, reach + 1):
             # The token at position p of its document has p tokens before it.
             earlier = extended[:, reach - k : reach - k + length]
             y = y + torch.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
-        return y.to(x.dtype), self._new_state(extended, segment_pos, state is not None)
+        new_cache = self._new_state(extended, segment_pos, cache is not None)
+        return y.to(x.dtype), new_cache if return_cache else None
 
     def _step(self, x: Tensor, segment_pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row."""
         wide = wide_dtype(x.dtype)
-        # Zeros stand for what a document has not had yet; another's are forgotten at its start.
+        # Zeros stand for inputs that the document lacks; its start forgets another document's.
         state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
         extended = torch.cat([state, x], 1)
         y = (extended * self.w.to(wide)).sum(1, keepdim=True) + self.b.to(wide)
         return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 
     def _new_state(self, extended: Tensor, segment_pos: Tensor, continues: bool) -> Tensor:
-        reach = CONV1D_WIDTH - 1
+        reach = len(self.w) - 1
         if not segment_pos.shape[1]:
             return extended
         last_pos = segment_pos[:, -1:]
         if continues:  # a row of padding only keeps what it had
             last_pos = torch.where(last_pos < 0, reach, last_pos)
         age = torch.arange(reach - 1, -1, -1, device=extended.device)
-        return torch.where((age <= last_pos)[..., None], extended[:, -reach:], 0)
+        return torch.where(
+            (age <= last_pos)[..., None], extended[:, extended.shape[1] - reach :], 0
+        )
 
 
 class Einsum(SpecModule):
-    """y_c = x W_c + b_c for each of the C matrices of the weight."""
+    """y = einsum(eqn, x, w) + b."""
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.w = self.parameter("w", device, dtype)
-        self.b = self.parameter("b", device, dtype)
-        self.reset_parameters()
+    w: nn.Parameter
+    b: nn.Parameter | None
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t m"], ...]:
+    def __init__(
+        self,
+        w_shape: Sequence[int],
+        b_shape: Sequence[int] | None,
+        eqn: str,
+        w_init_variance_scale: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.eqn = eqn
+        self.register_parameter("b", None)
+        self.declare(params.einsum(w_shape, b_shape, w_init_variance_scale), dtype)
+        self.materialise(device)
+
+    def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        if self.eqn != MATRICES:
+            y = torch.einsum(self.eqn, x, self.w)
+            return y if self.b is None else y + self.b
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
-        x_czd = x.flatten(0, 1).expand(self.w.shape[0], -1, -1)
-        y_czm = torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w)
-        return y_czm.unflatten(1, x.shape[:2]).unbind()
+        x_czd, b = x.flatten(0, -2).expand(len(self.w), -1, -1), self.b
+        y_czm = x_czd @ self.w if b is None else torch.baddbmm(b.flatten(1, -2), x_czd, self.w)
+        return y_czm.unflatten(1, x.shape[:-1])
 
 
 class Embedder(SpecModule):
     """Token embeddings, tied between input and output."""
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.input_embedding = self.parameter("input_embedding", device, dtype)
-        self.reset_parameters()
+    input_embedding: nn.Parameter
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        scale: float = 1.0,
+        soft_cap: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.scale, self.soft_cap = scale, soft_cap
+        self.declare(params.embedder(vocab_size, embed_dim), dtype)
+        self.materialise(device)
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """The embeddings, times sqrt(D) rounded to bfloat16 where the config says so."""
+        """The embeddings, times the scale."""
         x = nn.functional.embedding(tokens, self.input_embedding)
-        return x * self.config.embedding_scale
+        return x * self.scale
 
     def decode(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, embedding, cap = (
-            x.to(wide_dtype(x.dtype)),
-            self.input_embedding,
-            self.config.logits_soft_cap,
-        )
+        x, embedding, cap = x.to(wide_dtype(x.dtype)), self.input_embedding, self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less
         # In parts, since in a narrower dtype each is copied to the wide one.
         parts = (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, quantize
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Einsum
@@ -80,12 +81,12 @@ def adapt(
     for spec in layer_spec(model.config):
         if spec.lora is None or not (options.quantize or spec.lora in options.targets):
             continue
-        path, _, leaf = spec.torch.name.rpartition(".")
+        path, _, leaf = torch_name(spec.path).rpartition(".")
         parent, _, name = path.rpartition(".")
         module = Adapted(result.get_submodule(path), leaf, options)
         weight = module.base.get_parameter(leaf)
         if options.quantize:
-            quantized = quantize(spec.torch.decode(to_array(weight), spec))
+            quantized = quantize(to_torch(spec.path, to_array(weight)))
             module.values, module.scale = (
                 turned(torch.from_numpy(part), spec).to(weight.device) for part in quantized
             )
@@ -108,7 +109,7 @@ def merge(
     modules = dict(model.named_modules())
     state: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        path, _, leaf = spec.torch.name.rpartition(".")
+        path, _, leaf = torch_name(spec.path).rpartition(".")
         module = modules[path]
         value = module.value(leaf) if isinstance(module, Adapted) else module.get_parameter(leaf)
         value = value.detach()
@@ -118,7 +119,7 @@ def merge(
                 for matrix in adapter_specs(spec, options.rank)
             )
             value = value.to(a.dtype) + options.scale * turned(a @ b, spec)
-        state[spec.torch.name] = value.to(dtype)
+        state[torch_name(spec.path)] = value.to(dtype)
     return _sharing(state, model)
 
 

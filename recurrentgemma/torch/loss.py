@@ -1,4 +1,4 @@
-"""The loss of next tokens, without all logits at a time: with 256,000 pieces they are the peak."""
+"""The loss of next tokens, computed in chunks: the logits of 256,000 pieces would fill memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def cross_entropy(
     all logits at a time.
 
     Args:
-      hidden: What `Griffin.hidden` returns.
+      hidden: The output of `Griffin.hidden`.
       embedding: The tied embedding.
       targets: The token that follows each; anything where the weight is 0.
-      weights: What each counts.
+      weights: The weight of each target.
       soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
       chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
     """
     inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
     with without_autocast(hidden.device):
-        # Transforms of torch.func take no operations in place.
+        # torch.func's transforms accept no in-place operations.
         if torch._C._are_functorch_transforms_active():
             return _definition(hidden, embedding, weights, targets, soft_cap)
         if not torch.is_grad_enabled():
@@ -59,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, embedding, targets, weights, *gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient may itself be differentiated
+        if torch.is_grad_enabled():  # a second derivative may follow
 
             def loss(hidden, embedding, weights):
                 return _definition(hidden, embedding, weights, targets, ctx.soft_cap)
@@ -74,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _definition(hidden, embedding, weights, targets, soft_cap):
-    """The loss in differentiable operations, all tokens at a time."""
+    """The loss in differentiable operations, all tokens at once."""
     wide = wide_dtype(hidden.dtype)
     logits = torch.nn.functional.linear(hidden.to(wide), embedding.to(wide))
     if soft_cap:
@@ -88,7 +88,7 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
     """The loss, and its gradients for `hidden`, `embedding` (where needed) and `weights`."""
     wide, length = wide_dtype(hidden.dtype), targets.numel()
     size = loss_chunk(length, len(embedding), chunk_size)
-    # In parts, since in a narrower dtype each is copied to the wide one.
+    # Multiply in parts: a narrower embedding is copied to the wide dtype.
     part = len(embedding) if embedding.dtype == wide else _VOCABULARY_PART
     parts = [slice(i, i + part) for i in range(0, len(embedding), part)]
     loss = hidden.new_zeros((), dtype=wide)

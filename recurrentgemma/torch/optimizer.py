@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.model.state_dict import is_kernel, to_torch
 from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
     ADAFACTOR_DECAY,
@@ -115,9 +116,9 @@ def set_moments(
 def _key(options: OptimizerOptions, name: str, spec: ParamSpec) -> str:
     """What PyTorch calls a moment of a parameter; rows are columns in a transposed one."""
     key = _KEYS[options.name][name]
-    return _OTHER.get(key, key) if spec.torch.transpose else key
+    return _OTHER.get(key, key) if is_kernel(spec.path) else key
 
 
 def turned(tensor: Tensor, spec: ParamSpec) -> Tensor:
     """A parameter, or a moment of it, from the Flax layout to PyTorch's, or back."""
-    return tensor.mT if spec.torch.transpose else tensor
+    return to_torch(spec.path, tensor)

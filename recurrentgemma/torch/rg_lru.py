@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model import params
+from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan
 
@@ -18,27 +19,41 @@ class RGLRU(SpecModule):
     Everything past the gates' linear maps is float32, or float64 beside float64.
     """
 
-    def __init__(self, config: GriffinConfig, prefix: str, *, device=None, dtype=None) -> None:
-        super().__init__(config, prefix)
-        self.a_param = self.parameter("a_param", device, dtype)
-        kwargs = {"device": device, "dtype": dtype}
-        self.input_gate = BlockDiagonalLinear(config, f"{prefix}.input_gate", **kwargs)
-        self.a_gate = BlockDiagonalLinear(config, f"{prefix}.a_gate", **kwargs)
-        self.reset_parameters()
+    a_param: nn.Parameter
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        w_init_variance_scale: float = 1.0,
+        device=None,
+        dtype=None,
+        *,
+        scan_type: ScanType = ScanType.AUTO,
+    ) -> None:
+        super().__init__()
+        self.scan_type = scan_type
+        self.declare(params.a_param(width), dtype)
+        sizes = (width, num_heads, w_init_variance_scale, "meta", dtype)
+        self.input_gate = BlockDiagonalLinear(*sizes)
+        self.a_gate = BlockDiagonalLinear(*sizes)
+        self.materialise(device)
 
     def forward(
         self,
         x: Float[Tensor, "b t l"],
         segment_pos: Int[Tensor, "b t"],
-        state: Float[Tensor, "b l"] | None = None,
-    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b l"]]:
+        cache: Float[Tensor, "b l"] | None = None,
+        return_cache: bool = True,
+    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b l"] | None]:
         """Returns the outputs and the last state."""
-        return rg_lru_scan(
+        y, new_cache = rg_lru_scan(
             x,
             self.input_gate(x),
             self.a_gate(x),
             self.a_param,
             segment_pos,
-            state,
-            implementation=SCAN_TYPES[self.config.scan_type],
+            cache,
+            implementation=SCAN_TYPES[self.scan_type],
         )
+        return y, new_cache if return_cache else None

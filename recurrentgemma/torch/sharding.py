@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-_NEEDED = "2.10"  # before which parts keep the memory of the whole, or FSDP fails on a CPU
+_NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
 
 
 def shard(model: Griffin, mesh: DeviceMesh) -> None:
-    """Splits a model, on the meta device too, block by block.
+    """Splits a model block by block, also on the meta device.
 
     Raises:
-      RuntimeError: This version of PyTorch cannot.
+      RuntimeError: This version of PyTorch cannot split a model.
     """
     if TorchVersion(torch.__version__) < _NEEDED:
         raise RuntimeError(
@@ -37,7 +37,7 @@ def shard(model: Griffin, mesh: DeviceMesh) -> None:
 
 
 def part_of(tensor: Tensor, place: Tensor) -> Tensor:
-    """This process's part of a tensor that all have, split as the `DTensor` it is to replace."""
+    """This process's part of a tensor that every process has, split like `place`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(place, DTensor)
@@ -45,7 +45,7 @@ def part_of(tensor: Tensor, place: Tensor) -> Tensor:
 
 
 def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
-    """The mesh that the first split tensor is split over; None if none is."""
+    """The mesh of the first split tensor; None if no tensor is split."""
     if not dist.is_available():
         return None
     from torch.distributed.tensor import DTensor
@@ -54,7 +54,7 @@ def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may have a part: then all must call this together."""
+    """The whole of a tensor. If processes hold parts of it, all must call this together."""
     if dist.is_available():
         from torch.distributed.tensor import DTensor
 
@@ -66,22 +66,22 @@ def whole(tensor: Tensor) -> Tensor:
 def by_the_first(
     mesh: DeviceMesh, tensors: Iterable[Tensor], write: Callable[[Iterable[Tensor]], None]
 ) -> None:
-    """Has the first process of a mesh write what all have parts of; all must call this together.
+    """Lets the first process of a mesh write split tensors; all processes must call this together.
 
     Args:
       mesh: The processes.
-      tensors: Those to write, in the same order in all.
-      write: Takes them whole, one at a time, and writes them; it runs in the first process.
+      tensors: The tensors to write, in the same order in every process.
+      write: Takes whole tensors, one at a time, and writes them; it runs in the first process.
 
     Raises:
-      RuntimeError: The first process could not write; it raises what `write` does.
+      RuntimeError: The first process could not write; there, the error of `write` is raised.
     """
     pieces = map(whole, tensors)
     error: BaseException | None = None
     if not any(mesh.get_coordinate() or (1,)):
         try:
             write(pieces)
-        except BaseException as raised:  # Ctrl-C too: the others wait for what is left
+        except BaseException as raised:  # also Ctrl-C: the others wait for the remaining tensors
             error = raised
     for _ in pieces:
         pass

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.model.state_dict import torch_name
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -40,13 +42,13 @@ class TrainState:
     """A model in training.
 
     Attributes:
-      step: Steps done.
-      parameters: What is trained, by the layer spec's paths, in the optimiser state's dtype.
-      optimizer_state: PyTorch's optimiser on them.
-      model: The model; with LoRA one with adapters.
+      step: The number of steps done.
+      parameters: The trained parameters, by the layer spec's paths, in the optimiser state's dtype.
+      optimizer_state: PyTorch's optimiser of these parameters.
+      model: The model; with LoRA, it has adapters.
       optimizer: How it is optimised.
-      lora: The adapters that are trained; the model's own parameters if None.
-      dtype: Of the parameters in the forward pass.
+      lora: Which adapters are trained; the model's own parameters if None.
+      dtype: The dtype of the parameters in the forward pass.
     """
 
     step: int
@@ -69,13 +71,13 @@ def create_train_state(
     """The state before the first step.
 
     Args:
-      model: The model. Training changes it in place; under LoRA it stays as it is, and the state's
+      model: The model. Training changes it in place; with LoRA it does not change, and the state's
         model shares its tensors.
       optimizer: How to optimise; AdamW if None.
       lora: Train adapters of this kind on frozen parameters; all parameters if None.
-      state_dtype: Of what is trained, as the optimiser sees it, and of its state. Where it is wider
-        than the parameters it sees a copy of them, so that small updates are not lost.
-      seed: Of the adapters' initial values.
+      state_dtype: The dtype of the optimiser's state and of the parameters that it updates. If it
+        is wider than the model's, it updates a copy of them, so that small updates are not lost.
+      seed: The seed of the adapters' initial values.
 
     Raises:
       ValueError: LoRA has no targets in the model.
@@ -103,11 +105,11 @@ def create_train_state(
 
 
 def loss_fn(model: Griffin, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
-    """The mean over the weights of -log p(target), in float32 or wider; 0 where none counts.
+    """The weighted mean of -log p(target), in float32 or wider; 0 if all weights are 0.
 
     Args:
       model: The model, with adapters or without.
-      batch: What it reads and what follows.
+      batch: The tokens, targets and weights.
 
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
@@ -118,10 +120,10 @@ def loss_fn(model: Griffin, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
 
 
 def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
-    """One update, by the gradient of the mean over the weights of all batches.
+    """One update, by the gradient of the weighted mean over all batches.
 
     Args:
-      state: It is changed in place.
+      state: It changes in place.
       batches: One batch, or several whose gradients are accumulated.
 
     Returns:
@@ -155,7 +157,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
 @torch.no_grad()
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean over the weights of all batches: "loss", "tokens" (their sum) and "perplexity"."""
+    """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     total, tokens = 0.0, 0.0
     for batch in batches:
         total += float(_total(state.model, batch))
@@ -165,11 +167,11 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
-    """All that changes in training, in the Flax layout: what the JAX twin's has too.
+    """Everything that training changes, in the Flax layout; the JAX twin has the same.
 
-    Names are "step", "parameters.<path>" and those of the optimiser, "mu.<path>" and so on (see
-    `common.optimization.moment_shapes`).
-    On a CPU they are views, good until the next step.
+    Names are "step", "parameters.<path>" and the optimiser's, such as "mu.<path>" (see
+    `common.training.optimization.moment_shapes`). On a CPU the arrays are views, valid until the
+    next step.
     """
     specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
     shapes = moment_shapes(state.optimizer, list(specs.values()))
@@ -185,10 +187,10 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these arrays, from `state_arrays` of either twin, cast to its dtypes.
+    """The state with the arrays that `state_arrays` of either twin returned, cast to its dtypes.
 
     Raises:
-      ValueError: Names or shapes are not the state's; all differences are listed.
+      ValueError: Names or shapes differ from the state's; the message lists all differences.
     """
     specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
     shapes = {name: np.shape(array) for name, array in arrays.items()}
@@ -208,9 +210,9 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
 
 
 def parameters(state: TrainState) -> Griffin:
-    """The model, adapters merged: to sample from or to save.
+    """The model, adapters merged, to sample from or to save.
 
-    Without LoRA it is the state's own, which training goes on to change.
+    Without LoRA it is the state's own model, which later steps change.
     """
     if state.lora is None:
         return state.model
@@ -218,14 +220,14 @@ def parameters(state: TrainState) -> Griffin:
 
 
 def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: bool = False) -> None:
-    """Writes the adapters alone, to a file that either twin and `recurrentgemma merge` read.
+    """Writes only the adapters, to a file that either twin and `recurrentgemma merge` read.
 
     Raises:
-      ValueError: The state has none.
-      CheckpointError: `path` exists and `force` is not set, or cannot be written.
+      ValueError: The state has no adapters.
+      CheckpointError: `path` exists and `force` is not set, or it cannot be written.
     """
     if state.lora is None:
-        raise ValueError("the state has no adapters: it was created without lora")
+        raise UserError("the state has no adapters: it was created without lora")
     arrays = {name: to_array(parameter) for name, parameter in state.parameters.items()}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
@@ -234,7 +236,7 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
     """A model with the adapters in a file merged into its parameters, in its dtype.
 
     Raises:
-      CheckpointError: It is no adapter file, damaged, or of another model.
+      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
     """
     _, options, arrays = read_adapters(path, model.config)
     base, _ = adapt(model, options, torch.float32, 0)
@@ -244,13 +246,13 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
 
 
 def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
-    """The sum over the weights of -log p(target)."""
+    """The weighted sum of -log p(target)."""
     embedding = model.embedder.input_embedding
     tokens, segment_pos, targets, weights = (
         torch.tensor(np.asarray(z)).to(embedding.device) for z in batch
     )
     hidden, _ = model.hidden(tokens, segment_pos)
-    return cross_entropy(hidden, embedding, targets, weights, model.config.logits_soft_cap)
+    return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
 
 
 def _divisor(tokens: float) -> float:
@@ -259,11 +261,12 @@ def _divisor(tokens: float) -> float:
 
 def _own_parameters(model: Griffin) -> dict[str, Tensor]:
     """The model's parameters by the layer spec's paths."""
-    return {spec.path: model.get_parameter(spec.torch.name) for spec in layer_spec(model.config)}
+    specs = layer_spec(model.config)
+    return {spec.path: model.get_parameter(torch_name(spec.path)) for spec in specs}
 
 
 def _collect_gradients(state: TrainState) -> None:
-    """Adds the model's gradients to those of what the optimiser sees, where that is a copy."""
+    """Moves the model's gradients to the optimiser's copy of its parameters, where it has one."""
     if state.lora is not None:
         return
     for path, parameter in _own_parameters(state.model).items():
@@ -276,7 +279,7 @@ def _collect_gradients(state: TrainState) -> None:
 
 @torch.no_grad()
 def _copy_parameters(state: TrainState) -> None:
-    """Casts what the optimiser sees to the model's parameters, where it is a copy."""
+    """Casts the optimiser's copy of the parameters, where it has one, to the model's."""
     if state.lora is not None:
         return
     for path, parameter in _own_parameters(state.model).items():

@@ -1,17 +1,18 @@
-"""What a behaviour test asks of a twin."""
+"""The calls that behaviour tests make on both twins."""
 
 from __future__ import annotations
 
 import abc
-import contextlib
+import functools
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.mixers import MIXERS
+from recurrentgemma.common.twin import Twin, find_twin
 
 Params = Mapping[str, np.ndarray]
 
@@ -28,7 +29,7 @@ class Network(abc.ABC):
     def __call__(
         self, x: np.ndarray, segment_pos: np.ndarray | None = None, state: Any = None
     ) -> tuple[np.ndarray, Any]:
-        """Outputs (of a Griffin, logits of tokens `x`) and the new state, None where none is."""
+        """Outputs (a Griffin's are the logits of tokens `x`) and the new state, if any."""
 
     @abc.abstractmethod
     def grads(
@@ -42,16 +43,33 @@ class Network(abc.ABC):
     ) -> dict[str, Any]:
         """Gradients of sum(dy * outputs) + sum(dstate * new state).
 
-        Under "params" by path in the Flax layout, under "x" (unless tokens), and under "state"
-        (unless None; without its integers).
+        Under "params" by path in the Flax layout, under "x" unless the input is tokens, and under
+        "state" unless that is None, without its integers.
         """
 
 
 class Backend(abc.ABC):
-    """A twin."""
+    """A twin and its modules."""
 
     name: str
-    module: Any
+    device: str | None = None
+
+    @functools.cached_property
+    def twin(self) -> Twin:
+        return find_twin(self.name)
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The twin's package."""
+        return importlib.import_module(f"recurrentgemma.{self.name}")
+
+    def precision(self, dtype: str):
+        """See `Twin.precision`."""
+        return self.twin.precision(dtype)
+
+    def array(self, value: np.ndarray, dtype: str) -> Any:
+        """An array of the framework."""
+        return self.twin.from_numpy(np.asarray(value), dtype, self.device)
 
     def griffin(
         self,
@@ -62,7 +80,7 @@ class Backend(abc.ABC):
     ) -> Network:
         """A model with these parameters, by the layer spec's paths."""
         kwargs = {"gradient_checkpointing": gradient_checkpointing}
-        return self._network("Griffin", config, "", params, dtype, kwargs)
+        return self._network("Griffin", (config,), params, dtype, kwargs)
 
     def block(
         self, kind: str, config: GriffinConfig, prefix: str, params: Params, dtype: str = "float64"
@@ -73,21 +91,21 @@ class Backend(abc.ABC):
             for path, value in params.items()
             if path.startswith(f"{prefix}.")
         }
-        return self._network(kind, config, prefix, below, dtype, {})
+        return self._network(kind, sizes(kind, config, prefix), below, dtype, {})
 
     def state(self, array_state: Any, dtype: str, kind: str = "") -> Any:
-        """A NumPy state as the twin takes it; `kind` is the module that it is of."""
+        """A NumPy state as the twin takes it; `kind` is the module that it belongs to."""
         if array_state is None:
             return None
         if not isinstance(array_state, Mapping):
             return self.array(array_state, self._state_dtype(kind, array_state, dtype))
-        if "keys" in array_state or "rg_lru_state" in array_state:
-            name = "AttentionBlockCache" if "keys" in array_state else "RecurrentBlockCache"
-            fields = {
-                field: self.array(value, self._state_dtype(field, value, dtype))
-                for field, value in array_state.items()
-            }
-            return getattr(self.module, name)(**fields)
+        fields = tuple(array_state)
+        for mixer in MIXERS.values():
+            if fields == mixer.cache._fields:  # pyright: ignore[reportAttributeAccessIssue]
+                pairs = array_state.items()
+                return mixer.cache(
+                    *(self.array(v, self._state_dtype(f, v, dtype)) for f, v in pairs)
+                )
         return {block: self.state(fields, dtype) for block, fields in array_state.items()}
 
     def to_numpy(self, value: Any) -> Any:
@@ -100,11 +118,11 @@ class Backend(abc.ABC):
             return self.to_numpy(value._asdict())
         if isinstance(value, tuple | list):
             return tuple(self.to_numpy(part) for part in value)
-        array = self._numpy(value)
-        return array.astype(np.float64) if array.dtype.kind == "f" else array
+        array = self.twin.to_numpy(value)
+        return array.astype(np.float64) if array.dtype.kind in "fV" else array  # V is bfloat16
 
     def scan_arguments(self, x, a, h0, reset, dtype: str) -> tuple[Any, Any, Any, Any]:
-        """Arrays for a linear scan: the state wide, what is None still None."""
+        """Arrays for a linear scan, the state wide; None stays None."""
         return (
             self.array(x, dtype),
             self.array(a, dtype),
@@ -129,22 +147,10 @@ class Backend(abc.ABC):
         return wide_dtype(dtype) if field in ("rg_lru_state", "RGLRU") else dtype
 
     @abc.abstractmethod
-    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
-        """Where arrays of this dtype can be made."""
-
-    @abc.abstractmethod
-    def array(self, value: np.ndarray, dtype: str) -> Any:
-        """An array of the framework."""
-
-    @abc.abstractmethod
-    def _numpy(self, value: Any) -> np.ndarray: ...
-
-    @abc.abstractmethod
     def _network(
         self,
         kind: str,
-        config: GriffinConfig,
-        prefix: str,
+        arguments: tuple[Any, ...],
         params: Params,
         dtype: str,
         kwargs: dict[str, Any],
@@ -154,15 +160,15 @@ class Backend(abc.ABC):
     def raw_griffin(
         self, config: GriffinConfig, params: Params, dtype: str = "float32"
     ) -> tuple[Any, Any]:
-        """The twin's own model, and what calls it: f(tokens, segment_pos, cache)."""
+        """The twin's own model, and a function that calls it: f(tokens, segment_pos, cache)."""
 
-    @abc.abstractmethod
     def init_params(self, config: GriffinConfig, seed: int, dtype: str = "float32") -> Params:
         """Initial parameters from a seed, by path in the Flax layout, in their own dtype."""
+        return self.twin.params(self.twin.init(config, seed, dtype))
 
-    @abc.abstractmethod
     def sampler(self, config: GriffinConfig, params: Params, vocab: Any, **kwargs: Any) -> Any:
         """A sampler on a float32 model with these parameters."""
+        return self.twin.sampler(self.twin.make(config, params.items(), "float32"), vocab, **kwargs)
 
     @abc.abstractmethod
     def linear_scan(
@@ -248,7 +254,7 @@ class Backend(abc.ABC):
         """
 
     def implementations(self) -> list[str]:
-        """Of the recurrences: those that run on this machine, interpreted or not."""
+        """The implementations of the recurrence that run on this machine, interpreted or not."""
         return list(importlib.import_module(f"recurrentgemma.{self.name}.scan").IMPLEMENTATIONS)
 
     def widest(self, implementation: str) -> str:
@@ -257,12 +263,29 @@ class Backend(abc.ABC):
         return "float64"
 
 
+def sizes(kind: str, c: GriffinConfig, prefix: str) -> tuple[Any, ...]:
+    """The published arguments of a layer or block of the model."""
+    if kind == "ResidualBlock":
+        block_type = c.block_types[int(prefix.removeprefix("blocks."))]
+        window = c.attention_window_size
+        return c.width, c.mlp_expanded_width, c.num_heads, window, block_type, c.lru_width
+    return {
+        "RMSNorm": (c.width,),
+        "BlockDiagonalLinear": (c.lru_width, c.num_heads),
+        "Conv1D": (c.lru_width, 4),
+        "RGLRU": (c.lru_width, c.num_heads),
+        "RecurrentBlock": (c.width, c.num_heads, c.lru_width),
+        "LocalAttentionBlock": (c.width, c.num_heads, c.attention_window_size),
+        "MLPBlock": (c.width, c.mlp_expanded_width),
+    }[kind]
+
+
 def input_dtype(x: np.ndarray, dtype: str) -> str:
     return "int32" if x.dtype.kind in "iu" else dtype
 
 
 def position_dtype(segment_pos: np.ndarray) -> str:
-    """NumPy's own integers are int32; others are as they are."""
+    """NumPy's default integers become int32; other dtypes stay."""
     return "int32" if segment_pos.dtype == np.int64 else segment_pos.dtype.name
 
 

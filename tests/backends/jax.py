@@ -4,80 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from backends.base import (
     Backend,
     Network,
-    Params,
     float_leaves,
     input_dtype,
     named_grads,
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.model.layer_spec import layer_spec
 
 
 class JaxBackend(Backend):
     name = "jax"
 
-    @functools.cached_property
-    def module(self) -> Any:
-        return importlib.import_module("recurrentgemma.jax")
+    def _network(self, kind, arguments, params, dtype, kwargs) -> JaxNetwork:
+        from recurrentgemma.jax.griffin import set_path
 
-    def precision(self, dtype: str):
-        import jax
-
-        return jax.enable_x64(dtype == "float64")
-
-    def array(self, value: np.ndarray, dtype: str) -> Any:
-        import jax.numpy as jnp
-
-        return jnp.asarray(value, dtype)
-
-    def _numpy(self, value: Any) -> np.ndarray:
-        import jax.numpy as jnp
-
-        return np.asarray(value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value)
-
-    def _network(self, kind, config, prefix, params, dtype, kwargs) -> JaxNetwork:
-        if kind != "Griffin":
-            kwargs = {"prefix": prefix}
-        module = getattr(self.module, kind)(config, param_dtype=dtype, **kwargs)
-        return JaxNetwork(self, kind, module, self._tree(params, dtype), dtype)
-
-    def _tree(self, params: Params, dtype: str) -> dict[str, Any]:
-        griffin = importlib.import_module("recurrentgemma.jax.griffin")
+        module = getattr(self.module, kind)(*arguments, param_dtype=dtype, **kwargs)
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params.items():
-                griffin.set_path(tree, path, self.array(value, dtype))
-        return tree
+                set_path(tree, path, self.array(value, dtype))
+        return JaxNetwork(self, kind, module, tree, dtype)
 
     def raw_griffin(self, config, params, dtype="float32"):
-        model = self.module.Griffin(config, param_dtype=dtype)
-        tree = self._tree(params, dtype)
-        return model, functools.partial(_jax_functions()[0], model, tree)
-
-    def init_params(self, config, seed, dtype="float32"):
-        griffin = importlib.import_module("recurrentgemma.jax.griffin")
-        tree = self.module.init_params(config, seed, dtype)
-        return {
-            spec.path: np.asarray(griffin.get_path(tree, spec.path)) for spec in layer_spec(config)
-        }
-
-    def sampler(self, config, params, vocab, **kwargs):
-        model = self.module.Griffin(config)
-        return self.module.Sampler(model, vocab, self._tree(params, "float32"), **kwargs)
+        model = self.twin.make(config, params.items(), dtype)
+        return model.module, functools.partial(_jax_functions()[0], *model)
 
     def implementations(self):
         names = super().implementations()
-        # Of the Pallas kernels each target's, interpreted.
+        # The Pallas kernel of each target, interpreted.
         return [name for name in names if name != "pallas"] + (
             [f"pallas-{target}" for target in PALLAS_TARGETS] if "pallas" in names else []
         )
@@ -157,10 +117,10 @@ PALLAS_TARGETS = ("tpu", "gpu")
 
 @contextlib.contextmanager
 def jax_implementation(label: str = "auto"):
-    """Where an implementation can be traced; yields the package's name for it.
+    """A context in which an implementation can be traced; yields the package's name for it.
 
-    The label of a Pallas kernel has its target. It is interpreted on the CPU: a TPU's with memory
-    poisoned and a search for races.
+    The label of a Pallas kernel includes its target. The CPU interprets it; the TPU's runs with
+    poisoned memory and a search for races.
     """
     name, _, target = label.partition("-")
     if not target:
@@ -177,9 +137,9 @@ def jax_implementation(label: str = "auto"):
 
 @functools.cache
 def _jax_functions():
-    """Compiled once a shape, whichever test asks.
+    """Functions that all tests share, so that each shape is compiled once.
 
-    Apply, gradients; a scan, with gradients; an RG-LRU scan, with gradients.
+    Apply, its gradients; a scan, its gradients; an RG-LRU scan, its gradients.
     """
     import jax
     import jax.numpy as jnp
@@ -242,7 +202,7 @@ class JaxNetwork(Network):
         self.params = params
 
     def _arguments(self, x, segment_pos, state) -> tuple:
-        # A whole number of arguments: those that some modules do not take are left out.
+        # Some modules take no positions and no state.
         arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
         if segment_pos is not None:
             arguments.append(self.backend.array(segment_pos, position_dtype(segment_pos)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
 from typing import Any
 
@@ -19,85 +17,38 @@ from backends.base import (
     position_dtype,
     wide_dtype,
 )
-from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
 
 class TorchBackend(Backend):
     name = "torch"
 
-    @functools.cached_property
-    def module(self) -> Any:
-        return importlib.import_module("recurrentgemma.torch")
-
-    device = "cpu"
-
-    def precision(self, dtype: str):
-        return contextlib.nullcontext()
-
     @contextlib.contextmanager
     def running(self, implementation: str = "auto", **_: Any):
-        """Where a recurrence runs: Triton's kernels on a GPU unless they are interpreted."""
+        """Places arrays on the GPU for Triton's kernels, unless those are interpreted."""
         compiled = implementation == "triton" and os.environ["TRITON_INTERPRET"] == "0"
-        self.device = "cuda" if compiled else "cpu"
+        self.device = "cuda" if compiled else None
         try:
             with np.errstate(over="ignore"):  # exp in an interpreted kernel
                 yield
         finally:
-            self.device = "cpu"
+            self.device = None
 
-    def array(self, value: np.ndarray, dtype: str) -> Any:
+    def _network(self, kind, arguments, params, dtype, kwargs) -> TorchNetwork:
         import torch
 
-        array = torch.tensor(np.ascontiguousarray(value), device=self.device)
-        return array.to(getattr(torch, dtype))
-
-    def _numpy(self, value: Any) -> np.ndarray:
-        import torch
-
-        value = value.detach()
-        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-
-    def _network(self, kind, config, prefix, params, dtype, kwargs) -> TorchNetwork:
-        import torch
-
-        positional = () if kind == "Griffin" else (prefix,)
-        module = getattr(self.module, kind)(
-            config, *positional, dtype=getattr(torch, dtype), **kwargs
-        )
-        specs, below = spec_by_path(config), f"{prefix}." if prefix else ""
+        module = getattr(self.module, kind)(*arguments, dtype=getattr(torch, dtype), **kwargs)
         module.load_state_dict(
             {
-                specs[below + path].torch.name.removeprefix(below): self.array(
-                    specs[below + path].torch.encode(np.asarray(value)), dtype
-                )
+                torch_name(path): self.array(to_torch(path, np.asarray(value)), dtype)
                 for path, value in params.items()
             }
         )
-        return TorchNetwork(self, kind, module, dtype)
+        return TorchNetwork(self, kind, module, tuple(params), dtype)
 
     def raw_griffin(self, config, params, dtype="float32"):
-        model = self._network("Griffin", config, "", params, dtype, {}).module
+        model = self.twin.make(config, params.items(), dtype)
         return model, model
-
-    def init_params(self, config, seed, dtype="float32"):
-        import torch
-
-        model = self.module.Griffin(config, dtype=getattr(torch, dtype))
-        model.reset_parameters(seed)
-        stored = model.state_dict()
-        params = {}
-        for spec in layer_spec(config):
-            value = stored[spec.torch.name]
-            if value.dtype == torch.bfloat16:  # bit for bit, in NumPy's extension type
-                import ml_dtypes
-
-                value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            params[spec.path] = np.asarray(spec.torch.decode(np.asarray(value), spec))
-        return params
-
-    def sampler(self, config, params, vocab, **kwargs):
-        model = self._network("Griffin", config, "", params, "float32", {}).module
-        return self.module.Sampler(model, vocab, **kwargs)
 
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
         with self.running(**kwargs):
@@ -176,8 +127,9 @@ class TorchBackend(Backend):
 
 
 class TorchNetwork(Network):
-    def __init__(self, backend: TorchBackend, kind: str, module, dtype: str) -> None:
+    def __init__(self, backend: TorchBackend, kind: str, module, paths, dtype: str) -> None:
         self.backend, self.kind, self.module, self.dtype = backend, kind, module, dtype
+        self.paths = paths
 
     def _arguments(self, x, segment_pos, state) -> list[Any]:
         arguments: list[Any] = [self.backend.array(x, input_dtype(x, self.dtype))]
@@ -212,12 +164,8 @@ class TorchNetwork(Network):
             loss, [*parameters, *inputs], allow_unused=True, materialize_grads=True
         )
         gradients = [self.backend.to_numpy(gradient) for gradient in gradients]
-        prefix = f"{self.module.prefix}." if self.module.prefix else ""
-        specs = {spec.torch.name: spec for spec in layer_spec(self.module.config)}
-        flat = {}
-        for name, gradient in zip(names, gradients[: len(names)], strict=True):
-            spec = specs[prefix + name]
-            flat[spec.path.removeprefix(prefix)] = spec.torch.decode(gradient, spec)
+        by_name = dict(zip(names, gradients, strict=False))
+        flat = {path: to_torch(path, by_name[torch_name(path)]) for path in self.paths}
         return named_grads(flat, x, state, gradients[len(names) :])
 
 

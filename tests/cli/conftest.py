@@ -12,10 +12,10 @@ import pytest
 
 from recurrentgemma.cli import main
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import sample_params
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
-from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.readers.native import save_folder
 
 CONFIG = GriffinConfig(
     vocab_size=2048,

@@ -11,6 +11,7 @@ from checkpoints import CONFIGS, files, write_checkpoint
 from recurrentgemma.cli.convert import FORMATS, parse_size
 from recurrentgemma.common.model.layer_spec import num_parameters
 from recurrentgemma_conversion import Format, open_checkpoint
+from recurrentgemma_conversion.opening import READERS
 
 CONFIG = CONFIGS["griffin"]
 
@@ -186,10 +187,9 @@ def test_progress_is_shown_in_a_terminal(cli, tmp_path, source, monkeypatch):
 def test_inspect_of_every_format(cli, tmp_path, format_, monkeypatch):
     source = write_checkpoint(tmp_path / "model", format_, CONFIG, "bfloat16")
     # No weights are read.
-    monkeypatch.setattr("recurrentgemma_conversion.formats.Reader.read", None)
-    for kind in ("kaggle_flax.KaggleFlaxReader", "kaggle_torch.KaggleTorchReader",
-                 "huggingface.HuggingFaceReader", "native.NativeReader"):  # fmt: skip
-        monkeypatch.setattr(f"recurrentgemma_conversion.{kind}.fetch", None)
+    monkeypatch.setattr("recurrentgemma_conversion.readers.base.Reader.read", None)
+    for reader in READERS.values():
+        monkeypatch.setattr(reader, "fetch", None)
     report = cli("inspect", source, "--json").json
     assert report["format"] == format_
     assert report["config"] == CONFIG.to_dict()

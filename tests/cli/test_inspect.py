@@ -11,10 +11,10 @@ from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.io.shards import WEIGHTS
 from recurrentgemma.common.model import presets
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 
 def test_json_of_a_checkpoint(cli, checkpoint):

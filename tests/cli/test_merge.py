@@ -12,7 +12,7 @@ from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.lora import LoraOptions, merge, trainable_specs
 from recurrentgemma_conversion import open_checkpoint
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 
 def write(path: Path, options: LoraOptions) -> Adapters:

@@ -19,7 +19,7 @@ SHORT = ("--greedy", "4", "--length", "24")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """ "one" and the same in another format, another with one weight moved, and a narrower one."""
+    """Checkpoints: one, the same in another format, one with a moved weight, another model."""
     root = tmp_path_factory.mktemp("parity")
     config = CONFIGS["griffin"]
     write_checkpoint(root / "one", Format.RECURRENTGEMMA)

@@ -9,7 +9,7 @@ import pytest
 
 import recurrentgemma
 from recurrentgemma.cli import main
-from recurrentgemma.cli.errors import mistake
+from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER
 from recurrentgemma.common.io.shards import WEIGHTS
 

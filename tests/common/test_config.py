@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
+from recurrentgemma.common.model.state_dict import torch_name, torch_shape
 
 R, A = TemporalBlockType.RECURRENT, TemporalBlockType.ATTENTION
 FIELDS: dict[str, Any] = {
@@ -57,7 +58,6 @@ def make(**changes: Any) -> GriffinConfig:
             "lru_width must be divisible by num_heads, got lru_width=35 num_heads=2",
         ),
         ({"width": 20}, r"divisible by 4 .*, got 10 from width=20 num_heads=2"),
-        ({"block_types": ()}, "block_types must name at least one block, got none"),
         ({"block_types": "recurrent"}, "block_types must be a sequence, got 'recurrent'"),
         ({"block_types": (R, "global")}, "'global' is no TemporalBlockType; choose from ATTENTION"),
         ({"block_types": (R, None)}, "None is no TemporalBlockType"),
@@ -223,7 +223,10 @@ def flax_tree(config: GriffinConfig) -> dict[str, Any]:
 
 
 def torch_state(config: GriffinConfig) -> dict[str, Any]:
-    return {spec.torch.name: shaped(spec.torch.shape) for spec in layer_spec(config)}
+    return {
+        torch_name(spec.path): shaped(torch_shape(spec.path, spec.shape))
+        for spec in layer_spec(config)
+    }
 
 
 def readings(config: GriffinConfig, **kwargs: Any) -> list[GriffinConfig]:

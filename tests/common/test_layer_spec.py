@@ -4,13 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from cases import CONFIGS, make_config, make_params
+from cases import CONFIGS, make_config
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.init import Normal, RingLog, Zeros
 from recurrentgemma.common.model.layer_spec import (
-    Normal,
-    RingLog,
-    Zeros,
     layer_spec,
     mismatches,
     num_parameters,
@@ -104,79 +102,6 @@ def test_every_axis_has_a_name_and_every_name_one_parameter(name: str) -> None:
         assert len(spec.axes) == len(spec.shape), spec.path
         assert spec.size == math.prod(spec.shape)
     assert len({spec.path for spec in specs}) == len(specs)
-    assert len({spec.torch.name for spec in specs}) == len(specs)
-    names = [stored.name for spec in specs for stored in spec.hf]
-    assert len(set(names)) == len(names)
-
-
-def test_names_and_axis_orders_in_the_formats() -> None:
-    """The published names; T marks the transpose."""
-    specs = spec_by_path(make_config("RA"))
-    params = make_params(make_config("RA"))
-    block = "blocks.0.recurrent_block"
-    layer = "model.layers.0"
-    same = [
-        ("embedder.input_embedding", "embedder.input_embedding", "model.embed_tokens.weight"),
-        ("final_norm.scale", "final_norm.scale", "model.final_norm.weight"),
-        (f"{block}.rg_lru.a_param", None, f"{layer}.temporal_block.rg_lru.recurrent_param"),
-        (f"{block}.rg_lru.a_gate.w", None, f"{layer}.temporal_block.rg_lru.recurrent_gate_weight"),
-        (f"{block}.rg_lru.a_gate.b", None, f"{layer}.temporal_block.rg_lru.recurrent_gate_bias"),
-        (f"{block}.rg_lru.input_gate.w", None, f"{layer}.temporal_block.rg_lru.input_gate_weight"),
-        (f"{block}.linear_x.bias", None, f"{layer}.temporal_block.linear_x.bias"),
-        (f"{block}.conv_1d.b", None, f"{layer}.temporal_block.conv_1d.bias"),
-        ("blocks.0.temporal_pre_norm.scale", None, f"{layer}.temporal_pre_norm.weight"),
-        ("blocks.1.channel_pre_norm.scale", None, "model.layers.1.channel_pre_norm.weight"),
-        ("blocks.0.mlp_block.ffw_down.bias", None, f"{layer}.mlp_block.down_proj.bias"),
-    ]
-    for path, torch_name, hf_name in same:
-        spec, value = specs[path], params[path]
-        assert spec.torch.name == (torch_name or path)
-        (hf,) = spec.hf
-        assert hf.name == hf_name
-        np.testing.assert_array_equal(spec.torch.encode(value), value)
-        np.testing.assert_array_equal(hf.encode(value), value)
-    transposed = [
-        (f"{block}.linear_out", f"{layer}.temporal_block.linear_out.weight"),
-        ("blocks.1.attention_block.proj_q", "model.layers.1.temporal_block.q_proj.weight"),
-        ("blocks.1.attention_block.proj_k", "model.layers.1.temporal_block.k_proj.weight"),
-        ("blocks.1.attention_block.proj_final", "model.layers.1.temporal_block.o_proj.weight"),
-        ("blocks.0.mlp_block.ffw_down", f"{layer}.mlp_block.down_proj.weight"),
-    ]
-    for path, hf_name in transposed:
-        spec, value = specs[f"{path}.kernel"], params[f"{path}.kernel"]
-        assert spec.torch.name == f"{path}.weight"
-        (hf,) = spec.hf
-        assert hf.name == hf_name
-        np.testing.assert_array_equal(spec.torch.encode(value), value.T)
-        np.testing.assert_array_equal(hf.encode(value), value.T)
-    value = params[f"{block}.conv_1d.w"]
-    np.testing.assert_array_equal(specs[f"{block}.conv_1d.w"].torch.encode(value), value)
-    np.testing.assert_array_equal(specs[f"{block}.conv_1d.w"].hf[0].encode(value), value.T[:, None])
-    up_w, up_b = (specs[f"blocks.0.mlp_block.ffw_up.{leaf}"] for leaf in "wb")
-    for half, name in enumerate(("gate_proj", "up_proj")):
-        w, b = params[up_w.path], params[up_b.path]
-        assert up_w.hf[half].name == f"{layer}.mlp_block.{name}.weight"
-        assert up_b.hf[half].name == f"{layer}.mlp_block.{name}.bias"
-        np.testing.assert_array_equal(up_w.hf[half].encode(w), w[half].T)
-        np.testing.assert_array_equal(up_b.hf[half].encode(b), b[half, 0, 0])
-    np.testing.assert_array_equal(up_w.torch.encode(params[up_w.path]), params[up_w.path])
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_decode_undoes_encode(name: str) -> None:
-    config = CONFIGS[name]
-    for spec in layer_spec(config):
-        value = make_params(config)[spec.path]
-        stored = spec.torch.encode(value)
-        assert stored.shape == spec.torch.shape
-        np.testing.assert_array_equal(spec.torch.decode(stored, spec), value)
-        parts = []
-        for part in spec.hf:
-            stored = part.encode(value)
-            assert stored.shape == part.shape
-            parts.append(part.decode(stored, spec))
-        restored = np.stack(parts) if len(parts) > 1 else parts[0]
-        np.testing.assert_array_equal(restored, value, err_msg=spec.path)
 
 
 def test_weight_decay_is_for_matrices_and_taps() -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import decoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
+from recurrentgemma.common.model.mixers import Rope
+from recurrentgemma.common.model.numerics import to_bfloat16
+from recurrentgemma_conversion import Format
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 CASES = ("prompt", "packed", "short")
@@ -51,7 +55,7 @@ def make_tokens(config: GriffinConfig, *shape: int) -> np.ndarray:
 
 
 def forward(config, tokens, segment_pos, state=None):
-    return reference.griffin(
+    return reference.forward(
         config, make_params(config), np.asarray(tokens), np.asarray(segment_pos), state
     )
 
@@ -75,17 +79,12 @@ def assert_same(actual: dict, expected: dict, atol: float = 1e-12) -> None:
 
 @functools.cache
 def golden_model() -> tuple[GriffinConfig, dict[str, np.ndarray]]:
-    """The tiny model, its weights from the Hugging Face file through the layer spec."""
+    """The tiny model, its weights from the Hugging Face file through its table of names."""
     if not GOLDEN.is_dir():
         pytest.skip("the golden data is not at ../shared/golden")
     config = GriffinConfig.from_json((GOLDEN / "outputs/tiny.config.json").read_text())
     stored = load_file(GOLDEN / "hf/tiny/model.safetensors")
-    params = {}
-    for spec in layer_spec(config):
-        parts = [part.decode(stored.pop(part.name), spec) for part in spec.hf]
-        params[spec.path] = np.stack(parts) if len(parts) > 1 else parts[0]
-    assert not stored, f"the layer spec names no parameter for {sorted(stored)}"
-    return config, params
+    return config, decoded(config, Format.HUGGINGFACE, stored)
 
 
 @functools.cache
@@ -101,8 +100,8 @@ def golden_run(
 ) -> tuple[np.ndarray, reference.State, np.ndarray, reference.State]:
     config, params = golden_model()
     want = golden_outputs(case)
-    logits, state = reference.griffin(config, params, want["tokens"], want["segment_pos"])
-    decoded, decoded_state = reference.griffin(
+    logits, state = reference.forward(config, params, want["tokens"], want["segment_pos"])
+    decoded, decoded_state = reference.forward(
         config, params, want["decode_tokens"], want["decode_pos"], state
     )
     return logits, state, decoded, decoded_state
@@ -153,7 +152,7 @@ def assert_shapes_equal(actual, expected):
 def loss(config, params, case: str) -> float:
     """Mean cross-entropy of the next tokens that the mask selects."""
     want = golden_outputs(case)
-    logits, _ = reference.griffin(config, params, want["tokens"], want["segment_pos"])
+    logits, _ = reference.forward(config, params, want["tokens"], want["segment_pos"])
     logits = logits[:, :-1]
     target = np.take_along_axis(logits, want["tokens"][:, 1:, None], axis=-1)[..., 0]
     nll = np.log(np.sum(np.exp(logits), axis=-1)) - target
@@ -196,7 +195,7 @@ def test_golden_sampling():
     for i in range(len(want["prompts"])):
         prompt, tokens = want[f"prompt_ids_{i}"], want[f"tokens_{i}"]
         sequence = np.concatenate([prompt, tokens[:-1]])[None]
-        logits, _ = reference.griffin(config, params, sequence, np.arange(sequence.size)[None])
+        logits, _ = reference.forward(config, params, sequence, np.arange(sequence.size)[None])
         logits = logits[0, len(prompt) - 1 :]
         np.testing.assert_allclose(logits, want[f"logits_{i}"], rtol=0, atol=1e-4)
         np.testing.assert_array_equal(logits.argmax(axis=-1), tokens)
@@ -361,7 +360,7 @@ def test_the_window_admits_the_query_and_w_before_it(window):
     ],
 )
 def test_to_bfloat16(x, rounded):
-    assert reference.to_bfloat16(x) == rounded
+    assert to_bfloat16(x) == rounded
 
 
 def test_to_bfloat16_is_that_of_ml_dtypes():
@@ -369,7 +368,7 @@ def test_to_bfloat16_is_that_of_ml_dtypes():
 
     roots = np.sqrt(np.arange(1, 10_000))
     want = roots.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    assert [reference.to_bfloat16(x) for x in roots] == want.tolist()
+    assert [to_bfloat16(x) for x in roots] == want.tolist()
 
 
 @pytest.mark.parametrize(("width", "scale"), [(2560, 50.5), (4096, 64.0), (96, 9.8125)])
@@ -442,7 +441,7 @@ def test_block_diagonal_linear_keeps_blocks_apart():
 def test_rope_turns_the_first_half_of_each_head():
     x = np.random.default_rng(0).normal(size=(2, 7, 3, 8))
     positions = np.array([[0, 1, 2, 3, 100, 2047, 5000], [0, 5, 6, 7, 8, 9, 10]])
-    y = reference.apply_rope(x, positions)
+    y = reference.apply_rope(x, positions, Rope(share=0.5))
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
     # As complex numbers, first half of the half + i second: frequencies 1 and 10000 ** (-1 / 2).
@@ -453,9 +452,9 @@ def test_rope_turns_the_first_half_of_each_head():
 
 def test_local_attention_scales_queries_and_shares_the_key_head():
     q = np.array([[[4.0, 0, 0, 0], [0, 2.0, 0, 0]]])
-    k = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [9.0, 9.0, 9.0, 9.0]])
-    v = np.array([[1.0] * 4, [0.0] * 4, [99.0] * 4])
-    y = reference.local_attention(q, k, v, np.array([[True, True, False]]))
+    k = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [9.0, 9.0, 9.0, 9.0]])[:, None]
+    v = np.array([[1.0] * 4, [0.0] * 4, [99.0] * 4])[:, None]
+    y = reference.attend(q, k, v, np.array([[True, True, False]]), scale=0.5)
     want = reference.sigmoid(np.array([2.0, -1.0]))  # of q @ (k[0] - k[1]) / sqrt(4)
     np.testing.assert_allclose(y[0], np.tile(want[:, None], 4), rtol=1e-12)
 
@@ -528,8 +527,8 @@ def test_everything_is_float64_whatever_the_parameters_are(dtype):
     stored = {path: value.astype(dtype) for path, value in make_params(config).items()}
     widened = {path: value.astype(np.float64) for path, value in stored.items()}
     tokens, segment_pos = make_tokens(config, 1, 9), np.arange(9)[None]
-    logits, state = reference.griffin(config, stored, tokens, segment_pos)
-    want, want_state = reference.griffin(config, widened, tokens, segment_pos)
+    logits, state = reference.forward(config, stored, tokens, segment_pos)
+    want, want_state = reference.forward(config, widened, tokens, segment_pos)
     assert logits.dtype == np.float64
     np.testing.assert_array_equal(logits, want)
     assert_same(leaves(state), leaves(want_state), atol=0)
@@ -542,7 +541,7 @@ def test_over_rows_runs_one_module_on_a_padded_batch():
     x = np.random.default_rng(0).normal(size=(2, 5, config.width))
     segment_pos = np.array([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 0]])
     state = reference.init_state(config, 2)["blocks.0"]
-    block = functools.partial(reference.recurrent_block, config, params)
+    block = functools.partial(reference.recurrent_block, config.model.layers[0].mixer, params)
     y, new_state = reference.over_rows(block, x, segment_pos, state)
     row = {name: leaf[1] for name, leaf in state.items()}
     want, want_state = block(x[1, 2:], segment_pos[1, 2:], row)
@@ -586,4 +585,4 @@ def test_bad_inputs():
     params = dict(make_params(config))
     del params["final_norm.scale"]
     with pytest.raises(ValueError, match=r"missing final_norm\.scale"):
-        reference.griffin(config, params, np.zeros((1, 1), int), np.zeros((1, 1), int))
+        reference.forward(config, params, np.zeros((1, 1), int), np.zeros((1, 1), int))

@@ -1,4 +1,4 @@
-"""Text in and out, with the bundled tokenizer."""
+"""Text to tokens and back, with the bundled tokenizer."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
         (5, "text must be a str, got int: 5"),
     ],
 )
-def test_what_is_no_text_is_named(tokenizer: Tokenizer, text, message: str) -> None:
+def test_the_error_names_bad_text(tokenizer: Tokenizer, text, message: str) -> None:
     for use in (tokenizer.encode, apply_it_formatter):
         with pytest.raises(ValueError, match=message):
             use(text)
@@ -67,7 +67,7 @@ def test_the_empty_text_is_a_bos(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == [tokenizer.bos_id]
 
 
-def test_a_processor_will_do(tokenizer: Tokenizer) -> None:
+def test_accepts_a_processor(tokenizer: Tokenizer) -> None:
     vocab = spm.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
     assert Tokenizer(vocab).encode("a") == tokenizer.encode("a")
     assert Tokenizer(str(BUNDLED / "tokenizer.model")).encode("a") == tokenizer.encode("a")
@@ -111,7 +111,7 @@ def test_streamed_text(tokenizer: Tokenizer, text: str) -> None:
     parts = check_stream(tokenizer, tokens)
     assert "".join(parts) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
-    # All that is certain comes at once: what is held back is the start of one character.
+    # Certain text comes at once: the decoder holds back only the start of one character.
     done = ""
     for i, part in enumerate(parts[:-1], 1):
         done += part
@@ -134,7 +134,7 @@ def test_any_text(tokenizer: Tokenizer, text: str) -> None:
 @given(tokens=st.lists(st.integers(0, 2047), max_size=25))
 @settings(max_examples=60)
 def test_any_tokens(tokenizer: Tokenizer, tokens: list[int]) -> None:
-    """Special ones too, and bytes that make no character."""
+    """Also special tokens, and bytes that make no character."""
     check_stream(tokenizer, tokens)
 
 
@@ -181,8 +181,8 @@ def test_the_decoder_keeps_no_history(tokenizer: Tokenizer) -> None:
     assert len(decoder._tokens) == 1
 
 
-def test_bytes_that_are_no_text_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
-    """Nothing is held that no further byte can change, and the whole is the tokens' text."""
+def test_invalid_bytes_are_not_held_back_for_ever(tokenizer: Tokenizer) -> None:
+    """The decoder holds back only bytes that more bytes can complete; all text comes out."""
     piece_of = tokenizer.vocab.piece_to_id
     decoder = StreamDecoder(tokenizer)
     printed = [decoder.add(piece_of("<0x80>")) for _ in range(100)]

@@ -15,11 +15,14 @@ import pytest
 from checkpoints import CONFIGS, files, write_orbax
 
 from recurrentgemma.common import errors
-from recurrentgemma.common.io.arrays import DTYPES
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.io import tensor_files
+from recurrentgemma.common.io.shards import ShardsWriter
+from recurrentgemma.common.io.tensor_files import TensorFile
 from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.training.adapters import write_tensors
 from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.readers import kaggle_flax, kaggle_torch
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
@@ -36,10 +39,7 @@ def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None
     tensors = {name: np.array(file.read(name)) for name in file.tensors}
     change(tensors)
     path.unlink()
-    writer = TensorFileWriter(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}, {})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.close()
+    write_tensors(path, tensors, {})
 
 
 def test_all_differences_are_listed(make, refused) -> None:
@@ -126,9 +126,8 @@ def test_a_head_beside_the_tied_embedding(tmp_path: Path, make, refused, monkeyp
 
     rewrite(source / "model.safetensors", tie)
     convert(source, tmp_path / "tied", Format.HUGGINGFACE)
-    assert set(TensorFile(tmp_path / "tied/model.safetensors").tensors) == {
-        part.name for spec in layer_spec(CONFIG) for part in spec.hf
-    }
+    names = set(TensorFile(tmp_path / "tied/model.safetensors").tensors)
+    assert names == set(layout(CONFIG, Format.HUGGINGFACE).shapes)
     rewrite(source / "model.safetensors", untie)
     refused(source, errors.MismatchError, "unexpected lm_head.weight (2048, 24): it must be")
     with monkeypatch.context() as patch:
@@ -195,13 +194,8 @@ def gemma(path: Path, kind: str) -> Path:
     else:
         if kind == "huggingface":
             (path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
-        (path / "model.safetensors").touch()
-        (path / "model.safetensors").unlink()
-        shapes = dict.fromkeys(tensors, ((4, 4), DTYPES["float32"]))
-        writer = TensorFileWriter(path / "model.safetensors", shapes, {})
-        for name in tensors:
-            writer.write(name, np.ones((4, 4), np.float32))
-        writer.close()
+        ones = dict.fromkeys(tensors, np.ones((4, 4), np.float32))
+        write_tensors(path / "model.safetensors", ones, {})
     return path
 
 
@@ -298,7 +292,7 @@ def test_too_little_disk_is_said_before_starting(make, refused, monkeypatch) -> 
     source = make("source", Format.KAGGLE_TORCH)
     usage = shutil.disk_usage(source)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr("recurrentgemma_conversion.formats.Reader.read", None)
+    monkeypatch.setattr("recurrentgemma_conversion.readers.base.Reader.read", None)
     refused(source, errors.DiskSpaceError, "too little room", "GB are free")
     archive = shutil.make_archive(str(source.with_name("archive")), "gztar", source)
     # Room for its largest file, and not for all.
@@ -316,9 +310,8 @@ def test_a_disk_that_becomes_full(make, refused, monkeypatch, to: Format) -> Non
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = make("source", Format.KAGGLE_TORCH)
-    for module in ("recurrentgemma.common.io.tensor_files", "recurrentgemma_conversion.kaggle_flax",
-                   "recurrentgemma_conversion.kaggle_torch"):  # fmt: skip
-        monkeypatch.setattr(f"{module}.write_array", full)
+    for module in (tensor_files, kaggle_flax, kaggle_torch):
+        monkeypatch.setattr(module, "write_array", full)
     refused(source, errors.DiskSpaceError, "became full", to=to)
 
 
@@ -369,16 +362,14 @@ def test_an_extra_that_it_takes_to_verify_is_asked_for_before_writing(
 
 
 def test_what_is_written_is_compared(make, refused, monkeypatch) -> None:
-    from recurrentgemma_conversion.native import NativeWriter
+    write = ShardsWriter.write
 
-    write = NativeWriter.write
+    def careless(self, name: str, tensor) -> None:
+        if name in ("final_norm.scale", "blocks.2.attention_block.proj_k.weight"):
+            tensor = -tensor
+        write(self, name, tensor)
 
-    def careless(self, spec, parameter) -> None:
-        if spec.path in ("final_norm.scale", "blocks.2.attention_block.proj_k.kernel"):
-            parameter = -parameter
-        write(self, spec, parameter)
-
-    monkeypatch.setattr(NativeWriter, "write", careless)
+    monkeypatch.setattr(ShardsWriter, "write", careless)
     source = make("source", Format.HUGGINGFACE)
     refused(
         source,

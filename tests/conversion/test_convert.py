@@ -12,9 +12,11 @@ from checkpoints import CONFIGS, files, parameters, write_checkpoint
 from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.arrays import DTYPES, same_bits
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+from recurrentgemma_conversion.readers import kaggle_flax
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
@@ -90,10 +92,11 @@ def test_published_layouts(tmp_path: Path, golden: Path, path: str) -> None:
     expected = {name: value.float().numpy() for name, value in expected.items()}
     with open_checkpoint(tmp_path / "out") as reader:
         assert reader.config == config
-        assert {spec.torch.name for spec, _ in reader} == set(expected)
+        assert {torch_name(spec.path) for spec in reader.specs} == set(expected)
         for spec, value in reader:
-            stored = spec.torch.encode(value.astype(np.float32))
-            np.testing.assert_array_equal(stored, expected[spec.torch.name], err_msg=spec.path)
+            stored = to_torch(spec.path, value.astype(np.float32))
+            name = torch_name(spec.path)
+            np.testing.assert_array_equal(stored, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -103,12 +106,12 @@ def test_written_state_dicts_are_plain(make, dtype: str) -> None:
     expected = parameters(config, dtype)
     for mmap in (True, False):
         state = torch.load(path, weights_only=True, mmap=mmap)
-        assert list(state) == [spec.torch.name for spec in layer_spec(config)]
+        assert list(state) == [torch_name(spec.path) for spec in layer_spec(config)]
         for spec in layer_spec(config):
-            value = state[spec.torch.name]
+            value = state[torch_name(spec.path)]
             assert value.dtype == getattr(torch, dtype)
             assert value.is_contiguous()
-            stored = spec.torch.encode(expected[spec.path].astype(np.float32))
+            stored = to_torch(spec.path, expected[spec.path].astype(np.float32))
             np.testing.assert_array_equal(value.float().numpy(), stored)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None  # the checksums are right, too
@@ -121,7 +124,7 @@ def test_written_state_dicts_are_plain(make, dtype: str) -> None:
 def test_written_directories_load_with_plain_orbax(
     tmp_path: Path, make, monkeypatch, dtype: str, ocdbt: bool
 ) -> None:
-    monkeypatch.setattr("recurrentgemma_conversion.kaggle_flax._CHUNK", 1000)  # several chunks
+    monkeypatch.setattr(kaggle_flax, "_CHUNK", 1000)  # several chunks
     config = CONFIGS["griffin"]
     source = make("source", Format.HUGGINGFACE, config, dtype)
     convert(source, tmp_path / "out", Format.KAGGLE_FLAX, ocdbt=ocdbt)
@@ -164,7 +167,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     assert model.config.attention_window_size == config.attention_window_size
     # Ours sees W + 1 keys, theirs W: equal within the window.
     tokens = np.arange(config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
     )
     with torch.no_grad():
@@ -176,7 +179,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     (folder / "config.json").write_text(json.dumps(config_json))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens = np.arange(3 * config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
     )
     with torch.no_grad():

@@ -192,7 +192,7 @@ def test_what_is_wrong_in_an_archive_is_named_after_it(tmp_path: Path, make, ref
     source = make("source", Format.KAGGLE_FLAX)
     shutil.rmtree(source / "model/final_norm.scale")
     path = Path(shutil.make_archive(str(tmp_path / "archive"), "gztar", source))
-    refused(path, errors.MismatchError, f"{path}/model: the tensors are not those of the config")
+    refused(path, errors.MismatchError, f"{path}/model: the tensors do not match the config")
 
 
 def test_no_place_for_what_is_in_an_archive(tmp_path: Path, make, refused, monkeypatch) -> None:

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion import Format, convert
-from recurrentgemma_conversion.huggingface import SPECIAL, from_fields, to_fields
-from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
+from recurrentgemma_conversion.names.griffin import from_fields, to_fields
+from recurrentgemma_conversion.readers.huggingface import SPECIAL
+from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 
 # Google's config.json of the 2B model has these, at these values.
 PUBLISHED = {

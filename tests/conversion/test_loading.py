@@ -14,6 +14,7 @@ from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.io.checkpoint import load_tokenizer
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 from tolerances import assert_close
 
@@ -46,7 +47,7 @@ def load(twin: str, path: Path, **kwargs) -> np.ndarray:
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 @pytest.mark.parametrize("format_", Format)
 def test_any_format_loads(make, twin: str, format_: Format) -> None:
-    expected, _ = reference.griffin(CONFIG, parameters(CONFIG, "float32"), TOKENS, POSITIONS)
+    expected, _ = reference.forward(CONFIG, parameters(CONFIG, "float32"), TOKENS, POSITIONS)
     assert_close(load(twin, make("model", format_)), expected, "logits", "float32")
 
 
@@ -90,7 +91,7 @@ def loaded(twin: str, path: Path, dtype: str | None = None) -> tuple[dict[str, n
         values = {name: to_array(tensor) for name, tensor in model.state_dict().items()}
         keys = model.init_cache(1)["blocks.2"].keys
         specs = layer_spec(CONFIG)
-        values = {s.path: s.torch.decode(values[s.torch.name], s) for s in specs}
+        values = {s.path: to_torch(s.path, values[torch_name(s.path)]) for s in specs}
         return values, str(keys.dtype).removeprefix("torch.")
     model, params = module.load_checkpoint(path, dtype=dtype)
     values = {s.path: np.asarray(get_path(params, s.path)) for s in layer_spec(CONFIG)}
@@ -160,7 +161,7 @@ def test_what_is_multiplied_is_of_one_dtype(
         assert {found[path] for path in params if not path.endswith(WIDE)} == {computation}
         assert {found[path] for path in params if path.endswith(WIDE)} == {"bfloat16"}
     values = {path: value.astype(np.float64) for path, value in params.items()}
-    expected, _ = reference.griffin(CONFIG, values, TOKENS, POSITIONS)
+    expected, _ = reference.forward(CONFIG, values, TOKENS, POSITIONS)
     assert_close(load(twin, folder), expected, "logits", computation)
 
 
@@ -218,7 +219,7 @@ def test_replacing_a_checkpoint_leaves_what_was_loaded_from_it(make, twin: str) 
     if twin == "torch":
         model, other = module.load_checkpoint(folder), module.Griffin(CONFIG)
         args, values = (other,), model.state_dict()
-        params = {s.path: values[s.torch.name] for s in layer_spec(CONFIG)}
+        params = {s.path: values[torch_name(s.path)] for s in layer_spec(CONFIG)}
     else:
         _, tree = module.load_checkpoint(folder)
         args = (CONFIG, module.init_params(CONFIG, 7))
@@ -227,7 +228,7 @@ def test_replacing_a_checkpoint_leaves_what_was_loaded_from_it(make, twin: str) 
     expected = parameters(CONFIG, "float32")
     for spec in layer_spec(CONFIG):
         value = np.asarray(params[spec.path])
-        value = value if twin == "jax" else spec.torch.decode(value, spec)
+        value = value if twin == "jax" else to_torch(spec.path, value)
         np.testing.assert_array_equal(value, expected[spec.path], err_msg=spec.path)
     changed, _ = loaded(twin, folder)
     assert not np.array_equal(

@@ -79,8 +79,8 @@ def test_converting(example, tmp_path):
 @pytest.mark.usefixtures("both_frameworks")
 def test_a_state_that_changes_frameworks(example):
     out = example("cross_framework_state.py")
-    assert "JAX reads, PyTorch goes on" in out
-    assert "PyTorch reads, JAX goes on" in out
+    assert "JAX reads, PyTorch continues" in out
+    assert "PyTorch reads, JAX continues" in out
     assert out.endswith("The same text as without a change of framework.\n")
 
 

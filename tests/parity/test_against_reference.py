@@ -17,7 +17,7 @@ CHUNKS = (1, 6, 11)
 def check(backend, config, tokens, segment_pos, state=None, dtype="float64", params=None):
     """One call against the reference; returns the reference's state."""
     params = make_params(config) if params is None else params
-    expected, expected_state = reference.griffin(config, params, tokens, segment_pos, state)
+    expected, expected_state = reference.forward(config, params, tokens, segment_pos, state)
     logits, new_state = backend.griffin(config, params, dtype)(tokens, segment_pos, state)
     real = segment_pos >= 0
     assert logits.shape == expected.shape
@@ -86,7 +86,7 @@ def test_the_twins_keep_their_own_state(backend: Backend, checkpointing: bool) -
         part = slice(start, start + length)
         out, state = model(tokens[:, part], segment_pos[:, part], state)
         logits.append(out)
-    expected, expected_state = reference.griffin(config, make_params(config), tokens, segment_pos)
+    expected, expected_state = reference.forward(config, make_params(config), tokens, segment_pos)
     real = segment_pos >= 0
     assert_close(np.concatenate(logits, 1)[real], expected[real], "logits", "float64")
     assert_close(state, expected_state, "state", "float64")
@@ -105,7 +105,7 @@ def test_float32_at_logits_of_30(backend: Backend, name: str) -> None:
     tokens, segment_pos = make_batch(config, 63)
     magnitude = 60 if config.logits_soft_cap else 30
     params = scaled_to(config, make_params(config), tokens, segment_pos, magnitude)
-    expected, _ = reference.griffin(config, params, tokens, segment_pos)
+    expected, _ = reference.forward(config, params, tokens, segment_pos)
     assert 28 < np.abs(expected).max() < 30.001
     state = check(backend, config, tokens, segment_pos, dtype="float32", params=params)
     last = segment_pos[:, -1:]

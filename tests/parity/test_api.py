@@ -1,10 +1,11 @@
-"""The twins' public names, argument names and defaults are the same, but for what is listed here.
+"""The twins have the same files, names, arguments and defaults, except those listed here.
 
-An entry of the lists that no longer differs fails, too.
+A listed name that no longer differs fails, too.
 """
 
 import fnmatch
 import inspect
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 import recurrentgemma.jax
 import recurrentgemma.torch
+from recurrentgemma.common.twin import Twin, find_twin
 
 TWINS: dict[str, ModuleType] = {"jax": recurrentgemma.jax, "torch": recurrentgemma.torch}
 METHODS = {"forward": "__call__"}  # PyTorch's name for it
@@ -30,6 +32,7 @@ MODULES = (
     "RecurrentBlock",
     "ResidualBlock",
 )
+ONE_SIDED = {"utils"}  # published in JAX alone
 # Names that differ, by the reason.
 ALLOWED = {
     "a Flax module has no parameters, and gets its place in the tree from Flax": [
@@ -73,6 +76,30 @@ ALLOWED = {
 }
 
 
+def test_files() -> None:
+    """A file at the top of one twin is in the other; `scan` and `runtime` may differ inside."""
+    one, other = (
+        {path.name.removesuffix(".py") for path in Path(module.__path__[0]).iterdir()}
+        for module in TWINS.values()
+    )
+    assert (one ^ other) - {"__pycache__"} <= ONE_SIDED
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_protocol(name: str) -> None:
+    """A twin has the protocol's members in its order, with its arguments, and no others."""
+    made = vars(type(find_twin(name)))
+    members = [member for member in made if not member.startswith("_")]
+    methods = [member for member in vars(Twin) if not member.startswith("_")]
+    assert members == [*inspect.get_annotations(Twin), *methods]
+    for method in methods:
+        wanted = inspect.signature(getattr(Twin, method)).parameters
+        given = inspect.signature(made[method]).parameters
+        assert [(p.name, p.kind, p.default) for p in given.values()] == [
+            (p.name, p.kind, p.default) for p in wanted.values()
+        ]
+
+
 def defaults(function: Any) -> dict[str, str]:
     """Each argument and its default, as text; a dtype has the same name in both."""
     parameters = inspect.signature(function).parameters
@@ -103,7 +130,7 @@ def api(twin: str) -> dict[str, str]:
 
 def members(name: str, cls: type) -> dict[str, str]:
     found = {}
-    # `SpecModule` is how a twin makes its modules, and no one else's concern.
+    # `SpecModule` is a twin's own way to build its modules.
     own = [
         base
         for base in cls.__mro__
@@ -136,14 +163,14 @@ def test_names_arguments_and_defaults() -> None:
         for key, pair in differences().items()
         if not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
     }
-    assert not beyond, f"not alike in JAX and in PyTorch: {beyond}"
+    assert not beyond, f"JAX and PyTorch differ: {beyond}"
 
 
 def test_every_listed_difference_is_one() -> None:
     differ = list(differences())
     for reason, listed in ALLOWED.items():
         for pattern in listed:
-            assert fnmatch.filter(differ, pattern), f"{pattern} is alike in both ({reason})"
+            assert fnmatch.filter(differ, pattern), f"{pattern} is the same in both ({reason})"
 
 
 def test_what_is_compared() -> None:

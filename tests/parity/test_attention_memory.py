@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 
 LENGTH, WINDOW = 1024, 8
 CONFIG = GriffinConfig(

@@ -13,7 +13,7 @@ import recurrentgemma.jax
 import recurrentgemma.torch
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 STEPS = 200
 PROMPTS = [

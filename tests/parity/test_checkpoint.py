@@ -12,10 +12,11 @@ import sentencepiece as spm
 from recurrentgemma.common.errors import MismatchError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 TOKENS, SEGMENT_POS = np.array([[2, 30, 31, 32, 33]]), np.arange(5)[None]
@@ -87,7 +88,7 @@ def load(
     model = module.load_checkpoint(path, dtype=getattr(torch, dtype) if dtype else None)
     state = model.state_dict()
     values = {
-        spec.path: spec.torch.decode(state[spec.torch.name].float().numpy(), spec)
+        spec.path: to_torch(spec.path, state[torch_name(spec.path)].float().numpy())
         for spec in layer_spec(model.config)
     }
     return values, model(TOKENS, SEGMENT_POS)[0].detach().numpy()

@@ -1,16 +1,16 @@
-"""The engine of `recurrentgemma parity`: what it finds the same, and what not."""
+"""The engine of `recurrentgemma parity`: which models it calls the same."""
 
 import json
 
 import numpy as np
 import pytest
-from cases import CONFIGS, make_params
+from cases import CONFIGS, make_config, make_params
 from comparing import compare_twins, make_model
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.parity import Report, compare, compare_tensors, make_batch
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.parity import Report, compare, compare_tensors, default_length, make_batch
 from recurrentgemma.parity.reading import CASES
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
@@ -79,7 +79,7 @@ def test_the_order_of_activations() -> None:
 
 
 def test_activations_add_up(backend: Backend) -> None:
-    """What is captured under a name is that module's: the residual stream sums the rest."""
+    """A captured name is its module's output: the residual stream is the sum of the others."""
     model = make_model(backend, CONFIG, make_params(CONFIG), "float64")
     batch = make_batch(CONFIG, 24)
     names = activation_names(CONFIG)
@@ -104,7 +104,7 @@ def test_a_wrong_constant_shows_in_any_dtype(monkeypatch: pytest.MonkeyPatch, dt
     assert first is not None
     assert (first.name, first.case) == ("blocks.0.recurrent_block", "one pass")
     assert first.wide.share > 10
-    if dtype == "bfloat16":  # where rounding alone would hide it
+    if dtype == "bfloat16":  # rounding alone would hide it
         assert first.error.share < 1
 
 
@@ -148,6 +148,12 @@ def test_the_report_is_json() -> None:
     assert told["first_beyond"] is None
     assert len(told["tensors"]) == len(report.rows)
     assert told["greedy_agreement"] == [2] * 4
+
+
+def test_rows_leave_the_window_behind() -> None:
+    assert default_length(CONFIG) == CONFIG.attention_window_size + 64
+    assert default_length(CONFIGS["recurrent"]) == 64
+    assert default_length(make_config(attention_window_size=2048)) == 512
 
 
 @pytest.mark.parametrize("length", [12, 13, 24, 192])

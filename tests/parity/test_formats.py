@@ -1,4 +1,4 @@
-"""A checkpoint of any format is the same model in both twins, and that of any other format."""
+"""A checkpoint is the same model in both twins, and in every format."""
 
 import functools
 from pathlib import Path

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 from cases import bfloat16, next_token_loss
+from checkpoints import decoded
 from safetensors.numpy import load_file
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma_conversion import Format
 from tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
@@ -41,15 +44,11 @@ def golden_config() -> GriffinConfig:
 
 @functools.cache
 def golden_params(name: str = "tiny") -> dict[str, np.ndarray]:
-    """The weights in float64, from the Hugging Face file through the layer spec."""
+    """The weights in float64, from the Hugging Face file through its table of names."""
     stored = load_file(GOLDEN / "hf/tiny/model.safetensors")
-    params = {}
-    for spec in layer_spec(golden_config()):
-        parts = [part.decode(stored.pop(part.name), spec) for part in spec.hf]
-        value = (np.stack(parts) if len(parts) > 1 else parts[0]).astype(np.float64)
-        params[spec.path] = bfloat16(value) if name == "tiny-bf16" else value
-    assert not stored, f"the layer spec names no parameter for {sorted(stored)}"
-    return params
+    params = decoded(golden_config(), Format.HUGGINGFACE, stored)
+    wide = {path: value.astype(np.float64) for path, value in params.items()}
+    return {p: bfloat16(v) for p, v in wide.items()} if name == "tiny-bf16" else wide
 
 
 @functools.cache
@@ -93,7 +92,7 @@ def test_the_state_dict(name: str) -> None:
     Griffin(config, dtype=dtype).load_state_dict(stored)
     assert len(stored) == len(golden_params(name))
     for spec in layer_spec(config):
-        value = spec.torch.decode(stored[spec.torch.name].double().numpy(), spec)
+        value = to_torch(spec.path, stored[torch_name(spec.path)].double().numpy())
         np.testing.assert_array_equal(value, golden_params(name)[spec.path], err_msg=spec.path)
 
 
@@ -161,9 +160,9 @@ def test_bfloat16_errs_no_more_than_the_published_halves(backend: Backend, case:
     """Against float64 on the same rounded weights: the largest error and the root mean square."""
     stored, weights = golden(f"tiny-bf16.{case}"), golden_params("tiny-bf16")
     tokens, segment_pos = stored["jax/tokens"], stored["jax/segment_pos"]
-    truth, state = reference.griffin(golden_config(), weights, tokens, segment_pos)
+    truth, state = reference.forward(golden_config(), weights, tokens, segment_pos)
     decode = stored["jax/decode_tokens"], stored["jax/decode_pos"]
-    decoded_truth, _ = reference.griffin(golden_config(), weights, *decode, state)
+    decoded_truth, _ = reference.forward(golden_config(), weights, *decode, state)
     logits, _, decoded, _ = run(backend, case, "bfloat16", "tiny-bf16")
     real = segment_pos >= 0
 

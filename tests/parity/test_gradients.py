@@ -9,7 +9,7 @@ from cases import CONFIGS, make_config, make_params, make_tokens, next_token_los
 
 from backends import Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from tolerances import assert_close
 
@@ -27,9 +27,9 @@ def problem(config: GriffinConfig) -> tuple[np.ndarray, Any, np.ndarray, Any, fl
     """
     params = make_params(config)
     earlier = make_tokens(config, 3, 6, seed=1)
-    _, state = reference.griffin(config, params, earlier, np.tile(np.arange(6), (3, 1)))
+    _, state = reference.forward(config, params, earlier, np.tile(np.arange(6), (3, 1)))
     tokens = make_tokens(config, *SEGMENT_POS.shape)
-    logits, new_state = reference.griffin(config, params, tokens, SEGMENT_POS, state)
+    logits, new_state = reference.forward(config, params, tokens, SEGMENT_POS, state)
     rng = np.random.default_rng(2)
     # Where both are tokens of one document; and not everywhere there.
     mask = (SEGMENT_POS[:, :-1] >= 0) & (SEGMENT_POS[:, 1:] > 0)
@@ -86,7 +86,7 @@ def test_are_the_slopes_of_the_reference(backend: Backend, name: str) -> None:
     directions = {path: rng.standard_normal(value.shape) for path, value in params.items()}
 
     def output(params, state) -> float:
-        logits, new_state = reference.griffin(config, params, tokens, SEGMENT_POS, state)
+        logits, new_state = reference.forward(config, params, tokens, SEGMENT_POS, state)
         total = (logits * dlogits).sum()
         for block, fields in new_state.items():
             for field, leaf in fields.items():

@@ -8,8 +8,10 @@ import pytest
 from cases import CONFIGS, make_config
 
 from backends import Backend
-from recurrentgemma.common.model.config import GriffinConfig
+from backends.base import sizes
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
 LARGE = make_config("RA", vocab_size=256, width=64, lru_width=96, mlp_expanded_width=128)
 MANY_CHANNELS = make_config(
@@ -124,7 +126,7 @@ def test_torch_modules_draw_from_the_global_generator() -> None:
     pytest.importorskip("torch.nn", reason="torch is not installed")
     import torch
 
-    from recurrentgemma.torch import Griffin
+    from recurrentgemma.torch import RGLRU, Griffin
 
     states = []
     for seed in (3, 3, 4):
@@ -133,8 +135,14 @@ def test_torch_modules_draw_from_the_global_generator() -> None:
     name = "blocks.0.mlp_block.ffw_up.w"
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0][name], states[2][name])
+    # A model leaves the generator as it is; a layer alone draws one number, as torch's own do.
+    before = torch.get_rng_state()
+    Griffin(LARGE)
+    assert torch.equal(torch.get_rng_state(), before)
+    one, other = (RGLRU(*sizes("RGLRU", LARGE, "")).a_param for _ in range(2))
+    assert not torch.equal(one, other)
     decoded = {
-        spec.path: spec.torch.decode(states[0][spec.torch.name].numpy(), spec)
+        spec.path: to_torch(spec.path, states[0][torch_name(spec.path)].numpy())
         for spec in layer_spec(LARGE)
     }
     check_distributions(decoded, LARGE)
@@ -159,7 +167,8 @@ def test_a_param_in_bfloat16_keeps_its_values_in_flax() -> None:
 
     from recurrentgemma.jax import RGLRU
 
-    unit = RGLRU(MANY_CHANNELS, "blocks.0.recurrent_block.rg_lru", param_dtype=jnp.bfloat16)
+    arguments = sizes("RGLRU", MANY_CHANNELS, "")
+    unit = RGLRU(*arguments, param_dtype=jnp.bfloat16)
     x, segment_pos = jnp.zeros((1, 1, MANY_CHANNELS.lru_width)), jnp.zeros((1, 1), jnp.int32)
     variables = jax.jit(unit.init)(jax.random.key(0), x, segment_pos)
     a_param = variables["params"]["a_param"]
@@ -187,18 +196,14 @@ def test_modules_have_no_values_where_none_can_be(where: str, name: str) -> None
 
     import recurrentgemma.torch
 
-    prefixes = {
-        "Griffin": (),
-        "RMSNorm": ("final_norm",),
-        "RecurrentBlock": ("blocks.0.recurrent_block",),
-        "LocalAttentionBlock": ("blocks.2.attention_block",),
-    }
+    config = CONFIGS["griffin"]
+    arguments = (config,) if name == "Griffin" else sizes(name, config, "")
     generator = torch.get_rng_state()
     modes = {"device": torch.device("meta"), "fake": FakeTensorMode()}
     torch.set_default_device("meta" if where == "default" else None)
     try:
         with modes.get(where, contextlib.nullcontext()):
-            module = getattr(recurrentgemma.torch, name)(CONFIGS["griffin"], *prefixes[name])
+            module = getattr(recurrentgemma.torch, name)(*arguments)
             module.reset_parameters()
     finally:
         torch.set_default_device(None)

@@ -10,10 +10,10 @@ from cases import bfloat16, make_config, make_params, positions
 
 from backends import Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.presets import TemporalBlockType
 from tolerances import assert_close
 
 CONFIG = make_config("RA", lru_width=32, attention_window_size=6)
+RECURRENT, ATTENTION = CONFIG.model.layers
 LENGTH = 11
 # Row 0 goes on with a document at position 5, row 1 ends one and has two more, row 2 is padded.
 CONTINUED = np.array(
@@ -27,11 +27,6 @@ def conv_1d(params, x, segment_pos, state):
     return reference.conv_1d(x, params["w"], params["b"], segment_pos, state)
 
 
-def residual_block(block_type: str, params, x, segment_pos, state):
-    kind = TemporalBlockType(block_type)
-    return reference.residual_block(CONFIG, kind, params, x, segment_pos, state)
-
-
 # kind -> prefix of its parameters, width of its input, what the reference says of one row.
 WITH_STATE: dict[str, tuple[str, str, int, Callable[..., Any]]] = {
     "Conv1D": ("Conv1D", "blocks.0.recurrent_block.conv_1d", CONFIG.lru_width, conv_1d),
@@ -40,25 +35,25 @@ WITH_STATE: dict[str, tuple[str, str, int, Callable[..., Any]]] = {
         "RecurrentBlock",
         "blocks.0.recurrent_block",
         CONFIG.width,
-        functools.partial(reference.recurrent_block, CONFIG),
+        functools.partial(reference.recurrent_block, RECURRENT.mixer),
     ),
     "LocalAttentionBlock": (
         "LocalAttentionBlock",
         "blocks.1.attention_block",
         CONFIG.width,
-        functools.partial(reference.attention_block, CONFIG),
+        functools.partial(reference.attention_block, ATTENTION.mixer),
     ),
     "ResidualBlock-recurrent": (
         "ResidualBlock",
         "blocks.0",
         CONFIG.width,
-        functools.partial(residual_block, "recurrent"),
+        functools.partial(reference.residual_block, RECURRENT),
     ),
     "ResidualBlock-attention": (
         "ResidualBlock",
         "blocks.1",
         CONFIG.width,
-        functools.partial(residual_block, "attention"),
+        functools.partial(reference.residual_block, ATTENTION),
     ),
 }
 WITHOUT_STATE: dict[str, tuple[str, int, Callable[..., Any]]] = {

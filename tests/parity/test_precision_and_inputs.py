@@ -8,7 +8,7 @@ import pytest
 from cases import bfloat16
 
 from backends import BACKENDS
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 CONFIG = GriffinConfig(

@@ -8,7 +8,7 @@ from comparing import make_model
 
 from backends import Backend
 from recurrentgemma.common.model.activations import activation_names
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma.common.model.state import state_shapes
 from recurrentgemma.parity import make_batch

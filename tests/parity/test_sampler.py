@@ -17,7 +17,7 @@ from samplers import (
 
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import apply_it_formatter
 
 

@@ -10,7 +10,7 @@ from cases import CONFIGS, make_config, make_params, make_tokens, positions
 
 from backends import Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]
@@ -67,7 +67,7 @@ def test_many_tokens_go_on_as_one_by_one(backend: Backend, seen: int) -> None:
     _, state = run(backend, [positions([seen]), positions([seen])])
     rows = [list(range(seen, seen + 6))] * 2
     together, after = run(backend, rows, state, seed=1)
-    expected, expected_state = reference.griffin(
+    expected, expected_state = reference.forward(
         CONFIG,
         make_params(CONFIG),
         make_tokens(CONFIG, 2, 64, seed=1)[:, -6:],
@@ -223,7 +223,7 @@ def test_hand_over_in_mid_sequence(twins: tuple[Backend, Backend], name: str, or
         assert type(cache) is type(model.init_cache(2))
         logits, cache = call(tokens[:, 11:], place[:, 11:], cache)
         logits, after = second.to_numpy(logits), cache_module(second).cache_to_numpy(cache)
-    expected, expected_state = reference.griffin(config, make_params(config), tokens, place)
+    expected, expected_state = reference.forward(config, make_params(config), tokens, place)
     assert_close(logits, expected[:, 11:], "logits", "float64")
     assert_close(after, expected_state, "state", "float64")
 

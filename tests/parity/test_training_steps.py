@@ -1,7 +1,7 @@
-"""Ten steps of training from the same weights and batches: the same losses and weights.
+"""Ten steps of training from the same weights and batches give the same losses and weights.
 
-In float64, so that nothing but the arithmetic of the twins can move them apart; PyTorch takes its
-own optimizers and JAX optax's.
+In float64, only a difference in the twins' arithmetic can move them apart. PyTorch uses its own
+optimizers, JAX those of optax.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 
 STEPS = 10
 CONFIG = CONFIGS["griffin"]
-# epsilon and weight decay as large as the rest, so that none of them is without effect
+# Epsilon and weight decay are large, so that each has an effect.
 EPS, WEIGHT_DECAY = 1e-4, 0.1
 
 
@@ -49,7 +49,7 @@ class Optax:
 
 
 class Torch:
-    """PyTorch's own."""
+    """PyTorch's optimizer on a flat mapping of parameters."""
 
     def __init__(self, name: str, params: dict[str, np.ndarray]) -> None:
         self.tensors = {

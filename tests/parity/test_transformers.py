@@ -13,8 +13,9 @@ from cases import bfloat16, make_config, make_params, make_tokens, scaled_to
 
 from backends import Backend
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma_conversion import Format
+from recurrentgemma_conversion.names import layout
 from tolerances import assert_close
 
 CONFIGS = {
@@ -43,7 +44,7 @@ def places() -> np.ndarray:
 @functools.cache
 def truth(config: GriffinConfig, seed: int = 0) -> np.ndarray:
     params, tokens = problem(config, seed)
-    logits, _ = reference.griffin(config, params, tokens, places())
+    logits, _ = reference.forward(config, params, tokens, places())
     assert 25 < np.abs(logits).max() < 30
     return logits
 
@@ -73,10 +74,8 @@ def theirs(
         )
     )
     params, tokens = problem(config, seed)
-    state = {}
-    for spec in layer_spec(config):
-        for stored in spec.hf:
-            state[stored.name] = torch.tensor(np.array(stored.encode(params[spec.path])))
+    stored = layout(config, Format.HUGGINGFACE).encode(lambda spec: params[spec.path])
+    state = {name: torch.tensor(np.array(tensor)) for name, tensor in stored}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
     model = model.to(getattr(torch, dtype)).eval()
@@ -129,7 +128,7 @@ def test_its_window_admits_one_key_fewer() -> None:
     config = CONFIGS["three blocks"]
     changed = dataclasses.replace(config, attention_window_size=7)
     params, tokens = problem(config)
-    other, _ = reference.griffin(changed, params, tokens, places())
+    other, _ = reference.forward(changed, params, tokens, places())
     apart = np.abs(other - truth(config)).max((0, 2))
     assert apart[:7].max() == 0
     assert apart[7:].max() > 0.1

@@ -12,7 +12,7 @@ from samplers import make_sampler
 from recurrentgemma.common.generation.conversation import Conversation
 from recurrentgemma.common.model.state import StateError
 from recurrentgemma.common.tokenizer import apply_it_formatter
-from recurrentgemma_conversion.huggingface_tokenizer import write_tokenizer_files
+from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 
 STEPS = 8
 

@@ -10,7 +10,7 @@ from samplers import CONFIG, PROMPTS, STEPS, SUBMODULES, lists, make_sampler, wi
 
 from recurrentgemma.common.errors import DestinationError
 from recurrentgemma.common.generation.strategies import Categorical
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.state import StateError, empty_state, state_shapes
 
 OTHER = {"jax": "torch", "torch": "jax"}

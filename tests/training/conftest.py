@@ -13,10 +13,10 @@ from backends import TWINS
 from recurrentgemma.cli import main
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import load_tokenizer
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.training.logs import read_log
-from recurrentgemma_conversion.native import save_folder
+from recurrentgemma_conversion.readers.native import save_folder
 
 CONFIG = GriffinConfig(
     vocab_size=2048,
@@ -90,7 +90,7 @@ def base(tmp_path) -> Path:
 
 
 class Outcome(NamedTuple):
-    """What a run did."""
+    """The outcome of a run."""
 
     code: int
     out: str
@@ -98,7 +98,7 @@ class Outcome(NamedTuple):
 
 
 def arguments(corpus: Path, framework: str, **changes: Any) -> list[str]:
-    """The words of a small run, options changed or, where None, left out."""
+    """The command line of a small run; options change it, and None leaves one out."""
     options = {
         "train": corpus / "train.jsonl",
         "validation": corpus / "valid.jsonl",
@@ -128,7 +128,7 @@ def arguments(corpus: Path, framework: str, **changes: Any) -> list[str]:
 
 @pytest.fixture
 def train(corpus, capsys, monkeypatch):
-    """Runs a small training; the outcome."""
+    """Runs a small training and returns its outcome."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(framework: str = "torch", **changes: Any) -> Outcome:
@@ -140,7 +140,7 @@ def train(corpus, capsys, monkeypatch):
 
 @pytest.fixture
 def losses(corpus):
-    """Steps and losses in a log of a run."""
+    """The steps and losses in a log."""
 
     def read(name: str = "train", out: str = "run") -> list[tuple[int, float]]:
         return [(e["step"], e["loss"]) for e in read_log(corpus / out / f"{name}_log.jsonl")]
@@ -150,7 +150,7 @@ def losses(corpus):
 
 @pytest.fixture
 def command(corpus):
-    """The words of a small run."""
+    """The command line of a small run."""
 
     def words(framework: str, **changes: Any) -> list[str]:
         return arguments(corpus, framework, **changes)

@@ -1,4 +1,4 @@
-"""`recurrentgemma train`: what it leaves, its options, and mistakes."""
+"""`recurrentgemma train`: its outputs, options and error messages."""
 
 import dataclasses
 import importlib.util
@@ -13,12 +13,13 @@ from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.io.files import held_folder
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.logs import read_log
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 LOGGED = {"step", "epoch", "read", "loss", "tokens", "grad_norm", "learning_rate",
           "tokens_per_second", "seconds"}  # fmt: skip
@@ -46,7 +47,7 @@ def test_what_a_run_leaves(corpus, framework, train, capsys):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
     assert len(list((run / "checkpoints").iterdir())) in (2, 3)
-    # All of them are checkpoints that the other commands take.
+    # The other commands read each of them as a checkpoint.
     folders = [run / "model", run / "best", *(run / "checkpoints").iterdir()]
     for folder in folders:
         assert NativeReader(folder).config.width == 16
@@ -89,13 +90,13 @@ def test_flags_win_over_the_file(corpus, train):
     written = tomllib.loads((corpus / "other" / "run.toml").read_text())
     assert (written["length"], written["pack"]) == (20, False)
     assert written["train"] == list(map(str, files))
-    # A flag wins over what it excludes, too.
+    # A flag also wins over the options that it excludes.
     options.write_text("epochs = 7\nvalidation_share = 0.5\n")
     assert train(options=options, steps=2, out=corpus / "third").code == 0
     written = tomllib.loads((corpus / "third" / "run.toml").read_text())
     assert "epochs" not in written
     assert "validation_share" not in written
-    # The file that a run leaves makes that run again.
+    # The options file of a run repeats the run.
     path = corpus / "run" / "run.toml"
     again = main(["train", "--options", str(path), "--out", str(corpus / "again")])
     assert again == 0
@@ -104,7 +105,7 @@ def test_flags_win_over_the_file(corpus, train):
 
 
 def test_paths_from_home(corpus, train, monkeypatch):
-    """Where no shell has put it: in a file, and after an equals sign."""
+    """No shell expands `~` in a file or after an equals sign."""
     monkeypatch.setenv("HOME", str(corpus))
     monkeypatch.chdir(corpus)
     (corpus / "options.toml").write_text('train = ["~/train.jsonl"]\nout = "~/in-the-file"\n')
@@ -210,7 +211,7 @@ def test_adapters_go_on_only_on_their_base(corpus, base, train):
     weights.write_bytes(data)
     done = train(resume=True, **options)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {weights}" in done.err
+    assert f"these inputs have changed: {weights}" in done.err
 
 
 @pytest.mark.parametrize(("how", "word"), [("truncate", "truncated"), ("skip", "skipped")])
@@ -234,7 +235,7 @@ def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
         proto.replace(word + b"\x15", "▁SHALL".encode() + b"\x15")
     )
     done = train(config=None, tokenizer=corpus / "swapped.model")
-    assert "the tokenizer is not that of the checkpoint" in done.err
+    assert "the tokenizer differs from the checkpoint" in done.err
     assert done.code == 2
 
 
@@ -244,8 +245,8 @@ def test_a_run_is_never_replaced_unasked(corpus, train):
     before = (corpus / "run" / "run.toml").read_bytes()
     done = train(steps=2)
     assert (done.code, done.out) == (2, "")
-    assert "holds a training run: --resume goes on with it, --force replaces it" in done.err
-    # Nor where the new one cannot begin.
+    assert "holds a training run: --resume continues it, --force replaces it" in done.err
+    # It stays if the new run cannot begin.
     assert train(force=True, train="/nowhere").code == 2
     assert (corpus / "run" / "run.toml").read_bytes() == before
     assert train(force=True, steps=2).code == 0
@@ -274,7 +275,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
     assert done.code == 2
     assert "length was 16, is 20; learning_rate was 0.01, is 0.5" in done.err
     assert "keep" not in done.err
-    # What is not said stays as it was; what the weights do not depend on may change.
+    # Options that are not given stay; those that do not affect the weights may change.
     out = str(corpus / "run")
     assert main(["train", "--resume", "--out", out, "--keep", "1"]) == 0
     assert read_toml(corpus / "run" / "run.toml")[0]["keep"] == 1
@@ -282,7 +283,7 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
         file.write('{"text": "and more"}\n')
     done = train(resume=True)
     assert done.code == 2
-    assert f"what it was made of is no longer what it was: {corpus / 'valid.jsonl'}" in done.err
+    assert f"these inputs have changed: {corpus / 'valid.jsonl'}" in done.err
 
 
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
@@ -290,7 +291,7 @@ def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, 
     run = corpus / "run"
     before, after = NativeReader(base), NativeReader(run / "model")
     for spec in layer_spec(before.config):
-        one, other = (folder.shards.read(spec.torch.name) for folder in (before, after))
+        one, other = (folder.shards.read(torch_name(spec.path)) for folder in (before, after))
         changed = not np.array_equal(one.astype(np.float32), other.astype(np.float32))
         assert changed == (spec.lora in ("attention", "recurrent", "mlp")), spec.path
     last = run / "checkpoints" / "step-0000002" / "training" / ADAPTERS
@@ -324,7 +325,7 @@ def test_an_absent_extra_is_named(train, monkeypatch, option, package):
     assert done.err.endswith(
         f"needs {package}, which is not installed: pip install 'recurrentgemma[train]'\n"
     )
-    # What nobody asked for is left out.
+    # Without a request, the plot is left out.
     assert train(plot=None, steps=1).code == 0
 
 
@@ -332,7 +333,7 @@ def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
     pytest.importorskip("torch.nn")
     made = []
     monkeypatch.setattr(
-        "recurrentgemma.cli.trainers.make_trainer",
+        "recurrentgemma.cli.trainers.TwinTrainer",
         lambda framework, setup: made.append(setup) or pytest.skip.Exception,
     )
     with pytest.raises(AttributeError):

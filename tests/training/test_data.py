@@ -1,4 +1,4 @@
-"""Examples from JSON lines, and the rows they become."""
+"""Examples from JSON lines, and the rows that hold them."""
 
 import json
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recurrentgemma.common.io.checkpoint import load_tokenizer
 from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma.common.training.data import DataError, Example, hold_out, read_examples
-from recurrentgemma.common.training.packing import Position, Stream, TooLong, cut, in_order, pack
+from recurrentgemma.common.training.packing import Position, RowStream, TooLong, cut, in_order, pack
 
 PAD = 0
 
@@ -104,7 +104,7 @@ def test_what_is_too_long():
     assert (skipped.too_long, skipped.empty) == (2, 0)
     truncated = cut(examples, 4, TooLong.TRUNCATE)
     assert [len(e.tokens) for e in truncated.examples] == [4, 5, 5]
-    assert (truncated.too_long, truncated.empty) == (2, 1)  # of the last only its prompt was left
+    assert (truncated.too_long, truncated.empty) == (2, 1)  # only the last one's prompt was left
     with pytest.raises(DataError, match="no example has anything to predict within 4 tokens"):
         cut(examples[3:], 4, TooLong.TRUNCATE)
     for stride in (0, 5):
@@ -126,7 +126,7 @@ def test_windows_predict_every_token_once(sizes, lengths):
         assert piece.places <= length
         assert not piece.counts[0]
         assert (np.diff(piece.tokens) == 1).all()
-        # A later window has the context of what it shares with the one before.
+        # A later window repeats tokens of the one before as context.
         if piece.tokens[0] % 100:
             assert piece.counts.argmax() == length - stride + 1
 
@@ -143,8 +143,8 @@ def test_packing_keeps_documents_whole(sizes):
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_hold_documents_and_positions(packed):
     examples = [document(size, 100 * (i + 1), 2) for i, size in enumerate((4, 9, 3, 6, 2, 5))]
-    examples = cut(examples, 8).examples  # without the one of two tokens, both of them a prompt
-    stream = Stream(examples, 8, PAD, seed=3, packed=packed)
+    examples = cut(examples, 8).examples  # leaves out one of two prompt tokens
+    stream = RowStream(examples, 8, PAD, seed=3, packed=packed)
     rows = stream.rows_in_epoch()
     assert rows < len(examples) if packed else rows == len(examples)
     batch = stream.take(rows)
@@ -163,8 +163,8 @@ def test_rows_hold_documents_and_positions(packed):
 def test_a_stream_goes_on_from_its_position():
     examples = [document(2 + i % 7, 100 * (i + 1)) for i in range(23)]
 
-    def stream(seed: int) -> Stream:
-        return Stream(examples, 8, PAD, seed=seed)
+    def stream(seed: int) -> RowStream:
+        return RowStream(examples, 8, PAD, seed=seed)
 
     whole = stream(5)
     rows = 2 * whole.rows_in_epoch()

@@ -19,15 +19,15 @@ from recurrentgemma.common.errors import (
     UnknownFormatError,
 )
 from recurrentgemma.common.model import reference
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import (
     ADAPTERS,
     Adapters,
     read_adapters,
     write_adapters,
-    write_peft,
 )
 from recurrentgemma.common.training.lora import (
     LoraOptions,
@@ -39,6 +39,7 @@ from recurrentgemma.common.training.lora import (
     trainable_specs,
 )
 from recurrentgemma.common.training.optimization import OptimizerOptions
+from recurrentgemma_conversion.peft import write_peft
 from tolerances import assert_close
 
 CONFIG = CONFIGS["attention_last"]  # lru_width is not width
@@ -90,7 +91,7 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
     """In float64: the adapted model, its merged parameters, and the definition."""
     options, batch = KINDS[kind], make_batch(CONFIG, 0)
     expected = merged_params(CONFIG, options)
-    logits, _ = reference.griffin(CONFIG, expected, batch.tokens, batch.segment_pos)
+    logits, _ = reference.forward(CONFIG, expected, batch.tokens, batch.segment_pos)
     real = batch.segment_pos >= 0
     with trainer.precision("float64"):
         state = with_adapters(trainer, options, "float64")
@@ -154,7 +155,7 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
 
     modules, found = dict(state.model.named_modules()), {}
     for spec in layer_spec(CONFIG):
-        module, _, leaf = spec.torch.name.rpartition(".")
+        module, _, leaf = torch_name(spec.path).rpartition(".")
         owner = modules[module]
         if isinstance(owner, Adapted):
             values = owner.values if leaf == owner.leaf else None
@@ -228,8 +229,9 @@ def test_the_quantized_base_is_the_same_in_both(trainers: tuple[Trainer, Trainer
         for trainer in trainers
     )
     for spec in layer_spec(CONFIG):
-        turned = one[spec.path].swapaxes(-1, -2) if spec.torch.transpose else one[spec.path]
-        np.testing.assert_array_equal(turned, other[spec.path], err_msg=spec.path)
+        np.testing.assert_array_equal(
+            to_torch(spec.path, one[spec.path]), other[spec.path], err_msg=spec.path
+        )
         assert (one[spec.path].dtype == np.int8) == (spec.lora is not None)
 
 
@@ -264,7 +266,8 @@ def test_files_go_to_the_other_framework(
         else:
             merged = reader.module.load_adapters(tmp_path / ADAPTERS, base.model).state_dict()
             given = {
-                s.path: s.torch.decode(merged[s.torch.name].numpy(), s) for s in layer_spec(CONFIG)
+                s.path: to_torch(s.path, merged[torch_name(s.path)].numpy())
+                for s in layer_spec(CONFIG)
             }
         for path, value in expected.items():
             assert_close(given[path], value, "gradient", "float32", name=path)
@@ -346,7 +349,9 @@ def test_peft_computes_the_same(tmp_path: Path) -> None:
     import torch
     import transformers
 
-    from recurrentgemma_conversion.huggingface import to_fields
+    from recurrentgemma_conversion import Format
+    from recurrentgemma_conversion.names import layout
+    from recurrentgemma_conversion.names.griffin import to_fields
 
     config = make_config(width=32, lru_width=32, num_heads=2, attention_window_size=64)
     options = LoraOptions(rank=3, alpha=6.0)
@@ -359,25 +364,23 @@ def test_peft_computes_the_same(tmp_path: Path) -> None:
     model = transformers.RecurrentGemmaForCausalLM(
         transformers.RecurrentGemmaConfig(**{k: v for k, v in fields.items() if k != "dtype"})
     )
-    state = {
-        part.name: torch.tensor(np.ascontiguousarray(part.encode(params[spec.path]))).float()
-        for spec in layer_spec(config)
-        for part in spec.hf
-    }
+    names = layout(config, Format.HUGGINGFACE)
+    stored = names.encode(lambda spec: params[spec.path])
+    state = {name: torch.tensor(np.ascontiguousarray(tensor)).float() for name, tensor in stored}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all("lm_head" in name or "normalizer" in name for name in missing)
     model = model.eval()
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "peft"))
     loaded = [name for name, _ in adapted.named_parameters() if "lora_" in name]
-    assert len(loaded) == sum(2 * len(target.hf) for target in lora_targets(config, options))
+    assert len(loaded) == sum(2 * len(names.pieces[t.path]) for t in lora_targets(config, options))
     with torch.no_grad():
         given = adapted(torch.tensor(batch.tokens).long(), use_cache=False).logits.numpy()
-    expected, _ = reference.griffin(
+    expected, _ = reference.forward(
         config, merged_params(config, options), batch.tokens, batch.segment_pos
     )
     assert_close(given, expected, "logits", "float32")
-    plain, _ = reference.griffin(config, params, batch.tokens, batch.segment_pos)
+    plain, _ = reference.forward(config, params, batch.tokens, batch.segment_pos)
     assert np.abs(expected - plain).max() > 0.1
 
 

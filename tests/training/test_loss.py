@@ -14,7 +14,7 @@ ROWS, LENGTH, WIDTH, VOCAB = 3, 7, 12, 29
 
 
 def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden states, embedding, targets and weights, some of them 0 and some no integer."""
+    """Hidden states, embedding, targets, and weights, some 0 and some fractions."""
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((ROWS, LENGTH, WIDTH))
     embedding = rng.standard_normal((VOCAB, WIDTH))
@@ -24,7 +24,7 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
 
 
 def plain(hidden, embedding, targets, weights, soft_cap: float):
-    """The loss and its gradients by their definition, from all logits in float64."""
+    """The loss and its gradients by definition, from all logits in float64."""
     product = hidden @ embedding.T
     tanh = np.tanh(product / soft_cap) if soft_cap else 0.0
     logits = np.asarray(soft_cap * tanh if soft_cap else product)
@@ -81,11 +81,11 @@ def test_second_derivatives(trainer: Trainer, soft_cap: float) -> None:
 
 @pytest.mark.parametrize("name", ["griffin", "attention_last"])
 def test_of_a_model(trainer: Trainer, name: str) -> None:
-    """`loss_fn` is the reference's loss, and its gradient the one through the model's logits."""
+    """`loss_fn` equals the reference's loss, and its gradient the one through the logits."""
     config = CONFIGS[name]
     params, batch = make_params(config), make_batch(config, 0)
-    logits, state = reference.griffin(config, params, batch.tokens, batch.segment_pos)
-    # As `next_token_loss` wants it: the first token, then the targets.
+    logits, state = reference.forward(config, params, batch.tokens, batch.segment_pos)
+    # `next_token_loss` takes the first token, then the targets.
     tokens = np.concatenate([batch.tokens[:, :1], batch.targets], 1) % config.vocab_size
     longer = np.concatenate([logits, logits[:, :1]], 1)
     expected, dlogits = next_token_loss(longer, tokens, batch.weights.astype(np.float64))
@@ -106,6 +106,7 @@ def test_of_a_model(trainer: Trainer, name: str) -> None:
 def loss_gradients(trainer: Trainer, config, params, batch):
     """`loss_fn` and its gradient by path, in float64."""
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.model.state_dict import to_torch, torch_name
 
     module = trainer.module
     with trainer.precision("float64"):
@@ -126,7 +127,7 @@ def loss_gradients(trainer: Trainer, config, params, batch):
             value.backward()
             assert metrics["tokens"] == batch.weights.sum()
             given = {
-                s.path: s.torch.decode(state.model.get_parameter(s.torch.name).grad.numpy(), s)
+                s.path: to_torch(s.path, state.model.get_parameter(torch_name(s.path)).grad.numpy())
                 for s in layer_spec(config)
             }
         return float(value.detach() if trainer.name == "torch" else value), given
@@ -166,7 +167,7 @@ def test_what_has_no_weight_does_not_matter(trainer: Trainer) -> None:
     assert not any(gradient.any() for gradient in gradients[:2])
 
 
-@pytest.mark.usefixtures("unchecked_types")  # JAX's batch is of NumPy arrays
+@pytest.mark.usefixtures("unchecked_types")  # JAX's batch holds NumPy arrays
 @pytest.mark.parametrize("shape", [(3, 0), (0, 7)], ids=str)
 def test_of_no_tokens(trainer: Trainer, shape: tuple[int, int]) -> None:
     rows, length = shape
@@ -187,7 +188,7 @@ def test_of_no_tokens(trainer: Trainer, shape: tuple[int, int]) -> None:
 
 
 def test_no_logits_of_all_tokens_in_jax() -> None:
-    """Neither going forward nor backward is there an array of as many values as all logits."""
+    """No array in the forward or backward pass is as large as all logits."""
     if "jax" not in TRAINERS:
         pytest.skip("jax is not installed")
     import jax

@@ -1,9 +1,9 @@
-"""The memory that is computed is that of the arrays there are."""
+"""The computed memory equals the size of the arrays."""
 
 import numpy as np
 import pytest
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.memory import parameter_bytes, training_bytes
 from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.common.training.lora import LoraOptions
@@ -56,7 +56,7 @@ def test_training(framework, optimizer, dtype, lora):
 
 
 def test_int8_base():
-    """A byte a value, a float32 a column; embedding, norms, biases and the like as they were."""
+    """A byte a value and a float32 a column; embedding, norms and biases stay as they are."""
     from recurrentgemma.common.model.layer_spec import layer_spec
 
     matrices = [spec for spec in layer_spec(CONFIG) if spec.lora is not None]

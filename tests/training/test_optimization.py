@@ -10,6 +10,7 @@ from cases import CONFIGS, make_config, make_params
 from trainers import Trainer, make_batch
 
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -68,7 +69,7 @@ def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_what_decays() -> None:
-    """Kernels and the convolution's taps; no bias, norm, gate, decay parameter or embedding."""
+    """Kernels and the convolution's taps decay, nothing else."""
     leaves = {True: set(), False: set()}
     for path, decays in decay_mask(layer_spec(make_config())).items():
         leaves[decays].add(".".join(path.split(".")[-2:]))
@@ -93,7 +94,7 @@ def test_adapters_decay_as_their_targets() -> None:
 
 
 def defined(options: OptimizerOptions, decays: bool):
-    """One parameter's optimiser in NumPy, as `OptimizerOptions` says: (p, g, n) -> p."""
+    """The optimiser of one parameter in NumPy, by `OptimizerOptions`: (p, g, n) -> p."""
     rate, decay = options.learning_rate, options.weight_decay * decays
     state: dict[str, Any] = {}
 
@@ -130,7 +131,7 @@ def defined(options: OptimizerOptions, decays: bool):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_its_definition(trainer: Trainer, name: str) -> None:
-    """In float64, on gradients that do not depend on the parameters, three steps."""
+    """Three steps in float64, on gradients that do not depend on the parameters."""
     options = OPTIMIZERS[name]
     config = make_config(num_heads=6)  # gates whose largest axes are not the last
     params = make_params(config)
@@ -143,7 +144,7 @@ def test_a_step_is_its_definition(trainer: Trainer, name: str) -> None:
         for n, grads in enumerate(gradients, 1):
             value = step(value, grads[spec.path], n)
         expected[spec.path] = value
-    # Optax corrects Adam's bias in float32 whatever the state is, and Adafactor's share is too.
+    # In every state dtype, optax computes Adam's bias correction and Adafactor's share in float32.
     dtype = "float64" if options.name == "sgd" else "float32"
     actual = run_optimizer(trainer, options, config, params, gradients)
     for path, value in expected.items():
@@ -170,15 +171,16 @@ def run_optimizer(trainer: Trainer, options, config, params, gradients) -> dict[
         from recurrentgemma.torch.optimizer import make_optimizer
 
         values = {
-            s.path: trainer.backend.array(s.torch.encode(params[s.path]), "float64") for s in specs
+            s.path: trainer.backend.array(to_torch(s.path, params[s.path]), "float64")
+            for s in specs
         }
         optimizer = make_optimizer(options, mask, values)
         for grads in gradients:
             for spec in specs:
-                grad = trainer.backend.array(spec.torch.encode(grads[spec.path]), "float64")
+                grad = trainer.backend.array(to_torch(spec.path, grads[spec.path]), "float64")
                 values[spec.path].grad = grad
             optimizer.step()
-        return {s.path: s.torch.decode(values[s.path].numpy(), s) for s in specs}
+        return {s.path: to_torch(s.path, values[s.path].numpy()) for s in specs}
 
 
 GATES = LoraOptions(rank=2, targets=("gates", "mlp"))
@@ -191,7 +193,7 @@ GATES = LoraOptions(rank=2, targets=("gates", "mlp"))
 def test_the_state_of_both_twins(
     trainers: tuple[Trainer, Trainer], name: str, lora: LoraOptions | None
 ) -> None:
-    """The same names, shapes and, after three steps, values."""
+    """Names, shapes and, after three steps, values are the same."""
     config = CONFIGS["attention_last"]
     batches = [make_batch(config, seed) for seed in range(3)]
     arrays = []
@@ -219,7 +221,7 @@ def test_the_state_of_both_twins(
 
 
 def test_what_clips(trainer: Trainer) -> None:
-    """With SGD the update is the learning rate times the gradient, scaled to the norm given."""
+    """SGD's update is the learning rate times the gradient, scaled to the given norm."""
     config = CONFIGS["griffin"]
     batch = make_batch(config, 0)
     options = OptimizerOptions("sgd", 0.5, clip_norm=None)

@@ -1,4 +1,4 @@
-"""The parts of the bundled model's recipe on which its figures rest."""
+"""The parts of the bundled model's recipe that its figures depend on."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ import torch
 from recurrentgemma.cli import main
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain"
 
@@ -28,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bits_per_byte_of_a_uniform_model(script) -> None:
-    """A model that knows nothing needs log2(V) bits a token, the end of each text included."""
+    """A model that knows nothing needs log2(V) bits a token, including each text's end."""
     evaluation, corpus = script("evaluation"), script("corpus")
     tokenizer = load_tokenizer()
 

@@ -1,4 +1,4 @@
-"""A run that was stopped in any way goes on as if it had not been.
+"""A run that was stopped in any way resumes as if it had not been.
 
 HYPOTHESIS_PROFILE=long pytest tests/training/test_resume.py -k killed
 """
@@ -16,20 +16,20 @@ import pytest
 from sweeps import sweep
 
 from recurrentgemma.common.training.run_folder import RunFolder
-from recurrentgemma_conversion.native import NativeReader
+from recurrentgemma_conversion.readers.native import NativeReader
 
 KILLS, STEPS = sweep((2, 30), (10, 200))
 
 
 def final(folder: Path) -> dict[str, bytes]:
-    """All bytes that a run ends with: the model, and the last checkpoint with its state."""
+    """The final bytes of a run: the model, and the last checkpoint with its state."""
     checkpoints = sorted((folder / "checkpoints").iterdir())
     files = [*(folder / "model").rglob("*"), *checkpoints[-1].rglob("*.safetensors")]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
 
 
 def require_readable(folder: Path) -> None:
-    """Every checkpoint that is to be seen is whole."""
+    """Every visible checkpoint is whole."""
     run = RunFolder(folder)
     for step in run.steps():
         opened = NativeReader(run.checkpoint(step))
@@ -57,7 +57,7 @@ class Command:
             self.process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=file)
 
     def wait_for(self, folder: Path, step: int) -> None:
-        """Returns once the process has made the folder of its run and logged so many steps."""
+        """Waits until the process has made its folder and logged so many steps."""
         log = folder / "train_log.jsonl"
         deadline = time.monotonic() + 240
         while not (folder.exists() and _lines(log) >= step):
@@ -66,7 +66,7 @@ class Command:
             time.sleep(0.002)
 
     def ended(self, *codes: int) -> str:
-        """What it said, once it has ended with one of these codes."""
+        """The process's messages, after it ended with one of these codes."""
         found = self.process.wait(timeout=300)
         said = self._said.read_text()
         assert found in codes, said
@@ -84,9 +84,9 @@ def test_resumed_after_being_killed(corpus, command, framework, train, losses):
     for step in moments:
         run = Command(words, said)
         run.wait_for(folder, step)
-        time.sleep(draw.random() * (0.05 if step else 0.1))  # at 0 it reads, or makes the model
+        time.sleep(draw.random() * (0.05 if step else 0.1))  # step 0: before the first
         run.process.kill()
-        run.ended(-signal.SIGKILL, 0)  # where this one was late, it was done
+        run.ended(-signal.SIGKILL, 0)  # 0 if the signal came late
         killed += run.process.returncode != 0
         if folder.exists():
             require_readable(folder)
@@ -113,7 +113,7 @@ def test_a_signal_saves_and_leaves(corpus, command, losses):
 
 
 def test_resumed_is_uninterrupted_in_every_way_of_training(corpus, framework, train, losses):
-    """Here in one process; the last checkpoint but one is gone on from."""
+    """In this process; the run resumes from the last checkpoint but one."""
     ways = {
         "adafactor": {"optimizer": "adafactor", "accumulation": 2, "batch_size": 1, "pack": False},
         "lora": {
@@ -135,7 +135,7 @@ def test_resumed_is_uninterrupted_in_every_way_of_training(corpus, framework, tr
         assert train(framework, out=out, resume=True, **options).code == 0
         assert final(out) == whole
         assert losses(out=name) == logged
-        # Another time nothing is left to do.
+        # The next time nothing is left to do.
         assert train(framework, out=out, resume=True, **options).code == 0
         assert final(out) == whole
 

@@ -1,4 +1,4 @@
-"""The life of a run, with a trainer of one number."""
+"""A training run, with a trainer of one number."""
 
 import contextlib
 import errno
@@ -16,8 +16,8 @@ from recurrentgemma.common.errors import DamagedError, DestinationError, DiskSpa
 from recurrentgemma.common.io.jsonl import OutputError
 from recurrentgemma.common.training.data import Example
 from recurrentgemma.common.training.logs import LogFile, read_log
-from recurrentgemma.common.training.packing import Stream, in_order
-from recurrentgemma.common.training.run import Interrupted, NonFiniteLossError, Plan, Run
+from recurrentgemma.common.training.packing import RowStream, in_order
+from recurrentgemma.common.training.run import Interrupted, NonFiniteLossError, Plan, TrainingRun
 from recurrentgemma.common.training.run_folder import Best, RunFolder
 
 EXAMPLES = [Example(np.arange(9, dtype=np.int32) + i, np.arange(9) > 0) for i in range(10)]
@@ -28,7 +28,7 @@ PLAN = Plan(
 
 
 class Counter:
-    """Its weight is the number of steps; what it loses is told beforehand."""
+    """Its weight is the number of steps; its losses are given."""
 
     model_size = 8
 
@@ -70,7 +70,7 @@ class Counter:
 
 
 class Listener:
-    """Remembers what it was told."""
+    """Remembers its calls."""
 
     def __init__(self) -> None:
         self.steps, self.evaluations, self.checkpoints, self.groups = [], [], [], []
@@ -90,11 +90,11 @@ def make(path, trainer, plan=PLAN, validate=True, progress=None):
     folder, listener = RunFolder(path), Listener()
     if progress is None:
         folder.begin()
-    stream = Stream(EXAMPLES, 8, 0)
+    stream = RowStream(EXAMPLES, 8, 0)
     validation = in_order(EXAMPLES[:3], 8, 0, 2) if validate else []
     if progress is not None:
         stream.position = progress.position
-    run = Run(plan, trainer, stream, validation, folder, [listener], progress)
+    run = TrainingRun(plan, trainer, stream, validation, folder, [listener], progress)
     return run, folder, listener
 
 
@@ -102,14 +102,14 @@ def test_what_happens_when(tmp_path):
     run, folder, told = make(tmp_path / "run", Counter(validation={3: 0.5, 6: 0.7, 9: 0.4, 10: 2}))
     run()
     assert [entry["step"] for entry in told.steps] == list(range(1, 11))
-    # At every fifth, and before every evaluation and checkpoint.
+    # Every fifth step, and before every evaluation and checkpoint.
     assert told.groups == [3, 1, 1, 1, 2, 1, 1]
     assert [entry["step"] for entry in told.evaluations] == [0, 3, 6, 9, 10]
     assert told.evaluations[1]["samples"] == [
         {"prompt": "a", "text": "aaa"},
         {"prompt": "b", "text": "bbb"},
     ]
-    # Every fourth, those that are the best so far, the last.
+    # Every fourth step, each that is the best so far, the last.
     assert told.checkpoints == [f"step-{s:07}" for s in (3, 4, 8, 9, 10)]
     assert folder.steps() == [9, 10]
     assert (folder.best / "weights").read_text() == "9"
@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number(tmp_path, value):
         run()
     last = folder.checkpoint(4)
     assert str(caught.value) == f"the loss is {value} at step 7; the last good checkpoint is {last}"
-    assert folder.steps() == [3, 4]  # none with what came of it
+    assert folder.steps() == [3, 4]  # none after the NaN
     run, folder, told = make(tmp_path / "other", Counter({1: value}))
     with pytest.raises(NonFiniteLossError, match="there is no checkpoint from before"):
         run()
@@ -286,7 +286,7 @@ def test_no_other_folder_is_emptied(tmp_path):
         folder.require_free(force=False)
     folder.require_free(force=True)
     folder.begin()
-    # Killed before its options are there, a run may be begun again.
+    # A run that was killed before it wrote its options may begin again.
     (folder.path / ".run.toml.abcd1234.partial").write_text("length = ")
     folder.require_free(force=False)
     folder.begin()

@@ -1,4 +1,4 @@
-"""Steps of training: the twins against each other, and what a step promises."""
+"""Training steps: the twins against each other, and the promises of a step."""
 
 import math
 from typing import Any
@@ -8,12 +8,12 @@ import pytest
 from cases import CONFIGS, make_params
 from trainers import Trainer, make_batch
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.optimization import OptimizerOptions
 from tolerances import assert_close
 
-CONFIG = CONFIGS["attention_last"]  # of two blocks: quick to compile
+CONFIG = CONFIGS["attention_last"]  # two blocks: quick to compile
 ADAMW = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, total_steps=10)
 
 
@@ -39,7 +39,7 @@ def test_a_hundred_steps_are_the_same_in_both(trainers: tuple[Trainer, Trainer])
 
 
 def test_accumulation_is_one_large_batch(trainer: Trainer) -> None:
-    """Also where the batches weigh unequally, and one nothing."""
+    """Batches have unequal weights, and one has none."""
     rows = [make_batch(CONFIG, seed) for seed in range(3)]
     rows[1] = rows[1]._replace(weights=0.5 * rows[1].weights)
     rows[2] = rows[2]._replace(weights=0 * rows[2].weights)
@@ -86,7 +86,7 @@ def test_the_same_run_again_is_the_same(trainer: Trainer) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("done", [0, 3])
 def test_going_on_from_arrays(trainer: Trainer, done: int, dtype: str) -> None:
-    """Bit for bit what the uninterrupted run gives, with a wide state and without."""
+    """A restored run equals the uninterrupted one bit for bit, with a wide state and without."""
     data = batches(5)
 
     def fresh():
@@ -98,7 +98,7 @@ def test_going_on_from_arrays(trainer: Trainer, done: int, dtype: str) -> None:
     if done:
         state, _ = trainer.steps(state, data[:done])
     saved = {name: array.copy() for name, array in trainer.module.state_arrays(state).items()}
-    other, _ = trainer.steps(fresh(), data[:1])  # what is loaded replaces all of it
+    other, _ = trainer.steps(fresh(), data[:1])  # the loaded arrays replace all of it
     state = trainer.module.load_state_arrays(other, saved)
     assert state.step == done
     state, _ = trainer.steps(state, data[done:])
@@ -139,7 +139,7 @@ def test_arrays_of_another_state(trainer: Trainer) -> None:
 
 
 def test_a_wide_state_keeps_small_updates(trainer: Trainer) -> None:
-    """Updates far below a bfloat16 parameter's last digit: float32 has them, bfloat16 has not."""
+    """A float32 state keeps updates below a bfloat16 parameter's last digit; a bfloat16 one not."""
     optimizer = OptimizerOptions("sgd", 1e-5, clip_norm=None)
     batch = make_batch(CONFIG, 0)
     moved = {}
@@ -197,7 +197,7 @@ def test_evaluation_is_the_mean_over_all_tokens(trainer: Trainer) -> None:
 
 
 def test_what_was_given_stays_in_jax() -> None:
-    """Parameters are copied, since a step uses up its state."""
+    """Parameters are copied, since a step donates its state."""
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     from recurrentgemma import jax as recurrentgemma
 
@@ -220,7 +220,7 @@ def test_the_hidden_state_gives_the_logits(trainer: Trainer) -> None:
     logits, _ = call(batch.tokens, batch.segment_pos, None)
     embedding = make_params(CONFIG)["embedder.input_embedding"]
     if trainer.name == "jax":
-        tree = trainer.backend._tree(make_params(CONFIG), "float32")  # pyright: ignore[reportAttributeAccessIssue]
+        tree = trainer.backend.twin.make(CONFIG, make_params(CONFIG).items(), "float32").params
         args = {"params": tree}, batch.tokens, batch.segment_pos
         import jax
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.loop import Engine
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.state import Arrays, State, empty_state
 from recurrentgemma.common.tokenizer import pad_left
 

@@ -22,7 +22,7 @@ from recurrentgemma.common.io.state_files import (
     widened,
     write_state,
 )
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.state import State, StateError, empty_state
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter, check_text
 

@@ -1,8 +1,7 @@
 """What a checkpoint folder of ours holds beside its weights.
 
-A folder holds `config.json`, `model.safetensors` (or shards with an index; tensors under their
-PyTorch names and axis orders, as the layer spec gives them) and `tokenizer.model`, which only those
-who ask for it need.
+A folder holds `config.json`, `model.safetensors` (or shards with an index; the tensors have the
+names and axes of a PyTorch state dict) and `tokenizer.model`, which is read only when asked for.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from pathlib import Path
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.files import expanded
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model import griffin  # noqa: F401  # makes its configs known
+from recurrentgemma.common.model.config import Config, config_from_json
 from recurrentgemma.common.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 
 
-def read_config(path: Path) -> GriffinConfig:
-    """The configuration in a file of ours; `ConfigError` when it holds none."""
+def read_config(path: Path) -> Config:
+    """The config in a file of ours; `ConfigError` when it holds none."""
     try:
-        return GriffinConfig.from_json(path.read_text(encoding="utf-8"))
+        return config_from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -49,6 +49,6 @@ def no_tokenizer(path: Path) -> TokenizerError:
     )
 
 
-def metadata(config: GriffinConfig) -> dict[str, str]:
+def metadata(config: Config) -> dict[str, str]:
     """What a weights file says of itself."""
     return {"format": "pt", "config": json.dumps(config.to_dict())}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class Shards:
     def __init__(self, path: Path) -> None:
         """Opens what an index or `model.safetensors` in a folder says, or all that is there.
 
-        Of a file, it alone, unless the index beside it lists it.
+        A file is opened alone, unless the index beside it lists it.
         """
         folder = path if path.is_dir() else path.parent
         promised = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
@@ -91,7 +93,7 @@ def _require_index(
         raise MismatchError(f"{index} does not fit the files beside it", problems)
 
 
-class ShardsWriter:
+class ShardsWriter(contextlib.AbstractContextManager["ShardsWriter"]):
     """Writes tensors, given one at a time in the order declared, in files of a limited size."""
 
     def __init__(
@@ -106,11 +108,12 @@ class ShardsWriter:
           shard_size: Bytes of tensors in a file, at most, unless one tensor is larger.
         """
         self._folder, self._metadata = folder, metadata
-        self._shards = plan_shards(tensors, shard_size)
-        self._written = 0
-        self._writer: TensorFileWriter | None = None
-        if len(self._shards) > 1:
-            weight_map = {name: file for file, part in self._shards.items() for name in part}
+        shards = plan_shards(tensors, shard_size)
+        self._planned = iter(shards.items())
+        self._files = contextlib.ExitStack()  # holds the file that is being written
+        self._pending: list[str] = []  # its tensors that are still to come
+        if len(shards) > 1:
+            weight_map = {name: file for file, part in shards.items() for name in part}
             index = {
                 "metadata": {"total_size": num_bytes(tensors)},
                 "weight_map": dict(sorted(weight_map.items())),
@@ -119,20 +122,19 @@ class ShardsWriter:
 
     def write(self, name: str, array: np.ndarray | Stacked) -> None:
         """Writes the next tensor, cast to the declared dtype."""
-        file = list(self._shards)[self._written]
-        part = self._shards[file]
-        if self._writer is None:
-            self._writer = TensorFileWriter(self._folder / file, part, self._metadata)
+        if not self._pending:
+            file, part = next(self._planned)
+            self._pending = list(part)
+            self._writer = self._files.enter_context(
+                TensorFileWriter(self._folder / file, part, self._metadata)
+            )
         self._writer.write(name, array)
-        if name == list(part)[-1]:
-            self._writer.close()
-            self._writer = None
-            self._written += 1
+        self._pending.pop(0)
+        if not self._pending:
+            self._files.close()
 
-    def abandon(self) -> None:
-        """Closes the file that is being written, the writing having failed."""
-        if self._writer is not None:
-            self._writer.abandon()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._files.__exit__(*error)
 
 
 def plan_shards(tensors: Tensors, shard_size: int) -> dict[str, Tensors]:

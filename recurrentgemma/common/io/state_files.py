@@ -16,7 +16,7 @@ import numpy as np
 
 from recurrentgemma.common.io.arrays import BFLOAT16, count_nonfinite
 from recurrentgemma.common.io.files import expanded, whole_file
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.state import Arrays, StateError, check_state
 
 _FORMAT, _VERSION = "recurrentgemma-state", "1"

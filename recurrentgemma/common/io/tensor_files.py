@@ -122,8 +122,10 @@ def _entry(value: Any) -> tuple[tuple[int, ...], np.dtype | None, tuple[int, int
     return tuple(shape), dtype, (begin, end)
 
 
-class TensorFileWriter:
+class TensorFileWriter(contextlib.AbstractContextManager["TensorFileWriter"]):
     """Writes a safetensors file whose tensors come one at a time, in the order declared.
+
+    The file is deleted if the `with` block raises.
 
     Args:
       path: The file.
@@ -148,7 +150,7 @@ class TensorFileWriter:
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % 64)  # tensors are as aligned as they can be
-        self._tensors = dict(tensors)
+        self._path, self._tensors = path, dict(tensors)
         self._pending = list(tensors)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
@@ -160,15 +162,14 @@ class TensorFileWriter:
             raise AssertionError(f"{name} {array.shape} is not the tensor declared next")
         write_array(self._file, array, dtype)
 
-    def abandon(self) -> None:
-        """Closes the file as it is."""
-        with contextlib.suppress(OSError):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            assert not self._pending
             self._file.close()
-
-    def close(self) -> None:
-        """Closes the file, all of its tensors being there."""
-        assert not self._pending
-        self._file.close()
+            return
+        with contextlib.suppress(OSError):  # such as a full disk, once more
+            self._file.close()
+        self._path.unlink()
 
 
 def write_array(file: Any, array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> None:

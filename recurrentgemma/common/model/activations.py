@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.params import tree_keys
 
 EMBEDDER = "embedder"
 
 
 @functools.lru_cache(maxsize=32)
-def activation_names(config: GriffinConfig, inside: bool = False) -> tuple[str, ...]:
+def activation_names(config: Config, inside: bool = False) -> tuple[str, ...]:
     """Every activation's name, in the order of the forward pass; a module after its parts.
 
     "embedder" is what enters the first block, "blocks.N" the residual stream after block N, and
@@ -24,15 +25,12 @@ def activation_names(config: GriffinConfig, inside: bool = False) -> tuple[str, 
     """
     names: dict[str, None] = {}  # ordered; from the last to the first
     for spec in reversed(layer_spec(config)):
-        parts = spec.path.split(".")[:-1]
-        first = 2 if parts[0] == "blocks" else 1
-        for end in range(first, len(parts) + 1):
-            names.setdefault(".".join(parts[:end]))
+        keys = tree_keys(spec.path)
+        for end in range(1, len(keys)):
+            names.setdefault(".".join(keys[:end]))
     return tuple(name for name in reversed(names) if inside or _is_outer(name))
 
 
 def _is_outer(name: str) -> bool:
-    inside_of_block = name.split(".")[2:]
-    return not inside_of_block or (
-        len(inside_of_block) == 1 and inside_of_block[0].endswith("_block")
-    )
+    keys = tree_keys(name)
+    return len(keys) == 1 or (len(keys) == 2 and keys[1].endswith("_block"))

@@ -1,85 +1,90 @@
-"""The table: every parameter of a Griffin model, declared once.
+"""Every parameter and every state array of a model, from its layers' declarations.
 
-Both twins build and initialise their parameters from `layer_spec(config)`; checkpoint readers and
-writers, weight decay, LoRA targets, sharding rules and parameter counts loop over it. A temporal
-block type is an entry of `_TEMPORAL_BLOCKS`.
+Both twins build and initialise their parameters from `layer_spec(config)`, and their states from
+`state_spec(config)`; checkpoint readers and writers, weight decay, LoRA targets, sharding rules,
+state files and tables of memory loop over them.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
-from recurrentgemma.common.model.layouts import (
-    Layouts,
-    Stored,
-    conv_weight,
-    gated_halves,
-    kernel,
-    same,
+from recurrentgemma.common.model.config import Config, Layer
+from recurrentgemma.common.model.mixers import CAPACITY_BLOCK, block_name
+from recurrentgemma.common.model.params import (
+    Params,
+    ParamSpec,
+    StateSpec,
+    embedder,
+    mlp,
+    rms_norm,
+    under,
 )
-from recurrentgemma.common.model.presets import TemporalBlockType
-
-CONV1D_WIDTH = 4
-
-
-class ParamSpec(NamedTuple):
-    """One parameter.
-
-    Attributes:
-      path: Dotted path, also of the Flax tree ("blocks.N" is one level there).
-      shape: Shape in the Flax layout.
-      init: Distribution of initial values.
-      axes: Logical name of each axis; sharding rules read these.
-      decay: Whether weight decay applies.
-      lora: The group of LoRA targets this parameter belongs to, if any.
-      torch: How a PyTorch state dict stores it.
-      hf: How Hugging Face's RecurrentGemma stores it: one tensor or several.
-      wide: Whether it is computed with in float32 or wider, whatever its own dtype; the others meet
-        in matrix products, which take one dtype.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    init: Init
-    axes: tuple[str, ...]
-    decay: bool
-    lora: str | None
-    torch: Stored
-    hf: tuple[Stored, ...]
-    wide: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
 
 
 @functools.lru_cache(maxsize=32)
-def layer_spec(config: GriffinConfig) -> tuple[ParamSpec, ...]:
+def layer_spec(config: Config) -> tuple[ParamSpec, ...]:
     """Every parameter of the model, in the order of the forward pass."""
     return tuple(_parameters(config))
 
 
+def _parameters(config: Config) -> Params:
+    model = config.model
+    yield from under("embedder", embedder(model.vocab_size, model.width))
+    for i, layer in enumerate(model.layers):
+        yield from under(f"blocks.{i}", layer_params(model.width, layer, 2 / len(model.layers)))
+    yield from under("final_norm", rms_norm(model.width))
+
+
+def layer_params(width: int, layer: Layer, variance: float) -> Params:
+    """The parameters of one layer; `variance` is for its two output projections."""
+    yield from under("temporal_pre_norm", rms_norm(width))
+    yield from under(block_name(layer.mixer), layer.mixer.params(width, variance))
+    if layer.post_norms:
+        yield from under("temporal_post_norm", rms_norm(width))
+    yield from under("channel_pre_norm", rms_norm(width))
+    yield from under("mlp_block", mlp(width, layer.mlp, layer.mlp_bias, variance))
+    if layer.post_norms:
+        yield from under("channel_post_norm", rms_norm(width))
+
+
 @functools.lru_cache(maxsize=32)
-def spec_by_path(config: GriffinConfig) -> Mapping[str, ParamSpec]:
+def state_spec(config: Config, capacity: int | None = None) -> tuple[StateSpec, ...]:
+    """Every array of the model's state, by "blocks.N.field".
+
+    Args:
+      config: What the model is.
+      capacity: How many tokens a state that grows with the text has room for.
+    """
+    return tuple(
+        spec
+        for i, layer in enumerate(config.model.layers)
+        for spec in under(f"blocks.{i}", layer.mixer.state(capacity or CAPACITY_BLOCK))
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def grows(config: Config) -> bool:
+    """Whether the model's state grows with the text."""
+    return any(spec.grows for spec in state_spec(config))
+
+
+@functools.lru_cache(maxsize=32)
+def spec_by_path(config: Config) -> Mapping[str, ParamSpec]:
     """The layer spec, keyed by path."""
     return {spec.path: spec for spec in layer_spec(config)}
 
 
-def num_parameters(config: GriffinConfig) -> int:
+def num_parameters(config: Config) -> int:
     """Number of values in all parameters."""
     return sum(spec.size for spec in layer_spec(config))
 
 
-def sample_params(config: GriffinConfig, seed: int) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def sample_params(config: Config, seed: int) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Initial values of every parameter, float32 in the Flax layout, one at a time."""
     for spec in layer_spec(config):
         yield spec, sample_param(spec, seed)
@@ -120,172 +125,3 @@ def require_match(
         raise ValueError(
             f"the parameters do not match the config ({count}):\n  " + "\n  ".join(problems)
         )
-
-
-class _Entry(NamedTuple):
-    """A parameter relative to its block."""
-
-    path: str
-    shape: tuple[int, ...]
-    init: Init
-    axes: tuple[str, ...]
-    layouts: Layouts
-    decay: bool = False
-    lora: str | None = None
-    wide: bool = False
-
-
-def _norm(path: str, hf_name: str, c: GriffinConfig) -> _Entry:
-    layouts = same(f"{hf_name}.weight")
-    return _Entry(f"{path}.scale", (c.width,), Zeros(), ("width",), layouts, wide=True)
-
-
-def _linear(
-    path: str,
-    sizes: tuple[int, int],
-    axes: tuple[str, str],
-    hf_name: str,
-    lora: str,
-    variance: float = 1.0,
-    bias: bool = True,
-) -> Iterator[_Entry]:
-    """A Dense layer whose kernel has variance `variance` / fan-in."""
-    std = math.sqrt(variance / sizes[0])
-    yield _Entry(f"{path}.kernel", sizes, Normal(std), axes, kernel(hf_name), True, lora)
-    if bias:
-        yield _Entry(f"{path}.bias", sizes[1:], Zeros(), axes[1:], same(f"{hf_name}.bias"))
-
-
-def _recurrent_block(c: GriffinConfig) -> Iterator[_Entry]:
-    width, lru, heads = c.width, c.lru_width, c.num_heads
-    block, hf = "recurrent_block", "temporal_block"
-    for name in ("linear_y", "linear_x"):
-        yield from _linear(
-            f"{block}.{name}", (width, lru), ("width", "lru"), f"{hf}.{name}", "recurrent"
-        )
-    yield _Entry(
-        f"{block}.conv_1d.w",
-        (CONV1D_WIDTH, lru),
-        Normal(math.sqrt(0.01 / CONV1D_WIDTH)),
-        ("conv", "lru"),
-        conv_weight,
-        decay=True,
-        wide=True,
-    )
-    for path, init, hf_name in (
-        ("conv_1d.b", Zeros(), "conv_1d.bias"),
-        ("rg_lru.a_param", RingLog(0.9, 0.999), "rg_lru.recurrent_param"),
-    ):
-        layouts = same(f"{hf}.{hf_name}")
-        yield _Entry(f"{block}.{path}", (lru,), init, ("lru",), layouts, wide=True)
-    per_head = lru // heads
-    for gate, hf_gate in (("input_gate", "input_gate"), ("a_gate", "recurrent_gate")):
-        yield _Entry(
-            f"{block}.rg_lru.{gate}.w",
-            (heads, per_head, per_head),
-            Normal(math.sqrt(1 / per_head)),
-            ("heads", "head_in", "head_out"),
-            same(f"{hf}.rg_lru.{hf_gate}_weight"),
-            lora="gates",
-        )
-        yield _Entry(
-            f"{block}.rg_lru.{gate}.b",
-            (heads, per_head),
-            Zeros(),
-            ("heads", "head_out"),
-            same(f"{hf}.rg_lru.{hf_gate}_bias"),
-        )
-    yield from _linear(
-        f"{block}.linear_out",
-        (lru, width),
-        ("lru", "width"),
-        f"{hf}.linear_out",
-        "recurrent",
-        variance=2 / c.num_layers,
-    )
-
-
-def _attention_block(c: GriffinConfig) -> Iterator[_Entry]:
-    width, block, hf = c.width, "attention_block", "temporal_block"
-    for name, size, axis in (
-        ("q", width, "heads"),
-        ("k", c.head_dim, "kv"),
-        ("v", c.head_dim, "kv"),
-    ):
-        yield from _linear(
-            f"{block}.proj_{name}",
-            (width, size),
-            ("width", axis),
-            f"{hf}.{name}_proj",
-            "attention",
-            bias=False,
-        )
-    yield from _linear(
-        f"{block}.proj_final",
-        (width, width),
-        ("heads", "width"),
-        f"{hf}.o_proj",
-        "attention",
-        variance=2 / c.num_layers,
-    )
-
-
-_TEMPORAL_BLOCKS: dict[TemporalBlockType, Callable[[GriffinConfig], Iterator[_Entry]]] = {
-    TemporalBlockType.RECURRENT: _recurrent_block,
-    TemporalBlockType.ATTENTION: _attention_block,
-}
-
-
-def _mlp_block(c: GriffinConfig) -> Iterator[_Entry]:
-    width, mlp = c.width, c.mlp_expanded_width
-    yield _Entry(
-        "mlp_block.ffw_up.w",
-        (2, width, mlp),
-        Normal(math.sqrt(1 / width)),
-        ("gate", "width", "mlp"),
-        gated_halves("weight"),
-        decay=True,
-        lora="mlp",
-    )
-    yield _Entry(
-        "mlp_block.ffw_up.b",
-        (2, 1, 1, mlp),
-        Zeros(),
-        ("gate", "batch", "time", "mlp"),
-        gated_halves("bias"),
-    )
-    yield from _linear(
-        "mlp_block.ffw_down",
-        (mlp, width),
-        ("mlp", "width"),
-        "mlp_block.down_proj",
-        "mlp",
-        variance=2 / c.num_layers,
-    )
-
-
-def _residual_block(c: GriffinConfig, block_type: TemporalBlockType) -> Iterator[_Entry]:
-    yield _norm("temporal_pre_norm", "temporal_pre_norm", c)
-    yield from _TEMPORAL_BLOCKS[block_type](c)
-    yield _norm("channel_pre_norm", "channel_pre_norm", c)
-    yield from _mlp_block(c)
-
-
-def _parameters(c: GriffinConfig) -> Iterator[ParamSpec]:
-    def place(e: _Entry, prefix: str, hf_prefix: str) -> ParamSpec:
-        path = prefix + e.path
-        torch, hf = e.layouts(path, hf_prefix, e.shape)
-        return ParamSpec(path, e.shape, e.init, e.axes, e.decay, e.lora, torch, hf, e.wide)
-
-    embedding = _Entry(
-        "embedder.input_embedding",
-        (c.vocab_size, c.width),
-        Normal(math.sqrt(1 / c.width)),
-        ("vocab", "width"),
-        same("embed_tokens.weight"),
-    )
-    yield place(embedding, "", "model.")
-    for i, block_type in enumerate(c.block_types):
-        for entry in _residual_block(c, block_type):
-            yield place(entry, f"blocks.{i}.", f"model.layers.{i}.")
-    yield place(_norm("final_norm", "final_norm", c), "", "model.")

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.state import state_shapes
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import layer_spec, state_spec
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
 
@@ -24,19 +23,16 @@ _METHODS: Mapping[str, tuple[str, LoraOptions | None]] = {
 }
 
 
-def parameter_bytes(config: GriffinConfig, dtype: str) -> int:
+def parameter_bytes(config: Config, dtype: str) -> int:
     """Bytes of all parameters, stored in one dtype."""
     return _bytes((spec.shape for spec in layer_spec(config)), VALUE_BYTES[dtype])
 
 
-def state_bytes(config: GriffinConfig, dtype: str) -> int:
-    """Bytes of one sequence's state, the computation being in `dtype`."""
-    # These are float32 and int32 whatever the computation is.
-    fixed = {"rg_lru_state": 4, "num_tokens": 4}
-    return sum(
-        math.prod(shape) * fixed.get(path.rsplit(".", 1)[1], VALUE_BYTES[dtype])
-        for path, shape in state_shapes(config).items()
-    )
+def state_bytes(config: Config, dtype: str, capacity: int | None = None) -> int:
+    """Bytes of one sequence's state, computed in `dtype`, with room for `capacity` tokens."""
+    size = {"wide": 4, "int32": 4, "compute": VALUE_BYTES[dtype]}
+    specs = state_spec(config, capacity)
+    return sum(math.prod(spec.shape) * size[spec.dtype] for spec in specs)
 
 
 class TrainingBytes(NamedTuple):
@@ -61,7 +57,7 @@ class TrainingBytes(NamedTuple):
 
 
 def training_bytes(
-    config: GriffinConfig, dtype: str, optimizer: OptimizerOptions, lora: LoraOptions | None = None
+    config: Config, dtype: str, optimizer: OptimizerOptions, lora: LoraOptions | None = None
 ) -> TrainingBytes:
     """Bytes of training with parameters in `dtype` and the optimiser's state in float32.
 
@@ -82,7 +78,7 @@ def training_bytes(
     )
 
 
-def training_table(config: GriffinConfig, dtype: str) -> dict[str, TrainingBytes]:
+def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
     """`training_bytes` of the usual methods, by name; SGD is without momentum."""
     return {
         name: training_bytes(config, dtype, OptimizerOptions(optimizer), lora)
@@ -90,11 +86,11 @@ def training_table(config: GriffinConfig, dtype: str) -> dict[str, TrainingBytes
     }
 
 
-def _base_bytes(config: GriffinConfig, size: int, lora: LoraOptions | None) -> int:
+def _base_bytes(config: Config, size: int, lora: LoraOptions | None) -> int:
     if lora is None or not lora.quantize:
         return _bytes((spec.shape for spec in layer_spec(config)), size)
-    quantized = [spec for spec in layer_spec(config) if spec.lora is not None]
-    others = [spec for spec in layer_spec(config) if spec.lora is None]
+    quantized = [spec for spec in layer_spec(config) if spec.matrix]
+    others = [spec for spec in layer_spec(config) if not spec.matrix]
     scales = ((*spec.shape[:-2], 1, spec.shape[-1]) for spec in quantized)
     return (
         _bytes((spec.shape for spec in quantized), 1)

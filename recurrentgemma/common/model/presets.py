@@ -15,7 +15,7 @@ class TemporalBlockType(enum.Enum):
     RECURRENT = "recurrent"
 
 
-class Choice(NamedTuple):
+class ScanChoice(NamedTuple):
     """An implementation of the recurrence, and why it."""
 
     name: str

@@ -1,27 +1,30 @@
-"""Griffin in NumPy float64: the executable definition of the model, and the oracle of its tests.
+"""The model in NumPy float64: its executable definition, and the oracle of its tests.
 
 Slow, plain and complete. Every piece below the batch works on one row: a sequence of tokens
 without padding, whose `positions` count from 0 in each document. `over_rows` removes the padding,
 so that padding cannot change anything, and puts the rows together again.
 
 Sizes: B rows, T tokens, V vocabulary, D width, L recurrent width, M expanded width of the MLP,
-N heads, H = D / N head size, W attention window, S keys. Parameters are a flat mapping from the
-layer spec's paths to arrays in the Flax layout. Functions that take `params` expect paths relative
-to their own module; `subtree` gives those.
+N query heads, K key heads, H head size, S keys. Parameters are a flat mapping from the layer spec's
+paths to arrays in the Flax layout. Functions that take `params` expect paths relative to their own
+module; `subtree` gives those.
 
 The numerics ledger. All arithmetic here is float64; where the twins must be wider than their
 compute dtype, the entry says so.
 
-*   Embedding: the table is tied to the decoder. Its scale is sqrt(D) rounded to bfloat16, nearest
-    even (`to_bfloat16`): 50.5 for D = 2560. The decoder reads the table unscaled.
+*   Embedding: the table is tied to the decoder. A Griffin's scale is sqrt(D) rounded to bfloat16,
+    nearest even (`to_bfloat16`): 50.5 for D = 2560. The decoder reads the table unscaled.
 *   RMSNorm: eps is `RMS_EPS` = 1e-6, inside the root; the weight is 1 + scale. Twins: float32.
 *   Gelu: the tanh form, with sqrt(2 / pi) and 0.044715.
 *   MLP: gelu on half 0 of `ffw_up`, times half 1.
-*   Attention: one key and value head; queries times 1 / sqrt(H). The window admits W + 1 keys: the
-    query's own and the W before it. Twins: scores and softmax in float32.
-*   RoPE: the first H / 2 dimensions of each head turn, as two halves of H / 4, at frequencies
-    `ROPE_BASE` ** (-2 i / (H / 2)), by the position in the document. Twins: angles in float32.
-*   Convolution: `CONV1D_WIDTH` = 4 taps; w[3] multiplies the current input, w[0] the oldest.
+*   Attention: N / K query heads share a key head; queries are multiplied by `scale`. A query sees
+    its own key and the `reach` before it: W + 1 keys in Griffin. The soft cap of scores comes after
+    the scale and before the mask. QK-norm comes before RoPE. Twins: scores, cap and softmax in
+    float32.
+*   RoPE: the first R = H * share dimensions of each head turn, as two halves of R / 2, at
+    frequencies base ** (-2 i / R), by the position in the document / stretch. Griffin: share 1/2,
+    base 10000. Twins: angles in float32.
+*   Convolution: w[-1] multiplies the current input, w[0] the oldest. Griffin: 4 taps.
 *   RG-LRU: log a = -`RG_LRU_C` * r * softplus(a_param) with c = 8; sqrt(1 - a^2) is
     sqrt(-expm1(2 log a)). At position 0 the state is forgotten and that multiplier is 1. Twins:
     gates, scan and state in float32; the gradient of the square root is clipped at 1000.
@@ -32,10 +35,11 @@ compute dtype, the entry says so.
 The state is canonical: any split of the same tokens into chunks ends in the same arrays.
 
 *   `rg_lru_state` [B, L]: h after the last token.
-*   `conv1d_state` [B, 3, L]: the last inputs of the convolution in the current document, oldest
-    first, zeros where the document has had fewer.
-*   `keys` (turned by RoPE) and `values` [B, W, 1, H]: position p of the current document is in slot
-    p % W. Only its latest W tokens are kept; every other slot is zero.
+*   `conv1d_state` [B, taps - 1, L]: the last inputs of the convolution in the current document,
+    oldest first, zeros where the document has had fewer.
+*   `keys` (turned by RoPE) and `values` [B, S, K, H]: position p of the current document is in slot
+    p % S. Only its latest S tokens are kept; every other slot is zero. S is the reach, or without a
+    limit of the reach the capacity, which no document may exceed.
 *   `num_tokens` [B], int32: how many tokens of the current document have been seen.
 """
 
@@ -49,14 +53,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH, layer_spec, require_match
-from recurrentgemma.common.model.presets import TemporalBlockType
-
-RMS_EPS = 1e-6
-ROPE_BASE = 10_000.0
-RG_LRU_C = 8.0
-MAX_SQRT_GRADIENT = 1000.0
+from recurrentgemma.common.model.config import Config, Layer
+from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.model.mixers import Attention, Recurrent, Rope, block_name
+from recurrentgemma.common.model.numerics import RG_LRU_C, RMS_EPS
+from recurrentgemma.common.model.state import init_cache, require_room
 
 Array = np.ndarray
 Params = Mapping[str, np.ndarray]
@@ -85,16 +86,12 @@ def gelu_tanh(x: Array) -> Array:
     return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def to_bfloat16(x: float) -> float:
-    """The nearest number of 8 significant bits, ties to even."""
-    mantissa, exponent = math.frexp(x)  # x = mantissa * 2**exponent, 1/2 <= mantissa < 1
-    return math.ldexp(round(mantissa * 2**8), exponent - 8)
-
-
-def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, "d"]) -> Float[Array, "*b d"]:
+def rms_norm(
+    x: Float[Array, "*b d"], scale: Float[Array, "d"], eps: float = RMS_EPS
+) -> Float[Array, "*b d"]:
     """RMSNorm: y = x / sqrt(mean(x^2) + eps) * (1 + scale)."""
     x = _f64(x)
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + RMS_EPS) * (1 + _f64(scale))
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * (1 + _f64(scale))
 
 
 def linear(params: Params, x: Float[Array, "*b i"]) -> Float[Array, "*b j"]:
@@ -141,25 +138,25 @@ def _documents(history: int, positions: Positions) -> Int[Array, "s"]:
 
 def conv_1d(
     x: Float[Array, "t l"],
-    w: Float[Array, "4 l"],
+    w: Float[Array, "taps l"],
     b: Float[Array, "l"],
     positions: Positions,
-    state: Float[Array, "3 l"],
-) -> tuple[Float[Array, "t l"], Float[Array, "3 l"]]:
-    """Causal depthwise convolution: y_t = b + sum over k in 0 ... 3 of w[3 - k] * x_(t-k).
+    state: Float[Array, "p l"],
+) -> tuple[Float[Array, "t l"], Float[Array, "p l"]]:
+    """Causal depthwise convolution: y_t = b + sum over k of w[taps - 1 - k] * x_(t-k).
 
     Inputs of other documents count as zeros.
     """
-    past, length = CONV1D_WIDTH - 1, len(x)
+    past, length = len(w) - 1, len(x)
     inputs = np.concatenate([_f64(state), _f64(x)])
     document = _documents(past, positions)
     y = np.zeros_like(inputs[past:]) + _f64(b)
-    for k in range(CONV1D_WIDTH):
+    for k in range(len(w)):
         back = slice(past - k, past - k + length)
         inside = document[back] == document[past:]
         y += _f64(w)[past - k] * np.where(inside[:, None], inputs[back], 0)
-    current = document[-past:] == document[-1]
-    return y, np.where(current[:, None], inputs[-past:], 0)
+    last = slice(len(inputs) - past, None)
+    return y, np.where((document[last] == document[-1])[:, None], inputs[last], 0)
 
 
 def rg_lru_scan(
@@ -197,10 +194,10 @@ def rg_lru(
 
 
 def recurrent_block(
-    config: GriffinConfig, params: Params, x: Row, positions: Positions, state: BlockState
+    mixer: Recurrent, params: Params, x: Row, positions: Positions, state: BlockState
 ) -> tuple[Row, dict[str, Array]]:
     """linear_out(gelu(linear_y(x)) * rg_lru(conv_1d(linear_x(x))))."""
-    del config  # the parameters say it all
+    del mixer  # the shapes of the parameters say it all
     y = gelu_tanh(linear(subtree(params, "linear_y"), x))
     x = linear(subtree(params, "linear_x"), x)
     w, b = params["conv_1d.w"], params["conv_1d.b"]
@@ -210,70 +207,84 @@ def recurrent_block(
     return linear(subtree(params, "linear_out"), x * y), new_state
 
 
-def apply_rope(x: Float[Array, "*b t n h"], positions: Int[Array, "*b t"]) -> Array:
-    """Turns the first half of each head: (x1 cos - x2 sin, x2 cos + x1 sin).
+def apply_rope(x: Float[Array, "*b t n h"], positions: Int[Array, "*b t"], rope: Rope) -> Array:
+    """Turns the first R = H * share dimensions of each head: (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    x1 and x2 are the two halves of that half. The angle of dimension i of either is
-    position * 10000 ** (-2 i / (H / 2)).
+    x1 and x2 are the two halves of those. The angle of dimension i of either is
+    position / stretch * base ** (-2 i / R).
     """
-    turned = x.shape[-1] // 2
+    turned = int(x.shape[-1] * rope.share)
     x1, x2, rest = np.split(_f64(x), [turned // 2, turned], axis=-1)
-    frequency = ROPE_BASE ** (-2 * np.arange(turned // 2) / turned)
-    angle = positions[..., None, None] * frequency
+    frequency = rope.base ** (-2 * np.arange(turned // 2) / max(turned, 1))
+    angle = positions[..., None, None] / rope.stretch * frequency
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
-def local_attention(
+def attend(
     q: Float[Array, "t n h"],
-    k: Float[Array, "s h"],
-    v: Float[Array, "s h"],
+    k: Float[Array, "s kv h"],
+    v: Float[Array, "s kv h"],
     mask: Bool[Array, "t s"],
+    scale: float,
+    cap: float = 0.0,
 ) -> Float[Array, "t n h"]:
-    """softmax(q @ k^T / sqrt(H)) @ v over the keys that the mask admits, with one key head."""
-    scores = np.einsum("tnh,sh->tns", _f64(q) / math.sqrt(q.shape[-1]), _f64(k))
-    scores = np.where(mask[:, None, :], scores, -np.inf)
+    """softmax(soft_cap(scale * q @ k^T)) @ v over the keys that the mask admits.
+
+    Query head n uses key head n // (N / K).
+    """
+    q_tkgh = _f64(q).reshape(len(q), k.shape[1], -1, q.shape[-1])
+    scores = soft_cap(np.einsum("tkgh,skh->tkgs", q_tkgh * scale, _f64(k)), cap)
+    scores = np.where(mask[:, None, None, :], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("tns,sh->tnh", weights, _f64(v))
+    return np.einsum("tkgs,skh->tkgh", weights, _f64(v)).reshape(q.shape)
 
 
 def attention_block(
-    config: GriffinConfig, params: Params, x: Row, positions: Positions, state: BlockState
+    mixer: Attention, params: Params, x: Row, positions: Positions, state: BlockState
 ) -> tuple[Row, dict[str, Array]]:
-    """proj_final(local_attention(rope(proj_q(x)), rope(proj_k(x)), proj_v(x))), on a window.
+    """proj_final(attend(rope(norm(proj_q(x))), rope(norm(proj_k(x))), proj_v(x))).
 
-    A query at position p of a document admits the keys of that document at p - W ... p.
+    A query at position p of a document admits the keys of that document at p - reach ... p.
     """
     x = _f64(x)
     if not len(x):
         return x, dict(state)
-    window, head_dim = config.attention_window_size, config.head_dim
+    slots = len(state["keys"])
+    if mixer.reach is None:
+        require_room(slots, int(positions.max()) + 1)
 
-    q = linear(subtree(params, "proj_q"), x).reshape(len(x), config.num_heads, head_dim)
-    k = linear(subtree(params, "proj_k"), x)
-    q, k = apply_rope(q, positions), apply_rope(k[:, None], positions)[:, 0]
-    v = linear(subtree(params, "proj_v"), x)
+    def heads(name: str, number: int) -> Array:
+        out = linear(subtree(params, f"proj_{name}"), x)
+        return out.reshape(len(x), number, mixer.head_dim)
+
+    q, k, v = heads("q", mixer.heads), heads("k", mixer.kv_heads), heads("v", mixer.kv_heads)
+    if mixer.qk_norm:
+        q = rms_norm(q, params["q_norm.scale"])
+        k = rms_norm(k, params["k_norm.scale"])
+    q, k = apply_rope(q, positions, mixer.rope), apply_rope(k, positions, mixer.rope)
 
     # The history, if the first token continues it: the tokens before that one, by position.
     seen = int(state["num_tokens"]) if positions[0] > 0 else 0
-    kept = min(seen, window)
+    kept = min(seen, slots)
     past = np.arange(positions[0] - kept, positions[0])
-    k = np.concatenate([_f64(state["keys"])[past % window, 0], k])
-    v = np.concatenate([_f64(state["values"])[past % window, 0], v])
+    k = np.concatenate([_f64(state["keys"])[past % slots], k])
+    v = np.concatenate([_f64(state["values"])[past % slots], v])
     position = np.concatenate([past, positions])
     document = _documents(kept, positions)
 
     distance = positions[:, None] - position
-    same_document = document[kept:, None] == document
-    mask = same_document & (distance >= 0) & (distance <= window)
-    y = local_attention(q, k, v, mask).reshape(len(x), -1)
+    mask = (document[kept:, None] == document) & (distance >= 0)
+    if mixer.reach is not None:
+        mask &= distance <= mixer.reach
+    y = attend(q, k, v, mask, mixer.scale, mixer.soft_cap).reshape(len(x), -1)
 
-    # The canonical cache: the last W tokens of the last document, each in the slot of its position.
-    latest = np.flatnonzero(document == document[-1])[-window:]
-    keys, values = np.zeros((2, window, 1, head_dim))
-    keys[position[latest] % window, 0] = k[latest]
-    values[position[latest] % window, 0] = v[latest]
+    # The canonical cache: the latest tokens of the last document, each in the slot of its position.
+    latest = np.flatnonzero(document == document[-1])[-slots:]
+    keys, values = np.zeros((2, slots, mixer.kv_heads, mixer.head_dim))
+    keys[position[latest] % slots] = k[latest]
+    values[position[latest] % slots] = v[latest]
     num_tokens = np.count_nonzero(document[kept:] == document[-1])
     if document[-1] == 0:  # no document has started in this chunk
         num_tokens += seen
@@ -282,41 +293,42 @@ def attention_block(
 
 
 def mlp_block(params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """ffw_down(gelu(x @ w[0] + b[0]) * (x @ w[1] + b[1])), w and b those of ffw_up."""
-    x, w, b = _f64(x), _f64(params["ffw_up.w"]), _f64(params["ffw_up.b"])
+    """ffw_down(gelu(x @ w[0] + b[0]) * (x @ w[1] + b[1])), with w and any b from ffw_up."""
+    x, w = _f64(x), _f64(params["ffw_up.w"])
+    b = _f64(params.get("ffw_up.b", np.zeros((2, 1, 1, 1))))
     gate, up = (x @ w[half] + b[half, 0, 0] for half in (0, 1))
     return linear(subtree(params, "ffw_down"), gelu_tanh(gate) * up)
 
 
-_TEMPORAL_BLOCKS = {
-    TemporalBlockType.RECURRENT: ("recurrent_block", recurrent_block),
-    TemporalBlockType.ATTENTION: ("attention_block", attention_block),
+# What computes each mixer, by its class; a new mixer adds itself here.
+MIXERS: dict[type, Callable[..., tuple[Row, dict[str, Array]]]] = {
+    Recurrent: recurrent_block,
+    Attention: attention_block,
 }
 
 
 def residual_block(
-    config: GriffinConfig,
-    block_type: TemporalBlockType,
-    params: Params,
-    x: Row,
-    positions: Positions,
-    state: BlockState,
+    layer: Layer, params: Params, x: Row, positions: Positions, state: BlockState
 ) -> tuple[Row, dict[str, Array]]:
-    """First x + temporal_block(norm(x)), then that plus mlp_block of its own norm."""
-    name, temporal_block = _TEMPORAL_BLOCKS[block_type]
+    """x + mixer(norm(x)), then that plus mlp_block of its own norm; with post norms around both."""
+
+    def post(name: str, y: Row) -> Row:
+        return rms_norm(y, params[f"{name}_post_norm.scale"]) if layer.post_norms else y
+
+    mixer = layer.mixer
     normed = rms_norm(x, params["temporal_pre_norm.scale"])
-    mixed, new_state = temporal_block(config, subtree(params, name), normed, positions, state)
-    x = x + mixed
+    mixer_params = subtree(params, block_name(mixer))
+    mixed, new_state = MIXERS[type(mixer)](mixer, mixer_params, normed, positions, state)
+    x = x + post("temporal", mixed)
     normed = rms_norm(x, params["channel_pre_norm.scale"])
-    return x + mlp_block(subtree(params, "mlp_block"), normed), new_state
+    return x + post("channel", mlp_block(subtree(params, "mlp_block"), normed)), new_state
 
 
 def embed(
-    config: GriffinConfig, input_embedding: Float[Array, "v d"], tokens: Int[Array, "*b"]
+    config: Config, input_embedding: Float[Array, "v d"], tokens: Int[Array, "*b"]
 ) -> Float[Array, "*b d"]:
-    """The tokens' rows of the table, times sqrt(D) rounded to bfloat16 where the config scales."""
-    scale = to_bfloat16(math.sqrt(config.width)) if config.embeddings_scale_by_sqrt_dim else 1.0
-    return _f64(input_embedding)[tokens] * scale
+    """The tokens' rows of the table, times the config's scale."""
+    return _f64(input_embedding)[tokens] * config.model.embedding_scale
 
 
 def soft_cap(x: Array, cap: float) -> Array:
@@ -325,14 +337,14 @@ def soft_cap(x: Array, cap: float) -> Array:
 
 
 def decode(
-    config: GriffinConfig, input_embedding: Float[Array, "v d"], x: Float[Array, "*b d"]
+    config: Config, input_embedding: Float[Array, "v d"], x: Float[Array, "*b d"]
 ) -> Float[Array, "*b v"]:
     """Logits: soft_cap(x @ input_embedding^T)."""
-    return soft_cap(_f64(x) @ _f64(input_embedding).T, config.logits_soft_cap)
+    return soft_cap(_f64(x) @ _f64(input_embedding).T, config.model.soft_cap)
 
 
-def griffin_row(
-    config: GriffinConfig,
+def model_row(
+    config: Config,
     params: Params,
     tokens: Int[Array, "t"],
     positions: Positions,
@@ -341,17 +353,16 @@ def griffin_row(
     """decode(norm(blocks(embed(tokens)))) for one row without padding."""
     x = embed(config, params["embedder.input_embedding"], tokens)
     new_state: State = {}
-    for i, block_type in enumerate(config.block_types):
+    for i, layer in enumerate(config.model.layers):
         name = f"blocks.{i}"
-        x, new_state[name] = residual_block(
-            config, block_type, subtree(params, name), x, positions, state[name]
-        )
+        block_params = subtree(params, name)
+        x, new_state[name] = residual_block(layer, block_params, x, positions, state[name])
     x = rms_norm(x, params["final_norm.scale"])
     return decode(config, params["embedder.input_embedding"], x), new_state
 
 
-def griffin(
-    config: GriffinConfig,
+def forward(
+    config: Config,
     params: Params,
     tokens: Array,
     segment_pos: Array,
@@ -366,7 +377,7 @@ def griffin(
       segment_pos: Position of each token in its document [B, T]; -1 is padding, which comes first
         in a row. A row may continue the document of the state (its first position is then not 0),
         may be all padding, and may be empty.
-      state: What `griffin` returned for the tokens before these; `None` if there were none.
+      state: What `forward` returned for the tokens before these; `None` if there were none.
 
     Returns:
       Logits, zeros at padding, and the canonical state (see above). Nothing passed in is changed.
@@ -393,7 +404,7 @@ def griffin(
         state = init_state(config, len(tokens))
     params = {path: _f64(value) for path, value in params.items()}
     state = _tree_map(lambda leaf: leaf if leaf.dtype.kind == "i" else _f64(leaf), state)
-    return over_rows(functools.partial(griffin_row, config, params), tokens, segment_pos, state)
+    return over_rows(functools.partial(model_row, config, params), tokens, segment_pos, state)
 
 
 def over_rows(
@@ -416,26 +427,14 @@ def over_rows(
     return np.stack(outputs), _tree_map(lambda *rows: np.stack(rows), *states)
 
 
-def init_state(config: GriffinConfig, batch_size: int) -> State:
+def init_state(config: Config, batch_size: int, capacity: int | None = None) -> State:
     """The state of rows that have seen nothing: zeros."""
 
-    def zeros(*shape: int, dtype: type = np.float64) -> Array:
-        return np.zeros((batch_size, *shape), dtype)
+    def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+        return np.zeros(shape, np.int32 if dtype == "int32" else np.float64)
 
-    window, state = config.attention_window_size, {}
-    for i, block_type in enumerate(config.block_types):
-        if block_type is TemporalBlockType.RECURRENT:
-            state[f"blocks.{i}"] = {
-                "rg_lru_state": zeros(config.lru_width),
-                "conv1d_state": zeros(CONV1D_WIDTH - 1, config.lru_width),
-            }
-        else:
-            state[f"blocks.{i}"] = {
-                "keys": zeros(window, 1, config.head_dim),
-                "values": zeros(window, 1, config.head_dim),
-                "num_tokens": zeros(dtype=np.int32),
-            }
-    return state
+    cache = init_cache(config, batch_size, zeros, capacity)
+    return {name: block._asdict() for name, block in cache.items()}
 
 
 def validate_positions(segment_pos: Array) -> None:

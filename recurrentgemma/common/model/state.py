@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
-from recurrentgemma.common.model.layer_spec import CONV1D_WIDTH
-from recurrentgemma.common.model.presets import TemporalBlockType
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import state_spec
+from recurrentgemma.common.model.mixers import CAPACITY_BLOCK, Mixer
+from recurrentgemma.common.model.params import StateSpec
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -19,12 +20,16 @@ class StateError(ValueError):
     """A state that cannot be used: of another model, not whole, or no state at all."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+class CapacityError(StateError):
+    """A state that grows with the text has no room left."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class State:
     """Where a text stands, to be continued any number of times: nothing changes it.
 
-    Its size does not depend on the length of the text. What was read last is kept as tokens, one at
-    least, since whoever continues needs what the model says after them.
+    What was read last is kept as tokens, one at least, since whoever continues needs the logits
+    after them.
 
     Attributes:
       config: The model that it is a state of.
@@ -34,11 +39,14 @@ class State:
       seen: Which tokens occur in each row so far, [B, V], for the repetition penalty.
     """
 
-    config: GriffinConfig
+    config: Config
     cache: Any
     lengths: tuple[int, ...]
     pending: tuple[tuple[int, ...], ...]
     seen: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"State(rows={self.num_rows}, tokens={self.num_tokens}, bytes={self.nbytes})"
 
     @property
     def num_rows(self) -> int:
@@ -67,33 +75,70 @@ class State:
         return dataclasses.replace(self, pending=pending, seen=seen)
 
 
-def empty_state(config: GriffinConfig, num_rows: int) -> State:
+def empty_state(config: Config, num_rows: int) -> State:
     """The state before the first token."""
     seen = np.zeros((num_rows, config.vocab_size), bool)
     return State(config, None, (0,) * num_rows, ((),) * num_rows, seen)
 
 
-def state_shapes(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of the state without its batch axis, by "blocks.N.field"."""
-    kv_shape = (config.attention_window_size, 1, config.head_dim)
-    fields: dict[TemporalBlockType, dict[str, tuple[int, ...]]] = {
-        TemporalBlockType.RECURRENT: {
-            "rg_lru_state": (config.lru_width,),
-            "conv1d_state": (CONV1D_WIDTH - 1, config.lru_width),
-        },
-        TemporalBlockType.ATTENTION: {"keys": kv_shape, "values": kv_shape, "num_tokens": ()},
-    }
+def init_cache(
+    config: Config,
+    batch_size: int,
+    zeros: Callable[[tuple[int, ...], str], Any],
+    capacity: int | None = None,
+) -> dict[str, Any]:
+    """The model's state before the first token: a mixer's named tuple for each "blocks.N".
+
+    Args:
+      config: What the model is.
+      batch_size: Number of rows, B.
+      zeros: Makes an array from a shape and the `dtype` of a `StateSpec`.
+      capacity: Tokens that a growing state has room for; `CAPACITY_BLOCK` if None.
+    """
+    layers = enumerate(config.model.layers)
     return {
-        f"blocks.{i}.{field}": shape
-        for i, block_type in enumerate(config.block_types)
-        for field, shape in fields[block_type].items()
+        f"blocks.{i}": init_block(layer.mixer, batch_size, zeros, capacity) for i, layer in layers
     }
+
+
+def init_block(
+    mixer: Mixer,
+    batch_size: int,
+    zeros: Callable[[tuple[int, ...], str], Any],
+    capacity: int | None = None,
+) -> Any:
+    """The state of one mixer before the first token; see `init_cache`."""
+    specs = mixer.state(capacity or CAPACITY_BLOCK)
+    return mixer.cache(*(zeros((batch_size, *spec.shape), spec.dtype) for spec in specs))
+
+
+def round_capacity(tokens: int) -> int:
+    """The least capacity, a multiple of `CAPACITY_BLOCK`, that has room for so many tokens."""
+    return max(1, -(-tokens // CAPACITY_BLOCK)) * CAPACITY_BLOCK
+
+
+def capacity_of(config: Config, cache: Mapping[str, Any]) -> int | None:
+    """How many tokens the state has room for; None where its size does not depend on the text."""
+    for spec in state_spec(config):
+        if spec.grows:
+            block, field = spec.path.rsplit(".", 1)
+            return getattr(cache[block], field).shape[1 + spec.axes.index("slots")]
+    return None
+
+
+def require_room(capacity: int | None, tokens: int) -> None:
+    """Raises `CapacityError` where a state has too little room for the tokens of a document."""
+    if capacity is not None and tokens > capacity:
+        raise CapacityError(
+            f"the state is full: it has room for {capacity} tokens, and the text has {tokens}; "
+            "a larger `capacity` in `init_cache` makes room"
+        )
 
 
 def check_state(
-    config: GriffinConfig, arrays: Mapping[str, Mapping[str, Any]], batch_size: int | None = None
+    config: Config, arrays: Mapping[str, Mapping[str, Any]], batch_size: int | None = None
 ) -> None:
-    """Raises `ValueError` naming every array that is not as such a model's state has it.
+    """Raises `ValueError` naming every array that differs from what such a model's state has.
 
     Args:
       config: What the model is.
@@ -105,13 +150,13 @@ def check_state(
         for block, fields in arrays.items()
         for field, value in fields.items()
     }
-    expected = state_shapes(config)
+    expected = {spec.path: spec for spec in state_spec(config)}
     problems = [f"missing {name}" for name in expected if name not in actual]
     problems += [f"unexpected {name}" for name in actual if name not in expected]
     problems += [
-        f"{name} must have shape [B, {', '.join(map(str, shape))}], got {actual[name]}"
-        for name, shape in expected.items()
-        if name in actual and (not actual[name] or actual[name][1:] != shape)
+        f"{name} must have shape [B, {', '.join(map(str, _sizes(spec)))}], got {actual[name]}"
+        for name, spec in expected.items()
+        if name in actual and not _fits(spec, actual[name])
     ]
     # Compared, and not in a set: a size that is traced has no hash.
     batch_sizes = [shape[0] for shape in actual.values() if shape]
@@ -122,3 +167,14 @@ def check_state(
         problems.append(f"{expected_size} expected, got {came if len(came) > 1 else came[0]}")
     if problems:
         raise ValueError("this is not the state of such a model:\n  " + "\n  ".join(problems))
+
+
+def _sizes(spec: StateSpec) -> list[int | str]:
+    pairs = zip(spec.axes, spec.shape, strict=True)
+    return ["S" if spec.grows and axis == "slots" else size for axis, size in pairs]
+
+
+def _fits(spec: StateSpec, shape: tuple[int, ...]) -> bool:
+    wanted = _sizes(spec)
+    pairs = zip(wanted, shape[1:], strict=False)
+    return len(shape) == 1 + len(wanted) and all(want in ("S", size) for want, size in pairs)

@@ -27,3 +27,9 @@ def to_torch(path: str, value: Any) -> Any:
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that PyTorch stores, from the shape in the Flax layout; its own inverse."""
     return (*shape[:-2], shape[-1], shape[-2]) if is_kernel(path) else shape
+
+
+def flax_path(name: str) -> str:
+    """The spec's path of the parameter with a name in a state dict; the inverse of `torch_name`."""
+    is_weight = name.rpartition(".")[2] == "weight"
+    return name.removesuffix("weight") + "kernel" if is_weight else name

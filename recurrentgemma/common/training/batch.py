@@ -1,4 +1,4 @@
-"""What one training step reads."""
+"""The input of a training step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from jaxtyping import Float, Int
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, each with what follows it and how much that counts.
+    """Rows of tokens, each token with a target and the weight of that target.
 
     Attributes:
-      tokens: What the model reads.
-      segment_pos: Position of each token in its document: 0 starts a document, so that several may
-        be packed into a row; -1 is padding, which may only stand before a row's tokens.
-      targets: The token that follows each; anything where its weight is 0.
-      weights: What each target counts in the loss; 0 for what follows a document's last token,
-        for padding and for prompts.
+      tokens: The tokens that the model reads.
+      segment_pos: The position of each token in its document. 0 starts a document, so that a row
+        may hold several; -1 is padding, which may only come before a row's tokens.
+      targets: The token that follows each one; any value where its weight is 0.
+      weights: The weight of each target in the loss; 0 after a document's last token, at padding
+        and within prompts.
     """
 
     tokens: Int[np.ndarray, "b t"]

@@ -20,7 +20,7 @@ _OPENING = 32  # characters
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message has the file and the lines."""
+    """A model cannot train on this data; the message names the file and the lines."""
 
 
 class Example(NamedTuple):
@@ -28,8 +28,8 @@ class Example(NamedTuple):
 
     Attributes:
       tokens: Its token ids, [N].
-      counts: Which of them are to be predicted; never the first.
-      prompt: With what to ask a model for the like.
+      counts: Which tokens the model learns to predict; never the first.
+      prompt: A prompt that asks a model for a similar document.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -38,27 +38,27 @@ class Example(NamedTuple):
 
     @property
     def places(self) -> int:
-        """How many tokens the model reads of it: all but the last."""
+        """How many tokens the model reads: all but the last."""
         return len(self.tokens) - 1
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list[Example]:
-    """The examples of a file, one a line; empty lines are passed over.
+    """The examples of a file, one on each line; empty lines are skipped.
 
     - `{"text": ...}`: BOS, the text, EOS. All but BOS counts.
-    - `{"prompt": ..., "completion": ...}`: BOS, the prompt, the completion, EOS. What comes after
-      the prompt counts; the prompt's tokens are those that it has alone.
+    - `{"prompt": ..., "completion": ...}`: BOS, the prompt, the completion, EOS. Tokens after the
+      prompt count; the prompt is tokenized on its own.
     - `{"messages": [{"role": "user", "content": ...}, {"role": "model", ...}, ...]}`: turns in the
-      template of instruction-tuned models, "assistant" for "model" too. The model's turns count,
-      each with its `<end_of_turn>`, which ends the example, too.
+      template of instruction-tuned models; "assistant" also means "model". The model's turns count,
+      each with its `<end_of_turn>`; the last one ends the example.
 
     Args:
       path: The file.
-      tokenizer: The model's.
+      tokenizer: The model's tokenizer.
       eos: Whether EOS ends texts and completions.
 
     Raises:
-      DataError: There are no examples, or lines that are none: the first are told, and how many.
+      DataError: There are no examples, or some lines hold none; the message has the first few.
       OSError: The file cannot be read.
     """
     examples, problems = [], []
@@ -133,10 +133,10 @@ def _opening(text: str) -> str:
 def hold_out(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and a share of them, at least one, to validate with.
+    """Examples to train on, and a share, at least one example, to validate with.
 
     Raises:
-      DataError: Nothing would be left to train on.
+      DataError: No example would be left to train on.
     """
     count = max(1, round(share * len(examples)))
     if count >= len(examples):

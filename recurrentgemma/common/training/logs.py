@@ -11,17 +11,18 @@ from recurrentgemma.common.io.jsonl import OutputError
 
 
 class LogFile:
-    """A log that is added to, each line handed to the system as it is written."""
+    """A log that grows line by line; each write reaches the system at once."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Opens it, or makes it.
+        """Opens or creates the file.
 
         Args:
           path: The file.
-          step: Where the run goes on; lines of later steps, and one cut short, are taken off.
+          step: The step from which the run continues; lines of later steps, and a line cut short,
+            are removed.
 
         Raises:
-          OutputError: It cannot be written.
+          OutputError: The file cannot be written.
         """
         self.path = path
         try:
@@ -41,7 +42,7 @@ class LogFile:
         """Adds a line.
 
         Raises:
-          OutputError: The disk is full, say.
+          OutputError: The line cannot be written, for example because the disk is full.
         """
         try:
             self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
@@ -58,7 +59,7 @@ class LogFile:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; none where there is no file."""
+    """The whole lines of a log; an empty list if there is no file."""
     if not path.exists():
         return []
     entries = map(_entry, path.read_bytes().splitlines(keepends=True))
@@ -66,7 +67,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _entry(data: bytes) -> dict[str, Any] | None:
-    """The value of a whole line of a log."""
+    """The value of a whole line of a log; None if the line is cut short."""
     try:
         entry = json.loads(data) if data.endswith(b"\n") else None
     except ValueError:

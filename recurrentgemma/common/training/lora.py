@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.config import GriffinConfig
+from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.model.layouts import Stored
 
 TARGETS = ("attention", "recurrent", "mlp", "gates")
 _LARGEST = 127  # of an int8, its range being symmetric
@@ -77,7 +76,7 @@ def adapter_specs(target: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
 
     def spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> ParamSpec:
         path = f"{target.path}.{name}"
-        return ParamSpec(path, shape, init, axes, target.decay, None, Stored(path, shape), ())
+        return ParamSpec(path, shape, init, axes, target.decay)
 
     a_axes, b_axes = (*stack_axes, row_axis, "rank"), (*stack_axes, "rank", column_axis)
     return (

@@ -1,4 +1,4 @@
-"""The loss by step of training runs, drawn."""
+"""Plots the loss of training runs by step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def can_draw() -> bool:
 
 
 def require_matplotlib() -> None:
-    """Raises `MissingExtraError` where it is not."""
+    """Raises `MissingExtraError` if matplotlib is not installed."""
     if not can_draw():
         raise MissingExtraError("a plot", "matplotlib", _INSTALL)
 
 
 def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
-    """Draws the training and validation losses of runs, in nats a token, as a PNG file.
+    """Draws the training and validation losses of runs, in nats per token, as a PNG file.
 
     Args:
-      path: The file; replaced if it is there.
-      runs: The runs by what to call them; one alone needs no name.
+      path: The file; an existing one is replaced.
+      runs: The runs by name; a single run can have an empty name.
 
     Raises:
       MissingExtraError: matplotlib is not installed.
@@ -41,7 +41,7 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, run) in enumerate(runs.items()):
-        # So that a curve on another does not hide it.
+        # Two styles: a curve does not hide another below it.
         style, marker = ("-", "o") if number % 2 == 0 else ("--", "x")
         for file, kind, sign, opacity in (
             (run.train_log, "training", "", 0.5),
@@ -62,7 +62,7 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
                     fillstyle="none",
                 )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

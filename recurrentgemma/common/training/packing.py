@@ -1,6 +1,6 @@
-"""Rows of one length out of examples of many: windows of the long, several of the short in a row.
+"""Cuts examples into rows of one length: a long one into windows, short ones side by side.
 
-An example of N tokens takes N - 1 places of a row, since its last token is only a target; so no
+An example of N tokens takes N - 1 places of a row, since its last token is only a target. So no
 place predicts across the end of a document.
 """
 
@@ -15,11 +15,11 @@ import numpy as np
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.data import DataError, Example
 
-_OPEN_ROWS = 64  # those that a document may still be put into
+_OPEN_ROWS = 64  # rows that may still take a document
 
 
 class TooLong(enum.StrEnum):
-    """What becomes of an example that is longer than a row."""
+    """What to do with an example that is longer than a row."""
 
     SPLIT = "split"
     TRUNCATE = "truncate"
@@ -30,9 +30,9 @@ class Cut(NamedTuple):
     """Examples that each fit into a row.
 
     Attributes:
-      examples: Those, all with something to predict.
+      examples: The examples; each has something to predict.
       too_long: How many examples were longer than a row.
-      empty: How many of those, or windows of them, had nothing to predict, and are left out.
+      empty: How many examples or windows had nothing to predict, and were left out.
     """
 
     examples: list[Example]
@@ -49,15 +49,16 @@ def cut(
     """Cuts examples to rows of `length` places.
 
     Args:
-      examples: Of any length.
+      examples: Examples of any length.
       length: Places in a row.
-      too_long: A longer example is left out, cut at the row's end, or split into windows. Each
-        token is predicted in one of these; what a window repeats of the one before is context.
-      stride: From the start of a window to that of the next, at most `length`; that if None.
+      too_long: Whether a longer example is left out, cut at the row's end, or split into windows.
+        One window predicts each token; tokens that a window repeats are context.
+      stride: Places from the start of one window to the start of the next, at most `length`;
+        `length` if None.
 
     Raises:
       ValueError: The length or the stride is out of range.
-      DataError: Nothing is left.
+      DataError: No example is left.
     """
     stride = length if stride is None else stride
     if length < 1 or not 1 <= stride <= length:
@@ -95,9 +96,9 @@ def _windows(example: Example, length: int, stride: int) -> list[Example]:
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Which of the documents of these sizes share a row of `length` places: each goes first-fit."""
+    """Packs documents of these sizes, first-fit, into rows of `length` places; returns the rows."""
     rows: list[list[int]] = []
-    free: dict[int, int] = {}  # of the open rows, in the order in which they were opened
+    free: dict[int, int] = {}  # places left in each open row, the oldest row first
     for document, size in enumerate(sizes):
         row = next((row for row, places in free.items() if places >= size), None)
         if row is None:
@@ -114,7 +115,7 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def fill(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
-    """Rows of examples as a batch, each padded on the left to `length` places."""
+    """A batch of rows of examples, each row padded on the left to `length` places."""
     shape = (len(rows), length)
     batch = Batch(
         np.full(shape, pad_id, np.int32),
@@ -135,17 +136,17 @@ def fill(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
 
 
 class Position(NamedTuple):
-    """A place in an endless stream of rows: so many rows of so many-th pass over the examples."""
+    """A place in an endless stream of rows: the pass over the examples, and the row in it."""
 
     epoch: int
     row: int
 
 
-class Stream:
-    """Rows without end: every epoch all examples, shuffled anew.
+class RowStream:
+    """Rows without end: each epoch shuffles all examples again.
 
     Attributes:
-      position: Of the next row; setting it goes there.
+      position: The place of the next row; set it to continue from another place.
     """
 
     def __init__(
@@ -160,10 +161,10 @@ class Stream:
         """Begins at the first row.
 
         Args:
-          examples: None longer than a row, see `cut`.
+          examples: Examples that fit into a row; see `cut`.
           length: Places in a row.
-          pad_id: What padding is filled with.
-          seed: Of the order.
+          pad_id: The token id of padding.
+          seed: The seed of the order.
           packed: Whether several examples may share a row.
         """
         self._examples = examples
@@ -180,7 +181,7 @@ class Stream:
         self._rows = self._plan(position.epoch)
 
     def rows_in_epoch(self) -> int:
-        """How many rows the present epoch has; others may have a few more or less."""
+        """How many rows the current epoch has; another may have a few more or fewer."""
         return len(self._rows)
 
     def take(self, rows: int) -> Batch:
@@ -206,7 +207,7 @@ class Stream:
 def in_order(
     examples: Sequence[Example], length: int, pad_id: int, rows: int, *, packed: bool = True
 ) -> list[Batch]:
-    """All examples once, in batches of one size; what fills the last batch counts nothing."""
+    """All examples once, in batches of one size; rows that fill up the last one have weight 0."""
     plan = pack([example.places for example in examples], length) if packed else None
     documents = [[i] for i in range(len(examples))] if plan is None else plan
     batches = []

@@ -1,4 +1,4 @@
-"""The life of a training run in either framework: steps, evaluations, checkpoints, signals."""
+"""A training run in either framework: steps, evaluations, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.training.batch import Batch
-from recurrentgemma.common.training.packing import Stream
+from recurrentgemma.common.training.packing import RowStream
 from recurrentgemma.common.training.run_folder import Best, Progress, RunFolder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """The loss or its gradient became NaN or infinite; the message names the last checkpoint."""
 
 
 class Interrupted(Exception):
-    """A run was asked to stop; it left a checkpoint.
+    """A signal stopped the run, which wrote a checkpoint first.
 
     Attributes:
       signal: The number of the signal.
-      checkpoint: What it left.
+      checkpoint: The checkpoint's folder.
     """
 
     def __init__(self, signal: int, checkpoint: Path) -> None:
@@ -40,8 +41,8 @@ class Trainer(Protocol):
     """A model in training, in either framework.
 
     Attributes:
-      step: Steps done.
-      model_size: Bytes of the model.
+      step: The number of steps done.
+      model_size: The model's size in bytes.
     """
 
     model_size: int
@@ -50,64 +51,65 @@ class Trainer(Protocol):
     def step(self) -> int: ...
 
     def train_step(self, batches: Sequence[Batch]) -> Mapping[str, Any]:
-        """One update: "loss", "tokens", "grad_norm", "learning_rate", perhaps not yet computed."""
+        """One update; returns "loss", "tokens", "grad_norm" and "learning_rate"."""
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Mapping[str, float]:
-        """The "loss", "perplexity" and "tokens" of batches."""
+        """The "loss", "perplexity" and "tokens" of all batches."""
         ...
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that changes in training but the number of steps."""
+        """Everything that training changes, except the number of steps."""
         ...
 
     def load(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Goes to where `arrays` was called."""
+        """Restores the arrays that `arrays` returned at a step."""
         ...
 
     def save(self, path: Path, adapters: Path) -> None:
-        """Writes the model as a checkpoint folder, and adapters, if it has any, as a file."""
+        """Writes the model as a checkpoint folder, and its adapters, if any, as a file."""
         ...
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
-        """The likeliest continuations, of so many tokens at most."""
+        """Greedy continuations of at most so many tokens."""
         ...
 
     def memory(self) -> int | None:
-        """Bytes used at most so far, where that can be told."""
+        """The most bytes used so far, where that is known."""
         ...
 
 
 class Observer(Protocol):
-    """Who is told what happens."""
+    """A listener of a training run."""
 
     def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Steps were done."""
+        """Called after steps."""
         ...
 
     def validated(self, entry: Mapping[str, Any]) -> None:
-        """An evaluation was done."""
+        """Called after an evaluation."""
         ...
 
     def saved(self, path: Path) -> None:
-        """A checkpoint was written."""
+        """Called after a checkpoint is written."""
         ...
 
 
 class Plan(NamedTuple):
-    """How long a run is, and when what happens.
+    """The length of a run, and its schedule.
 
     Attributes:
       steps: Steps in all.
-      batch_size: Rows a microbatch.
-      accumulation: Microbatches a step.
-      evaluate_every: Steps between evaluations; there is one before the first and after the last.
-      checkpoint_every: Steps between checkpoints; there is one after the last step and one after
-        every evaluation that is the best so far.
-      log_every: Steps after which what they gave is waited for, checked and logged.
-      keep: So many last checkpoints are kept beside the best.
-      prompts: What the model continues at each evaluation.
-      sample_tokens: By so many tokens.
+      batch_size: Rows in a microbatch.
+      accumulation: Microbatches in a step.
+      evaluate_every: Steps between evaluations. The run also evaluates before the first step and
+        after the last.
+      checkpoint_every: Steps between checkpoints. The run also writes one after the last step, and
+        after every evaluation that is the best so far.
+      log_every: Steps between waits for the results, which are then checked and logged.
+      keep: How many of the last checkpoints to keep beside the best.
+      prompts: The prompts that the model continues at each evaluation.
+      sample_tokens: How many tokens to continue each prompt with.
     """
 
     steps: int
@@ -121,18 +123,18 @@ class Plan(NamedTuple):
     sample_tokens: int
 
 
-class Run:
-    """A run: its model, its data, its folder.
+class TrainingRun:
+    """A training run: a model, its data, a folder.
 
     Attributes:
-      progress: How far it is.
+      progress: How far the run is.
     """
 
     def __init__(
         self,
         plan: Plan,
         trainer: Trainer,
-        stream: Stream,
+        stream: RowStream,
         validation: Sequence[Batch],
         folder: RunFolder,
         observers: Sequence[Observer],
@@ -141,12 +143,12 @@ class Run:
         """Prepares a run.
 
         Args:
-          plan: What happens when.
+          plan: The schedule.
           trainer: The model.
-          stream: What it is trained on.
-          validation: What it is evaluated on; there are no evaluations if empty.
-          folder: Where checkpoints go.
-          observers: Who is told.
+          stream: The rows to train on.
+          validation: The batches to evaluate on; no evaluations if empty.
+          folder: The folder for checkpoints.
+          observers: The listeners.
           progress: Where trainer and stream are; at their beginning if None.
         """
         self._plan, self._trainer, self._stream = plan, trainer, stream
@@ -166,8 +168,8 @@ class Run:
         """Trains to the end.
 
         Raises:
-          NonFiniteLossError: The loss or its gradient is no number any more.
-          Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
+          NonFiniteLossError: The loss or its gradient is NaN or infinite.
+          Interrupted: SIGINT or SIGTERM came; the run finished the step and wrote a checkpoint.
           CheckpointError: A checkpoint could not be written.
         """
         plan, trainer = self._plan, self._trainer
@@ -179,7 +181,7 @@ class Run:
                 metrics = trainer.train_step(batches)
                 self._pending.append((self._describe(batches), metrics))
                 step, last = trainer.step, trainer.step == plan.steps
-                stops = bool(signals) and not last  # a later signal is for the next step
+                stops = bool(signals) and not last  # a later signal stops the next step
                 evaluates = bool(self._validation) and (last or step % plan.evaluate_every == 0)
                 saves = last or stops or step % plan.checkpoint_every == 0
                 if evaluates or saves or step % plan.log_every == 0:
@@ -198,7 +200,7 @@ class Run:
         return {"step": self._trainer.step, "epoch": epoch, "read": places}
 
     def _log(self) -> None:
-        """Waits for the steps since the last time, and tells of them."""
+        """Waits for the steps since the last call, checks them and reports them."""
         entries = [
             fields | {name: float(value) for name, value in metrics.items()}
             for fields, metrics in self._pending
@@ -220,7 +222,7 @@ class Run:
         return NonFiniteLossError(f"{what}; the last good checkpoint is {self._last}")
 
     def _evaluate(self) -> bool:
-        """Evaluates, tells of it; whether the model is the best so far."""
+        """Evaluates and reports; returns whether the model is the best so far."""
         if not self._validation:
             return False
         trainer, plan = self._trainer, self._plan
@@ -235,7 +237,7 @@ class Run:
         best = trainer.step > 0 and (self._best is None or entry["loss"] < self._best.loss)
         if best:
             self._best = Best(trainer.step, entry["loss"])
-        self._logged = time.monotonic()  # the rate is that of training alone
+        self._logged = time.monotonic()  # the rate counts training alone
         return best
 
     def _save(self) -> None:
@@ -249,7 +251,7 @@ class Run:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[list[int]]:
-    """The signals that asked to stop; a second one is as it was before."""
+    """Collects the signals that ask to stop; a second signal has its usual effect."""
     got: list[int] = []
 
     def note(number: int, _: object) -> None:

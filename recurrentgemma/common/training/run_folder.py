@@ -1,17 +1,16 @@
-"""The folder of a training run: what is where, and checkpoints that are whole or not there.
+"""The folder of a training run, and its checkpoints, each whole or absent.
 
 run.toml                  every option of the run, and the data's hashes
 train_log.jsonl           a line a step
 validation_log.jsonl      a line an evaluation
 loss.png                  both
-checkpoints/step-0000100  a checkpoint folder, and in training/ what the run goes on from
-best                      a link to the checkpoint of the lowest validation loss
-model                     the checkpoint folder of the end
+checkpoints/step-0000100  a checkpoint folder; its training/ holds the state to resume from
+best                      a link to the checkpoint with the lowest validation loss
+model                     the final checkpoint folder
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -41,9 +40,9 @@ class Progress(NamedTuple):
     """How far a run is.
 
     Attributes:
-      step: Steps done.
-      position: Of the data stream.
-      seconds: Spent so far.
+      step: The number of steps done.
+      position: The position in the data stream.
+      seconds: The time spent so far.
       best: The best evaluation, if there was one.
     """
 
@@ -69,16 +68,16 @@ class RunFolder:
         self.adapters = path / ADAPTERS
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The path of a step's checkpoint, whether it exists or not."""
         return self.checkpoints / f"step-{step:07d}"
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, in order."""
+        """The steps that have a checkpoint, in order."""
         names = [path.name for path in self.checkpoints.glob("step-*") if path.is_dir()]
         return sorted(int(name.removeprefix("step-")) for name in names)
 
     def clean(self) -> None:
-        """Removes what a killed process left half written or half removed."""
+        """Removes files and folders that a killed process left half written or half removed."""
         for folder in (self.path, self.checkpoints):
             if folder.exists():
                 remove_partial(folder)
@@ -94,9 +93,9 @@ class RunFolder:
 
         Args:
           progress: How far the run is.
-          arrays: What the training state is made of.
-          save_model: Writes the model as the folder it is given, and adapters as the file.
-          model_size: Bytes of the model.
+          arrays: The arrays of the training state.
+          save_model: Writes the model to the folder, and adapters to the file, that it is given.
+          model_size: The model's size in bytes.
 
         Raises:
           DiskSpaceError: The disk is, or became, full.
@@ -115,10 +114,10 @@ class RunFolder:
         return path
 
     def load(self, step: int) -> tuple[Progress, dict[str, np.ndarray]]:
-        """How far the run was at a checkpoint, and what its training state was made of.
+        """How far the run was at a checkpoint, and the arrays of its training state.
 
         Raises:
-          DamagedError: The checkpoint was changed since it was written.
+          DamagedError: The checkpoint cannot be read back.
         """
         folder = self.checkpoint(step) / _TRAINING
         try:
@@ -140,7 +139,7 @@ class RunFolder:
             kept.add(best.step)
             self._link(best.step)
         for step in set(steps) - kept:
-            # First out of sight, so that no checkpoint is ever seen in part.
+            # Hidden first, so that nobody sees a checkpoint in part.
             hidden = self.checkpoints / f".{self.checkpoint(step).name}.removed.partial"
             self.checkpoint(step).rename(hidden)
             shutil.rmtree(hidden)
@@ -155,10 +154,10 @@ class RunFolder:
         temporary.replace(self.best)
 
     def require_free(self, *, force: bool) -> None:
-        """Raises `DestinationError` if the folder may not be begun.
+        """Raises `DestinationError` if a run may not begin in the folder.
 
         Args:
-          force: Whether a run that is there may be replaced.
+          force: Whether a new run may replace an old one.
         """
         if not self.path.exists():
             return
@@ -168,18 +167,18 @@ class RunFolder:
             raise DestinationError(f"{self.path} exists and is no folder of a training run")
         if not force:
             raise DestinationError(
-                f"{self.path} holds a training run: --resume goes on with it, --force replaces it"
+                f"{self.path} holds a training run: --resume continues it, --force replaces it"
             )
 
     def begin(self) -> None:
         """Makes the folder, or empties it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # The options last: until they are gone the folder is known as a run's.
+        # The options go last: they mark the folder as a run's.
         for path in sorted(self._entries(), key=lambda path: path == self.options):
             _remove(path)
 
     def _entries(self) -> list[Path]:
-        """What is in the folder, but for options that a killed process was writing."""
+        """The entries of the folder, except options that a killed process was writing."""
         unfinished = f".{self.options.name}."
         return [path for path in self.path.iterdir() if not path.name.startswith(unfinished)]
 
@@ -193,10 +192,6 @@ def _remove(path: Path) -> None:
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     header = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    writer = TensorFileWriter(path, header, {})
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.abandon)
+    with TensorFileWriter(path, header, {}) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
-        stack.pop_all()
-    writer.close()

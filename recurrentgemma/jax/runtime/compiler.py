@@ -1,4 +1,4 @@
-"""What XLA is told when it compiles."""
+"""Options for XLA's compiler."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# By default XLA's own loops, a token's products among them, use half of an AVX-512 register;
-# elsewhere it changes nothing.
+# By default XLA's own loops, such as a single token's matrix products, use half of an AVX-512
+# register. On other CPUs the option changes nothing.
 _OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 
 @functools.lru_cache
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """The options for a platform, if this version of XLA knows them."""
+    """The options for a platform; None if this version of XLA does not know them."""
     options = _OPTIONS.get(platform)
     if options is None:
         return None
@@ -28,6 +28,6 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 def platform_of(arrays: Any) -> str:
-    """Where the arrays of a tree are: "cpu", "gpu" or "tpu"."""
+    """The platform that holds the arrays of a tree: "cpu", "gpu" or "tpu"."""
     leaf: Array = jax.tree.leaves(arrays)[0]
     return next(iter(leaf.sharding.device_set)).platform

@@ -1,4 +1,4 @@
-"""A training step as functions of the parameters and the optimizer's state, compiled."""
+"""A training step, compiled: a function of the parameters and the optimiser's state."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from recurrentgemma.jax.scan.gates import wide_dtype
 
 
 class Functions(NamedTuple):
-    """What is compiled.
+    """The compiled functions.
 
     Attributes:
-      total: The sum over the weights of -log p(target).
-      update: A step, its parameters and optimizer state donated.
+      total: The weighted sum of -log p(target).
+      update: A step; the buffers of parameters and optimiser state are donated.
     """
 
     total: Callable[..., Array]
@@ -38,7 +38,7 @@ class Functions(NamedTuple):
 
 @functools.lru_cache
 def compiled(platform: str) -> Functions:
-    """Shared by all training on a platform."""
+    """The functions for a platform, shared by all training on it."""
     compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
     return Functions(
         compile(_trained_total, static_argnums=(0, 1, 2)),
@@ -47,24 +47,24 @@ def compiled(platform: str) -> Functions:
 
 
 def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
-    """The sum over the weights of -log p(target)."""
+    """The weighted sum of -log p(target)."""
     with adapted(adapters, lora) if lora else contextlib.nullcontext():
         hidden, _ = model.apply(
             {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
         )
     embedding = get_path(params, "embedder.input_embedding")
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
-    soft_cap = model.config.logits_soft_cap
+    soft_cap = model.config.model.soft_cap
     return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
 
 
 def divisor(tokens: Array) -> Array:
-    """What a sum over tokens is divided by for their mean, which of none is 0."""
+    """The divisor that turns a sum over tokens into their mean, which is 0 for no tokens."""
     return jnp.where(tokens > 0, tokens, 1)
 
 
 def tree_of(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -> Params:
-    """The tree of parameters that are listed by path, cast."""
+    """Parameters by path as a tree, cast."""
     tree: dict[str, Any] = {}
     for path, value in parameters.items():
         set_path(tree, path, jnp.array(value, dtype, copy=copy))
@@ -72,7 +72,7 @@ def tree_of(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -
 
 
 def _trained_total(model, lora, dtype, parameters, base, batch):
-    """`total`, of what is trained: the parameters, or adapters of a base."""
+    """`total` of the trained parameters, or of trained adapters on a base."""
     if lora is None:
         return total(model, tree_of(parameters, dtype), batch, None, None)
     return total(model, base, batch, parameters, lora)

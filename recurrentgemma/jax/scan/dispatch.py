@@ -1,9 +1,8 @@
 """The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
 
-`linear_scan` is the recurrence itself; `rg_lru_scan` takes it from the gates on. Either is one
-differentiable operation, whichever implementation runs it and however it is split over devices: its
-backward pass is the adjoint recurrence, which keeps the arguments and the output, and computes the
-gates again.
+`linear_scan` is the recurrence itself; `rg_lru_scan` computes the gates too. Each is one
+differentiable operation for every implementation and every split over devices. The backward pass is
+the adjoint recurrence; it keeps the arguments and the output, and computes the gates again.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from flax.typing import Dtype
 from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
-from recurrentgemma.common.model.presets import Choice, ScanType
-from recurrentgemma.common.model.reference import RG_LRU_C
+from recurrentgemma.common.model.numerics import RG_LRU_C
+from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec, split
@@ -56,13 +55,13 @@ _target: contextvars.ContextVar[_Target | None] = contextvars.ContextVar("target
 
 @contextlib.contextmanager
 def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
-    """What is traced inside is for this platform, whatever devices there are.
+    """Makes code traced inside run on this platform, whatever devices there are.
 
-    To compile ahead of time or, with `interpret`, to run a Pallas kernel on the CPU.
+    Use it to compile ahead of time or, with `interpret`, to run a Pallas kernel on the CPU.
 
     Args:
       platform: "tpu" or "gpu".
-      interpret: What `pallas_call` takes under this name.
+      interpret: See `pallas_call`.
     """
     token = _target.set(_Target(platform, interpret))
     try:
@@ -83,14 +82,14 @@ def linear_scan(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
-    Nothing is left of a state that is forgotten, be it infinite or NaN. A gradient that is not
-    finite does cross a reset.
+    A reset removes the state, even an infinite state or NaN. A gradient that is not finite crosses
+    a reset.
 
     Args:
       x: Inputs, [B, T, D].
       a: Decays, [B, T, D].
       h0: State before the first step, [B, D]; zeros if None.
-      reset: Where the state is forgotten (a_t taken as 0), [B, T].
+      reset: Where to drop the state (a_t is 0 there), [B, T].
       reverse: Run from the last step to the first.
       implementation: "auto" (see `choose_implementation`), "reference" (`lax.scan`), "xla" (an
         in-place loop), "associative" or "pallas" (TPU and GPU).
@@ -100,7 +99,7 @@ def linear_scan(
       All states in x's dtype, [B, T, D], and the last one visited in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+      ValueError: A shape or dtype is wrong, or the implementation is unknown or not for this
         device or dtype.
     """
     x, a = jnp.asarray(x), jnp.asarray(a)
@@ -129,10 +128,9 @@ def rg_lru_scan(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
 
-    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
-    forgotten, as by `linear_scan`, and the square root is 1; padding changes nothing. The
-    arithmetic is float32, or float64 beside float64; the gradient of the square root is clipped at
-    1000.
+    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts, the state is
+    dropped, as in `linear_scan`, and the square root is 1; padding changes nothing. The arithmetic
+    is float32, or float64 for float64 inputs; the gradient of the square root is clipped at 1000.
 
     Args:
       x: Inputs, [B, T, D].
@@ -141,14 +139,14 @@ def rg_lru_scan(
       a_param: [D].
       segment_pos: Position in the document, 0 at its start, -1 at padding, [B, T].
       h0: State before the first step, [B, D]; zeros if None.
-      implementation: As of `linear_scan`.
-      sharding_spec: As of `linear_scan`.
+      implementation: See `linear_scan`.
+      sharding_spec: See `linear_scan`.
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
 
     Raises:
-      ValueError: Shapes or dtypes are others, or the implementation is unknown or not for this
+      ValueError: A shape or dtype is wrong, or the implementation is unknown or not for this
         device or dtype.
     """
     x, input_gate, a_gate = jnp.asarray(x), jnp.asarray(input_gate), jnp.asarray(a_gate)
@@ -169,25 +167,27 @@ def choose_implementation(
     shape: tuple[int, int, int],
     dtype: Dtype,
     device: jax.Device | str | None = None,  # pyright: ignore[reportInvalidTypeForm]
-) -> Choice:
-    """What "auto" means for arrays of this shape and dtype.
+) -> ScanChoice:
+    """The implementation that "auto" takes for arrays of this shape and dtype.
 
     Args:
       shape: [B, T, D].
-      dtype: That of x.
+      dtype: The dtype of x.
       device: A device or a platform ("cpu", "gpu", "tpu"); the default one if None.
     """
     platform = _default_platform() if device is None else getattr(device, "platform", device)
     _, length, _ = shape
     if length <= _FEW_STEPS:
-        return Choice("reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop")
+        return ScanChoice(
+            "reference", f"{length} of at most {_FEW_STEPS} steps fuse without a loop"
+        )
     if platform == "cpu":
-        return Choice("xla", "a loop in place reads and writes each element once")
+        return ScanChoice("xla", "a loop in place reads and writes each element once")
     if platform not in _PALLAS_PLATFORMS or jnp.dtype(dtype) not in _PALLAS_DTYPES:
-        return Choice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
+        return ScanChoice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
     if not _pallas_lowers(platform):
-        return Choice("associative", f"JAX {jax.__version__} has no {_TRITON}")
-    return Choice("pallas", f"a {platform} kernel reads and writes each element once")
+        return ScanChoice("associative", f"JAX {jax.__version__} has no {_TRITON}")
+    return ScanChoice("pallas", f"a {platform} kernel reads and writes each element once")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -218,7 +218,7 @@ _KINDS = {"a floating": jnp.floating, "a bool": jnp.bool_, "an integer": jnp.int
 
 
 def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a floating") -> None:
-    """Raises where a value is not what a recurrence takes."""
+    """Raises if a recurrence cannot take a value."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     if not jnp.issubdtype(value.dtype, _KINDS[kind]):
@@ -226,10 +226,10 @@ def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a float
 
 
 def as_positions(segment_pos: Array, x: Array) -> Array:
-    """The positions of x's steps, [B, T], in a dtype that none overflows.
+    """The positions of x's steps, [B, T], in a dtype that does not overflow.
 
     Raises:
-      ValueError: They are no integers, or of another shape than x.
+      ValueError: They are not integers, or their shape is not [B, T].
     """
     _check("segment_pos", segment_pos, x.shape[:2], "an integer")
     return segment_pos.astype(jnp.int32)
@@ -261,9 +261,9 @@ def _run(
 
 
 def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:
-    """All as varying over the axes of `jax.shard_map` that any of them varies over, as states do.
+    """Marks all arrays as varying over each axis of `jax.shard_map` that any of them varies over.
 
-    Out here, since the derivative of this sums what each device has of a gradient.
+    It stands outside the custom derivative, since its own derivative sums gradients over devices.
     """
 
     def axes(z: Array) -> frozenset[str]:
@@ -277,7 +277,7 @@ def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:
 
 
 def _device(x: Array, spec: ShardingSpec | None) -> _Target:
-    """Where the computation will run, as far as can be known."""
+    """Where the computation will run, as far as tracing can tell."""
     target = _target.get()
     if target is not None:
         return target
@@ -294,7 +294,7 @@ def _default_platform() -> str:
 
 
 def _pallas_lowers(platform: str) -> bool:
-    """Whether this version of JAX lowers kernels for a platform: Triton's part is to go."""
+    """Whether this JAX lowers kernels for a platform: later versions drop Triton."""
     if platform == "gpu":
         try:
             importlib.import_module(_TRITON)
@@ -328,7 +328,7 @@ def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target
             f"{jax.__version__} does not have: install a version that does, such as 0.12, or ask "
             f"for auto or one of {', '.join(_XLA)}"
         )
-    # Not at the top: importing Pallas takes a while, and the CPU does without.
+    # Import late: Pallas takes a while to import, and the CPU does not need it.
     if target.platform == "tpu":
         from recurrentgemma.jax.scan.pallas_tpu import PallasTPUScan
 

@@ -1,7 +1,7 @@
-"""What comes before the recurrence at each step: x_t and a_t from a scan's arguments.
+"""The gates: they compute each step's x_t and a_t from a scan's arguments.
 
-Elementwise, so that a kernel computes it where a step's arguments are at hand, and again, with its
-derivative, in the backward pass.
+They work elementwise, so a kernel computes them from the arguments that it has loaded, and computes
+them again, with their derivative, in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT
 
 
 def wide_dtype(dtype: Dtype) -> Dtype:
-    """The dtype of states and of sensitive arithmetic: float32, or float64 beside float64."""
+    """The dtype of states and of sensitive arithmetic: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 @jax.custom_jvp
 def bounded_sqrt(x: Array) -> Array:
-    """sqrt(x), its derivative clipped at 1000."""
+    """sqrt(x), with its derivative clipped at 1000."""
     return jnp.sqrt(x)
 
 
 @bounded_sqrt.defjvp
 def _bounded_sqrt_jvp(primals, tangents):
     y = bounded_sqrt(primals[0])
-    # Of no y so small that the derivative of this were infinite, which is none where it is clipped.
+    # Clamp y: the square root has an infinite slope at 0.
     slope = 0.5 / jnp.maximum(y, 0.25 / MAX_SQRT_GRADIENT)
     return y, tangents[0] * jnp.minimum(slope, MAX_SQRT_GRADIENT)
 
 
 @jax.custom_jvp
 def decayed(a: Array, h: Array) -> Array:
-    """a * h; 0 where a is 0, so that a state which is forgotten may be anything."""
+    """a * h; 0 where a is 0, even if the dropped state is infinite or NaN."""
     return a * jnp.where(a == 0, 0.0, h)
 
 
@@ -53,13 +53,13 @@ Expm1 = Callable[[Array], Array]
 
 
 class Inputs(NamedTuple):
-    """A scan's arguments but for its state; also their gradients, blocks or partitions.
+    """A scan's arguments without its state; also their gradients, blocks or partitions.
 
     Attributes:
-      x: What enters the recurrence, [B, T, D].
-      sequences: What else each step has of its own, each [B, T, D].
-      channels: What each channel has for all steps, each [D].
-      position: 0 where the state is forgotten, below 0 where nothing changes, [B, T]; or None.
+      x: The input of the recurrence, [B, T, D].
+      sequences: The other arguments that vary by step, each [B, T, D].
+      channels: The arguments that vary by channel only, each [D].
+      position: 0 drops the state, a negative number changes nothing, [B, T]; or None.
     """
 
     x: Any
@@ -69,11 +69,11 @@ class Inputs(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """What a recurrence applies to its arguments.
+    """The gates of a recurrence.
 
     Attributes:
-      function: Gives x_t and a_t from inputs of the state's dtype, whose shapes broadcast together.
-        Its second argument computes exp(x) - 1 for x <= 0.
+      function: Takes inputs of the state's dtype, whose shapes broadcast together, and returns x_t
+        and a_t. Its second argument computes exp(x) - 1 for x <= 0.
       needs_x: Whether its derivative depends on x.
     """
 
@@ -94,7 +94,7 @@ def _identity(inputs: Inputs, expm1: Expm1) -> tuple[Array, Array]:
 
 
 def _rg_lru(inputs: Inputs, expm1: Expm1) -> tuple[Array, Array]:
-    """exp(rate sigmoid(a_gate)) and sqrt(1 - a^2) sigmoid(input_gate) x; the root 1 at a start."""
+    """exp(rate sigmoid(a_gate)) and sqrt(1 - a^2) sigmoid(input_gate) x; a start's root is 1."""
     (input_gate, a_gate), (rate,) = inputs.sequences, inputs.channels
     log_a = rate * jax.nn.sigmoid(a_gate)
     multiplier = jnp.where(inputs.position == 0, 1.0, bounded_sqrt(-expm1(2.0 * log_a)))
@@ -103,7 +103,7 @@ def _rg_lru(inputs: Inputs, expm1: Expm1) -> tuple[Array, Array]:
 
 
 class Scan(abc.ABC):
-    """An implementation, hashable."""
+    """An implementation of the recurrence; hashable."""
 
     @abc.abstractmethod
     def forward(
@@ -125,7 +125,7 @@ class Scan(abc.ABC):
         """Gradients of the inputs and of h0.
 
         With dh_t = dy_t + a_{t+1} dh_{t+1}: dx_t = dh_t, da_t = dh_t h_{t-1} and dh0 = a_0 dh_0;
-        then those of the gates. `inputs.x` may be anything where the gates do not need it.
+        the gates' gradients follow. If the gates do not need `inputs.x`, it may hold anything.
         """
 
 

@@ -1,9 +1,10 @@
-"""The recurrence on an NVIDIA GPU: one pass over [B, T, D] as it is, gates included.
+"""The recurrence on an NVIDIA GPU: one pass over [B, T, D], gates included.
 
-A warp has a few channels of one row and walks through time. It loads a tile of steps at once, so
-that many loads are under way, then computes and stores it. Where rows and channels are too few to
-fill the device the sequence is cut into chunks: a first pass gives what each adds to a state and by
-how much it decays it, a short scan the states between them, and the last pass starts from these.
+A warp holds a few channels of one row and walks through time. It loads a tile of steps at once, to
+keep many loads in flight, then computes and stores it. If rows and channels are too few to fill the
+device, the sequence is cut into chunks: a first pass computes how each chunk changes a state (what
+it adds, and by how much it decays the state), a short scan gives the states between chunks, and the
+last pass starts from these.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from recurrentgemma.jax.scan.gates import Gates, Inputs, Scan, decayed
 
 _WIDTH = 64  # channels of a program
 _TILE = 8  # steps
-_PROGRAMS = 1024  # that fill a device
+_PROGRAMS = 1024  # enough to fill a device
 _SHORTEST_CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """How [B, T, D] is cut, and walked in the direction of time."""
+    """How [B, T, D] is cut, and in which direction a program walks through it."""
 
     shape: tuple[int, int, int]
     reverse: bool
@@ -50,7 +51,7 @@ class _Chunks:
         return batch, pl.cdiv(length, self.length), pl.cdiv(width, _WIDTH)
 
     def walk(self, tile: Callable[[list[Array], Any], Any], carry: Any) -> Any:
-        """`tile(steps, carry)` over the tiles of this program's chunk in the direction of time."""
+        """Calls `tile(steps, carry)` for each tile of this program's chunk, in scan order."""
         tiles = self.length // _TILE
         start = pl.program_id(1) * self.length
 
@@ -70,7 +71,7 @@ class _Chunks:
 
 
 class _Program:
-    """The memory of one program: its row, and its channels of it."""
+    """The memory of one program: its row and channels."""
 
     def __init__(self, chunks: _Chunks) -> None:
         _, self.length, width = chunks.shape
@@ -100,17 +101,17 @@ class _Program:
         self.store(value, ref, self.row, jnp.minimum(t, last), mask=t <= last)
 
     def load_state(self, ref) -> Array:
-        """What this chunk starts from."""
+        """Loads the state that this chunk starts from."""
         return self.load(ref, self.row, self.chunk)
 
     def store_state(self, value: Array, ref) -> None:
-        """Writes what this chunk ends in."""
+        """Writes the state that this chunk ends in."""
         self.store(value, ref, self.row, self.chunk)
 
     def inputs(self, refs: Inputs, channels: tuple[Array, ...], t: Array) -> Inputs:
-        """Those of a step; past the end it is padding."""
+        """The inputs of a step; a step past the end is padding."""
         valid = t < self.length
-        mine = jnp.int32(1)  # and no literal: of two of these Triton's lowering makes a bool
+        mine = jnp.int32(1)  # not a literal: Triton's lowering makes a bool of two literals
         if refs.position is not None:
             mine = refs.position[self.row, jnp.minimum(t, self.length - 1)]
         position = jnp.where(valid, mine, jnp.int32(-1))
@@ -120,7 +121,7 @@ class _Program:
 
 
 def _summary_kernel(gates: Gates, chunks: _Chunks, inputs: Inputs, added, decay) -> None:
-    """What a chunk adds to the state that reaches it, and by how much it decays it."""
+    """How a chunk changes a state: what it adds, and by how much it decays the state."""
     program = _Program(chunks)
     channels = tuple(map(program.load, inputs.channels))
 
@@ -272,7 +273,7 @@ class PallasGPUScan(Scan):
         return gradients._replace(channels=channels), dh0[:, -1 if reverse else 0]
 
     def _states(self, chunks: _Chunks, h0: Array, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What there is of a state for each chunk, in each of several outputs."""
+        """The shapes of `count` outputs that hold one state for each chunk."""
         batch, number, _ = chunks.grid
         shape = (batch, number, chunks.shape[2])
         return (jax.eval_shape(lambda h0: jnp.broadcast_to(h0[:, None], shape), h0),) * count

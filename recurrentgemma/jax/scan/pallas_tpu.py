@@ -1,8 +1,8 @@
-"""The recurrence on a TPU: one pass over [B, T, D] as it is, gates included.
+"""The recurrence on a TPU: one pass over [B, T, D], gates included.
 
-The grid walks the blocks of time in order for each row and each block of channels, the state in
-VMEM between them. In a block, tiles of steps are gated whole and their rows then scanned in
-registers. Steps past the end of the sequence are padding: they change nothing.
+For each row and each block of channels, the grid walks the blocks of time in order and keeps the
+state in VMEM between them. In a block, the kernel computes the gates of a whole tile of steps, then
+scans its rows in registers. Steps past the end of the sequence are padding: they change nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How [B, T, D] is cut, and walked in the direction of time."""
+    """How [B, T, D] is cut, and in which direction the grid walks through it."""
 
     shape: tuple[int, int, int]
     reverse: bool
@@ -60,7 +60,7 @@ class _Blocks:
         return self.grid[2] - 1 - i if self.reverse else i
 
     def after(self, i: Any) -> Any:
-        """The tile next to the i-th block visited on its far side, or any tile if none is."""
+        """The tile after the i-th block in scan order; any tile if there is none."""
         if self.reverse:
             return jnp.maximum(self.at(i) * self.tiles - 1, 0)
         return jnp.minimum((self.at(i) + 1) * self.tiles, pl.cdiv(self.shape[1], _TILE) - 1)
@@ -83,7 +83,7 @@ class _Blocks:
         )
 
     def inputs(self, inputs: Inputs) -> Inputs:
-        """The specs of prepared inputs."""
+        """The block specs of prepared inputs."""
         return Inputs(
             None if inputs.x is None else self.sequence(),
             (self.sequence(),) * len(inputs.sequences),
@@ -92,7 +92,7 @@ class _Blocks:
         )
 
     def prepared(self, inputs: Inputs) -> Inputs:
-        """What is not [B, T, D] in a shape that has blocks."""
+        """Gives channels and positions shapes that can be cut into blocks."""
         position = inputs.position
         if position is not None:
             spare = self.grid[2] * self.time - self.shape[1]
@@ -101,7 +101,7 @@ class _Blocks:
         return inputs._replace(channels=channels, position=position)
 
     def start(self) -> Any:
-        """The first step of the current block; not in a loop, where its place is not known."""
+        """The first step of the current block; call it outside of loops, which hide the place."""
         return self.at(pl.program_id(2)) * self.time
 
     def steps(self, start: Any, k: Any) -> Array:
@@ -109,7 +109,7 @@ class _Blocks:
         return start + k * _TILE + lax.broadcasted_iota(jnp.int32, (_TILE, self.width), 0)
 
     def scan(self, tile: Callable[[Any, Array], Array], state: Array) -> Array:
-        """`tile(k, state)` over the tiles of the current block in the direction of time."""
+        """Calls `tile(k, state)` for each tile of the current block, in scan order."""
 
         def visit(i, state):
             return tile(self.tiles - 1 - i if self.reverse else i, state)
@@ -122,11 +122,11 @@ def _rows(k: Any) -> slice | pl.Slice:
 
 
 def _inputs_of_tile(refs: Inputs, blocks: _Blocks, start: Any, k: Any) -> Inputs:
-    """Tile k in float32, the steps past the end as padding."""
+    """The inputs of tile k in float32; steps past the end are padding."""
     tile = (_TILE, blocks.width)
 
     def load(ref):
-        # Not ref[0, ...]: in JAX 0.9.0 that alone has the axes of `jax.shard_map` in its type.
+        # Not ref[0, ...]: in JAX 0.9.0 its type alone has the axes of `jax.shard_map`.
         return ref[:, _rows(k), :].reshape(tile).astype(jnp.float32)
 
     x = jnp.zeros(tile, jnp.float32) if refs.x is None else load(refs.x)
@@ -145,7 +145,7 @@ def _inputs_of_tile(refs: Inputs, blocks: _Blocks, start: Any, k: Any) -> Inputs
 
 
 def _expm1(x: Array) -> Array:
-    """exp(x) - 1 for x <= 0: near 0, where the difference cancels, its series to x^8."""
+    """exp(x) - 1 for x <= 0; near 0, where the difference cancels, the series up to x^8."""
     series = jnp.ones_like(x)
     for n in range(8, 1, -1):
         series = 1.0 + x * series * (1.0 / n)
@@ -325,5 +325,5 @@ class PallasTPUScan(Scan):
             interpret=self.interpret,
             **kwargs,
         )
-        # Indices are of int32 also where `jax_enable_x64` has made those of Python int64.
+        # Indices must be int32; under `jax_enable_x64` Python's would be int64.
         return jax.enable_x64(False)(call)

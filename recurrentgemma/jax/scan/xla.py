@@ -1,8 +1,9 @@
 """The recurrence without kernels: three forms that XLA compiles for any device.
 
-Each runs out_t = a_t * out_{t-1} + x_t or, as its adjoint, out_t = a_{t-1} * out_{t-1} + x_t, where
-t - 1 is the step before in the direction of the scan. Both start from a state: what the first step
-multiplies by its a, or adds as it is. Both end in a state: the last out, or its product with a.
+Each runs out_t = a_t * out_{t-1} + x_t or its adjoint, out_t = a_{t-1} * out_{t-1} + x_t, where
+t - 1 is the previous step in scan order. Both start from a state: the first step of the recurrence
+multiplies it by a; the first step of the adjoint adds it unchanged. The recurrence ends in the last
+out, the adjoint in the last out times its a.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ UNROLLED_STEPS = 8
 
 
 def loop(x: Array, a: Array, state: Array, reverse: bool, adjoint: bool) -> tuple[Array, Array]:
-    """The definition; without a loop where the steps are few."""
+    """The definition, unrolled if there are few steps."""
 
     def step(state, inputs):
         x_t, a_t = inputs
@@ -82,7 +83,7 @@ def decays(gates: Gates, inputs: Inputs) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class XLAScan(Scan):
-    """The gates elementwise, then one of the recurrences above."""
+    """The gates, then one of the recurrences above."""
 
     recurrence: Recurrence
 
@@ -104,7 +105,7 @@ class XLAScan(Scan):
         reverse: bool,
     ) -> tuple[Inputs, Array]:
         wide = _widened(inputs)
-        # Summed over steps after the derivative: within it XLA compiles them to a slow loop.
+        # Sum over steps after the derivative: inside it, XLA compiles the sum to a slow loop.
         channels = tuple(jnp.broadcast_to(channel, y.shape) for channel in wide.channels)
 
         def gated(floats: Any):

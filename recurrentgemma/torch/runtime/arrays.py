@@ -1,4 +1,4 @@
-"""Between NumPy arrays and tensors, bit for bit, bfloat16 too."""
+"""NumPy arrays to tensors and back, bit for bit, also in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from recurrentgemma.common.io.arrays import BFLOAT16
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the CPU, which shares the array's memory where that is contiguous."""
+    """A tensor on the CPU. It shares the array's memory if that is contiguous."""
     array = np.ascontiguousarray(array)
-    if array.dtype == BFLOAT16:  # which NumPy's half of PyTorch does not know
+    if array.dtype == BFLOAT16:  # PyTorch's `from_numpy` does not know it
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """An array, which shares the tensor's memory where that is contiguous and on the CPU."""
+    """An array. It shares the tensor's memory if that is contiguous and on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BFLOAT16)

@@ -1,8 +1,8 @@
 """The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
 
-`linear_scan` is the recurrence itself; `rg_lru_scan` takes it from the gates on. Either is one
-differentiable operation, whichever implementation runs it: its backward pass is the adjoint
-recurrence, which keeps the arguments and the output, and computes the gates again.
+`linear_scan` is the recurrence itself; `rg_lru_scan` computes the gates too. Each is one
+differentiable operation for every implementation. The backward pass is the adjoint recurrence; it
+keeps the arguments and the output, and computes the gates again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recurrentgemma.common.model.presets import Choice, ScanType
+from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.torch.scan import ops as scan_ops
 from recurrentgemma.torch.scan.gates import rg_lru_gates, wide_dtype
 
@@ -40,15 +40,15 @@ def linear_scan(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
 
-    Nothing is left of a state that is forgotten, be it infinite or NaN; of one within the sequence
-    not so with "native" on other devices than the CPU. A gradient that is not finite does cross a
+    A reset removes the state, even an infinite state or NaN; but with "native", outside the CPU,
+    a reset after the first step cannot remove such a state. A gradient that is not finite crosses a
     reset.
 
     Args:
       x: Inputs, [B, T, D].
       a: Decays, [B, T, D].
       h0: State before the first step, [B, D]; zeros if None.
-      reset: Where the state is forgotten (a_t taken as 0), [B, T].
+      reset: Where to drop the state (a_t is 0 there), [B, T].
       reverse: Run from the last step to the first.
       implementation: "auto" (see `choose_implementation`), "reference" (a plain loop), "native"
         (chunks that advance together), "associative" (a logarithmic number of passes) or "triton"
@@ -95,10 +95,9 @@ def rg_lru_scan(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
     """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t (arXiv 2402.19427, 2.4).
 
-    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts the state is
-    forgotten, as by `linear_scan`, and the square root is 1; padding changes nothing. The
-    arithmetic is float32, or float64 beside float64; the gradient of the square root is clipped at
-    1000.
+    log a_t = -8 * sigmoid(a_gate_t) * softplus(a_param). Where a document starts, the state is
+    dropped, as in `linear_scan`, and the square root is 1; padding changes nothing. The arithmetic
+    is float32, or float64 for float64 inputs; the gradient of the square root is clipped at 1000.
 
     Args:
       x: Inputs, [B, T, D].
@@ -107,7 +106,7 @@ def rg_lru_scan(
       a_param: [D].
       segment_pos: Position in the document, 0 at its start, -1 at padding, [B, T].
       h0: State before the first step, [B, D]; zeros if None.
-      implementation: As of `linear_scan`.
+      implementation: See `linear_scan`.
 
     Returns:
       All states in x's dtype, [B, T, D], and the last one in the state's dtype, [B, D].
@@ -145,24 +144,24 @@ def choose_implementation(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device | str | None = None,
-) -> Choice:
-    """What "auto" means for tensors of this shape and dtype.
+) -> ScanChoice:
+    """The implementation that "auto" takes for tensors of this shape and dtype.
 
     Args:
       shape: [B, T, D].
-      dtype: That of x.
+      dtype: The dtype of x.
       device: A device; the default one if None.
     """
     del dtype  # each implementation takes any
-    # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.
+    # Not `get_default_device`: in PyTorch 2.6 it fails after a default device was reset.
     kind = torch.empty(()).device.type if device is None else torch.device(device).type
     if kind == "cuda" and _HAS_TRITON:
-        return Choice("triton", "a kernel reads and writes each element once")
+        return ScanChoice("triton", "a kernel reads and writes each element once")
     if shape[1] == 1:
-        return Choice("reference", "one step is no more than its definition")
+        return ScanChoice("reference", "a single step needs no kernel")
     if kind == "cuda":
-        return Choice("native", "triton is not installed")
-    return Choice("native", f"PyTorch's own operations are the fastest there is on {kind}")
+        return ScanChoice("native", "triton is not installed")
+    return ScanChoice("native", f"PyTorch's own operations are the fastest on {kind}")
 
 
 def _implementation(name: str, x: Tensor) -> str:
@@ -190,7 +189,7 @@ def _implementation(name: str, x: Tensor) -> str:
 def _check(
     x: Tensor, name: str, value: Tensor, shape: tuple[int, ...], kind: str = "a floating"
 ) -> None:
-    """Raises where `value` does not go with x."""
+    """Raises if `value` does not fit x."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != x.device:
@@ -203,10 +202,10 @@ def _check(
 
 
 def as_positions(segment_pos: Tensor, x: Tensor) -> Tensor:
-    """The positions of x's steps, [B, T], in a dtype that none overflows.
+    """The positions of x's steps, [B, T], in a dtype that does not overflow.
 
     Raises:
-      ValueError: They are no integers, or of another shape or device than x.
+      ValueError: They are not integers, or their shape or device does not fit x.
     """
     _check(x, "segment_pos", segment_pos, x.shape[:2], "an integer")
     return segment_pos if segment_pos.dtype in (torch.int32, torch.int64) else segment_pos.long()
@@ -234,7 +233,7 @@ def _loop(
 def _associative(
     x: Tensor, a: Tensor, state: Tensor, reset: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """In pass n each step takes in what the 2^n steps before it have gathered."""
+    """In pass n, each step adds the decayed result of the step 2^n before it."""
     forgets = x.new_zeros(x.shape[:2], dtype=torch.bool) if reset is None else reset
     if reverse:
         x, a, forgets = x.flip(1), a.flip(1), forgets.flip(1)

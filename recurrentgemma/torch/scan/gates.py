@@ -1,6 +1,6 @@
-"""What comes before the RG-LRU's recurrence at each step: x_t and a_t, in differentiable steps.
+"""The gates of the RG-LRU: they compute each step's x_t and a_t, in differentiable operations.
 
-Implementations compute the same where a step's arguments are at hand, and again, with its
+Kernels compute the same from the arguments that they have loaded, and compute it again, with its
 derivative, in the backward pass.
 """
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states and of sensitive arithmetic: float32, or float64 beside float64."""
+    """The dtype of states and of sensitive arithmetic: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -33,14 +33,13 @@ class _BoundedSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        # Of no y so small that the derivative of this were infinite, which is none where it is
-        # clipped.
+        # Clamp y: the square root has an infinite slope at 0.
         slope = 0.5 / y.clamp(min=0.25 / MAX_SQRT_GRADIENT)
         return grad * slope.clamp(max=MAX_SQRT_GRADIENT)
 
 
 def bounded_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x), its derivative clipped at 1000."""
+    """sqrt(x), with its derivative clipped at 1000."""
     if not torch.is_grad_enabled():
         return torch.sqrt(x)
     return _BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
@@ -51,7 +50,7 @@ def rg_lru_gates(
 ) -> tuple[Tensor, Tensor]:
     """sqrt(1 - a^2) sigmoid(input_gate) x and a = exp(rate sigmoid(a_gate)), all of one dtype.
 
-    The root is 1 where a document starts, where a is not for use; padding changes nothing.
+    Where a document starts, the root is 1 and callers must not use a; padding changes nothing.
     """
     start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
     log_a = -RG_LRU_C * softplus(a_param)[..., None, :] * torch.sigmoid(a_gate)

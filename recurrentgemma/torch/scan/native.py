@@ -1,13 +1,13 @@
 """The recurrences in PyTorch's own operations, without autograd.
 
-The sequence is cut into chunks that advance together: a first pass over each chunk from a zero
-state gives its last state and total decay, the states between chunks are the same recurrence over
-these, and a second pass from the right state writes the outputs. The work is a few operations on
-[B, T / C, D] instead of T on [B, D]. Gates are computed a part of the sequence at a time, so that
-what lies between their operations stays in the cache.
+The sequence is cut into chunks that advance together. A first pass, from a zero state, computes
+each chunk's last state and total decay; the same recurrence over these gives the states between
+chunks; a second pass starts from those and writes the outputs. The work is a few operations on
+[B, T / C, D] instead of T on [B, D]. The gates are computed for one part of the sequence at a time:
+so their intermediate values stay in the cache.
 
-A state that is forgotten is multiplied by 0, which leaves of an infinity or NaN a NaN in all that
-follows: where the last state is none, step by step nothing is left of it.
+A reset multiplies the state by 0, which turns an infinity or NaN into NaN in every later state. If
+the last state is not finite, a second run on the CPU, step by step, puts 0 in its place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 _LOOP_LENGTH = 16
 _MAX_CHUNK_LENGTH = 64
@@ -120,7 +120,7 @@ def rg_lru_scan_backward(
         torch.mul(dgated, multiplier, out=dx[:, part])
         dmultiplier = dgated.mul_(x[:, part])
         torch.mul(i.neg_().add_(1).mul_(multiplier), dmultiplier, out=dinput_gate[:, part])
-        # The gradient of 1 - a^2, a clipped root's, is half of this; that of a^2 is 2 a^2 dlog_a.
+        # The gradient of 1 - a^2, through a clipped root, is half of this; d(a^2) = 2 a^2 dlog_a.
         dsquare = multiplier.reciprocal_().clamp_(max=2 * MAX_SQRT_GRADIENT).mul_(dmultiplier)
         dlog_a = da.addcmul_(a, dsquare, value=-1).mul_(a)
         _clear_padding(pos, dx[:, part], dinput_gate[:, part], dlog_a)
@@ -138,7 +138,7 @@ def _rate(a_param: Tensor) -> Tensor:
 
 
 def _parts(shape: torch.Size, h0: Tensor, num_scratch: int) -> list[tuple[Any, ...]]:
-    """Slices of the sequence that fit the cache, each with the same scratch tensors, [B, P, D]."""
+    """Slices of the sequence that fit the cache; all share the scratch tensors, [B, P, D]."""
     batch, length, width = shape
     steps = min(max(_PART_ELEMENTS // max(batch * width, 1), 1), length)
     scratch = h0.new_empty(num_scratch, batch, steps, width)
@@ -149,7 +149,7 @@ def _parts(shape: torch.Size, h0: Tensor, num_scratch: int) -> list[tuple[Any, .
 
 
 def _any(mask: Tensor) -> bool:
-    """Whether a mask over steps is worth applying: always, where to look means to wait."""
+    """Whether to apply a mask over steps: always on a device, where a look would have to wait."""
     return not mask.is_cpu or bool(mask.any())
 
 
@@ -164,8 +164,8 @@ def _decays(r: Tensor, rate: Tensor, position: Tensor, a: Tensor, spare: Tensor)
     """Writes a = exp(rate r) to `a` and sqrt(1 - a^2) to `r`.
 
     They are 0 and 1 at a start, 1 and 0 at padding. With t = tanh(log_a / 2), a = (1 + t) / (1 - t)
-    and 1 - a^2 = -4 t / (1 - t)^2: as with expm1 no digits are lost where a is close to 1, in a
-    quarter of its time.
+    and 1 - a^2 = -4 t / (1 - t)^2. Like expm1, this loses no digits where a is close to 1, and it
+    takes a quarter of the time.
     """
     half_log_a = r.mul_(rate[:, None] / 2)
     if _any(position <= 0):
@@ -178,9 +178,9 @@ def _decays(r: Tensor, rate: Tensor, position: Tensor, a: Tensor, spare: Tensor)
 
 
 def _is_lost(last: Tensor, reset: Tensor) -> bool:
-    """Whether a state that is not finite may have crossed a reset; if to look is not to wait.
+    """Whether a state that is not finite may have crossed a reset; checked on the CPU only.
 
-    Such a state stays to the end, where it is enough to look.
+    Such a state stays until the end, so a look at the last state is enough.
     """
     return last.is_cpu and not math.isfinite(float(last.sum())) and bool(reset.any())
 
@@ -212,7 +212,7 @@ def _steps(z: Tensor, dim: int, reverse: bool) -> tuple[Tensor, ...]:
 
 
 def _scan_by_step(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Tensor:
-    """As `_scan`; where a is 0 the state may be anything."""
+    """Like `_scan`, but an a of 0 also removes a state that is not finite."""
     for x_t, a_t, out_t in zip(*(_steps(z, 1, reverse) for z in (x, a, out)), strict=True):
         state = torch.addcmul(x_t, a_t, state.masked_fill(a_t == 0, 0), out=out_t)
     return state
@@ -227,7 +227,7 @@ def _scan(x: Tensor, a: Tensor, state: Tensor, reverse: bool, out: Tensor) -> Te
         return state
     chunk = min(_MAX_CHUNK_LENGTH, math.isqrt(length))
     num_chunks = length // chunk
-    # The chunked part comes first in the direction of the scan, the remainder after it.
+    # In the direction of the scan, the chunked part comes first, then the remainder.
     cut = length - num_chunks * chunk if reverse else num_chunks * chunk
     head, tail = (slice(cut, None), slice(None, cut)) if reverse else (
         slice(None, cut), slice(cut, None))  # fmt: skip

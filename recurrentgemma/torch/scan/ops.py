@@ -1,7 +1,7 @@
 """The recurrences as differentiable operators, opaque to `torch.compile` and `torch.export`.
 
-Each keeps its arguments and its output for the backward pass. An operator takes the name of the
-implementation that computes it; h0 has the state's dtype.
+Each keeps its arguments and its output for the backward pass. An operator takes the name of an
+implementation; h0 has the state's dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recurrentgemma.torch.scan.gates import rg_lru_gates
 
 
 def _implementation(name: str) -> ModuleType:
-    # Not at the top: Triton takes a while to import, and may be absent.
+    # Import late: Triton takes a while to import, and may be absent.
     return importlib.import_module(f"recurrentgemma.torch.scan.{name}")
 
 
@@ -42,8 +42,8 @@ def _fold_batch(op):
 def _define(name: str, arguments: str, like: tuple[str, ...]):
     """An operator whose outputs have the shapes and dtypes of the arguments named `like`.
 
-    They are contiguous, whatever the arguments are: compiled programs rely on it.
-    Not `custom_op`: the autograd kernel that it adds does not run under torch.func transforms.
+    The outputs are always contiguous: compiled programs rely on it. `custom_op` does not serve: the
+    autograd kernel that it adds does not run under torch.func transforms.
     """
     qualified = f"recurrentgemma::{name}"
     outputs = ", ".join(["Tensor"] * len(like))
@@ -130,7 +130,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def _differentiable_backward(dy, dlast, a, h0, reset, y, reverse, implementation):
-    """As `_linear_scan_backward`: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = dh_t h_{t-1}."""
+    """The same as `_linear_scan_backward`: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = dh_t h_{t-1}."""
     wide, dtypes = h0.dtype, (dy.dtype, a.dtype)
     dy, a, y = dy.to(wide), a.to(wide), y.to(wide)
     if reset is not None:
@@ -168,7 +168,7 @@ class _RGLRUScan(torch.autograd.Function):
             dx, dinput_gate, da_gate, da_param, dh0 = _rg_lru_scan_backward(
                 dy, dlast, *ctx.saved_tensors, ctx.implementation
             )
-        else:  # the gradient may itself be differentiated: the same in differentiable steps
+        else:  # a second derivative may follow: compute the same in differentiable operations
             *inputs, segment_pos, h0, y = ctx.saved_tensors
 
             def gates(*inputs):
@@ -183,8 +183,8 @@ class _RGLRUScan(torch.autograd.Function):
         return dx, dinput_gate, da_gate, da_param, None, dh0, None
 
 
-# The operators alone differentiate too, as programs that `torch.export` makes have them. Not so
-# under torch.func, for which there are the functions above.
+# Programs from `torch.export` call the operators directly, so these differentiate too. Under
+# torch.func they cannot; the functions above can.
 for _op, _function in ((_linear_scan, _LinearScan), (_rg_lru_scan, _RGLRUScan)):
     torch.library.register_autograd(
         _op._name, _function.backward, setup_context=_function.setup_context

@@ -1,8 +1,8 @@
-"""The recurrences as Triton kernels, without autograd: which tiles, and in how many phases.
+"""The recurrences as Triton kernels, without autograd: the choice of tiles and phases.
 
-Where rows and channels are too few to fill the device and the sequence is long, it is cut into
-chunks: a first pass gives each chunk's total decay and its end from a zero state, the states
-between chunks are the same recurrence over these, and a second pass computes all chunks at once.
+If a sequence is long and rows and channels are too few to fill the device, it is cut into chunks. A
+first pass, from a zero state, computes each chunk's total decay and last state; the same recurrence
+over these gives the states between chunks; a second pass computes all chunks at once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from recurrentgemma.torch.scan import triton_kernels as kernels
 
-_LOAD_BYTES = 16  # of a thread's widest load
+_LOAD_BYTES = 16  # in a thread's widest load
 _MAX_STEPS = 8  # unrolled, so that compilation takes seconds
-# All registers that a thread can have: ptxas else stops earlier, and spills.
+# Allow every register that a thread can have: otherwise ptxas uses fewer and spills.
 COMPILER_OPTIONS = {"num_warps": 1, "maxnreg": 255}
-# Of a thread's part of a tile: as many as there are registers for.
+# Elements of a tile in one thread: as many as the registers hold.
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 16
-_WARPS_PER_PROCESSOR = 8  # at a warp a program
+_WARPS_PER_PROCESSOR = 8  # a program has one warp
 _MIN_CHUNKED_LENGTH = 512
 _MIN_CHUNK = 64
 
@@ -31,10 +31,10 @@ class Tiling(NamedTuple):
     """How a scan over [B, T, D] is cut.
 
     Attributes:
-      channels: Of a program.
-      steps: That a program loads at once.
+      channels: Channels of a program.
+      steps: Steps that a program loads at once.
       chunk: Steps of a program.
-      num_chunks: Of a sequence.
+      num_chunks: Chunks of a sequence.
     """
 
     channels: int
@@ -44,24 +44,24 @@ class Tiling(NamedTuple):
 
 
 class Processors(NamedTuple):
-    """What a device has."""
+    """The processors of a device."""
 
     number: int
     lanes: int
 
 
-# The time of an interpreted program depends on its steps, and hardly on its channels.
+# An interpreted program's time depends on its steps, and hardly on its channels.
 INTERPRETER = Processors(number=4, lanes=1024)
 
 
 def tiling(shape: tuple[int, ...], itemsize: int, elements: int, processors: Processors) -> Tiling:
-    """As many channels a thread as fit its widest load, if that leaves enough programs.
+    """Gives a thread as many channels as its widest load fits, if enough programs remain.
 
     Args:
       shape: [B, T, D].
       itemsize: Bytes of an element.
-      elements: Of one sequence that a thread loads at once.
-      processors: Of the device.
+      elements: Elements of one sequence that a thread loads at once.
+      processors: The device's processors.
     """
     batch, length, width = shape
     enough = processors.number * _WARPS_PER_PROCESSOR
@@ -189,7 +189,7 @@ def _summarize(
 def _launch(
     kernel: Any, like: Tensor, cut: Tiling, *arguments: Tensor | None, **constants: bool
 ) -> None:
-    """On the device and for the sequences [B, T, D] of `like`."""
+    """Runs a kernel on the device and for the shape [B, T, D] of `like`."""
     batch, length, width = like.shape
     grid = (batch * cut.num_chunks * triton.cdiv(width, cut.channels),)
     with torch.cuda.device_of(like):

@@ -10,7 +10,7 @@ A program has `CHANNELS` channels of one row and one chunk of `chunk` steps, a m
 The arithmetic is in the dtype of the states.
 """
 
-# A row is there if its pointer is: Triton resolves both when it compiles.
+# A row exists if its pointer does: Triton resolves both when it compiles.
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
@@ -19,13 +19,13 @@ import math
 import triton
 import triton.language as tl
 
-from recurrentgemma.common.model.reference import MAX_SQRT_GRADIENT, RG_LRU_C
+from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
 _C = tl.constexpr(RG_LRU_C)
 _MIN_ROOT = tl.constexpr(0.5 / MAX_SQRT_GRADIENT)
 _INFINITY = tl.constexpr(math.inf)
-# (exp(x) - 1) / x to x^12 for float64, of which float32 takes the last 7: for |x| < 1/4 what is
-# left out is below the last place.
+# The series of (exp(x) - 1) / x up to x^12 for float64; float32 takes the last 7 terms. For
+# |x| < 1/4 the terms left out are below the last place.
 _EXPM1 = tl.constexpr(tuple(1 / math.factorial(n) for n in range(13, 0, -1)))
 
 
@@ -33,7 +33,7 @@ _EXPM1 = tl.constexpr(tuple(1 / math.factorial(n) for n in range(13, 0, -1)))
 def _softplus(x):
     z = tl.exp(-tl.abs(x))
     w = 1 + z
-    # log(1 + z), no digits of z lost to the sum.
+    # log(1 + z), without losing digits of z in the sum.
     log1p = tl.where(w == 1, z, tl.log(w) * (z / tl.where(w == 1, 1.0, w - 1)))
     return tl.maximum(x, 0) + log1p
 
@@ -56,13 +56,13 @@ def _decay(a_gate, rate, position):
 
 @triton.jit
 def _decayed(a, h):
-    """a * h; 0 where a is 0, so that a state which is forgotten may be anything."""
+    """a * h; 0 where a is 0, even if the dropped state is infinite or NaN."""
     return a * tl.where(a == 0, 0.0, h)
 
 
 @triton.jit
 def _program(D, num_chunks, CHANNELS: tl.constexpr):
-    """Row, chunk, channels, and which of these exist."""
+    """This program's row, chunk and channels, and which of the channels exist."""
     blocks = (D + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
     channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -72,13 +72,13 @@ def _program(D, num_chunks, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _time(row, step, T, REVERSE: tl.constexpr):
-    """Where a step is among the B * T of all rows."""
+    """The index of a step among the B * T steps of all rows."""
     return row * T + (T - 1 - step if REVERSE else step)
 
 
 @triton.jit
 def _rows(pointer, offset, stride, count, other, SKIP: tl.constexpr, STEPS: tl.constexpr):
-    """The rows of a tile but for `SKIP`; `other` where there are not so many."""
+    """Loads the rows of a tile after the first `SKIP`; rows past `count` are `other`."""
     rows = ()
     for i in tl.static_range(SKIP, STEPS):
         rows += (tl.load(pointer + (offset + i * stride), mask=count > i, other=other),)
@@ -101,7 +101,7 @@ def _tile(
     REVERSE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Rows of each sequence from a step on, those that are not given empty; then padding."""
+    """The rows of each sequence from a step on, empty for an absent one; then the positions."""
     time = _time(row, start, T, REVERSE)
     direction: tl.constexpr = -1 if REVERSE else 1
     offset, stride = time * D + channel, direction * D
@@ -136,10 +136,10 @@ def summarize(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The product of a chunk's decays, and how it ends from a zero state, [B, chunks - 1, D].
+    """The product of a chunk's decays, and its last state from a zero state, [B, chunks - 1, D].
 
-    Of all chunks but the last or, of the adjoint recurrence g_s = a_s (value_s + g_{s+1}), but the
-    first.
+    The recurrence leaves out the last chunk; the adjoint recurrence g_s = a_s (value_s + g_{s+1})
+    leaves out the first.
     """
     num_chunks = (T + chunk - 1) // chunk - 1
     row, index, channel, exists = _program(D, num_chunks, CHANNELS)
@@ -205,7 +205,7 @@ def forward(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """All states, and the last, [B, D]; `ends` has those between chunks, [B, chunks - 1, D]."""
+    """All states and the last, [B, D]; `ends` has the states between chunks, [B, chunks - 1, D]."""
     num_chunks = (T + chunk - 1) // chunk
     row, index, channel, exists = _program(D, num_chunks, CHANNELS)
     wide = h0.dtype.element_ty
@@ -291,9 +291,9 @@ def backward(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gradients of all inputs; that of a_param by chunk, [B, chunks, D].
+    """Gradients of all inputs; a_param's gradient comes chunk by chunk, [B, chunks, D].
 
-    With g_s = a_s dh_s, dh_s = dy_s + g_{s+1} and da_s = dh_s h_{s-1}. `ends` has g between chunks,
+    With g_s = a_s dh_s: dh_s = dy_s + g_{s+1} and da_s = dh_s h_{s-1}. `ends` has g between chunks,
     [B, chunks - 1, D].
     """
     num_chunks = (T + chunk - 1) // chunk
@@ -350,9 +350,9 @@ def backward(
                 dx_s = dgated * root
                 dgated_x = dgated * xs[i].to(wide)
                 dgate = dgated_x * root * (1 - gate)
-                # Half of it is the gradient of 1 - a^2: a clipped root's.
+                # Half of this is the gradient of 1 - a^2, through a clipped root.
                 dsquare = dgated_x / tl.maximum(root, _MIN_ROOT)
-                # At padding a and g stay as they are, but nothing depends on the inputs.
+                # Padding leaves a and g unchanged, and nothing depends on its inputs.
                 padding = positions[i] < 0
                 dgate = tl.where(padding, 0.0, dgate)
                 da = _decayed(g, befores[i].to(wide)) - a * a * dsquare

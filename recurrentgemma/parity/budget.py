@@ -1,12 +1,14 @@
-"""How far apart two tensors are, and how far rounding must put them.
+"""How far apart two tensors are, and how far rounding may put them.
 
-The budget of a tensor in a dtype comes from the network itself: the error of each model in that
-dtype, against the first model in float64 on the same weights. The smaller of the two is what
-rounding gives; neither error, nor the difference between the two models, may be more than `MARGIN`
-times that in its root mean square, or twice that in its largest, which is more a matter of chance.
-A model that errs more cannot widen its own budget. In float64 there is no wider dtype
-to measure in, and the budget is 1e-10 of the largest value, which only the same arithmetic keeps.
-So every pair is compared in float64, too, where a wrong constant is nowhere near rounding.
+The network itself gives the budget of a tensor in a dtype: each model's error in that dtype is
+measured against the first model in float64 on the same weights, and the smaller of the two errors
+is taken as rounding. Neither error, nor the difference between the two models, may exceed `MARGIN`
+times rounding in its root mean square, or twice that in its largest value, which depends more on
+chance. So a model with larger errors cannot widen its own budget.
+
+No wider dtype can measure float64. Its budget is 1e-10 of the largest value, which only the same
+arithmetic keeps. Every pair is also compared in float64, where a wrong constant is far larger than
+rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 
 MARGIN = 4.0
 FLOAT64_LIMIT = 1e-10
-_ZERO = 1e-15  # what is zero in exact arithmetic, such as the gradient of a softmax over one key
+_ZERO = 1e-15  # for tensors that are exactly zero, such as the gradient of a softmax over one key
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
@@ -25,12 +27,12 @@ class Error(NamedTuple):
     """The difference of two tensors, relative to the root mean square of the true one.
 
     Attributes:
-      scale: That root mean square.
+      scale: The root mean square of the true tensor.
       largest: The largest difference.
       rms: The root mean square of the differences.
-      rounding: The root mean square error of each, of the first and the second.
-      budget: What `rms` and both of `rounding` may be.
-      share: The largest part of its budget that any error takes: beyond it above 1.
+      rounding: The root mean square error of the first tensor, and of the second.
+      budget: The limit of `rms` and of both values of `rounding`.
+      share: The largest part of its budget that any error takes; above 1 it is beyond it.
     """
 
     scale: float
@@ -41,12 +43,12 @@ class Error(NamedTuple):
     share: float
 
     def ulps(self, dtype: str) -> float:
-        """The largest difference in units of the last place at the tensor's scale."""
+        """The largest difference, in units of the last place at the tensor's scale."""
         return self.largest / EPS[dtype]
 
 
 def compare_tensors(one: np.ndarray, other: np.ndarray, true: np.ndarray, dtype: str) -> Error:
-    """The difference of two tensors that were computed in a dtype, next to the true one."""
+    """The difference of two tensors that were computed in a dtype, measured by the true one."""
     one, other, true = (np.asarray(z, np.float64).ravel() for z in (one, other, true))
     scale = _rms(true) or 1.0
     apart = np.abs(one - other)
@@ -69,5 +71,5 @@ def _rms(z: np.ndarray) -> float:
 
 
 def _share(error: float, budget: float) -> float:
-    """Infinite where there is a NaN, which compares with nothing."""
+    """The part of the budget; infinite if there is a NaN, which no comparison finds."""
     return float(error / budget) if np.isfinite(error) and np.isfinite(budget) else np.inf

@@ -2,17 +2,19 @@
 
 Orbax stores each array as zarr, in files of its own or together in an OCDBT database. Files of
 uncompressed arrays, such as those written here, are mapped; others are read through TensorStore,
-one array at a time. Either layout is written, uncompressed.
+one array at a time. Both layouts can be written, uncompressed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +24,10 @@ from recurrentgemma.common.errors import DamagedError, MissingExtraError, Unknow
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.tensor_files import write_array
-from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.model.layouts import Stored
-from recurrentgemma_conversion.formats import (
-    Format,
-    Reader,
-    Request,
-    Tensor,
-    Writer,
-    require_recurrent,
-    require_utf8,
-)
-from recurrentgemma_conversion.overrides import Overrides, resolve_config
-from recurrentgemma_conversion.stated import around, stated_config
+from recurrentgemma.common.model.params import tree_keys
+from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
+from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
 
 DATABASE = "manifest.ocdbt"
 _ZARR = ".zarray"
@@ -53,24 +46,17 @@ class _Array(NamedTuple):
     metadata: dict[str, Any]
 
 
-def flax_layout(spec: ParamSpec) -> tuple[Stored, ...]:
-    """A parameter as it is in the tree."""
-    return (Stored(spec.path, spec.shape),)
-
-
 class KaggleFlaxReader(Reader):
-    """An Orbax directory, of either layout, with or without a level `params`."""
+    """An Orbax directory, of either layout, with or without a level `params`.
+
+    Raises:
+      MissingExtraError: It takes TensorStore to read, and that is not installed.
+    """
 
     format = Format.KAGGLE_FLAX
-    layout = staticmethod(flax_layout)
 
-    def __init__(self, path: Path, overrides: Overrides) -> None:
-        """Opens it.
-
-        Raises:
-          MissingExtraError: It takes TensorStore to read, and that is not installed.
-          CheckpointError: It is damaged, of another model, or not what its config says.
-        """
+    def _open(self) -> None:
+        path = self.path
         self._database = (path / DATABASE).is_file()
         files = _database_keys(path) if self._database else _file_keys(path)
         arrays = _arrays(path, files)
@@ -79,13 +65,11 @@ class KaggleFlaxReader(Reader):
         wrapped = all(name.startswith(_WRAPPER) for name in arrays)
         self._prefix = _WRAPPER if wrapped else ""
         self._arrays = {name.removeprefix(self._prefix): a for name, a in arrays.items()}
-        tensors = {
+        self.tensors = {
             name: Tensor(a.shape, DTYPES.get(_ZARR_DTYPES.get(str(a.metadata["dtype"]), "")))
             for name, a in self._arrays.items()
         }
-        require_recurrent(path, list(tensors))
-        config = resolve_config(path, tensors, stated_config(path), overrides)
-        super().__init__(path, config, tensors, [path, *around(path)])
+        self.homes = [path, *around(path)]
 
     def fetch(self, name: str) -> np.ndarray:
         array, dtype = self._arrays[name], self.tensors[name].dtype
@@ -135,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 
 def _database_keys(path: Path) -> Mapping[str, Any]:
-    """The keys of an OCDBT database, each with what reads it."""
+    """The keys of an OCDBT database, each with the database."""
     ts = import_tensorstore()
     spec = {"driver": "ocdbt", "base": _files(path)}
     try:
@@ -147,7 +131,7 @@ def _database_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _file_keys(path: Path) -> Mapping[str, Any]:
-    """The files of a directory tree, relative to it."""
+    """The files of a directory tree, relative to it, each with None."""
     found: dict[str, Any] = {}
     for folder, _, names in os.walk(path):
         files = (file for name in names if (file := Path(folder, name)).is_file())
@@ -156,7 +140,11 @@ def _file_keys(path: Path) -> Mapping[str, Any]:
 
 
 def _arrays(path: Path, keys: Mapping[str, Any]) -> dict[str, _Array]:
-    """The zarr arrays among keys, every chunk of which is there."""
+    """The zarr arrays among keys.
+
+    Raises:
+      DamagedError: Chunks or metadata are missing or damaged.
+    """
     if any(key.endswith("/zarr.json") for key in keys):
         raise UnknownFormatError(f"{path} is stored as zarr 3; only zarr 2 is read")
     chunks = {
@@ -193,7 +181,7 @@ def _parse(metadata: Any) -> _Array:
 
 def _missing_chunks(name: str, array: _Array, present: set[str]) -> list[str]:
     if array.metadata.get("fill_value") is not None:
-        return []  # where a chunk is missing, that is its value
+        return []  # the value of chunks that are missing
     grid = [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
     if math.prod(grid) > len(present):
         return [f"{math.prod(grid) + 1 - len(present)} or more of {name}"]
@@ -205,47 +193,31 @@ def _chunk_name(index: tuple[int, ...], metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("dimension_separator") or ".").join(map(str, index))
 
 
-class KaggleFlaxWriter(Writer):
+@contextlib.contextmanager
+def write_kaggle_flax(folder: Path, contents: Contents) -> Iterator[Write]:
     """Writes `NAME/` with our `config.json` beside it.
 
     Each array is an uncompressed file of its own, or all are in an OCDBT database if that is asked
     for, which takes TensorStore.
     """
-
-    def __init__(self, folder: Path, request: Request) -> None:
-        super().__init__(folder, request)
-        self._root = folder / request.name
-        self._store = (_Database if request.ocdbt else _Folders)(self._root)
-        self._root.mkdir()
-
-    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
-        self._store.write(spec, parameter, self.request.dtypes[spec.path])
-
-    def abandon(self) -> None:
-        """Nothing is open between parameters."""
-
-    def finish(self) -> None:
-        paths = [spec.path for spec in layer_spec(self.request.config)]
-        metadata = orbax_metadata(paths, ocdbt=self.request.ocdbt)
-        _write_json(self._root / "_METADATA", metadata)
-        _write_json(self._root / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER})
-        (self._root / "commit_success.txt").write_text("Checkpoint commit was successful\n")
-        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
+    root = folder / contents.name
+    tensors = layout(contents.config, Format.KAGGLE_FLAX).tensors(contents.dtypes)
+    write = _Database(root).write if contents.ocdbt else functools.partial(_write_folder, root)
+    root.mkdir()
+    yield lambda name, array: write(name, array, tensors[name][1])
+    _write_json(root / "_METADATA", orbax_metadata(tensors, ocdbt=contents.ocdbt))
+    _write_json(root / "_CHECKPOINT_METADATA", {"item_handlers": _HANDLER})
+    (root / "commit_success.txt").write_text("Checkpoint commit was successful\n")
+    (folder / CONFIG).write_text(contents.config.to_json(), encoding="utf-8")
 
 
-class _Folders:
-    """Arrays in folders of their own, each one chunk."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked, dtype: np.dtype) -> None:
-        metadata = _zarr_metadata(spec.shape, spec.shape, dtype)
-        array = self._root / spec.path
-        array.mkdir()
-        _write_json(array / _ZARR, metadata)
-        with (array / _chunk_name((0,) * len(spec.shape), metadata)).open("xb") as file:
-            write_array(file, parameter, dtype)
+def _write_folder(root: Path, name: str, array: np.ndarray | Stacked, dtype: np.dtype) -> None:
+    """Writes an array in a folder of its own, as one chunk."""
+    metadata = _zarr_metadata(array.shape, array.shape, dtype)
+    (root / name).mkdir()
+    _write_json(root / name / _ZARR, metadata)
+    with (root / name / _chunk_name((0,) * len(array.shape), metadata)).open("xb") as file:
+        write_array(file, array, dtype)
 
 
 class _Database:
@@ -254,22 +226,22 @@ class _Database:
     def __init__(self, root: Path) -> None:
         self._ts = import_tensorstore("writing OCDBT")
         self._base = _files(root)
-        # All is flushed together, at the end.
+        # Everything is flushed together, at the end.
         self._context = self._ts.Context({"file_io_sync": False})
 
-    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked, dtype: np.dtype) -> None:
-        row_bytes = math.prod(spec.shape[1:]) * dtype.itemsize
-        rows = min(len(parameter), max(1, _CHUNK // row_bytes))
+    def write(self, name: str, array: np.ndarray | Stacked, dtype: np.dtype) -> None:
+        row_bytes = math.prod(array.shape[1:]) * dtype.itemsize
+        rows = min(len(array), max(1, _CHUNK // row_bytes))
         request = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{spec.path}/"},
-            "metadata": _zarr_metadata(spec.shape, (rows, *spec.shape[1:]), dtype),
+            "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{name}/"},
+            "metadata": _zarr_metadata(array.shape, (rows, *array.shape[1:]), dtype),
         }
         try:
-            array = self._ts.open(request, create=True, context=self._context).result()
-            for i in range(0, len(parameter), rows):
-                part = cast(parameter[i : i + rows], dtype)
-                array[i : i + len(part)].write(part).result()
+            stored = self._ts.open(request, create=True, context=self._context).result()
+            for i in range(0, len(array), rows):
+                part = cast(array[i : i + rows], dtype)
+                stored[i : i + len(part)].write(part).result()
         except ValueError as error:
             number = re.search(r"os_error_code='(\d+)'", str(error))
             if number is None:
@@ -298,16 +270,14 @@ def _files(folder: Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{require_utf8(folder.absolute(), 'TensorStore')}/"}
 
 
-def orbax_metadata(paths: list[str], *, ocdbt: bool) -> dict[str, Any]:
-    """Orbax's `_METADATA`: which tree the arrays are the leaves of.
+def orbax_metadata(names: Iterable[str], *, ocdbt: bool) -> dict[str, Any]:
+    """Orbax's `_METADATA`: the tree whose leaves the arrays are.
 
-    They are of NumPy: Orbax would want to know on which devices JAX arrays were.
+    It calls them NumPy arrays: for JAX arrays Orbax would want to know the devices.
     """
     tree = {}
-    for path in paths:
-        keys = path.split(".")
-        if keys[0] == "blocks":  # "blocks.N" is one level of the tree
-            keys[:2] = [".".join(keys[:2])]
+    for name in names:
+        keys = tree_keys(name)
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},

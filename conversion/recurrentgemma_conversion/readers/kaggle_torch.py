@@ -2,7 +2,7 @@
 
 Reading maps the file through `torch.load(mmap=True, weights_only=True)`. Writing needs neither
 PyTorch nor memory: the zip archive of such a file is a pickle that says which record holds which
-tensor, and then a record for each, which are written one after the other.
+tensor, and then the records, written one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +23,9 @@ from recurrentgemma.common.errors import DamagedError, MissingExtraError, Unsafe
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.tensor_files import write_array
-from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma_conversion.formats import (
-    Format,
-    Reader,
-    Request,
-    Tensor,
-    Writer,
-    require_recurrent,
-    require_utf8,
-    stored_tensors,
-)
-from recurrentgemma_conversion.native import torch_layout
-from recurrentgemma_conversion.overrides import Overrides, resolve_config
-from recurrentgemma_conversion.stated import around, stated_config
+from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
+from recurrentgemma_conversion.names import layout, require_known
+from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
 
 if TYPE_CHECKING:
     import torch
@@ -47,34 +36,30 @@ _STORAGES = {
     "float32": "FloatStorage",
     "float64": "DoubleStorage",
 }
-_ALIGNMENT = 64  # of each record, as torch.save does it
+_ALIGNMENT = 64  # each record's, as torch.save does it
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same file
 
 
 class KaggleTorchReader(Reader):
-    """A `.pt` file; its tensors are views of the mapped file."""
+    """A `.pt` file; its tensors are views of the mapped file.
+
+    Raises:
+      MissingExtraError: PyTorch is not installed.
+      UnsafePickleError: The pickle wants to run code, or holds more than tensors.
+    """
 
     format = Format.KAGGLE_TORCH
-    layout = staticmethod(torch_layout)
 
-    def __init__(self, path: Path, overrides: Overrides) -> None:
-        """Opens it.
-
-        Raises:
-          MissingExtraError: PyTorch is not installed.
-          UnsafePickleError: The pickle wants to run code, or holds more than tensors.
-          CheckpointError: It is damaged, of another model, or not what its config says.
-        """
-        self._state = _load(path)
-        tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
-        config = resolve_config(path, tensors, stated_config(path), overrides)
-        super().__init__(path, config, tensors, [*around(path), path.parent.parent])
+    def _open(self) -> None:
+        self._state = _load(self.path)
+        self.tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
+        self.homes = [*around(self.path), self.path.parent.parent]
 
     def fetch(self, name: str) -> np.ndarray:
         import torch
 
         tensor = self._state[name].detach().resolve_neg()
-        if tensor.dtype == torch.bfloat16:  # which NumPy's half of PyTorch does not know
+        if tensor.dtype == torch.bfloat16:  # `tensor.numpy` does not know it
             return tensor.view(torch.int16).numpy().view(BFLOAT16)
         return tensor.numpy()
 
@@ -112,7 +97,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not state:
         raise UnsafePickleError(f"{path} must hold a state dict, got {type(state).__name__}")
     trees = [state, *(value for value in state.values() if isinstance(value, Mapping))]
-    require_recurrent(path, [str(name) for tree in trees for name in tree])
+    require_known(path, [str(name) for tree in trees for name in tree])
     others = [
         str(name)
         for name, value in state.items()
@@ -124,7 +109,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def _is_stored(path: Path) -> bool:
-    """Whether the records of a zip archive lie in it as they are, not compressed."""
+    """Whether no record of a zip archive is compressed."""
     with zipfile.ZipFile(path) as archive:
         return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
@@ -137,51 +122,31 @@ def _dtype(tensor: torch.Tensor) -> np.dtype | None:
     return DTYPES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-class KaggleTorchWriter(Writer):
+@contextlib.contextmanager
+def write_kaggle_torch(folder: Path, contents: Contents) -> Iterator[Write]:
     """Writes `NAME.pt`, with our `config.json` beside it."""
+    tensors = layout(contents.config, Format.KAGGLE_TORCH).tensors(contents.dtypes)
+    records = {name: f"data/{i}" for i, name in enumerate(tensors)}
 
-    def __init__(self, folder: Path, request: Request) -> None:
-        super().__init__(folder, request)
-        self._name = request.name
-        layout = [(spec, torch_layout(spec)) for spec in layer_spec(request.config)]
-        tensors = stored_tensors(request, layout)
-        self._records = {name: f"data/{i}" for i, name in enumerate(tensors)}
-        self._file = (folder / f"{request.name}.pt").open("xb")
-        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        try:
-            self._record("data.pkl", np.frombuffer(_pickle(tensors), np.uint8))
-            self._record("byteorder", np.frombuffer(b"little", np.uint8))
-        except BaseException:
-            self.abandon()
-            raise
-
-    def write(self, spec: ParamSpec, parameter: np.ndarray | Stacked) -> None:
-        stored = spec.torch.encode(parameter)
-        self._record(self._records[spec.torch.name], stored, self.request.dtypes[spec.path])
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # such as a full disk, once more
-            self._zip.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def finish(self) -> None:
-        self._record("version", np.frombuffer(b"3\n", np.uint8))
-        self._zip.close()
-        self._file.close()
-        (self.folder / CONFIG).write_text(self.request.config.to_json(), encoding="utf-8")
-
-    def _record(
-        self, name: str, array: np.ndarray | Stacked, dtype: np.dtype | None = None
-    ) -> None:
-        info = zipfile.ZipInfo(f"{self._name}/{name}", _EPOCH)
+    def record(name: str, array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> None:
+        info = zipfile.ZipInfo(f"{contents.name}/{name}", _EPOCH)
         size = math.prod(array.shape) * (array.dtype if dtype is None else dtype).itemsize
         large = size > zipfile.ZIP64_LIMIT // 2
         header = 30 + len(info.filename.encode()) + (20 if large else 0) + 4
-        padding = -(self._file.tell() + header) % _ALIGNMENT
+        padding = -(file.tell() + header) % _ALIGNMENT
         info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        with self._zip.open(info, "w", force_zip64=large) as record:
-            write_array(record, array, dtype)
+        with archive.open(info, "w", force_zip64=large) as entry:
+            write_array(entry, array, dtype)
+
+    with (
+        (folder / f"{contents.name}.pt").open("xb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        record("data.pkl", np.frombuffer(_pickle(tensors), np.uint8))
+        record("byteorder", np.frombuffer(b"little", np.uint8))
+        yield lambda name, array: record(records[name], array, tensors[name][1])
+        record("version", np.frombuffer(b"3\n", np.uint8))
+    (folder / CONFIG).write_text(contents.config.to_json(), encoding="utf-8")
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:

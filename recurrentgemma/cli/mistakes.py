@@ -1,4 +1,4 @@
-"""Which exceptions are the user's mistakes, and what to say of them."""
+"""The exceptions that are a user's mistakes, and the line to print for each."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from pathlib import Path
 
 import typer
 
-from recurrentgemma.common.errors import CheckpointError
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.extras import EXTRA_OF, is_installed, missing
 from recurrentgemma.common.io.files import NO_ROOM
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# typer has no public name for it: options unknown, missing or malformed.
+# typer has no public name for it: unknown, missing or malformed options.
 _UsageError = typer.BadParameter.__bases__[0]
 _LONGEST_LINE = 300
 
 
 def mistake(error: Exception) -> str | None:
-    """What to tell the user of an error, or None if it is no mistake of theirs.
+    """The message for a user's mistake, or None if the error is a defect.
 
-    Mistakes are wrong usage, files that cannot be read, packages of an extra that are not
-    installed, every `CheckpointError`, and every `ValueError` that this package raises itself; one
-    that comes out of what it calls is a defect.
+    Mistakes are wrong usage, files that cannot be read or written, packages of an extra that are
+    not installed, and every `UserError`.
     """
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
@@ -38,23 +37,22 @@ def mistake(error: Exception) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package in EXTRA_OF and not is_installed(package):
             return str(missing(package))
-    if isinstance(error, CheckpointError) or (
-        isinstance(error, ValueError) and _raised_here(error)
-    ):
+    if isinstance(error, UserError) or _raised_here(error):
         return _in_a_line(str(error))
     return None
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether it was raised by a `raise` in this package, not by a function in C, say."""
+    """Whether it is a `ValueError` of a `raise` in a file that does not raise `UserError` yet."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not (frames[-1].line or "").startswith("raise"):
+    if not isinstance(error, ValueError) or not frames:
         return False
-    return Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+    here = Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+    return here and (frames[-1].line or "").startswith("raise")
 
 
 def _in_a_line(message: str) -> str:
-    """The message in one line; a list that is too long for that stays a list."""
+    """The message in one line; a list that is too long for one stays a list."""
     first, *rest = filter(None, map(str.strip, message.rstrip(".").splitlines()))
     line = " ".join([first, "; ".join(rest)]) if rest else first
     return line if len(line) <= _LONGEST_LINE else message

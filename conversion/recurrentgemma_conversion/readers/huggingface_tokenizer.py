@@ -33,11 +33,11 @@ _CHAT_TEMPLATE = (
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`: the same ids for any text.
 
-    Where there are pieces for turns, the chat template is among them: the text is that of
+    Where there are pieces for turns, a chat template is written, too: it gives the text of
     `apply_it_formatter`, turn after turn.
 
     A text that spells a special token has that token's id in `transformers`, and is text in
-    sentencepiece. Of models that normalise text, which no published one does, nothing is written.
+    sentencepiece. Nothing is written for a model that normalises text; no published one does.
     """
     model = _parse(tokenizer.vocab.serialized_model_proto())
     if model.normalizes or model.kind not in (_UNIGRAM, _BPE):
@@ -139,7 +139,7 @@ def _tokenizer(model: _Model, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _scores(pieces: list[_Piece]) -> list[tuple[str, float]]:
-    """The pieces' scores; those of user-defined ones are what sentencepiece takes them to be."""
+    """The pieces' scores; sentencepiece computes those of user-defined pieces itself."""
     best = max(piece.score for piece in pieces if piece.kind == _NORMAL)
     return [
         (text, len(text) * best - 0.1 if kind == _USER_DEFINED else score)
@@ -161,7 +161,7 @@ def _merges(pieces: list[_Piece], ids: dict[str, int]) -> list[list[str]]:
 
 
 def _parse(proto: bytes) -> _Model:
-    """What is needed of a sentencepiece model: its pieces and what it does to text."""
+    """A sentencepiece model's pieces, and how it changes text."""
     pieces, trainer, normalizer = [], {}, {}
     for field, value in _fields(proto):
         if field == 1:
@@ -184,13 +184,13 @@ def _piece(message: bytes) -> tuple[bytes, bytes, int]:
     """The text, the score and the kind of a piece."""
     size = len(message) - 7
     if 0 <= size < 128 and message[:2] == bytes((0x0A, size)) and message[-5] == 0x15:
-        return message[2:-5], message[-4:], _NORMAL  # as nearly all: a text, a score and no more
+        return message[2:-5], message[-4:], _NORMAL  # nearly all have a text and a score alone
     fields = dict(_fields(message))
     return fields.get(1, b""), fields.get(2, struct.pack("<f", 0)), fields.get(3, _NORMAL)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: numbers, and the bytes of all else."""
+    """The fields of a protocol buffer: numbers as such, others as bytes."""
     at = 0
 
     def number() -> int:

@@ -1,0 +1,246 @@
+"""How a format stores parameters: a table of names and axes, and that table for one model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.errors import ConfigError, MismatchError
+from recurrentgemma.common.io.arrays import DTYPES, Stacked
+from recurrentgemma.common.io.shards import Tensors
+from recurrentgemma.common.model.layer_spec import ParamSpec, mismatches
+from recurrentgemma_conversion.formats import Format, Tensor
+
+Array = np.ndarray | Stacked
+Sizes = Callable[[int | None], Mapping[str, int]]
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+
+
+class Rule(NamedTuple):
+    """Parameters and the tensors that hold them.
+
+    One parameter is one tensor; or several, of which number i holds parameter[i]; or several
+    parameters follow one another along the first axis of one tensor.
+
+    Attributes:
+      ours: Paths in the layer spec, with "*" for the number of a block.
+      theirs: Names of tensors, with "*" for the same number.
+      axes: Axes of ours and of theirs: "d (n h) -> n d h" splits the second axis into n and h, and
+        moves n to the front. "1" is an axis of one. Empty where both have the same axes.
+      add: The tensor holds the parameter plus this number.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    axes: str = ""
+    add: float = 0.0
+
+
+class Piece(NamedTuple):
+    """What a parameter and a stored tensor share.
+
+    Attributes:
+      path: The parameter.
+      part: `parameter[part]` is shared; all of it if None.
+      name: The stored tensor.
+      rows: `tensor[rows]` is shared; all of it if None.
+      split: The parameter's shape (or its part's), with split axes.
+      order: The order in which the tensor has these axes.
+      shape: The tensor's shape (or its rows').
+      add: The tensor holds this much more.
+    """
+
+    path: str
+    part: int | None
+    name: str
+    rows: slice | None
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    add: float = 0.0
+
+    def encode(self, parameter: Array) -> Array:
+        """The tensor (or its rows) from the parameter; a view, unless a number is added."""
+        value = parameter if self.part is None else parameter[self.part]
+        if self.order != tuple(range(len(self.order))):
+            value = np.asarray(value).reshape(self.split).transpose(self.order)
+        value = value.reshape(self.shape)
+        return np.asarray(value) + value.dtype.type(self.add) if self.add else value
+
+    def decode(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The parameter, which has this shape, or its part: the inverse of `encode`."""
+        value = tensor if self.rows is None else tensor[self.rows]
+        value = value - value.dtype.type(self.add) if self.add else value
+        value = value.reshape([self.split[axis] for axis in self.order])
+        value = value.transpose(np.argsort(self.order))
+        return value.reshape(shape if self.part is None else shape[1:])
+
+
+class Entry(NamedTuple):
+    """Parameters that are stored together, and where."""
+
+    specs: tuple[ParamSpec, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Layout:
+    """How a format stores the parameters of one model.
+
+    Attributes:
+      specs: The parameters.
+      entries: Where they are, in the order in which they are written.
+      pieces: Where each parameter is, by path.
+      shapes: The shape of each stored tensor, by name, in the order in which they are written.
+    """
+
+    def __init__(self, specs: Sequence[ParamSpec], entries: Sequence[Entry]) -> None:
+        self.specs, self.entries = specs, entries
+        self.pieces: dict[str, list[Piece]] = {spec.path: [] for spec in specs}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for piece in itertools.chain.from_iterable(entry.pieces for entry in entries):
+            self.pieces[piece.path].append(piece)
+            before = self.shapes.get(piece.name, (0,))[0]
+            self.shapes[piece.name] = (before + piece.shape[0], *piece.shape[1:])
+
+    def encode(self, read: Callable[[ParamSpec], Array]) -> Iterator[tuple[str, Array]]:
+        """The stored tensors, by name; `read` gives each parameter in the Flax layout, once."""
+        for entry in self.entries:
+            parameters = {spec.path: read(spec) for spec in entry.specs}
+            for name, pieces in itertools.groupby(entry.pieces, lambda piece: piece.name):
+                parts = [piece.encode(parameters[piece.path]) for piece in pieces]
+                yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def decode(self, spec: ParamSpec, fetch: Callable[[str], np.ndarray]) -> Array:
+        """A parameter in the Flax layout; `fetch` gives stored tensors."""
+        pieces = self.pieces[spec.path]
+        parts = [piece.decode(fetch(piece.name), spec.shape) for piece in pieces]
+        return parts[0] if pieces[0].part is None else Stacked(parts)
+
+    def tensors(self, dtypes: Mapping[str, np.dtype]) -> Tensors:
+        """Shape and dtype of each stored tensor, from the dtype of each parameter.
+
+        Raises:
+          MismatchError: Parameters that share a tensor have several dtypes.
+        """
+        found: dict[str, list[np.dtype]] = {name: [] for name in self.shapes}
+        for piece in itertools.chain.from_iterable(self.pieces.values()):
+            found[piece.name].append(dtypes[piece.path])
+        several = [name for name, held in found.items() if len(set(held)) > 1]
+        if several:
+            raise MismatchError("parameters that share a tensor must have one dtype", several)
+        return {name: (shape, found[name][0]) for name, shape in self.shapes.items()}
+
+    def dtypes(
+        self, path: object, tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
+    ) -> dict[str, np.dtype]:
+        """The dtype of each parameter, by path, once the tensors are found to match.
+
+        Args:
+          path: Where the tensors are, or go.
+          tensors: The tensors that there are, by name.
+          problems: What else is wrong with them.
+
+        Raises:
+          MismatchError: They are not; it lists all differences.
+        """
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        supported = ", ".join(DTYPES)
+        listed = mismatches(self.shapes, shapes)
+        listed += [
+            f"{name} must be of a dtype among {supported}"
+            for name, tensor in tensors.items()
+            if name in self.shapes and tensor.dtype is None
+        ]
+        dtypes = {
+            path: [t.dtype for piece in pieces if (t := tensors.get(piece.name))]
+            for path, pieces in self.pieces.items()
+        }
+        listed += [
+            f"{path} must have one dtype in all its parts"
+            for path, found in dtypes.items()
+            if len(set(found)) > 1
+        ]
+        if listed := [*listed, *problems]:
+            raise MismatchError(f"{path}: the tensors do not match the config", listed)
+        return {path: found[0] for path, found in dtypes.items() if found[0] is not None}
+
+
+def lay_out(
+    specs: Sequence[ParamSpec], rules: Sequence[Rule], format_: Format, sizes: Sizes
+) -> Layout:
+    """A table, made out for the parameters of a model.
+
+    Args:
+      specs: The parameters.
+      rules: The table.
+      format_: The format, for messages.
+      sizes: The sizes of axes that rules split, by letter, for the number of a block.
+
+    Raises:
+      ConfigError: The table has no names for some of the parameters; all are named.
+    """
+    known = {path: rule for rule in rules for path in rule.ours}
+    by_path = {spec.path: spec for spec in specs}
+    entries, nameless = [], []
+    for spec in specs:
+        block = _BLOCK.match(spec.path)
+        number = block[1] if block else ""
+        rule = known.get(_BLOCK.sub("blocks.*.", spec.path))
+        paths = [path.replace("*", number) for path in rule.ours] if rule else []
+        if rule is None or not by_path.keys() >= set(paths):
+            nameless.append(spec.path)
+        elif paths[0] == spec.path:
+            together = tuple(by_path[path] for path in paths)
+            names = tuple(name.replace("*", number) for name in rule.theirs)
+            split = sizes(int(number) if number else None)
+            entries.append(Entry(together, tuple(_pieces(together, names, rule, split))))
+    if nameless:
+        raise ConfigError(f"{format_} has no names for {', '.join(nameless)}")
+    return Layout(specs, entries)
+
+
+def _pieces(
+    specs: Sequence[ParamSpec], names: Sequence[str], rule: Rule, sizes: Mapping[str, int]
+) -> Iterator[Piece]:
+    if len(names) > 1:
+        (spec,) = specs
+        assert len(names) == spec.shape[0]
+        for part, name in enumerate(names):
+            turn = _turn(rule.axes, spec.shape[1:], sizes)
+            yield Piece(spec.path, part, name, None, *turn, rule.add)
+        return
+    start = 0
+    for spec in specs:
+        split, order, shape = _turn(rule.axes, spec.shape, sizes)
+        rows = slice(start, start + shape[0]) if len(specs) > 1 else None
+        yield Piece(spec.path, None, names[0], rows, split, order, shape, rule.add)
+        start += shape[0]
+
+
+def _turn(
+    axes: str, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The split shape, the order and the stored shape that "d (n h) -> n d h" means."""
+    if not axes:
+        return shape, tuple(range(len(shape))), shape
+    ours, theirs = map(_groups, axes.split("->"))
+    found: dict[str, int] = {}
+    for group, size in zip(ours, shape, strict=True):
+        known = {letter: sizes[letter] for letter in group if letter in sizes and len(group) > 1}
+        rest = size // math.prod(known.values())
+        found |= {letter: known.get(letter, rest) for letter in group}
+    letters = list(found)
+    order = tuple(letters.index(letter) for group in theirs for letter in group)
+    stored = tuple(math.prod(found[letter] for letter in group) for group in theirs)
+    return tuple(found.values()), order, stored
+
+
+def _groups(side: str) -> list[list[str]]:
+    """The letters of each axis; an axis of one has none."""
+    found = re.findall(r"\(([^)]*)\)|(\S+)", side)
+    return [[letter for letter in (many or one).split() if letter != "1"] for many, one in found]

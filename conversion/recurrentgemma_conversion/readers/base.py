@@ -1,0 +1,244 @@
+"""What every format's reader and writer have in common."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.common.errors import ConfigError, TokenizerError
+from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
+from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, no_tokenizer, read_config
+from recurrentgemma.common.io.shards import SHARD_SIZE
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma_conversion.formats import Format, Tensor
+from recurrentgemma_conversion.names import FAMILIES, family_of, layout, require_known
+from recurrentgemma_conversion.names.table import Layout
+from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+
+class Reader(abc.ABC):
+    """An opened checkpoint: what it is, known from its headers, and its parameters one at a time.
+
+    Making one parses the headers, once, and reads no weights. The config is resolved and compared
+    with the tensors when it is first asked for; `require` asks.
+
+    Attributes:
+      format: Its format.
+      path: The file or folder with the weights.
+      tensors: The stored tensors, by name.
+      homes: The folders where a tokenizer would be, the nearest first.
+      companions: Other files that belong to the checkpoint in its own format.
+      special_ids: The special tokens' ids in its config, by their names there.
+      named: What the user calls a path in it: in an archive, the archive's name.
+    """
+
+    format: Format
+    tensors: dict[str, Tensor]
+    homes: Sequence[Path]
+    companions: Sequence[Path] = ()
+    special_ids: Mapping[str, Any] = MappingProxyType({})
+    named: Callable[[Path], str] = staticmethod(str)
+
+    def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
+        self.path, self._overrides = path, overrides
+        self._open()
+        require_known(path, self.tensors)
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Parses the headers: sets `tensors` and `homes`."""
+
+    @functools.cached_property
+    def stated(self) -> Any:
+        """The config that it states, None if it states none: here ours, beside the weights.
+
+        Raises:
+          ConfigError: There is a `config.json` that cannot be read.
+        """
+        for path in (folder / CONFIG for folder in around(self.path)):
+            fields = read_fields(path) if path.is_file() else {"model_type": None}
+            if "model_type" not in fields:  # or else Hugging Face's
+                return read_config(path)
+        return None
+
+    @abc.abstractmethod
+    def fetch(self, name: str) -> np.ndarray:
+        """A stored tensor: where the format allows, a view of the mapped file."""
+
+    def _problems(self) -> Sequence[str]:
+        """What is wrong with the tensors beside names, shapes and dtypes."""
+        return ()
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """What the model is.
+
+        Raises:
+          ConfigError: It cannot be told, or what was asked for contradicts it.
+        """
+        family = family_of(self.stated) if self.stated else FAMILIES[0]
+        if family is not None:
+            return self._told(family.resolve, self.tensors, self.stated, self._overrides)
+        if self._overrides != NO_OVERRIDES:
+            raise ConfigError(f"{self.path} states its whole config: nothing overrides it")
+        return self.stated
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """How the parameters are stored; they do not depend on what only `config` knows."""
+        config = self.stated or self._told(FAMILIES[0].sized, self.tensors)
+        return layout(config, self.format)
+
+    def _told(self, tell: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return tell(*args)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The dtype of each parameter, by path.
+
+        Raises:
+          MismatchError: The tensors do not match the config; all differences are listed.
+        """
+        return self.layout.dtypes(self.path, self.tensors, self._problems())
+
+    @property
+    def specs(self) -> Sequence[ParamSpec]:
+        """The parameters, in the order of the layer spec."""
+        return self.layout.specs
+
+    def require(self) -> None:
+        """Raises `CheckpointError` unless the config is known and the tensors match it."""
+        _ = self.config, self.dtypes
+
+    def read(self, spec: ParamSpec) -> np.ndarray:
+        """A parameter in the Flax layout, in its stored dtype."""
+        return np.asarray(self.read_parts(spec))
+
+    def read_parts(self, spec: ParamSpec) -> np.ndarray | Stacked:
+        """`read`, not put together where it is stored in parts."""
+        return self.layout.decode(spec, self.fetch)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of the files of the weights."""
+        files = [self.path] if self.path.is_file() else self.weights
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def weights(self) -> Sequence[Path]:
+        """The files of the weights."""
+        return [file for file in self.path.rglob("*") if file.is_file()]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The sentencepiece model beside the weights, if there is one."""
+        found = (home / TOKENIZER for home in self.homes)
+        return next((file for file in found if file.is_file()), None)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          TokenizerError: There is none beside the weights, or it is damaged.
+        """
+        if self.tokenizer is None:
+            raise no_tokenizer(self.path)
+        try:
+            return Tokenizer(self.tokenizer)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from error
+
+    def __iter__(self) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+        """Every parameter, in the order of the layer spec."""
+        _ = self.dtypes
+        for spec in self.specs:
+            yield spec, self.read(spec)
+
+    def read_as(self, dtype: np.dtype | None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+        """Every parameter, in the order of the layer spec, in the dtype that a model computes with.
+
+        Args:
+          dtype: The dtype of all parameters. If None each keeps its stored dtype; but where the
+            factors of matrix products are stored in several, these are float32, or float64 beside
+            float64.
+        """
+        dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
+        factors = [spec.path for spec in self.specs if not spec.wide]
+        found = {dtypes[path] for path in factors}
+        if len(found) > 1:
+            widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
+            dtypes |= dict.fromkeys(factors, widest)
+        for spec, value in self:
+            yield spec, cast(value, dtypes[spec.path])
+
+
+def around(weights: Path) -> list[Path]:
+    """The folders that weights are in: by their name and, where it is a link, by its target."""
+    return list(dict.fromkeys((weights.parent, weights.resolve().parent)))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a `config.json`, ours or Hugging Face's.
+
+    Raises:
+      ConfigError: It is missing, or no JSON object.
+    """
+    if not path.is_file():
+        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must be a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+class Contents(NamedTuple):
+    """What to write beside the values of parameters.
+
+    Attributes:
+      config: What the model is.
+      dtypes: The dtype of each parameter, by path.
+      name: The name of the weights, where a format gives them one ("2b-it").
+      shard_size: Bytes in a safetensors file, at most.
+      tokenizer: The tokenizer, where a format has files of its own for it.
+      ocdbt: Whether an Orbax directory is a database, not a file for each array.
+      special_ids: The special tokens' ids, where a config has them; the others are the
+        tokenizer's, or the published vocabulary's.
+    """
+
+    config: Config
+    dtypes: Mapping[str, np.dtype]
+    name: str = ""
+    shard_size: int = SHARD_SIZE
+    tokenizer: Tokenizer | None = None
+    ocdbt: bool = False
+    special_ids: Mapping[str, Any] = MappingProxyType({})
+
+
+# Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a
+# context manager that gives this for an empty folder; tensors come in the order of the layout.
+Write = Callable[[str, np.ndarray | Stacked], None]
+Writer = Callable[[Path, Contents], AbstractContextManager[Write]]
+
+
+def require_size(tokenizer: Tokenizer, config: Config, name: object) -> None:
+    """Raises `TokenizerError`, with the tokenizer's name, unless it has the vocabulary's size."""
+    if tokenizer.size != config.vocab_size:
+        raise TokenizerError(
+            f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
+        )

@@ -1,0 +1,100 @@
+"""`huggingface`: folders that `transformers` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recurrentgemma.common.errors import MismatchError
+from recurrentgemma.common.io.arrays import same_bits
+from recurrentgemma.common.io.checkpoint import CONFIG
+from recurrentgemma.common.io.shards import ShardsWriter
+from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import FAMILIES, family_of, layout
+from recurrentgemma_conversion.readers.base import Contents, Write, read_fields
+from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
+from recurrentgemma_conversion.readers.native import SafetensorsReader
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# As in the published vocabulary.
+SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+GENERATION = "generation_config.json"
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION,
+)
+
+
+class HuggingFaceReader(SafetensorsReader):
+    """A folder of `config.json` and safetensors, or one of these."""
+
+    format = Format.HUGGINGFACE
+
+    def _open(self) -> None:
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self._fields = read_fields(folder / CONFIG)
+        super()._open()
+        self._head = self.tensors.pop(_HEAD, None)  # some tools store the tied output matrix, too
+        self.special_ids = {name: self._fields[name] for name in SPECIAL if name in self._fields}
+        self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
+
+    @functools.cached_property
+    def stated(self) -> Any:
+        return FAMILIES[0].from_fields(self.homes[0] / CONFIG, self._fields)
+
+    def fetch(self, name: str) -> np.ndarray:
+        tensor = self.shards.read(name)
+        if name == _EMBEDDING and self._head and not same_bits(tensor, self.shards.read(_HEAD)):
+            raise MismatchError(
+                f"{self.path}: the tensors do not match the config", [self._untied()]
+            )
+        return tensor
+
+    def _problems(self) -> Sequence[str]:
+        tied = self._head is None or self._head == self.tensors.get(_EMBEDDING)
+        return () if tied else [self._untied()]
+
+    def _untied(self) -> str:
+        shape = self.shards.tensors[_HEAD].shape
+        return f"unexpected {_HEAD} {shape}: it must be the embedding, to which it is tied"
+
+
+@contextlib.contextmanager
+def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
+    """Writes what `from_pretrained` needs."""
+    config, tokenizer, given = contents.config, contents.tokenizer, dict(contents.special_ids)
+    tensors = layout(config, Format.HUGGINGFACE).tensors(contents.dtypes)
+    with ShardsWriter(folder, tensors, {"format": "pt"}, contents.shard_size) as shards:
+        yield shards.write
+    ids: dict[str, Any] = SPECIAL if tokenizer is None else special_ids(tokenizer)
+    ends: dict[str, Any] = {}
+    if tokenizer is not None and tokenizer.end_of_turn_id is not None:
+        ends["eos_token_id"] = [tokenizer.eos_id, tokenizer.end_of_turn_id]
+    family = family_of(config)
+    assert family is not None  # or else there were no names for its parameters
+    fields = family.to_fields(config, tensors[_EMBEDDING][1].name)
+    _write_json(folder / CONFIG, fields | ids | given)
+    _write_json(folder / GENERATION, ids | ends | given)
+    if tokenizer is not None:
+        write_tokenizer_files(folder, tokenizer)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens, by the names that configs have for them."""
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    return dict(zip(SPECIAL, ids, strict=True))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""The JAX half of the package, as `common.twin` declares it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.jax import training
+from recurrentgemma.jax.capture import activations
+from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
+from recurrentgemma.jax.griffin import Griffin, Params, get_path, init_params, set_path
+from recurrentgemma.jax.sampler import Sampler
+from recurrentgemma_conversion.overrides import NO_OVERRIDES
+
+
+class Model(NamedTuple):
+    """A module and its parameters."""
+
+    module: Griffin
+    params: Params
+
+    @property
+    def config(self) -> Config:
+        return self.module.config
+
+    @property
+    def dtype(self) -> str:
+        return jnp.dtype(self.module.param_dtype).name
+
+
+class JaxTwin(Twin):
+    """JAX; its models are a `Model` each."""
+
+    name = "jax"
+    training = training
+
+    def default_device(self):
+        return jax.default_backend()
+
+    def memory(self):
+        statistics = jax.devices()[0].memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else process_memory()
+
+    def precision(self, dtype):
+        return jax.enable_x64(dtype == "float64")
+
+    def to_numpy(self, array):
+        return np.asarray(array)
+
+    def from_numpy(self, array, dtype, device=None):
+        return jnp.asarray(array, dtype, device=_device(device))
+
+    def load(self, path, dtype, device=None, overrides=None):
+        with self.precision(dtype):
+            model, params = load_checkpoint(
+                path, dtype=dtype, device=_device(device), overrides=overrides or NO_OVERRIDES
+            )
+        return Model(model, params)
+
+    def make(self, config, params, dtype, device=None):
+        tree: dict[str, Any] = {}
+        with self.precision(dtype):
+            for path, value in params:
+                set_path(tree, path, self.from_numpy(value, dtype, device))
+        return Model(Griffin(config, param_dtype=jnp.dtype(dtype)), tree)
+
+    def init(self, config, seed, dtype, device=None):
+        with self.precision(dtype), jax.default_device(_device(device)):
+            params = init_params(config, seed, dtype)
+        return Model(Griffin(config, param_dtype=jnp.dtype(dtype)), params)
+
+    def save(self, path, model, tokenizer, *, force=False):
+        save_checkpoint(path, model.config, model.params, tokenizer, force=force)
+
+    def params(self, model):
+        return _by_path(model.config, model.params)
+
+    def init_state(self, model, batch_size, capacity=None):
+        with self.precision(model.dtype):
+            return model.module.init_cache(batch_size, capacity=capacity)
+
+    def state_arrays(self, state):
+        return {
+            f"{block}.{field}": self.to_numpy(value)
+            for block, cache in state.items()
+            for field, value in cache._asdict().items()
+        }
+
+    def forward(self, model, tokens, segment_pos, state=None, names=()):
+        with self.precision(model.dtype):
+            found, logits, state = _forward(*model, tokens, segment_pos, state, names=names)
+        found = {name: self.to_numpy(found[name]) for name in names}
+        return Outputs(found | {"logits": self.to_numpy(logits)}, state)
+
+    def gradients(self, model, tokens, segment_pos):
+        with self.precision(model.dtype):
+            return _by_path(model.config, _gradients(*model, tokens, segment_pos))
+
+    def sampler(self, model, vocab, **settings):
+        return Sampler(model.module, vocab, model.params, **settings)
+
+    def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
+        module = model.module.clone(gradient_checkpointing=gradient_checkpointing)
+        state_dtype = jnp.dtype(state_dtype)
+        return training.create_train_state(module, model.params, state_dtype=state_dtype, **options)
+
+    def trained(self, state):
+        return Model(state.model, training.parameters(state))
+
+
+TWIN = JaxTwin()
+
+# Compiled once for each shape.
+_forward = jax.jit(activations, static_argnums=0, static_argnames="names")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(module, params, tokens, segment_pos):
+    def loss(params):
+        logits, _ = module.apply({"params": params}, tokens, segment_pos)
+        logprobs = jax.nn.log_softmax(logits[:, :-1])
+        logprobs = jnp.take_along_axis(logprobs, tokens[:, 1:, None], -1)[..., 0]
+        follows = segment_pos[:, 1:] > 0
+        return -jnp.where(follows, logprobs, 0).sum() / follows.sum()
+
+    return jax.grad(loss)(params)
+
+
+def _by_path(config: Config, tree: Any) -> dict[str, np.ndarray]:
+    return {spec.path: np.asarray(get_path(tree, spec.path)) for spec in layer_spec(config)}
+
+
+def _device(name: str | None) -> Any:
+    return None if name is None else jax.devices(name)[0]

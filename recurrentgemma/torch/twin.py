@@ -1,0 +1,119 @@
+"""The PyTorch half of the package, as `common.twin` declares it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.torch import training
+from recurrentgemma.torch.capture import activations
+from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
+from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.sampler import Sampler
+from recurrentgemma_conversion.overrides import NO_OVERRIDES
+
+
+class TorchTwin(Twin):
+    """PyTorch; its models are a `Griffin` each."""
+
+    name = "torch"
+    training = training
+
+    def default_device(self):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def memory(self):
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_memory()
+
+    def precision(self, dtype):
+        return contextlib.nullcontext()
+
+    def to_numpy(self, array):
+        return to_array(array)
+
+    def from_numpy(self, array, dtype, device=None):
+        return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
+
+    def load(self, path, dtype, device=None, overrides=None):
+        dtype = getattr(torch, dtype)
+        return load_checkpoint(
+            path, dtype=dtype, device=device, overrides=overrides or NO_OVERRIDES
+        )
+
+    def make(self, config, params, dtype, device=None):
+        model = Griffin(config, device="meta")
+        state = {
+            torch_name(path): self.from_numpy(to_torch(path, value), dtype, device)
+            for path, value in params
+        }
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def init(self, config, seed, dtype, device=None):
+        model = Griffin(config, device=device, dtype=getattr(torch, dtype))
+        model.reset_parameters(seed=seed)
+        return model
+
+    def save(self, path, model, tokenizer, *, force=False):
+        save_checkpoint(path, model, tokenizer, force=force)
+
+    def params(self, model):
+        return _by_path(model.config, model.state_dict())
+
+    def init_state(self, model, batch_size, capacity=None):
+        return model.init_cache(batch_size, capacity=capacity)
+
+    def state_arrays(self, state):
+        return {
+            f"{block}.{field}": self.to_numpy(value)
+            for block, cache in state.items()
+            for field, value in cache._asdict().items()
+        }
+
+    def forward(self, model, tokens, segment_pos, state=None, names=()):
+        tokens, segment_pos = (self.from_numpy(z, "int32") for z in (tokens, segment_pos))
+        with torch.no_grad():
+            found, logits, state = activations(model, tokens, segment_pos, state, names=names)
+        found = {name: self.to_numpy(found[name]) for name in names}
+        return Outputs(found | {"logits": self.to_numpy(logits)}, state)
+
+    def gradients(self, model, tokens, segment_pos):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        tokens, segment_pos = (self.from_numpy(z, "int64") for z in (tokens, segment_pos))
+        logits, _ = model(tokens, segment_pos)
+        logprobs = logits[:, :-1].log_softmax(-1)
+        logprobs = logprobs.gather(-1, tokens[:, 1:, None])[..., 0]
+        follows = segment_pos[:, 1:] > 0
+        loss = -torch.where(follows, logprobs, 0).sum() / follows.sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return _by_path(model.config, dict(zip(names, gradients, strict=True)))
+
+    def sampler(self, model, vocab, **settings):
+        return Sampler(model, vocab, **settings)
+
+    def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
+        model.gradient_checkpointing = gradient_checkpointing
+        state_dtype = getattr(torch, state_dtype)
+        return training.create_train_state(model, state_dtype=state_dtype, **options)
+
+    def trained(self, state):
+        return training.parameters(state)
+
+
+TWIN = TorchTwin()
+
+
+def _by_path(config: Config, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        spec.path: to_torch(spec.path, to_array(tensors[torch_name(spec.path)]))
+        for spec in layer_spec(config)
+    }
