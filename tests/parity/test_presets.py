@@ -9,8 +9,8 @@ from comparing import make_model
 from backends import Backend
 from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.layer_spec import state_spec
 from recurrentgemma.common.model.presets import Preset
-from recurrentgemma.common.model.state import state_shapes
 from recurrentgemma.parity import make_batch
 from tolerances import assert_close
 
@@ -43,7 +43,7 @@ def test_preset(twins: tuple[Backend, Backend], preset: Preset) -> None:
         model.run(batch.tokens, batch.segment_pos, None, names) for model in (one, other)
     )
     first, second = first | one.arrays_of(state), second | other.arrays_of(other_state)
-    assert list(first) == [*names, "logits", *state_shapes(config)]
+    assert list(first) == [*names, "logits", *(spec.path for spec in state_spec(config))]
     for name, value in first.items():
         places = batch.segment_pos >= 0 if name in names or name == "logits" else ...
         assert_close(second[name][places], value[places], "output", "float64", name=name)
