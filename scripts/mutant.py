@@ -68,8 +68,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     test = first_failure(asked["likely"], asked["tests"], asked["words"])
     found = None
-    for options in asked["options"]:
-        found = found or beyond(asked["checkpoint"], options.split())
+    for checkpoint, options in asked["runs"]:
+        found = found or beyond(checkpoint, options.split())
     print(json.dumps({"test": test, "parity": found}))
 
 

@@ -37,6 +37,7 @@ TESTS = (
     "test_precision_and_inputs.py",
     "test_state.py",
     "test_against_reference.py",
+    "test_mixers.py",
 )
 TABLE = ROOT / "tests" / "parity" / "mutations.md"
 KEPT = ROOT / ".cache" / "mutation.json"
@@ -73,12 +74,13 @@ def check_all(faults: list[Fault | None], jobs: int) -> dict[str, Result]:
     sources, likely = sources_hash() + tests_hash(), last_table()
     keys = {fault: hashlib.sha256(f"{sources}{fault}".encode()).hexdigest() for fault in faults}
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        checkpoint = write_checkpoint(Path(folder) / "checkpoint")
+        checkpoints = Path(folder) / "checkpoints"
+        write_checkpoints(checkpoints)
 
         def checked(fault: Fault | None) -> tuple[Fault | None, Result]:
             copy = Path(folder) / keys[fault]
             started = time.perf_counter()
-            found = check(fault, copy, checkpoint, likely.get(name_of(fault)))
+            found = check(fault, copy, checkpoints, likely.get(name_of(fault)))
             return fault, found | {"seconds": round(time.perf_counter() - started)}
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -135,19 +137,21 @@ def last_table() -> dict[str, str]:
     return {row[0]: row[2].strip("`") for row in rows if len(row) > 3 and "::" in row[2]}
 
 
-def write_checkpoint(path: Path) -> Path:
-    """A small model without zeros, a block of each kind, a scale that bfloat16 rounds."""
+def write_checkpoints(folder: Path) -> None:
+    """Small models without zeros, whose embedding scales bfloat16 rounds, by `Fault.model`."""
     code = (
-        "import sys; from pathlib import Path; from cases import make_config; "
+        "import dataclasses, sys; from pathlib import Path; from cases import make_config; "
         "from checkpoints import write_checkpoint; from recurrentgemma_conversion import Format; "
-        "config = make_config('RA', width=40, lru_width=24, attention_window_size=5); "
-        "write_checkpoint(Path(sys.argv[1]), Format.RECURRENTGEMMA, config, 'bfloat16')"
+        "from test_mixers import CONFIG; "
+        "griffin = make_config('RA', width=40, lru_width=24, attention_window_size=5, "
+        "vocab_size=2048); other = dataclasses.replace(CONFIG, vocab_size=2048); "
+        "[write_checkpoint(Path(sys.argv[1], name), Format.RECURRENTGEMMA, config, 'bfloat16') "
+        "for name, config in (('griffin', griffin), ('other', other))]"
     )
-    run(ROOT, "-c", code, str(path))
-    return path
+    run(ROOT, "-c", code, str(folder), modules="tests/parity")
 
 
-def check(fault: Fault | None, copy: Path, checkpoint: Path, likely: str | None) -> Result:
+def check(fault: Fault | None, copy: Path, checkpoints: Path, likely: str | None) -> Result:
     """The first test that fails, and what `parity` first finds beyond its budget."""
     copy.mkdir()
     try:
@@ -164,13 +168,13 @@ def check(fault: Fault | None, copy: Path, checkpoint: Path, likely: str | None)
             if text.count(fault.old) != 1:
                 raise ValueError(f"{fault.path} must have {fault.old!r} once: {fault.name}")
             file.write_text(text.replace(fault.old, fault.new))
-        options = [fault.options] if fault else sorted({fault.options for fault in FAULTS})
+        faults = [fault] if fault else FAULTS
+        runs = sorted({(str(checkpoints / fault.model), fault.options) for fault in faults})
         asked = {
             "likely": f"tests/parity/{likely}" if likely else None,
             "tests": [f"tests/parity/{name}" for name in TESTS],
             "words": f"{fault.twin} or twins" if fault else "",
-            "checkpoint": str(checkpoint),
-            "options": options,
+            "runs": runs,
         }
         script = ROOT / "scripts" / "mutant.py"
         return json.loads(run(copy, str(script), json.dumps(asked)).splitlines()[-1])
@@ -178,12 +182,14 @@ def check(fault: Fault | None, copy: Path, checkpoint: Path, likely: str | None)
         shutil.rmtree(copy)
 
 
-def run(folder: Path, *args: str) -> str:
+def run(folder: Path, *args: str, modules: str = "") -> str:
     """Runs Python on the package in a folder, one thread, with a cache of what JAX compiles."""
     cache = KEPT.parent / "jax"
     cache.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(folder / part) for part in ("", "conversion", "tests")),
+        "PYTHONPATH": os.pathsep.join(
+            str(folder / part) for part in ("", "conversion", "tests", modules)
+        ),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
@@ -226,7 +232,8 @@ def table(results: dict[str, Result], missed: list[str]) -> str:
         found = results[fault.name]
         test = f"`{found['test'].removeprefix('tests/parity/')}`" if found["test"] else "**none**"
         parity = found["parity"] or "**nothing**"
-        options = f"`{fault.options}`" if fault.options else ""
+        other = "another model" if fault.model == "other" else ""
+        options = f"`{fault.options}`" if fault.options else other
         lines.append(f"| {fault.name} | `{fault.file}` | {test} | {parity} | {options} |")
     return "\n".join(lines) + "\n"
 
