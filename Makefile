@@ -26,7 +26,7 @@ demo: $(STAMP)-full ## sample from the bundled model in both frameworks, and com
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)-test ## run the test suite
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)-dev ## check style, format and types
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ mutation: $(STAMP)-test ## apply faults to the twins one at a time: do tests and
 	$(BIN)/python scripts/mutation.py
 
 tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
-	$(BIN)/python -m pytest -n $(JOBS) tests/jax/test_ahead_of_time.py
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/jax/test_ahead_of_time.py
 
 tiny: $(STAMP)-full ## train the bundled model anew
 	$(BIN)/python examples/pretrain/prepare.py

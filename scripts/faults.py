@@ -14,6 +14,7 @@ class Fault(NamedTuple):
       old: What is there once.
       new: What takes its place.
       options: Of the `parity` run that must catch it.
+      model: What `parity` runs on: a small "griffin", or an "other" model with what it lacks.
     """
 
     name: str
@@ -21,22 +22,30 @@ class Fault(NamedTuple):
     old: str
     new: str
     options: str = ""
+    model: str = "griffin"
+
+    @property
+    def path(self) -> str:
+        """From the repository's root."""
+        return f"recurrentgemma/{self.file}"
 
     @property
     def twin(self) -> str:
+        """The folder in the package: jax or torch."""
         return self.file.split("/")[0]
 
 
+_J = "jax/attention.py"
 _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan/native"))
 
 FAULTS = (
     # Norms
-    Fault("RMSNorm: eps 1e-5", _L, "keepdim=True) + 1e-6", "keepdim=True) + 1e-5"),
+    Fault("RMSNorm: eps 1e-5", _L, "keepdim=True) + self.eps", "keepdim=True) + 10 * self.eps"),
     Fault(
         "RMSNorm: eps 1e-5, looked at in bfloat16",
         _L,
-        "keepdim=True) + 1e-6",
-        "keepdim=True) + 1e-5",
+        "keepdim=True) + self.eps",
+        "keepdim=True) + 10 * self.eps",
         "--dtype bfloat16",
     ),
     Fault("RMSNorm: scale without its 1", _L, "(1 + self.scale.to(", "(self.scale.to("),
@@ -51,8 +60,8 @@ FAULTS = (
     Fault(
         "embedding: scale not rounded",
         _L,
-        "return x * self.config.embedding_scale",
-        "return x * self.config.width**0.5",
+        "return x * self.scale",
+        "return x * x.shape[-1] ** 0.5",
     ),
     Fault("soft cap: logits not divided by it", _L, "x = x / cap if cap else x", "x = x"),
     Fault("soft cap: no tanh", _L, "logits.tanh_() * cap", "logits * cap"),
@@ -65,8 +74,8 @@ FAULTS = (
     Fault(
         "logits: rounded to bfloat16",
         _L,
-        "x.to(wide_dtype(x.dtype)),\n            self.input_embedding,",
-        "x,\n            self.input_embedding,",
+        "x, embedding, cap = x.to(wide_dtype(x.dtype)), self",
+        "x, embedding, cap = x, self",
         "--dtype bfloat16",
     ),
     # MLP
@@ -82,8 +91,8 @@ FAULTS = (
     Fault(
         "MLP: ffw_up without bias",
         _L,
-        "torch.baddbmm(self.b.flatten(1, 2), x_czd, self.w)",
-        "torch.bmm(x_czd, self.w)",
+        "if b is None else torch.baddbmm(b.flatten(1, -2), x_czd, self.w)",
+        "",
     ),
     # Recurrent block
     Fault(
@@ -109,8 +118,8 @@ FAULTS = (
     Fault(
         "convolution: state a step stale",
         _L,
-        "extended[:, -reach:]",
-        "extended[:, -reach - 1 : -1]",
+        "extended[:, extended.shape[1] - reach :]",
+        "extended[:, extended.shape[1] - reach - 1 : -1]",
     ),
     Fault(
         "convolution: state one input short",
@@ -140,9 +149,8 @@ FAULTS = (
     Fault(
         "RG-LRU: state handed on in bfloat16",
         _B,
-        "RecurrentBlockCache(rg_lru_state, conv1d_state)\n\n\nclass",
-        "RecurrentBlockCache(\n            rg_lru_state.bfloat16().to(rg_lru_state), conv1d_state\n"
-        "        )\n\n\nclass",
+        "RecurrentBlockCache(rg_lru_state, conv1d",
+        "RecurrentBlockCache(rg_lru_state.bfloat16().to(rg_lru_state), conv1d",
     ),
     Fault(
         "RG-LRU: state of the input's dtype",
@@ -166,8 +174,8 @@ FAULTS = (
         "--gradients",
     ),
     # Attention
-    Fault("attention: window of W keys", _A, "(lag_cs <= window)", "(lag_cs < window)"),
-    Fault("attention: window of W + 2 keys", _A, "(lag_cs <= window)", "(lag_cs <= window + 1)"),
+    Fault("attention: window of W keys", _A, "(lag_cs <= reach)", "(lag_cs < reach)"),
+    Fault("attention: window of W + 2 keys", _A, "(lag_cs <= reach)", "(lag_cs <= reach + 1)"),
     Fault("attention: sees the next token", _A, "(lag_cs >= 0)", "(lag_cs >= -1)"),
     Fault(
         "attention: crosses documents",
@@ -178,10 +186,10 @@ FAULTS = (
     Fault(
         "attention: scores times H^-0.49",
         "jax/attention.py",
-        "q_bgcnh.shape[-1] ** -0.5",
-        "q_bgcnh.shape[-1] ** -0.49",
+        "scores_bgkcrs * mixer.scale",
+        "scores_bgkcrs * mixer.scale**0.98",
     ),
-    Fault("RoPE: on the wrong half", _A, "rotated, passed = x.chunk", "passed, rotated = x.chunk"),
+    Fault("RoPE: on the wrong half", _A, "rotated, passed = x.split", "passed, rotated = x.split"),
     Fault(
         "RoPE: neighbours paired, not halves",
         _A,
@@ -194,7 +202,7 @@ FAULTS = (
         "x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)",
         "x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)",
     ),
-    Fault("RoPE: base 1,000", _A, "MAX_WAVELENGTH = 10_000", "MAX_WAVELENGTH = 1_000"),
+    Fault("RoPE: base 1,000", _A, "rope.base**-exponent", "(rope.base / 10) ** -exponent"),
     Fault(
         "RoPE: angles in the input's dtype",
         _A,
@@ -230,7 +238,89 @@ FAULTS = (
     Fault(
         "decoding: the ring's ages off by one",
         _A,
-        "(segment_pos - slot - 1) % window",
-        "(segment_pos - slot) % window",
+        "(segment_pos - slot - 1) % slots",
+        "(segment_pos - slot) % slots",
+    ),
+    # What Griffin lacks
+    Fault(
+        "attention's soft cap: tanh before the division",
+        _A,
+        "torch.tanh(scores / mixer.soft_cap)",
+        "torch.tanh(scores)",
+        model="other",
+    ),
+    Fault("attention's soft cap: left out", _J, "if mixer.soft_cap:", "if False:", model="other"),
+    Fault(
+        "attention's soft cap: before the scale",
+        _A,
+        "(q.to(wide) * mixer.scale) @",
+        "q.to(wide) @",
+        model="other",
+    ),
+    Fault(
+        "QK-norm: queries as they are",
+        _A,
+        "self.q_norm(q_btnh), self.k_norm(k_btkh)",
+        "q_btnh, self.k_norm(k_btkh)",
+        model="other",
+    ),
+    Fault(
+        "QK-norm: keys as they are",
+        _J,
+        'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh)',
+        'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh) * 0 + k_btkh',
+        model="other",
+    ),
+    Fault(
+        "QK-norm: the two norms swapped",
+        _A,
+        "self.q_norm(q_btnh), self.k_norm(k_btkh)",
+        "self.k_norm(q_btnh), self.q_norm(k_btkh)",
+        model="other",
+    ),
+    Fault(
+        "grouped heads: neighbours have different keys",
+        _A,
+        "z[:, :, None].expand(-1, -1, group, -1, -1)",
+        "z[:, None].expand(-1, group, -1, -1, -1)",
+        model="other",
+    ),
+    Fault(
+        "grouped heads: in a step, neighbours have different keys",
+        _A,
+        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))[:, 0]",
+        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)[:, 0]",
+        model="other",
+    ),
+    Fault(
+        "grouped heads: keys counted for groups",
+        _J,
+        "q_bgcnh.reshape(*q_bgcnh.shape[:3], kv_heads, group, mixer.head_dim)",
+        "q_bgcnh.reshape(*q_bgcnh.shape[:3], group, kv_heads, mixer.head_dim).swapaxes(3, 4)",
+        model="other",
+    ),
+    Fault("RoPE: not stretched", _A, " / rope.stretch", "", model="other"),
+    Fault(
+        "RoPE: on a half whatever the share",
+        _A,
+        "x.shape[-1] * rope.share",
+        "x.shape[-1] * 0.5",
+        model="other",
+    ),
+    Fault("post norm: not after the mixer", _B, "self.temporal_post_norm(y)", "y", model="other"),
+    Fault("post norm: not after the MLP", _B, "self.channel_post_norm(y)", "y", model="other"),
+    Fault(
+        "post norm: after the sum",
+        _B,
+        "x + self.temporal_post_norm(y)",
+        "self.temporal_post_norm(x + y)",
+        model="other",
+    ),
+    Fault(
+        "reach: a window where there is no limit",
+        _J,
+        "reach = history + length if mixer.reach is None else",
+        "reach = 4 if mixer.reach is None else",
+        model="other",
     ),
 )

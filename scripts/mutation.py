@@ -2,13 +2,15 @@
 
     make mutation
 
-writes tests/parity/mutations.md. What was found of the same sources is kept under .cache/, so an
-interrupted run goes on where it was.
+writes tests/parity/mutations.md. Each fault runs in a process of its own, two at a time: first the
+test that the last table names for it, then all of `TESTS`. Results are kept under .cache/, so that
+running it again resumes an interrupted run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -17,89 +19,140 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
-TWINS = ("recurrentgemma/jax", "recurrentgemma/torch")
 TREES = ("recurrentgemma", "conversion", "tests", "pyproject.toml")
+# Where a fault can be, or a difference be overlooked.
+SOURCES = (
+    *(f"recurrentgemma/{folder}" for folder in ("common/model", "jax", "torch", "parity")),
+    "scripts/faults.py",
+)
 TESTS = (
     "test_modules.py",
     "test_precision_and_inputs.py",
     "test_state.py",
     "test_against_reference.py",
 )
+OTHERS = "test_mixers.py"  # first for faults of what Griffin lacks
 TABLE = ROOT / "tests" / "parity" / "mutations.md"
 KEPT = ROOT / ".cache" / "mutation.json"
-TIMEOUT = 900  # seconds a run
+TIMEOUT = 1800  # seconds a fault
+Result = dict[str, Any]
 
 
 def main() -> int:
     """Checks every fault; 0 if a test and a `parity` run see each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="faults whose name has this, and no table")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     args = parser.parse_args()
-    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    sources = sources_hash()
-    results = []
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        checkpoint = write_checkpoint(Path(folder) / "checkpoint")
-        for fault in (*FAULTS, None):
-            name = "no fault" if fault is None else fault.name
-            if args.only not in name:
-                continue
-            key = hashlib.sha256(f"{sources}{fault}".encode()).hexdigest()
-            if key not in kept:
-                started = time.perf_counter()
-                kept[key] = check(fault, Path(folder), checkpoint)
-                kept[key]["seconds"] = round(time.perf_counter() - started)
-                KEPT.parent.mkdir(exist_ok=True)
-                KEPT.write_text(json.dumps(kept))
-            result = kept[key]
-            print(
-                f"{name}: {result['test']} | {result['parity']} ({result['seconds']} s)", flush=True
-            )
-            if fault is None:
-                if result["test"] or result["parity"]:
-                    print("without a fault the tests and parity must pass", file=sys.stderr)
-                    return 1
-            else:
-                results.append((fault, result))
-    missed = [fault.name for fault, found in results if not (found["test"] and found["parity"])]
+    faults = [fault for fault in (*FAULTS, None) if args.only in name_of(fault)]
+    results = check_all(faults, args.jobs)
+    unharmed = results.pop("no fault", None)
+    if unharmed and (unharmed["test"] or unharmed["parity"]):
+        print("without a fault the tests and parity must pass", file=sys.stderr)
+        return 1
+    missed = [name for name, found in results.items() if not (found["test"] and found["parity"])]
     if not args.only:
         TABLE.write_text(table(results, missed))
     print(f"{len(results) - len(missed)} of {len(results)} are seen by a test and by parity")
     return 1 if missed else 0
 
 
+def name_of(fault: Fault | None) -> str:
+    return "no fault" if fault is None else fault.name
+
+
+def check_all(faults: list[Fault | None], jobs: int) -> dict[str, Result]:
+    """What sees each fault, by its name, those that are kept looked up."""
+    kept: dict[str, Result] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    sources, likely = sources_hash() + tests_hash(), last_table()
+    keys = {fault: hashlib.sha256(f"{sources}{fault}".encode()).hexdigest() for fault in faults}
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        checkpoints = Path(folder) / "checkpoints"
+        write_checkpoints(checkpoints)
+
+        def checked(fault: Fault | None) -> tuple[Fault | None, Result]:
+            copy = Path(folder) / keys[fault]
+            started = time.perf_counter()
+            found = check(fault, copy, checkpoints, likely.get(name_of(fault)))
+            return fault, found | {"seconds": round(time.perf_counter() - started)}
+
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(checked, fault) for fault in faults if keys[fault] not in kept]
+            try:
+                for done in as_completed(waiting):
+                    fault, found = done.result()
+                    kept[keys[fault]] = found
+                    KEPT.parent.mkdir(exist_ok=True)
+                    KEPT.write_text(json.dumps(kept))
+                    seconds = found["seconds"]
+                    print(name_of(fault), found["test"], found["parity"], f"{seconds} s", sep=" | ",
+                          flush=True)  # fmt: skip
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return {name_of(fault): kept[keys[fault]] for fault in faults}
+
+
 def sources_hash() -> str:
-    """Of what the outcome depends on, but the faults."""
+    """Of the code in `SOURCES`: comments, docstrings and blank lines do not count."""
     digest = hashlib.sha256()
-    files = [*ROOT.glob("tests/*.py"), *(ROOT / "tests" / "parity" / name for name in TESTS)]
-    for tree in ("recurrentgemma/common", *TWINS, "conversion"):
-        files += (ROOT / tree).rglob("*.py")
+    files = [file for source in SOURCES for file in (ROOT / source).rglob("*.py")]
+    files += [ROOT / source for source in SOURCES if source.endswith(".py")]
     for file in sorted(files):
-        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+        digest.update(f"{file.relative_to(ROOT)}\n{code_of(file.read_text())}\n".encode())
     return digest.hexdigest()
 
 
-def write_checkpoint(path: Path) -> Path:
-    """A small model without zeros, a block of each kind, a scale that bfloat16 rounds."""
+def code_of(text: str) -> str:
+    """The lines of a module that are code. The same in every version of Python."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            for i in range(docstring.lineno - 1, docstring.end_lineno or 0):
+                lines[i] = ""
+    stripped = (line.strip() for line in lines)
+    return "\n".join(line for line in stripped if line and not line.startswith("#"))
+
+
+def tests_hash() -> str:
+    """Of what looks for a fault."""
+    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("tests/backends/*.py")]
+    files += [ROOT / "tests" / "parity" / name for name in (*TESTS, OTHERS)]
+    files += (ROOT / "conversion").rglob("*.py")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+def last_table() -> dict[str, str]:
+    """The test that the table names for each fault."""
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {row[0]: row[2].strip("`") for row in rows if len(row) > 3 and "::" in row[2]}
+
+
+def write_checkpoints(folder: Path) -> None:
+    """Small models without zeros, whose embedding scales bfloat16 rounds, by `Fault.model`."""
     code = (
-        "import sys; from pathlib import Path; from cases import make_config; "
+        "import dataclasses, sys; from pathlib import Path; from cases import make_config; "
         "from checkpoints import write_checkpoint; from recurrentgemma_conversion import Format; "
-        "config = make_config('RA', width=40, lru_width=24, attention_window_size=5); "
-        "write_checkpoint(Path(sys.argv[1]), Format.RECURRENTGEMMA, config, 'bfloat16')"
+        "from test_mixers import CONFIG; "
+        "griffin = make_config('RA', width=40, lru_width=24, attention_window_size=5, "
+        "vocab_size=2048); other = dataclasses.replace(CONFIG, vocab_size=2048); "
+        "[write_checkpoint(Path(sys.argv[1], name), Format.RECURRENTGEMMA, config, 'bfloat16') "
+        "for name, config in (('griffin', griffin), ('other', other))]"
     )
-    run(ROOT, "-c", code, str(path), check=True)
-    return path
+    run(ROOT, "-c", code, str(folder), modules="tests/parity")
 
 
-def check(fault: Fault | None, folder: Path, checkpoint: Path) -> dict[str, str | None]:
-    """The first test that fails, and what `parity` first finds beyond its budget; None if none."""
-    copy = folder / "copy"
+def check(fault: Fault | None, copy: Path, checkpoints: Path, likely: str | None) -> Result:
+    """The first test that fails, and what `parity` first finds beyond its budget."""
     copy.mkdir()
     try:
         for tree in TREES:
@@ -110,48 +163,35 @@ def check(fault: Fault | None, folder: Path, checkpoint: Path) -> dict[str, str 
             else:
                 shutil.copy(source, copy / tree)
         if fault is not None:
-            file = copy / "recurrentgemma" / fault.file
+            file = copy / fault.path
             text = file.read_text()
             if text.count(fault.old) != 1:
-                raise ValueError(f"{fault.file} must have {fault.old!r} once: {fault.name}")
+                raise ValueError(f"{fault.path} must have {fault.old!r} once: {fault.name}")
             file.write_text(text.replace(fault.old, fault.new))
-        return {"test": first_failure(fault, copy), "parity": beyond(fault, copy, checkpoint)}
+        faults = [fault] if fault else FAULTS
+        runs = sorted({(str(checkpoints / fault.model), fault.options) for fault in faults})
+        others = fault is not None and fault.model == "other"
+        tests = [OTHERS, *TESTS] if others else [*TESTS, OTHERS]
+        asked = {
+            "likely": f"tests/parity/{likely}" if likely else None,
+            "tests": [f"tests/parity/{name}" for name in tests],
+            "words": f"{fault.twin} or twins" if fault else "",
+            "runs": runs,
+        }
+        script = ROOT / "scripts" / "mutant.py"
+        return json.loads(run(copy, str(script), json.dumps(asked)).splitlines()[-1])
     finally:
         shutil.rmtree(copy)
 
 
-def first_failure(fault: Fault | None, copy: Path) -> str | None:
-    tests = [f"tests/parity/{name}" for name in TESTS]
-    wanted = "" if fault is None else f"{fault.twin} or twins"
-    done = run(
-        copy, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", wanted, *tests
-    )
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode not in (0, 1) or bool(failed) != bool(done.returncode):
-        raise RuntimeError(f"pytest broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return failed[0].split(" ")[1] if failed else None
-
-
-def beyond(fault: Fault | None, copy: Path, checkpoint: Path) -> str | None:
-    runs = [fault.options] if fault else sorted({fault.options for fault in FAULTS})
-    for options in runs:
-        args = ["--greedy", "0", "--length", "28", "--json", *options.split()]
-        done = run(copy, "-m", "recurrentgemma.cli", "parity", str(checkpoint), *args)
-        if not done.stdout.startswith("{"):
-            raise RuntimeError(f"parity broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        if done.returncode:
-            first = json.loads(done.stdout)["first_beyond"]
-            where = f", {first['case']}" if first["case"] else ""
-            return f"`{first['name']}`{where}"
-    return None
-
-
-def run(folder: Path, *args: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *args: str, modules: str = "") -> str:
     """Runs Python on the package in a folder, one thread, with a cache of what JAX compiles."""
     cache = KEPT.parent / "jax"
     cache.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(folder / part) for part in ("", "conversion", "tests")),
+        "PYTHONPATH": os.pathsep.join(
+            str(folder / part) for part in ("", "conversion", "tests", modules)
+        ),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
@@ -161,18 +201,21 @@ def run(folder: Path, *args: str, check: bool = False) -> subprocess.CompletedPr
         "HYPOTHESIS_STORAGE_DIRECTORY": str(cache.parent / "hypothesis"),
         "CI": "1",  # the same examples each time
     }
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *args],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
-        check=check,
+        check=False,
     )
+    if done.returncode:
+        raise RuntimeError(f"{args[0]} broke: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
 
 
-def table(results: list[tuple[Fault, dict[str, Any]]], missed: list[str]) -> str:
+def table(results: dict[str, Result], missed: list[str]) -> str:
     lines = [
         "# Faults, and what sees them",
         "",
@@ -182,17 +225,17 @@ def table(results: list[tuple[Fault, dict[str, Any]]], missed: list[str]) -> str
         "",
         f"{len(results) - len(missed)} of {len(results)} are seen by both.",
         "",
+        f"Sources: {sources_hash()}",
+        "",
         "| fault | in | test | `parity` finds | with |",
         "|---|---|---|---|---|",
     ]
-    for fault, found in results:
-        test = (
-            "**none**"
-            if found["test"] is None
-            else f"`{found['test'].removeprefix('tests/parity/')}`"
-        )
+    for fault in FAULTS:
+        found = results[fault.name]
+        test = f"`{found['test'].removeprefix('tests/parity/')}`" if found["test"] else "**none**"
         parity = found["parity"] or "**nothing**"
-        options = f"`{fault.options}`" if fault.options else ""
+        other = "another model" if fault.model == "other" else ""
+        options = f"`{fault.options}`" if fault.options else other
         lines.append(f"| {fault.name} | `{fault.file}` | {test} | {parity} | {options} |")
     return "\n".join(lines) + "\n"
 

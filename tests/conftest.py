@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read when a framework is first imported, which is later than this. Child processes inherit them.
@@ -33,6 +33,7 @@ import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from sweeps import sweep  # noqa: E402
 
 from backends import BACKENDS, TWINS, Backend  # noqa: E402  # imports no twin yet
 
@@ -50,12 +51,22 @@ def _checked_modules() -> list[str]:
     return [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
 
 
+_checked = jaxtyping.jaxtyped
+
+
+def _checked_outside(*, typechecker: Callable) -> Callable:
+    """Checks what a module has; functions inside of functions are made anew at every call."""
+    check = _checked(typechecker=typechecker)
+    return lambda made: made if "<locals>" in made.__qualname__ else check(made)
+
+
+jaxtyping.jaxtyped = _checked_outside  # which the hook puts before each function
 jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "recurrentgemma",
     deadline=None,
-    max_examples=12,
+    max_examples=sweep(12, 100),
     derandomize="CI" in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
@@ -90,10 +101,8 @@ def _programs() -> Iterator[None]:
 def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # a library may use the global generator
-    if "torch" in BACKENDS:
-        import torch
-
-        torch.manual_seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session", params=TWINS)

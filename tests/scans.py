@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from sweeps import LONG, sweep
 
 from backends import BACKENDS, TWINS, Backend
 from recurrentgemma.common.model import reference
@@ -28,16 +29,14 @@ SHAPES = [
     (1, 65, 2560),
     (3, 1000, 96),
 ]
-# The same for what is interpreted, which is slow: each T and D.
-INTERPRETED_SHAPES = [
-    (3, 1, 1),
-    (1, 2, 96),
-    (1, 7, 2560),
-    (3, 63, 128),
-    (1, 64, 500),
-    (3, 65, 96),
-    (1, 1000, 1),
-]
+# The same for what is interpreted, which is slow: a program for each shape is built anew in every
+# process, so that the tests share these. Less than a tile of steps and several, whole and cut off;
+# several blocks of channels; and 1000 steps, which are several blocks of time.
+INTERPRETED_SHAPES = sweep(
+    [(3, 1, 96), (3, 7, 96), (1, 16, 2560), (3, 65, 96)],
+    [(3, 1, 1), (1, 2, 96), (1, 7, 2560), (3, 63, 128), (1, 64, 500), (3, 65, 96), (1, 1000, 1)],
+)
+BFLOAT16_SHAPES = [(3, 7, 96), (3, 65, 96)]
 
 
 class Implementation(NamedTuple):
@@ -72,23 +71,34 @@ def implementations_and_shapes() -> list[Any]:
     return [
         pytest.param(*param.values, shape, id=f"{param.id}-{shape}", marks=param.marks)
         for param in implementations()
-        for shape in (INTERPRETED_SHAPES if _is_interpreted(*param.values) else SHAPES)
+        for shape in _shapes(*param.values)
     ]
 
 
-def _is_interpreted(implementation: Implementation | None) -> bool:
-    return implementation is not None and implementation.name.startswith(("pallas", "triton"))
+def _shapes(implementation: Implementation | None) -> list[tuple[int, int, int]]:
+    if implementation is None or not _is_interpreted(implementation):
+        return SHAPES
+    # 1000 steps take Triton's interpreter 30 s: tests/torch/test_triton.py has shorter chunks.
+    several_blocks = [] if LONG or implementation.name == "triton" else [(1, 1000, 1)]
+    return INTERPRETED_SHAPES + several_blocks
 
 
-def implementations(*twins: str) -> list[Any]:
-    """Test parameters: every implementation that this machine can run, interpreted or not."""
+def _is_interpreted(implementation: Implementation) -> bool:
+    return implementation.name.startswith(("pallas", "triton"))
+
+
+def implementations(*twins: str, auto: bool = False) -> list[Any]:
+    """Test parameters: every implementation that this machine can run, interpreted or not.
+
+    With `auto` also the name that stands for one of the others.
+    """
     params = []
     for twin in twins or TWINS:
         if twin not in BACKENDS:
             reason = pytest.mark.skip(reason=f"{twin} is not installed")
             params.append(pytest.param(None, id=twin, marks=reason))
             continue
-        for name in BACKENDS[twin].implementations():
+        for name in BACKENDS[twin].implementations()[not auto :]:
             absent = name == "triton" and importlib.util.find_spec("triton") is None
             marks = [pytest.mark.skip(reason="triton is not installed")] if absent else []
             implementation = Implementation(BACKENDS[twin], name)

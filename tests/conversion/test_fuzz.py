@@ -1,7 +1,6 @@
 """Bytes and headers changed at random: a named error or a whole result, and nothing else."""
 
 import json
-import os
 import shutil
 import tarfile
 import tempfile
@@ -14,6 +13,7 @@ from checkpoints import files, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import mutate
+from sweeps import sweep
 
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
@@ -24,6 +24,7 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_width=4)
 OVERRIDES = Overrides(None, True, 8, 5.0)
 LONGEST = 20  # seconds of this process, whatever else runs; a loop would be longer
+EXAMPLES = sweep(25, 500)
 KINDS = [*Format, "ocdbt", "shards", "archive"]
 
 
@@ -67,7 +68,7 @@ def assert_served_or_refused(source: Path, before: dict[str, bytes]) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+@settings(max_examples=EXAMPLES)
 def test_bytes(source: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(source, Path(name) / "source"))
@@ -118,7 +119,7 @@ PAX_JUNK = st.one_of(
 
 
 @given(data=st.data())
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+@settings(max_examples=EXAMPLES)
 def test_headers_of_archives(plain: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "source/archive.tar"
@@ -142,7 +143,7 @@ def test_headers_of_archives(plain: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+@settings(max_examples=EXAMPLES)
 def test_headers(source: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(source, Path(name) / "source"))

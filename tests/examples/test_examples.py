@@ -124,6 +124,6 @@ def test_mistakes(example, name, flag, words):
         ("cross_framework_state.py", "jax"),
     ],
 )
-def test_missing_extras(example, name, absent):
-    message = example(name, code=2, absent=absent)
+def test_missing_extras(example_without, name, absent):
+    message = example_without(name, absent)
     assert_one_line(message, name, f"needs {absent}", f"pip install 'recurrentgemma[{absent}]'")

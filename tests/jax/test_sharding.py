@@ -1,5 +1,6 @@
 """The scan split over devices equals the scan on one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +11,13 @@ import pytest
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
-# In a process of its own: the number of devices is fixed when JAX starts.
-PROGRAM = """
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-import numpy as np
-from recurrentgemma.jax import Griffin, GriffinConfig, ShardingSpec, init_params, linear_scan
-
+EVERY_AXIS = """
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("one", "two"))
 specs = [
     ShardingSpec(mesh, batch_axis_name="one", activations_axis_name="two"),
     ShardingSpec(mesh, batch_axis_name="one", sequence_axis_name="two"),
     ShardingSpec(mesh, sequence_axis_name="one", activations_axis_name="two"),
 ]
-rng = np.random.default_rng(0)
 x, w = rng.normal(size=(2, 2, 12, 6)).astype(np.float32)
 a = rng.uniform(0.3, 1, size=x.shape).astype(np.float32)
 h0, v = rng.normal(size=(2, 2, 6)).astype(np.float32)
@@ -41,24 +35,31 @@ for reverse in (False, True):
         for one, other in zip(actual, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
-config = GriffinConfig(
-    vocab_size=16, width=8, mlp_expanded_width=8, num_heads=2, attention_window_size=4,
-    block_types=("recurrent", "attention"), embeddings_scale_by_sqrt_dim=True, logits_soft_cap=0,
-)
-params = init_params(config, 0)
 tokens = rng.integers(16, size=(2, 8))
 positions = np.broadcast_to(np.arange(8), (2, 8))
 for spec in specs:
     plain, _ = Griffin(config).apply({"params": params}, tokens, positions)
     split, _ = Griffin(config, scan_sharding_spec=spec).apply({"params": params}, tokens, positions)
     np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-5)
-print(len(jax.devices()), "devices agree")
+assert len(jax.devices()) == 4
 """
-
-
-SETTING = """
+# All in one process of their own: the number of devices is fixed when JAX starts.
+RUNNER = """
+import json, sys, traceback
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
+
+failures = {}
+programs = json.load(sys.stdin)
+for name, program in programs.items():
+    try:
+        exec(compile(program, name, "exec"), {})
+    except Exception:
+        failures[name] = traceback.format_exc()
+print(json.dumps(failures))
+"""
+SETTING = """
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -191,28 +192,32 @@ for platform, target, mesh in targets:
 """
 
 
-def test_every_axis() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "4 devices agree\n"
+PROGRAMS = {
+    "every axis": EVERY_AXIS,
+    "any size": ANY_SIZE,
+    "explicit axes": EXPLICIT_AXES,
+    "inside shard_map": INSIDE_SHARD_MAP,
+}
 
 
-@pytest.mark.parametrize(
-    "program",
-    [ANY_SIZE, EXPLICIT_AXES, INSIDE_SHARD_MAP],
-    ids=["any size", "explicit axes", "inside shard_map"],
-)
-def test_meshes(program: str) -> None:
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """The programs that failed, with their tracebacks."""
     done = subprocess.run(
-        [sys.executable, "-c", SETTING + program],
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps({name: SETTING + program for name, program in PROGRAMS.items()}),
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_meshes(failures: dict[str, str], name: str) -> None:
+    assert name not in failures, failures[name]
 
 
 def test_without_a_mesh() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import bfloat16
 from scans import (
+    BFLOAT16_SHAPES,
     Implementation,
     implementations,
     implementations_and_shapes,
@@ -66,7 +67,7 @@ class TestScan:
         case = case._replace(a=case.a * 1e-6, reset=np.zeros_like(case.reset))
         check(scan, case, "float32", reverse)
 
-    @pytest.mark.parametrize("shape", [(3, 7, 96), (1, 65, 96)], ids=str)
+    @pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
     def test_bfloat16_keeps_a_float32_state(
         self, scan: Implementation, shape, reverse: bool
     ) -> None:
@@ -125,6 +126,25 @@ class TestScan:
         )
         assert dx.shape == da.shape == shape
         np.testing.assert_array_equal(dh0, dlast)
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_auto_is_the_one_that_is_chosen(backend: Backend, length: int) -> None:
+    """To the last bit, so that no test need be run on both."""
+    case = make_scan(3, length, 96)
+    module = importlib.import_module(f"recurrentgemma.{backend.name}")
+    x = backend.array(case.x, "float32")
+    chosen = module.choose_implementation(case.x.shape, x.dtype, "cpu").name
+    assert chosen != "auto"
+    results = [
+        Implementation(backend, name).linear_scan_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, dtype="float32"
+        )
+        for name in ("auto", chosen)
+    ]
+    for parts in zip(*results, strict=True):
+        for got, want in zip(*parts, strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.usefixtures("unchecked_types")

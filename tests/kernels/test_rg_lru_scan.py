@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cases import bfloat16
 from scans import (
+    BFLOAT16_SHAPES,
     Implementation,
     implementations,
     implementations_and_shapes,
@@ -58,7 +59,7 @@ class TestRGLRUScan:
         for got, want in zip(actual, reference.rg_lru_scan(*inputs), strict=True):
             assert_close(got, want, "state", scan.dtype)
 
-    @pytest.mark.parametrize("shape", [(3, 7, 96), (1, 65, 96)], ids=str)
+    @pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
     def test_bfloat16_keeps_a_float32_state(self, scan: Implementation, shape) -> None:
         if scan.name == "triton":
             pytest.skip("interpreted, Triton truncates to bfloat16; see tests/torch/test_triton.py")
@@ -143,11 +144,29 @@ class TestRGLRUScan:
         np.testing.assert_array_equal(gradients[4], dlast)
 
     def test_padding_alone(self, scan: Implementation) -> None:
-        case = make_rg_lru(3, 7, 5)
+        case = make_rg_lru(3, 7, 96)
         case.segment_pos[:] = -1
         y, last = scan.rg_lru_scan(*case.inputs, dtype=scan.dtype)
         np.testing.assert_array_equal(last, case.h0)
         np.testing.assert_array_equal(y, np.broadcast_to(case.h0[:, None], y.shape))
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_auto_is_the_one_that_is_chosen(backend: Backend, length: int) -> None:
+    """To the last bit, so that no test need be run on both."""
+    case = make_rg_lru(3, length, 96)
+    module = importlib.import_module(f"recurrentgemma.{backend.name}")
+    x = backend.array(case.x, "float32")
+    chosen = module.choose_implementation(case.x.shape, x.dtype, "cpu").name
+    results = [
+        Implementation(backend, name).rg_lru_scan_vjp(
+            *case.inputs, dy=case.dy, dlast=case.dlast, dtype="float32"
+        )
+        for name in ("auto", chosen)
+    ]
+    for parts in zip(*results, strict=True):
+        for got, want in zip(*parts, strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.usefixtures("unchecked_types")

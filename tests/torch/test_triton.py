@@ -1,46 +1,102 @@
 """The Triton kernels compiled ahead of time, and which implementation runs where."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from scans import linear_scan_grads, make_rg_lru, make_scan, rg_lru_scan_grads
+
+from backends import BACKENDS
+from recurrentgemma.common.model import reference
+from tolerances import assert_close
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# In a process of its own: what is interpreted in this one is not compiled.
+ARCHITECTURES = (75, 80, 90)
+# In one process of its own: what is interpreted in this one is not compiled.
 PROGRAM = """
-import sys
+import json, sys
 from triton_registers import DTYPES, KERNELS, compile_kernel, tiles
 
-for kernel in KERNELS:
-    for dtype in DTYPES:
-        usage = compile_kernel(kernel, dtype, int(sys.argv[1]), bool(int(sys.argv[2])),
-                               *tiles(kernel, dtype)[0])
-        print(kernel, dtype, *usage, sep=",")
+for architecture in json.loads(sys.argv[1]):
+    for gated in (False, True):
+        for kernel in KERNELS:
+            for dtype in DTYPES:
+                cut = tiles(kernel, dtype)[0]
+                usage = compile_kernel(kernel, dtype, architecture, gated, *cut)
+                print(json.dumps([architecture, gated, kernel, dtype, *usage]))
 """
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["linear_scan", "rg_lru_scan"])
-@pytest.mark.parametrize("architecture", [75, 80, 90])
-def test_compiles_without_spills(architecture: int, gated: bool) -> None:
-    """The widest tiles, which need the most registers."""
+@pytest.fixture(scope="module")
+def compiled() -> list[Any]:
+    """Architecture, whether gated, kernel, dtype, ..., registers and spills of each program."""
     pytest.importorskip("triton", reason="triton is not installed")
     path = os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(architecture), str(int(gated))],
+        [sys.executable, "-c", PROGRAM, json.dumps(ARCHITECTURES)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr
-    usages = [line.split(",") for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["linear_scan", "rg_lru_scan"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_spills(compiled: list[Any], architecture: int, gated: bool) -> None:
+    """The widest tiles, which need the most registers."""
+    usages = [usage for usage in compiled if usage[:2] == [architecture, gated]]
     assert len(usages) == 12
-    assert [usage for usage in usages if int(usage[-1]) > 0] == []
-    assert all(0 < int(usage[-2]) <= 255 for usage in usages)
+    assert [usage for usage in usages if usage[-1] > 0] == []
+    assert all(0 < usage[-2] <= 255 for usage in usages)
+
+
+@pytest.fixture
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts sequences from 16 steps on as it does long ones: interpreted steps are slow."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from recurrentgemma.torch.scan import triton as tiles
+
+    monkeypatch.setattr(tiles, "_MIN_CHUNKED_LENGTH", 16)
+    monkeypatch.setattr(tiles, "_MIN_CHUNK", 8)
+    cut = tiles.tiling((2, 44, 3), 8, tiles.FORWARD_ELEMENTS, tiles.INTERPRETER)
+    assert (cut.chunk, cut.num_chunks) == (8, 6)
+
+
+def assert_all_close(states, expected, gradients, expected_gradients) -> None:
+    for got, want in zip(states, expected, strict=True):
+        assert_close(got, want, "state", "float64")
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        assert_close(got, want, "gradient", "float64")
+
+
+@pytest.mark.usefixtures("_short_chunks")
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_many_chunks(reverse: bool) -> None:
+    case = make_scan(2, 44, 3)
+    states, gradients = BACKENDS["torch"].linear_scan_vjp(
+        *case.inputs, dy=case.dy, dlast=case.dlast, reverse=reverse, implementation="triton"
+    )
+    expected = reference.linear_scan(*case.inputs, reverse=reverse)
+    assert_all_close(states, expected, gradients, linear_scan_grads(case, reverse))
+
+
+@pytest.mark.usefixtures("_short_chunks")
+def test_many_chunks_with_gates() -> None:
+    case = make_rg_lru(2, 44, 3)
+    states, gradients = BACKENDS["torch"].rg_lru_scan_vjp(
+        *case.inputs, dy=case.dy, dlast=case.dlast, implementation="triton"
+    )
+    expected = reference.rg_lru_scan(*case.inputs)
+    assert_all_close(states, expected, gradients, rg_lru_scan_grads(case))
 
 
 def test_float16_keeps_a_float32_state() -> None:

@@ -1,6 +1,6 @@
 """A run that was stopped in any way resumes as if it had not been.
 
-KILLS=10 STEPS=200 pytest tests/training/test_resume.py -k killed
+HYPOTHESIS_PROFILE=long pytest tests/training/test_resume.py -k killed
 """
 
 import os
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from sweeps import sweep
 
 from recurrentgemma.common.training.run_folder import RunFolder
 from recurrentgemma_conversion.readers.native import NativeReader
 
-KILLS = int(os.environ.get("KILLS", "2"))
-STEPS = int(os.environ.get("STEPS", "30"))
+KILLS, STEPS = sweep((2, 30), (10, 200))
 
 
 def final(folder: Path) -> dict[str, bytes]:
@@ -73,10 +73,10 @@ class Command:
         return said
 
 
-def test_resumed_after_being_killed(corpus, command, framework, losses):
+def test_resumed_after_being_killed(corpus, command, framework, train, losses):
     options = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "evaluate_every": 10}
     said = corpus / "said"
-    Command(command(framework, out=corpus / "whole", **options), said).ended(0)
+    assert train(framework, out=corpus / "whole", **options).code == 0
     draw = random.Random(os.environ.get("KILLS_SEED", framework))
     moments = [0, *sorted(draw.randint(1, STEPS // 2) for _ in range(KILLS - 1))]
     folder, killed = corpus / "run", 0
@@ -91,7 +91,7 @@ def test_resumed_after_being_killed(corpus, command, framework, losses):
         if folder.exists():
             require_readable(folder)
     assert killed
-    Command(words, said).ended(0)
+    assert train(framework, resume=True, **options).code == 0
     require_readable(folder)
     assert final(folder) == final(corpus / "whole")
     for name in ("train", "validation"):
