@@ -1,27 +1,21 @@
 """What both twins share; it imports no framework. The published names are at hand here."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from recurrentgemma.common.published import elsewhere
 
 if TYPE_CHECKING:
     from recurrentgemma.common.model.griffin import GriffinConfig
     from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
     from recurrentgemma.common.tokenizer import apply_it_formatter
 
-_HOMES = {
-    "GriffinConfig": "model.griffin",
-    "Preset": "model.presets",
-    "ScanType": "model.presets",
-    "TemporalBlockType": "model.presets",
-    "apply_it_formatter": "tokenizer",
-}
+_PRESETS = "recurrentgemma.common.model.presets"
 __all__ = ["GriffinConfig", "Preset", "ScanType", "TemporalBlockType", "apply_it_formatter"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a published name when it is first asked for, since NumPy is slow to import."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = elsewhere(
+    __name__,
+    {
+        "GriffinConfig": "recurrentgemma.common.model.griffin",
+        "apply_it_formatter": "recurrentgemma.common.tokenizer",
+    }
+    | dict.fromkeys(["Preset", "ScanType", "TemporalBlockType"], _PRESETS),
+)

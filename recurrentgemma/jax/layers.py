@@ -17,6 +17,7 @@ from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.presets import ScanType
+from recurrentgemma.common.published import elsewhere
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.jax.scan import as_positions, wide_dtype
@@ -237,3 +238,14 @@ class Embedder(SpecModule):
         logits = logits.reshape(*x.shape[:2], len(w))
         cap = self.soft_cap
         return jnp.tanh(logits / cap) * cap if cap else logits
+
+
+# Published code finds these here.
+__getattr__ = elsewhere(
+    __name__,
+    {"RGLRU": "recurrentgemma.jax.rg_lru"}
+    | dict.fromkeys(
+        ["rnn_real_param_init", "stable_sqrt_bwd", "stable_sqrt_fwd"],
+        "recurrentgemma.jax.scan.published",
+    ),
+)

@@ -29,7 +29,7 @@ from recurrentgemma.torch.modules import (
 from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
-from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan
+from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan, rnn_scan
 from recurrentgemma.torch.training import (
     TrainState,
     create_train_state,
@@ -83,6 +83,7 @@ __all__ = [
     "loss_fn",
     "parameters",
     "rg_lru_scan",
+    "rnn_scan",
     "save_adapters",
     "save_checkpoint",
     "state_arrays",

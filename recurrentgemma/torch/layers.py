@@ -15,6 +15,7 @@ from recurrentgemma.common.model.layer_spec import sample_param
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
+from recurrentgemma.common.published import elsewhere
 from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
@@ -259,3 +260,13 @@ class Embedder(SpecModule):
             logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
         logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
         return logits.tanh_() * cap if cap else logits
+
+
+# Published code finds these here.
+__getattr__ = elsewhere(
+    __name__,
+    {"RGLRU": "recurrentgemma.torch.rg_lru"}
+    | dict.fromkeys(
+        ["SqrtBoundDerivative", "rnn_param_init", "rnn_scan"], "recurrentgemma.torch.scan.published"
+    ),
+)

@@ -78,6 +78,7 @@ def linear_scan(
     *,
     reverse: bool = False,
     implementation: str = "auto",
+    scan_type: ScanType | None = None,
     sharding_spec: ShardingSpec | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """h_t = a_t * h_{t-1} + x_t along axis 1, the state in float32 or wider.
@@ -93,6 +94,7 @@ def linear_scan(
       reverse: Run from the last step to the first.
       implementation: "auto" (see `choose_implementation`), "reference" (`lax.scan`), "xla" (an
         in-place loop), "associative" or "pallas" (TPU and GPU).
+      scan_type: The same choice as published; it goes before `implementation`.
       sharding_spec: How the arrays are split over devices, if they are.
 
     Returns:
@@ -112,6 +114,7 @@ def linear_scan(
         _check("reset", reset, x.shape[:2], "a bool")
     position = None if reset is None else 1 - reset.astype(jnp.int32)
     inputs = Inputs(x, (a,), (), position)
+    implementation = SCAN_TYPES[scan_type] if scan_type is not None else implementation
     return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
 
 

@@ -9,6 +9,7 @@ from recurrentgemma.torch.scan.dispatch import (
     rg_lru_scan,
 )
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.scan.published import rnn_scan
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -17,5 +18,6 @@ __all__ = [
     "choose_implementation",
     "linear_scan",
     "rg_lru_scan",
+    "rnn_scan",
     "wide_dtype",
 ]

@@ -18,7 +18,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class _BoundedSqrt(torch.autograd.Function):
+class BoundedSqrt(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -42,7 +42,7 @@ def bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x), with its derivative clipped at 1000."""
     if not torch.is_grad_enabled():
         return torch.sqrt(x)
-    return _BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
+    return BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def rg_lru_gates(
