@@ -19,6 +19,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class BoundedSqrt(torch.autograd.Function):
+    """sqrt(x), its derivative clipped at 1000."""
+
     generate_vmap_rule = True
 
     @staticmethod
