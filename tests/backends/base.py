@@ -84,7 +84,7 @@ class Backend(abc.ABC):
         return self._network("Griffin", (config,), params, dtype, kwargs)
 
     def block(
-        self, kind: str, config: Config, prefix: str, params: Params, dtype: str = "float64"
+        self, kind: str, config: GriffinConfig, prefix: str, params: Params, dtype: str = "float64"
     ) -> Network:
         """A layer or block of the model with its share of these parameters."""
         below = {
