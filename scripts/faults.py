@@ -102,7 +102,7 @@ FAULTS = (
         "gelu(self.linear_y(x))",
     ),
     Fault("convolution: taps reversed", _L, "* w[reach - k]\n", "* w[k - 1]\n"),
-    Fault("convolution: no bias", _L, "x * w[reach] + self.b.to(wide)", "x * w[reach]"),
+    Fault("convolution: no bias", _L, "x * w[reach] + b\n", "x * w[reach]\n"),
     Fault(
         "convolution: crosses documents",
         _L,

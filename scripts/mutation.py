@@ -113,8 +113,9 @@ def code_of(text: str) -> str:
     """The lines of a module that are code. The same in every version of Python."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node) is not None:
             docstring = node.body[0]
             for i in range(docstring.lineno - 1, docstring.end_lineno or 0):
                 lines[i] = ""

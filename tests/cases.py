@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recurrentgemma.common.model import reference
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.init import Zeros
 from recurrentgemma.common.model.layer_spec import sample_params
@@ -49,7 +50,7 @@ CONFIGS = {
 
 
 @functools.lru_cache(maxsize=32)
-def make_params(config: GriffinConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def make_params(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Initial values, with noise where those are zero: on biases and scales. Read-only."""
     rng = np.random.default_rng(seed)
     params = {}
@@ -81,12 +82,12 @@ def positions(lengths: Sequence[int], padding: int = 0) -> list[int]:
     return [-1] * padding + [place for length in lengths for place in range(length)]
 
 
-def make_tokens(config: GriffinConfig, *shape: int, seed: int = 0) -> np.ndarray:
+def make_tokens(config: Config, *shape: int, seed: int = 0) -> np.ndarray:
     """Random token ids, int32."""
     return np.random.default_rng(seed).integers(config.vocab_size, size=shape, dtype=np.int32)
 
 
-def make_batch(config: GriffinConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+def make_batch(config: Config, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions of three rows: one document, three documents, and a padded one."""
     first, second = (length + 2) // 3, (length + 1) // 3
     padding = max(1, length // 4)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.twin import Twin, find_twin
@@ -73,7 +74,7 @@ class Backend(abc.ABC):
 
     def griffin(
         self,
-        config: GriffinConfig,
+        config: Config,
         params: Params,
         dtype: str = "float64",
         gradient_checkpointing: bool = False,
@@ -158,15 +159,15 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def raw_griffin(
-        self, config: GriffinConfig, params: Params, dtype: str = "float32"
+        self, config: Config, params: Params, dtype: str = "float32"
     ) -> tuple[Any, Any]:
         """The twin's own model, and a function that calls it: f(tokens, segment_pos, cache)."""
 
-    def init_params(self, config: GriffinConfig, seed: int, dtype: str = "float32") -> Params:
+    def init_params(self, config: Config, seed: int, dtype: str = "float32") -> Params:
         """Initial parameters from a seed, by path in the Flax layout, in their own dtype."""
         return self.twin.params(self.twin.init(config, seed, dtype))
 
-    def sampler(self, config: GriffinConfig, params: Params, vocab: Any, **kwargs: Any) -> Any:
+    def sampler(self, config: Config, params: Params, vocab: Any, **kwargs: Any) -> Any:
         """A sampler on a float32 model with these parameters."""
         return self.twin.sampler(self.twin.make(config, params.items(), "float32"), vocab, **kwargs)
 
