@@ -71,7 +71,7 @@ def pytorch_state_dict_to_flax_params(
 
     The names may begin with `params.` or not.
     """
-    from recurrentgemma.jax.griffin import set_path
+    from recurrentgemma.jax.runtime.trees import set_path
 
     params: dict[str, Any] = {}
     for name, tensor in state_dict.items():

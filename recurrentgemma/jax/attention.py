@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
-from recurrentgemma.jax.cache import empty_block, num_padding, prepend_history
+from recurrentgemma.jax.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.jax.layers import RMSNorm, SpecModule
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 
@@ -17,7 +19,7 @@ BLOCKS_PER_WINDOW = 4
 
 
 def apply_rope(
-    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], rope: Rope
+    x: Float[Array, "b t n h"], positions: Positions, rope: Rope
 ) -> Float[Array, "b t n h"]:
     """Rotary embedding of the first `share` of each head; the rest passes through.
 
@@ -135,12 +137,8 @@ class AttentionBlock(SpecModule):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        segment_pos: Int[Array, "b t"],
-        cache: AttentionBlockCache | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Array, "b t d"], AttentionBlockCache | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
         q_btnh, k_btkh, v_btkh = (
@@ -170,7 +168,7 @@ def _chunk(
     mixer: Attention,
     q_btnh: Float[Array, "b t n h"],
     kv_btkh: Float[Array, "b t kv hh"],
-    segment_pos: Int[Array, "b t"],
+    segment_pos: Positions,
     cache: AttentionBlockCache | None,
 ) -> tuple[Float[Array, "b t n h"], AttentionBlockCache]:
     document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
@@ -229,7 +227,7 @@ def _extended_and_replaced(
 
 
 def _history(
-    cache: AttentionBlockCache, segment_pos: Int[Array, "b t"], padding: Int[Array, " b"]
+    cache: AttentionBlockCache, segment_pos: Positions, padding: Int[Array, " b"]
 ) -> tuple[Float[Array, "b s z"], Int[Array, "b s"]]:
     """The ring in order of time, and its documents: 0, which a continued document has, or none."""
     slots = cache.keys.shape[1]
@@ -246,7 +244,7 @@ def _history(
 def _new_cache(
     cache: AttentionBlockCache | None,
     kv_btkh: Float[Array, "b t kv hh"],
-    segment_pos: Int[Array, "b t"],
+    segment_pos: Positions,
     slots: int,
 ) -> AttentionBlockCache:
     """The ring after a chunk: per slot the newest token of the last document, else as it was."""

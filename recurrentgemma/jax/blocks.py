@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model.config import Layer
 from recurrentgemma.common.model.mixers import Attention, Recurrent, RecurrentBlockCache, block_name
 from recurrentgemma.jax.attention import AttentionBlock
+from recurrentgemma.jax.cache import Hidden, Positions
 from recurrentgemma.jax.layers import MATRICES, Conv1D, Einsum, RMSNorm, SpecModule, gelu
 from recurrentgemma.jax.rg_lru import RGLRU
 
@@ -26,12 +26,8 @@ class RecurrentBlock(SpecModule):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        segment_pos: Int[Array, "b t"],
-        cache: RecurrentBlockCache | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Array, "b t d"], RecurrentBlockCache | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         width, lru_width = self.width, self.lru_width or self.width
         rg_lru_state, conv1d_state = (None, None) if cache is None else cache
@@ -55,7 +51,7 @@ class MLPBlock(SpecModule):
     bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden) -> Hidden:
         width, expanded = self.width, self.expanded_width
         w_shape, b_shape = (2, width, expanded), (2, 1, 1, expanded) if self.bias else None
         gate, value = self.child(Einsum, "ffw_up", w_shape, b_shape, MATRICES)(x)
@@ -83,12 +79,8 @@ class Block(SpecModule):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        segment_pos: Int[Array, "b t"],
-        cache: Any = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Array, "b t d"], Any]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         width, layer, variance = self.width, self.layer, self.final_w_init_variance_scale
         mixer, name = layer.mixer, block_name(layer.mixer)

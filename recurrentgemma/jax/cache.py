@@ -13,22 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax.export import register_namedtuple_serialization
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from recurrentgemma.common.model import state
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.mixers import MIXERS, AttentionBlockCache, RecurrentBlockCache
+from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.jax.scan import wide_dtype
 
-__all__ = [
-    "AttentionBlockCache",
-    "Cache",
-    "RecurrentBlockCache",
-    "cache_from_numpy",
-    "cache_to_numpy",
-    "init_cache",
-]
+Hidden = Float[Array, "b t d"]
+Positions = Int[Array, "b t"]
 Cache = dict[str, Any]  # of each "blocks.N" its mixer's named tuple
 
 
@@ -58,7 +52,7 @@ def empty_block(mixer: Any, batch_size: int, dtype: Dtype) -> Any:
     return state.init_block(mixer, batch_size, _zeros(dtype))
 
 
-def require_capacity(config: Config, cache: Cache, segment_pos: Int[Array, "b t"]) -> None:
+def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
     """Raises `CapacityError` where a state that grows with the text has too little room.
 
     It looks at values, so inside a traced function it does nothing.
@@ -114,6 +108,6 @@ def prepend_history(
     return jnp.where((source >= 0)[..., None], joined[rows, source.clip(min=0)], 0)
 
 
-def num_padding(segment_pos: Int[Array, "b t"]) -> Int[Array, " b"]:
+def num_padding(segment_pos: Positions) -> Int[Array, " b"]:
     """How many leading positions of each row are padding."""
     return (segment_pos < 0).sum(-1)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma.jax.cache import Cache
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.runtime.trees import Params
 
 
 def activations(

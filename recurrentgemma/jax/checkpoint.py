@@ -19,7 +19,8 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
-from recurrentgemma.jax.griffin import Griffin, Params, get_path, require_available, set_path
+from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
 from recurrentgemma_conversion.opening import open_checkpoint, open_headers

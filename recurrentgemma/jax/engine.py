@@ -18,9 +18,10 @@ from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.trees import Params
 
 
 class ModelEngine(Engine):

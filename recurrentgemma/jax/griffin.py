@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -14,17 +12,13 @@ from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import num_parameters, sample_params
-from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma.common.model.state import check_state
-from recurrentgemma.jax import modules  # published code finds its classes as griffin.modules
+from recurrentgemma.jax import modules as modules  # published code reads griffin.modules
 from recurrentgemma.jax.blocks import Block
 from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
+from recurrentgemma.jax.runtime.trees import Params, require_available, set_path
 from recurrentgemma.jax.sharding import ShardingSpec
-
-__all__ = ["Griffin", "Params", "get_path", "init_params", "modules", "set_path"]
-
-Params = Mapping[str, Any]
 
 
 class Griffin(nn.Module):
@@ -180,27 +174,3 @@ def init_params(config: Config, seed: int, dtype: Dtype = jnp.float32) -> Params
     for spec, value in sample_params(config, seed):
         set_path(params, spec.path, jnp.asarray(value, dtype))
     return params
-
-
-def require_available(dtype: Dtype | None) -> None:
-    """Raises `ValueError` for a dtype in whose place JAX would take a narrower one."""
-    if dtype is not None and (taken := jax.dtypes.canonicalize_dtype(dtype)) != jnp.dtype(dtype):
-        raise ValueError(
-            f"dtype must be one that JAX has turned on, got {jnp.dtype(dtype)}, for which it would "
-            f"take {taken}: jax.config.update('jax_enable_x64', True) turns it on"
-        )
-
-
-def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Puts a leaf at a layer spec's path into a tree of Flax parameters."""
-    *parents, leaf = tree_keys(path)
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[leaf] = value
-
-
-def get_path(tree: Params, path: str) -> Any:
-    """The leaf at a layer spec's path in a tree of Flax parameters."""
-    for key in tree_keys(path):
-        tree = tree[key]
-    return tree

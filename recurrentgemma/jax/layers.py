@@ -10,29 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.presets import ScanType
-from recurrentgemma.jax import scan  # published code finds it as layers.scan
-from recurrentgemma.jax.cache import num_padding, prepend_history
+from recurrentgemma.jax import scan as scan  # published code reads layers.scan
+from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
-__all__ = [
-    "BlockDiagonalLinear",
-    "Conv1D",
-    "Einsum",
-    "Embedder",
-    "RMSNorm",
-    "SpecModule",
-    "gelu",
-    "initializer",
-    "scan",
-]
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 MANY_STEPS = 64
 _SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec")
@@ -152,12 +141,8 @@ class Conv1D(SpecModule):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t l"],
-        segment_pos: Int[Array, "b t"],
-        cache: Float[Array, "b p l"] | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Array, "b t l"], Float[Array, "b p l"] | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         (x,) = promote_dtype(x, dtype=self.dtype)
         segment_pos = as_positions(segment_pos, x)
@@ -238,12 +223,12 @@ class Embedder(SpecModule):
     def setup(self) -> None:
         (self.input_embedding,) = self.declare(params.embedder(self.vocab_size, self.embed_dim))
 
-    def encode(self, tokens: Integer[Array, "b t"]) -> Float[Array, "b t d"]:
+    def encode(self, tokens: Integer[Array, "b t"]) -> Hidden:
         """The embeddings, times the scale."""
         (x,) = promote_dtype(self.input_embedding[tokens], dtype=self.dtype)
         return x * self.scale
 
-    def decode(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    def decode(self, x: Hidden) -> Float[Array, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
         # Matrices, since XLA transposes all logits for the gradient of an einsum over b and t.

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.training.lora import LoraOptions, Quantized, adapter_specs, quantize
-from recurrentgemma.jax.griffin import Params, get_path, set_path
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Einsum
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
 
 _KERNELS = {nn.Dense: "kernel", Einsum: "w", BlockDiagonalLinear: "w"}

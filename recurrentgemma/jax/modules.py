@@ -13,13 +13,17 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.model.griffin import local_attention, published_layer
-from recurrentgemma.common.model.mixers import Recurrent
+from recurrentgemma.common.model.mixers import (
+    AttentionBlockCache,
+    Recurrent,
+    RecurrentBlockCache,
+)
 from recurrentgemma.common.model.numerics import to_bfloat16
 from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.jax import blocks, layers
 from recurrentgemma.jax.attention import AttentionBlock
 from recurrentgemma.jax.blocks import MLPBlock
-from recurrentgemma.jax.cache import AttentionBlockCache, RecurrentBlockCache, empty_block
+from recurrentgemma.jax.cache import empty_block
 from recurrentgemma.jax.layers import SpecModule
 
 __all__ = [

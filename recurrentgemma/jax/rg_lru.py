@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model import params
+from recurrentgemma.jax.cache import Hidden, Positions
 from recurrentgemma.jax.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.jax.scan import SCAN_TYPES, rg_lru_scan
 
@@ -27,12 +29,8 @@ class RGLRU(SpecModule):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t l"],
-        segment_pos: Int[Array, "b t"],
-        cache: Float[Array, "b l"] | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Array, "b t l"], Float[Array, "b l"] | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
         if not self.only_real:
             raise ValueError("only_real must be True: no published model has a complex state")

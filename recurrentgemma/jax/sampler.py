@@ -14,7 +14,8 @@ from recurrentgemma.common.generation.sampler import BaseSampler
 from recurrentgemma.common.generation.strategies import Sampling
 from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary
 from recurrentgemma.jax.engine import ModelEngine
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.runtime.trees import Params
 
 __all__ = ["Sampler", "SamplerOutput"]
 

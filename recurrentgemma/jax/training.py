@@ -29,11 +29,12 @@ from recurrentgemma.common.training.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.jax.griffin import Griffin, Params, get_path
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.lora import frozen_base, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import compiled, divisor, total, tree_of
+from recurrentgemma.jax.runtime.trees import Params, get_path
 
 Metrics = dict[str, Any]
 

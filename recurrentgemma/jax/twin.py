@@ -15,7 +15,8 @@ from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax import training
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
-from recurrentgemma.jax.griffin import Griffin, Params, get_path, init_params, set_path
+from recurrentgemma.jax.griffin import Griffin, init_params
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 

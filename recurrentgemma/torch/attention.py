@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
-from recurrentgemma.torch.cache import empty_block, num_padding, prepend_history
+from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
@@ -16,7 +18,7 @@ BLOCKS_PER_WINDOW = 4
 
 
 def apply_rope(
-    x: Float[Tensor, "b t n h"], positions: Int[Tensor, "b t"], rope: Rope
+    x: Float[Tensor, "b t n h"], positions: Positions, rope: Rope
 ) -> Float[Tensor, "b t n h"]:
     """Rotary embedding of the first `share` of each head; the rest passes through.
 
@@ -133,12 +135,7 @@ class AttentionBlock(SpecModule):
     """Attention in which a token sees itself and `reach` tokens before it, or all."""
 
     def __init__(
-        self,
-        width: int,
-        mixer: Attention,
-        final_w_init_variance_scale: float = 1.0,
-        device=None,
-        dtype=None,
+        self, width: int, mixer: Attention, final_w_init_variance_scale=1.0, device=None, dtype=None
     ) -> None:
         super().__init__()
         self.mixer = mixer
@@ -154,12 +151,8 @@ class AttentionBlock(SpecModule):
         self.materialise(device)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t d"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: AttentionBlockCache | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Tensor, "b t d"], AttentionBlockCache | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
         projections = (self.proj_q, self.proj_k, self.proj_v)
@@ -184,7 +177,7 @@ def _chunk(
     mixer: Attention,
     q_btnh: Float[Tensor, "b t n h"],
     kv_btkh: Float[Tensor, "b t kv hh"],
-    segment_pos: Int[Tensor, "b t"],
+    segment_pos: Positions,
     cache: AttentionBlockCache | None,
 ) -> tuple[Float[Tensor, "b t n h"], AttentionBlockCache]:
     document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
@@ -241,7 +234,7 @@ def _extended_and_replaced(
 
 
 def _history(
-    cache: AttentionBlockCache, segment_pos: Int[Tensor, "b t"], padding: Int[Tensor, " b"]
+    cache: AttentionBlockCache, segment_pos: Positions, padding: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b s z"], Int[Tensor, "b s"]]:
     """The ring in order of time, and its documents: 0, which a continued document has, or none."""
     slots = cache.keys.shape[1]
@@ -257,7 +250,7 @@ def _history(
 def _new_cache(
     cache: AttentionBlockCache | None,
     kv_btkh: Float[Tensor, "b t kv hh"],
-    segment_pos: Int[Tensor, "b t"],
+    segment_pos: Positions,
     slots: int,
 ) -> AttentionBlockCache:
     """The ring after a chunk: per slot the newest token of the last document, else as it was."""

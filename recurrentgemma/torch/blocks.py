@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import gelu
 
 from recurrentgemma.common.model.config import Layer
 from recurrentgemma.common.model.mixers import Attention, Recurrent, RecurrentBlockCache, block_name
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.attention import AttentionBlock
+from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import MATRICES, Conv1D, Einsum, Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.rg_lru import RGLRU
 
@@ -26,10 +26,9 @@ class RecurrentBlock(SpecModule):
         num_heads: int,
         lru_width: int | None = None,
         conv1d_temporal_width: int = 4,
-        final_w_init_variance_scale: float = 1.0,
+        final_w_init_variance_scale=1.0,
         device=None,
         dtype=None,
-        *,
         scan_type: ScanType = ScanType.AUTO,
     ) -> None:
         super().__init__()
@@ -42,12 +41,8 @@ class RecurrentBlock(SpecModule):
         self.materialise(device)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t d"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: RecurrentBlockCache | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Tensor, "b t d"], RecurrentBlockCache | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         rg_lru_state, conv1d_state = (None, None) if cache is None else cache
         y = gelu(self.linear_y(x), approximate="tanh")
@@ -65,10 +60,9 @@ class MLPBlock(SpecModule):
         self,
         width: int,
         expanded_width: int,
-        final_w_init_variance_scale: float = 1.0,
+        final_w_init_variance_scale=1.0,
         device=None,
         dtype=None,
-        *,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -77,22 +71,20 @@ class MLPBlock(SpecModule):
         self.ffw_down = Linear(expanded_width, width, bias, final_w_init_variance_scale, dtype)
         self.materialise(device)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def forward(self, x: Hidden) -> Hidden:
         gate, value = self.ffw_up(x)
         return self.ffw_down(gelu(gate, approximate="tanh") * value)
 
 
-# What makes the block of each mixer, by its class, from (width, mixer, variance of the output's
-# initial values, scan type, dtype), on "meta"; a new mixer adds itself here.
+# What makes the block of each mixer, by its class, on "meta"; a new mixer adds itself here.
 MIXERS: dict[type, Callable[..., nn.Module]] = {
     Recurrent: lambda width, mixer, variance, scan_type, dtype: RecurrentBlock(
-        width, mixer.gate_blocks, mixer.width, mixer.taps, variance, "meta", dtype,
-        scan_type=scan_type,
+        width, mixer.gate_blocks, mixer.width, mixer.taps, variance, "meta", dtype, scan_type
     ),
     Attention: lambda width, mixer, variance, scan_type, dtype: AttentionBlock(
         width, mixer, variance, "meta", dtype
     ),
-}  # fmt: skip
+}
 
 
 class Block(SpecModule):
@@ -102,10 +94,9 @@ class Block(SpecModule):
         self,
         width: int,
         layer: Layer,
-        final_w_init_variance_scale: float = 1.0,
+        final_w_init_variance_scale=1.0,
         device=None,
         dtype=None,
-        *,
         scan_type: ScanType = ScanType.AUTO,
     ) -> None:
         super().__init__()
@@ -121,12 +112,8 @@ class Block(SpecModule):
         self.materialise(device)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t d"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: Any = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Tensor, "b t d"], Any]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         temporal_block = self.get_submodule(self.temporal_name)
         y, new_cache = temporal_block(self.temporal_pre_norm(x), segment_pos, cache)

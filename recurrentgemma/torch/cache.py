@@ -11,24 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple as register_namedtuple
 
 from recurrentgemma.common.model import state
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.mixers import MIXERS, AttentionBlockCache, RecurrentBlockCache
+from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.torch.scan import wide_dtype
 
-__all__ = [
-    "AttentionBlockCache",
-    "Cache",
-    "RecurrentBlockCache",
-    "cache_from_numpy",
-    "cache_to_numpy",
-    "init_cache",
-]
+Hidden = Float[Tensor, "b t d"]
+Positions = Int[Tensor, "b t"]
 Cache = dict[str, Any]  # of each "blocks.N" its mixer's named tuple
 
 
@@ -67,7 +61,7 @@ def empty_block(
     return state.init_block(mixer, batch_size, _zeros(dtype, device))
 
 
-def require_capacity(config: Config, cache: Cache, segment_pos: Int[Tensor, "b t"]) -> None:
+def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
     """Raises `CapacityError` where a state that grows with the text has too little room.
 
     It looks at values, so inside a compiled or captured graph it does nothing.
@@ -142,6 +136,6 @@ def prepend_history(
     return torch.where((source >= 0)[..., None], joined[rows, source.clamp(min=0)], 0)
 
 
-def num_padding(segment_pos: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
+def num_padding(segment_pos: Positions) -> Int[Tensor, " b"]:
     """How many leading positions of each row are padding."""
     return (segment_pos < 0).sum(-1)

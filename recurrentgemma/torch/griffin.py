@@ -7,21 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import check_state
-from recurrentgemma.torch import modules  # published code finds its classes as griffin.modules
-from recurrentgemma.torch.blocks import Block
+from recurrentgemma.torch import modules as modules  # published code reads griffin.modules
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
-
-__all__ = ["Griffin", "modules"]
+from recurrentgemma.torch.runtime.arrays import as_index, is_integer
+from recurrentgemma.torch.runtime.recompute import RecomputedBlock
 
 
 class Griffin(SpecModule):
@@ -55,7 +52,7 @@ class Griffin(SpecModule):
         scale, cap, variance = value.embedding_scale, value.soft_cap, 2 / max(value.num_layers, 1)
         self.embedder = Embedder(value.vocab_size, value.width, scale, cap, **meta)
         self.blocks = nn.ModuleList(
-            _Block(value.width, layer, variance, scan_type=value.scan_type, **meta)
+            RecomputedBlock(value.width, layer, variance, scan_type=value.scan_type, **meta)
             for layer in value.layers
         )
         self.final_norm = RMSNorm(value.width, **meta)
@@ -117,12 +114,12 @@ class Griffin(SpecModule):
         tokens, segment_pos = (
             z if isinstance(z, Tensor) else np.array(z) for z in (tokens, segment_pos)
         )
-        if not (_is_integer(tokens) and _is_integer(segment_pos)):
+        if not (is_integer(tokens) and is_integer(segment_pos)):
             raise ValueError(
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
-        tokens, segment_pos = (_as_index(z, embedding.device) for z in (tokens, segment_pos))
+        tokens, segment_pos = (as_index(z, embedding.device) for z in (tokens, segment_pos))
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
             raise ValueError(
                 "tokens and segment_pos must have one shape [B, T], "
@@ -184,62 +181,3 @@ class Griffin(SpecModule):
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.parameters())
         return f"Griffin({self.config!r}, {size:,} parameters)"
-
-
-def _is_integer(z: Tensor | np.ndarray) -> bool:
-    if not isinstance(z, Tensor):
-        return z.dtype.kind in "iu"
-    return not (z.dtype == torch.bool or z.is_floating_point() or z.is_complex())
-
-
-def _as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """On a device, in a dtype that torch indexes with and that no position overflows."""
-    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
-    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
-
-
-class _Block(Block):
-    """A residual block whose activations the backward pass can compute again.
-
-    It does so from the parameters of the forward pass, which need not be the module's own: where
-    `torch.func.functional_call` hands in others, they are gone from the module by then. They are
-    looked up inside the module's hooks, where those that FSDP splits are whole.
-    """
-
-    def forward(
-        self,
-        x: Float[Tensor, "b t d"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: Any = None,
-        return_cache: bool = True,
-        recompute: bool = False,
-    ) -> tuple[Float[Tensor, "b t d"], Any]:
-        """As `Block`; with `recompute` only the arguments are kept for the gradient."""
-        if not recompute:
-            return super().forward(x, segment_pos, cache, return_cache)
-        # Parameters are inputs of a compiled graph, and what it computes again depends on these.
-        run = super().forward if torch.compiler.is_compiling() else self._bound()
-        args = (x, segment_pos, cache, return_cache)
-        return checkpoint(run, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
-
-    def _bound(self):
-        """The forward pass with the parameters that the module has now."""
-        inner = _WithoutHooks(self)
-        tensors = dict(inner.named_parameters(remove_duplicate=False))
-        tensors |= dict(inner.named_buffers(remove_duplicate=False))
-
-        def run(*args):
-            return functional_call(inner, tensors, args, tie_weights=False)
-
-        return run
-
-
-class _WithoutHooks(nn.Module):
-    """The forward pass of a block, without its hooks."""
-
-    def __init__(self, block: _Block) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args):
-        return Block.forward(self.block, *args)

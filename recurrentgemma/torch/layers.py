@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -14,7 +15,7 @@ from recurrentgemma.common.model.layer_spec import sample_param
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
-from recurrentgemma.torch.cache import num_padding, prepend_history
+from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
@@ -33,7 +34,15 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 class SpecModule(nn.Module):
     """A module that keeps the specs of its own parameters, from which they are drawn."""
 
-    specs: tuple[ParamSpec, ...] = ()
+    def __init__(
+        self,
+        specs: Iterable[ParamSpec] = (),
+        device: str | torch.device | None = "meta",
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.declare(specs, dtype)
+        self.materialise(device)
 
     def declare(self, specs: Iterable[ParamSpec], dtype: torch.dtype | None) -> None:
         """Makes parameters on "meta", without values; `materialise` gives them theirs."""
@@ -87,9 +96,8 @@ class Linear(nn.Linear, SpecModule):
         self.declare(params.linear((width, width_out), variance=variance, bias=bias), dtype)
 
     def reset_parameters(self, seed: int | None = None) -> None:
-        """As `SpecModule`; while `nn.Linear` is being built there is nothing to draw."""
-        if self.specs:
-            SpecModule.reset_parameters(self, seed)
+        """As `SpecModule`, whose method `nn.Linear` hides."""
+        SpecModule.reset_parameters(self, seed)
 
 
 class RMSNorm(SpecModule):
@@ -98,10 +106,8 @@ class RMSNorm(SpecModule):
     scale: nn.Parameter
 
     def __init__(self, width: int, eps: float = RMS_EPS, device=None, dtype=None) -> None:
-        super().__init__()
+        super().__init__(params.rms_norm(width), device, dtype)
         self.eps = eps
-        self.declare(params.rms_norm(width), dtype)
-        self.materialise(device)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32 = x.to(wide_dtype(x.dtype))
@@ -116,17 +122,10 @@ class BlockDiagonalLinear(SpecModule):
     b: nn.Parameter
 
     def __init__(
-        self,
-        width: int,
-        num_blocks: int,
-        w_init_variance_scale: float = 1.0,
-        device=None,
-        dtype=None,
+        self, width: int, num_blocks: int, w_init_variance_scale=1.0, device=None, dtype=None
     ) -> None:
-        super().__init__()
         specs = params.block_diagonal(width, num_blocks, variance=w_init_variance_scale)
-        self.declare(specs, dtype)
-        self.materialise(device)
+        super().__init__(specs, device, dtype)
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
         x_hzi = x.reshape(-1, x.shape[-1]).unflatten(-1, (len(self.w), -1)).transpose(0, 1)
@@ -144,65 +143,54 @@ class Conv1D(SpecModule):
     b: nn.Parameter
 
     def __init__(
-        self,
-        width: int,
-        temporal_width: int,
-        w_init_variance_scale: float = 0.01,
-        device=None,
-        dtype=None,
+        self, width: int, temporal_width: int, w_init_variance_scale=0.01, device=None, dtype=None
     ) -> None:
-        super().__init__()
-        self.declare(params.conv_1d(width, temporal_width, w_init_variance_scale), dtype)
-        self.materialise(device)
+        specs = params.conv_1d(width, temporal_width, w_init_variance_scale)
+        super().__init__(specs, device, dtype)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t l"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: Float[Tensor, "b p l"] | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b p l"] | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         segment_pos = as_positions(segment_pos, x)
-        length, reach = x.shape[1], len(self.w) - 1
+        length, reach, wide = x.shape[1], len(self.w) - 1, wide_dtype(x.dtype)
+        w, b = self.w.to(wide), self.b.to(wide)
         if cache is not None and length == 1:
-            y, new_cache = self._step(x, segment_pos, cache)
+            y, new_cache = _step(x, segment_pos, cache, w, b)
             return y, new_cache if return_cache else None
         if cache is None:
             tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
             extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
         else:
             extended = prepend_history(cache, x, num_padding(segment_pos))
-        wide = wide_dtype(x.dtype)
-        w = self.w.to(wide)
-        y = x * w[reach] + self.b.to(wide)
+        y = x * w[reach] + b
         for k in range(1, reach + 1):
             # The token at position p of its document has p tokens before it.
             earlier = extended[:, reach - k : reach - k + length]
             y = y + torch.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
-        new_cache = self._new_state(extended, segment_pos, cache is not None)
+        new_cache = _new_state(extended, segment_pos, reach, cache is not None)
         return y.to(x.dtype), new_cache if return_cache else None
 
-    def _step(self, x: Tensor, segment_pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row."""
-        wide = wide_dtype(x.dtype)
-        # Zeros stand for inputs that the document lacks; its start forgets another document's.
-        state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
-        extended = torch.cat([state, x], 1)
-        y = (extended * self.w.to(wide)).sum(1, keepdim=True) + self.b.to(wide)
-        return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
 
-    def _new_state(self, extended: Tensor, segment_pos: Tensor, continues: bool) -> Tensor:
-        reach = len(self.w) - 1
-        if not segment_pos.shape[1]:
-            return extended
-        last_pos = segment_pos[:, -1:]
-        if continues:  # a row of padding only keeps what it had
-            last_pos = torch.where(last_pos < 0, reach, last_pos)
-        age = torch.arange(reach - 1, -1, -1, device=extended.device)
-        return torch.where(
-            (age <= last_pos)[..., None], extended[:, extended.shape[1] - reach :], 0
-        )
+def _step(
+    x: Tensor, segment_pos: Tensor, state: Tensor, w: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token a row."""
+    # Zeros stand for inputs that the document lacks; its start forgets another document's.
+    state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
+    extended = torch.cat([state, x], 1)
+    y = (extended * w).sum(1, keepdim=True) + b
+    return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
+
+
+def _new_state(extended: Tensor, segment_pos: Tensor, reach: int, continues: bool) -> Tensor:
+    if not segment_pos.shape[1]:
+        return extended
+    last_pos = segment_pos[:, -1:]
+    if continues:  # a row of padding only keeps what it had
+        last_pos = torch.where(last_pos < 0, reach, last_pos)
+    age = torch.arange(reach - 1, -1, -1, device=extended.device)
+    return torch.where((age <= last_pos)[..., None], extended[:, extended.shape[1] - reach :], 0)
 
 
 class Einsum(SpecModule):
@@ -216,15 +204,14 @@ class Einsum(SpecModule):
         w_shape: Sequence[int],
         b_shape: Sequence[int] | None,
         eqn: str,
-        w_init_variance_scale: float = 1.0,
+        w_init_variance_scale=1.0,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
+        super().__init__(params.einsum(w_shape, b_shape, w_init_variance_scale), device, dtype)
         self.eqn = eqn
-        self.register_parameter("b", None)
-        self.declare(params.einsum(w_shape, b_shape, w_init_variance_scale), dtype)
-        self.materialise(device)
+        if b_shape is None:
+            self.register_parameter("b", None)
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.eqn != MATRICES:
@@ -250,17 +237,15 @@ class Embedder(SpecModule):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
+        super().__init__(params.embedder(vocab_size, embed_dim), device, dtype)
         self.scale, self.soft_cap = scale, soft_cap
-        self.declare(params.embedder(vocab_size, embed_dim), dtype)
-        self.materialise(device)
 
-    def encode(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+    def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale."""
         x = nn.functional.embedding(tokens, self.input_embedding)
         return x * self.scale
 
-    def decode(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+    def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, embedding, cap = x.to(wide_dtype(x.dtype)), self.input_embedding, self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less

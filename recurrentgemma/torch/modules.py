@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.griffin import local_attention, published_layer
-from recurrentgemma.common.model.mixers import Recurrent
+from recurrentgemma.common.model.mixers import (
+    AttentionBlockCache,
+    Recurrent,
+    RecurrentBlockCache,
+)
 from recurrentgemma.common.model.numerics import to_bfloat16
 from recurrentgemma.common.model.presets import TemporalBlockType
 from recurrentgemma.torch import blocks, layers
 from recurrentgemma.torch.attention import AttentionBlock
 from recurrentgemma.torch.blocks import MLPBlock
-from recurrentgemma.torch.cache import AttentionBlockCache, RecurrentBlockCache, empty_block
+from recurrentgemma.torch.cache import empty_block
 
 __all__ = [
     "AttentionBlockCache",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
+from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan
 
@@ -25,27 +27,21 @@ class RGLRU(SpecModule):
         self,
         width: int,
         num_heads: int,
-        w_init_variance_scale: float = 1.0,
+        w_init_variance_scale=1.0,
         device=None,
         dtype=None,
-        *,
         scan_type: ScanType = ScanType.AUTO,
     ) -> None:
-        super().__init__()
+        super().__init__(params.a_param(width), "meta", dtype)
         self.scan_type = scan_type
-        self.declare(params.a_param(width), dtype)
         sizes = (width, num_heads, w_init_variance_scale, "meta", dtype)
         self.input_gate = BlockDiagonalLinear(*sizes)
         self.a_gate = BlockDiagonalLinear(*sizes)
         self.materialise(device)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t l"],
-        segment_pos: Int[Tensor, "b t"],
-        cache: Float[Tensor, "b l"] | None = None,
-        return_cache: bool = True,
-    ) -> tuple[Float[Tensor, "b t l"], Float[Tensor, "b l"] | None]:
+        self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
+    ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
         y, new_cache = rg_lru_scan(
             x,

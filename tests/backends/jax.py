@@ -22,7 +22,7 @@ class JaxBackend(Backend):
     name = "jax"
 
     def _network(self, kind, arguments, params, dtype, kwargs) -> JaxNetwork:
-        from recurrentgemma.jax.griffin import set_path
+        from recurrentgemma.jax.runtime.trees import set_path
 
         module = getattr(self.module, kind)(*arguments, param_dtype=dtype, **kwargs)
         tree: dict[str, Any] = {}

@@ -25,7 +25,7 @@ import jax
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from recurrentgemma.jax.griffin import get_path
+from recurrentgemma.jax.runtime.trees import get_path
 from recurrentgemma.torch.runtime.arrays import to_array
 
 CONFIG = CONFIGS["griffin"]

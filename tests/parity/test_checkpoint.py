@@ -77,7 +77,7 @@ def load(
     if twin == "jax":
         import jax.numpy as jnp
 
-        from recurrentgemma.jax.griffin import get_path
+        from recurrentgemma.jax.runtime.trees import get_path
 
         model, params = module.load_checkpoint(path, dtype=dtype)
         logits, _ = model.apply({"params": params}, TOKENS, SEGMENT_POS)
@@ -144,7 +144,7 @@ def changed(twin: str, changes: dict[str, np.ndarray | None]) -> tuple[Any, ...]
     if twin == "jax":
         import jax
 
-        from recurrentgemma.jax.griffin import get_path, set_path
+        from recurrentgemma.jax.runtime.trees import get_path, set_path
 
         params = jax.tree.map(lambda leaf: leaf, module.init_params(CONFIG, 5))
         for path, value in changes.items():

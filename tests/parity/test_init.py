@@ -107,7 +107,7 @@ def test_flax_initialisers() -> None:
     import jax
 
     from recurrentgemma.jax import Griffin
-    from recurrentgemma.jax.griffin import get_path
+    from recurrentgemma.jax.runtime.trees import get_path
 
     tokens = np.zeros((1, 1), np.int32)
     init = jax.jit(Griffin(LARGE).init)

@@ -145,7 +145,7 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
     """The base of a state by path: int8 values where it is quantised."""
     if trainer.name == "jax":
         from recurrentgemma.common.training.lora import Quantized
-        from recurrentgemma.jax.griffin import get_path
+        from recurrentgemma.jax.runtime.trees import get_path
 
         leaves = {spec.path: get_path(state.base, spec.path) for spec in layer_spec(CONFIG)}
         return {
@@ -170,7 +170,7 @@ def test_the_base_is_shared_and_stays(trainer: Trainer) -> None:
     """The model given is not changed, and its tensors are not copied."""
     if trainer.name == "jax":
         from recurrentgemma.jax import Griffin, create_train_state, init_params
-        from recurrentgemma.jax.griffin import get_path
+        from recurrentgemma.jax.runtime.trees import get_path
 
         params = init_params(CONFIG, 0)
         state = create_train_state(Griffin(CONFIG), params, lora=LoraOptions())
@@ -260,7 +260,7 @@ def test_files_go_to_the_other_framework(
         if reader.name == "jax":
             tree = reader.module.parameters(base)
             merged = reader.module.load_adapters(tmp_path, base.model, tree)
-            from recurrentgemma.jax.griffin import get_path
+            from recurrentgemma.jax.runtime.trees import get_path
 
             given = {s.path: np.asarray(get_path(merged, s.path)) for s in layer_spec(CONFIG)}
         else:

@@ -114,7 +114,7 @@ def loss_gradients(trainer: Trainer, config, params, batch):
         if trainer.name == "jax":
             import jax
 
-            from recurrentgemma.jax.griffin import get_path
+            from recurrentgemma.jax.runtime.trees import get_path
 
             def loss(params):
                 return module.loss_fn(state.model, params, batch)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from recurrentgemma import jax as recurrentgemma
-from recurrentgemma.jax.griffin import get_path, set_path
+from recurrentgemma.jax.runtime.trees import get_path, set_path
 
 PAD, LENGTH, ROWS = 0, 12, 2
 CONFIG = make_config("RA")

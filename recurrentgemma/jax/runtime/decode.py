@@ -12,8 +12,9 @@ from jax import Array
 
 from recurrentgemma.common.generation.engine import Sampled
 from recurrentgemma.jax.cache import Cache
-from recurrentgemma.jax.griffin import Griffin, Params
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sampling import choose
 
 

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from recurrentgemma.common.training.lora import trainable_specs
 from recurrentgemma.common.training.optimization import decay_mask
-from recurrentgemma.jax.griffin import Params, get_path, set_path
 from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
 from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
 
 

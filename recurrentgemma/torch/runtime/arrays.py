@@ -23,3 +23,16 @@ def to_array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BFLOAT16)
     return tensor.numpy()
+
+
+def is_integer(z: Tensor | np.ndarray) -> bool:
+    """Whether it holds integers, and no truth values."""
+    if not isinstance(z, Tensor):
+        return z.dtype.kind in "iu"
+    return not (z.dtype == torch.bool or z.is_floating_point() or z.is_complex())
+
+
+def as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """On a device, in a dtype that torch indexes with and that no position overflows."""
+    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
