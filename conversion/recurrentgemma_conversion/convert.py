@@ -26,7 +26,7 @@ from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, require_utf8
 from recurrentgemma_conversion.names import family_of, layout
-from recurrentgemma_conversion.opening import READERS, open_checkpoint
+from recurrentgemma_conversion.opening import READERS, detect, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.readers.base import Contents, Reader, Writer, require_size
 from recurrentgemma_conversion.readers.huggingface import GENERATION, write_huggingface
@@ -209,10 +209,7 @@ def _write(
 
 def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell) -> None:
     """Reads what was written and compares it with the source, bit for bit after the cast."""
-    weights = {
-        Format.KAGGLE_FLAX: folder / contents.name,
-        Format.KAGGLE_TORCH: folder / f"{contents.name}.pt",
-    }.get(to, folder)
+    _, weights = detect(folder)
     written = READERS[to](weights, NO_OVERRIDES)
     written.require()
     if written.config != contents.config:

@@ -10,7 +10,8 @@ import numpy as np
 
 from recurrentgemma.common.errors import UnknownFormatError
 from recurrentgemma.common.io.files import whole_folder
-from recurrentgemma.common.training.adapters import Adapters, write_tensors
+from recurrentgemma.common.io.tensor_files import write_tensors
+from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import adapter_specs, lora_targets
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import layout

@@ -83,7 +83,7 @@ def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]
 
 def _entries(report: dict[str, Any], every_block: bool) -> Iterator[str | _Row]:
     """Headings and rows, in the order of the parameters."""
-    block_types = report["config"]["block_types"]
+    kinds = _kinds(report["parameters"])
     seen = set()
     for block, group in groupby(report["parameters"], lambda p: _split(p["path"])[0]):
         if not block:
@@ -91,14 +91,22 @@ def _entries(report: dict[str, Any], every_block: bool) -> Iterator[str | _Row]:
                 yield ""
             yield from (_row(parameter["path"], parameter) for parameter in group)
             continue
-        kind = block_types[int(block)]
+        kind = kinds[block]
         if kind in seen and not every_block:
             continue
         seen.add(kind)
-        several = f"blocks.N ({kind}, {block_types.count(kind)} of {len(block_types)})"
+        count = list(kinds.values()).count(kind)
+        several = f"blocks.N ({kind}, {count} of {len(kinds)})"
         yield ""
         yield _bold(f"blocks.{block} ({kind})" if every_block else several)
         yield from _block_entries(list(group))
+
+
+def _kinds(parameters: list[dict[str, Any]]) -> dict[str, str]:
+    """The kind of mixer of each block, by its number: "recurrent" has a "recurrent_block"."""
+    parts = (_split(parameter["path"]) for parameter in parameters)
+    names = ((block, inside.partition("_block.")) for block, inside in parts if block)
+    return {block: kind for block, (kind, found, _) in names if found and kind != "mlp"}
 
 
 def _block_entries(parameters: list[dict[str, Any]]) -> Iterator[str | _Row]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import choose_framework
+from recurrentgemma.cli.frameworks import choose_framework, default_dtype
 from recurrentgemma.cli.train_inputs import (
     Data,
     config_and_tokenizer,
@@ -33,6 +33,7 @@ from recurrentgemma.cli.train_options import (
     to_toml,
 )
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.twin import find_twin
 
 if TYPE_CHECKING:
     from recurrentgemma.common.training.run import TrainingRun
@@ -120,10 +121,10 @@ def _prepared(
         Terminal,
         require_tensorboard,
     )
-    from recurrentgemma.cli.trainers import TwinTrainer
     from recurrentgemma.common.io.files import whole_file
     from recurrentgemma.common.training.loss_plot import can_draw, require_matplotlib
     from recurrentgemma.common.training.run import TrainingRun
+    from recurrentgemma.common.training.trainer import Trainer
 
     stored, files = read_toml(folder.options) if resume else ({}, {})
     options = merged(given, from_file, stored)
@@ -147,7 +148,7 @@ def _prepared(
     with working("Loading the model"):
         assert options.framework is not None
         setup = make_setup(options, config, tokenizer, plan.steps)
-        trainer = TwinTrainer(options.framework, setup)
+        trainer = Trainer(find_twin(options.framework), setup)
     progress = None
     if resume:
         folder.clean()
@@ -197,7 +198,6 @@ def _require_same_files(folder: RunFolder, before: dict[str, str], now: dict[str
 
 def _resolved(options: TrainOptions) -> TrainOptions:
     """The options, checked, with the defaults that depend on the machine."""
-    from recurrentgemma.cli.trainers import training_dtype
     from recurrentgemma.common.model.presets import member
     from recurrentgemma.common.training.packing import TooLong
 
@@ -206,7 +206,7 @@ def _resolved(options: TrainOptions) -> TrainOptions:
     require_consistent(options)
     member(TooLong, options.too_long)
     framework = choose_framework(options.framework)
-    dtype = options.dtype or training_dtype(framework)
+    dtype = options.dtype or default_dtype(find_twin(framework).default_device())
     return dataclasses.replace(options, framework=framework, dtype=dtype)
 
 

@@ -13,13 +13,13 @@ from recurrentgemma.common.errors import UserError
 
 if TYPE_CHECKING:
     from recurrentgemma.cli.train_options import TrainOptions
-    from recurrentgemma.cli.trainers import Setup
     from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma.common.training.batch import Batch
     from recurrentgemma.common.training.data import Example
     from recurrentgemma.common.training.packing import Cut, RowStream
     from recurrentgemma.common.training.run import Plan
+    from recurrentgemma.common.training.trainer import Setup
 
 _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 
@@ -156,9 +156,9 @@ def make_setup(
     options: TrainOptions, config: Config | None, tokenizer: Tokenizer, steps: int
 ) -> Setup:
     """What to train, and how; `config_and_tokenizer` gives `config` and `tokenizer`."""
-    from recurrentgemma.cli.trainers import Setup
     from recurrentgemma.common.training.lora import LoraOptions
     from recurrentgemma.common.training.optimization import OptimizerOptions
+    from recurrentgemma.common.training.trainer import Setup
 
     optimizer = OptimizerOptions(
         name=options.optimizer,

@@ -64,12 +64,9 @@ def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> No
 
 
 def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
-    """The state as NumPy arrays (bfloat16 as float32), in the form both frameworks read."""
+    """The state as NumPy arrays of the same dtypes, which both frameworks read."""
     return {
-        block: {
-            field: np.asarray(value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value)
-            for field, value in block_cache._asdict().items()
-        }
+        block: {field: np.asarray(value) for field, value in block_cache._asdict().items()}
         for block, block_cache in cache.items()
     }
 

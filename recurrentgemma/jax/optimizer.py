@@ -1,4 +1,4 @@
-"""The optimisers of `common.optimization`, as Optax has them."""
+"""The optimisers of `common.training.optimization`, built from Optax."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from recurrentgemma.common.training.optimization import (
 )
 
 Arrays = Mapping[str, Array]
-# What Optax calls the moments of `common.optimization.moment_shapes`.
+# Optax's names for the moments of `moment_shapes`, where they differ.
 _FIELDS = {"momentum": "trace"}
 
 
 def make_optimizer(
     options: OptimizerOptions, decay: Mapping[str, bool], learning_rate: float | Array
 ) -> optax.GradientTransformation:
-    """The optimiser of one step; its state does not depend on the learning rate.
+    """The optimiser for one step; its state does not depend on the learning rate.
 
     Args:
-      options: Which optimiser.
+      options: The optimiser and its settings.
       decay: Whether weight decay applies, by path.
-      learning_rate: Of this step.
+      learning_rate: The learning rate of this step.
     """
     decayed = optax.add_decayed_weights(options.weight_decay, dict(decay))
     descend = optax.scale_by_learning_rate(learning_rate)
@@ -50,11 +50,11 @@ def make_optimizer(
 def get_moments(
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]], state: optax.OptState
 ) -> dict[str, dict[str, Array]]:
-    """What the optimiser remembers, by name and path.
+    """The optimiser's moments, by name and path.
 
     Args:
-      shapes: What `moment_shapes` says.
-      state: The optimiser's.
+      shapes: Their shapes (`moment_shapes`).
+      state: The optimiser's state.
     """
     moments = {name: optax.tree.get(state, _FIELDS.get(name, name)) for name in shapes}
     return {name: {path: moments[name][path] for path in paths} for name, paths in shapes.items()}
@@ -63,7 +63,7 @@ def get_moments(
 def set_moments(
     state: optax.OptState, step: int, moments: Mapping[str, Mapping[str, Array]]
 ) -> optax.OptState:
-    """An optimiser's state after so many steps."""
+    """An optimiser's state after `step` steps, with these moments."""
     fields: dict[str, Any] = {
         _FIELDS.get(name, name): dict(arrays) for name, arrays in moments.items()
     }
@@ -80,9 +80,10 @@ class _AdafactorState(NamedTuple):
 
 
 def _adafactor(learning_rate: float | Array) -> optax.GradientTransformation:
-    """Adafactor's direction, as `torch.optim.Adafactor` takes it.
+    """Adafactor's direction, the same as in `torch.optim.Adafactor`.
 
-    Optax's own factors the two largest axes, which of a stack of matrices need not be the last two.
+    Optax's Adafactor factors the two largest axes; in a stack of matrices these need not be the
+    last two.
     """
 
     def init(params: Arrays) -> _AdafactorState:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.model.layer_spec import require_match, sample_param
+from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -30,7 +30,7 @@ from recurrentgemma.common.training.optimization import (
     state_shapes,
 )
 from recurrentgemma.jax.griffin import Griffin
-from recurrentgemma.jax.lora import frozen_base, merge
+from recurrentgemma.jax.lora import adapt, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import compiled, divisor, total, tree_of
@@ -94,8 +94,7 @@ def create_train_state(
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
         base = None
     else:
-        values = {s.path: jnp.asarray(sample_param(s, seed), state_dtype) for s in specs}
-        base = frozen_base(model.config, params, lora)
+        base, values = adapt(model.config, params, lora, state_dtype, seed)
     values = _placed(values, (base, values))
     optimizer_state = make_optimizer(optimizer, decay_mask(specs), 0.0).init(values)
     return TrainState(
@@ -121,7 +120,7 @@ def loss_fn(
 
     Args:
       model: The model.
-      params: Its parameters; with adapters, their `frozen_base`.
+      params: Its parameters; under adapters, those that `adapt` returns.
       batch: The tokens, targets and weights.
       adapters: A and B of each LoRA target, if any.
       lora: The options of the adapters.
@@ -249,7 +248,7 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
       CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
     """
     _, options, arrays = read_adapters(path, model.config)
-    base = frozen_base(model.config, params, options)
+    base, _ = adapt(model.config, params, options, jnp.float32, 0)
     dtype = get_path(base, "embedder.input_embedding").dtype
     adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
     return merge(model.config, base, adapters, options, dtype)

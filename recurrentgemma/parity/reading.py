@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,8 +39,13 @@ def read(
       num_greedy: How many tokens to continue each row with.
       gradients: Whether to compute gradients.
     """
+
+    def run(tokens: np.ndarray, segment_pos: np.ndarray, state: Any) -> tuple[Arrays, Any]:
+        outputs, state = model.run(tokens, segment_pos, state, names)
+        return {name: _rows_first(a, tokens.shape) for name, a in outputs.items()}, state
+
     tokens, segment_pos = batch.tokens, batch.segment_pos
-    whole, state = model.run(tokens, segment_pos, None, names)
+    whole, state = run(tokens, segment_pos, None)
     places = segment_pos >= 0
     tensors = {CASES[0]: _at(whole, places) | ({} if state is None else model.arrays_of(state))}
     state, parts = model.start(len(tokens), tokens.shape[1] + num_greedy), []
@@ -48,7 +53,7 @@ def read(
     for part in batch.parts():
         if part[0].shape[1] == 1 and not after_chunks:
             after_chunks = model.arrays_of(state)
-        outputs, state = model.run(*part, state, names)
+        outputs, state = run(*part, state)
         parts.append(outputs)
     read_at_once = len(parts) - batch.num_steps
     cut = sum(batch.chunks[:read_at_once])
@@ -62,13 +67,18 @@ def read(
     for _ in range(num_greedy):
         greedy.append(np.argmax(logits[:, -1:], -1).astype(np.int32))
         place = place + 1
-        (outputs, state) = model.run(greedy[-1], place, state, names)
+        outputs, state = run(greedy[-1], place, state)
         logits = outputs["logits"]
     return Reading(
         tensors,
         model.gradients(tokens, segment_pos) if gradients else {},
         np.concatenate(greedy, 1) if greedy else np.zeros((len(tokens), 0), np.int32),
     )
+
+
+def _rows_first(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An activation as [B, T, ...]; a stack of matrices returns [C, B, T, ...]."""
+    return array if array.shape[:2] == shape else np.moveaxis(array, 0, 2)
 
 
 def _at(arrays: Arrays, mask: np.ndarray) -> Arrays:

@@ -16,6 +16,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.twin import Outputs
 from recurrentgemma.parity.models import Arrays, Model
@@ -31,7 +32,7 @@ class TransformersModel(Model):
     widest = "float32"
     plain = True
 
-    def __init__(self, config: GriffinConfig, model: Any) -> None:
+    def __init__(self, config: Config, model: Any) -> None:
         self.config, self._model = config, model
 
     @classmethod
@@ -45,7 +46,7 @@ class TransformersModel(Model):
             return cls.make(reader.config, {spec.path: value for spec, value in reader}, dtype)
 
     @classmethod
-    def make(cls, config: GriffinConfig, params: Arrays, dtype: str) -> TransformersModel:
+    def make(cls, config: Config, params: Arrays, dtype: str) -> TransformersModel:
         """Makes a model of parameters in the Flax layout, by path.
 
         Raises:
@@ -56,6 +57,8 @@ class TransformersModel(Model):
 
         from recurrentgemma.torch.runtime.arrays import to_tensor
 
+        if not isinstance(config, GriffinConfig):
+            raise ConfigError("transformers is only compared on a GriffinConfig")
         problems = [
             f"{field} must be {wanted}, got {getattr(config, field)}"
             for field, wanted, holds in (

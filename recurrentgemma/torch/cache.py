@@ -19,6 +19,7 @@ from recurrentgemma.common.model import state
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.model.state import Arrays, check_state
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan import wide_dtype
 
 Hidden = Float[Tensor, "b t d"]
@@ -76,18 +77,11 @@ def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> No
 
 
 def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
-    """The state as NumPy arrays (bfloat16 as float32), in the form both frameworks read."""
+    """The state as NumPy arrays of the same dtypes, which both frameworks read."""
     return {
-        block: {
-            field: _without_bfloat16(value.detach()).cpu().numpy()
-            for field, value in block_cache._asdict().items()
-        }
+        block: {field: to_array(value) for field, value in block_cache._asdict().items()}
         for block, block_cache in cache.items()
     }
-
-
-def _without_bfloat16(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 def cache_from_numpy(
@@ -102,7 +96,7 @@ def cache_from_numpy(
     return {
         block: type(empty)(
             *(
-                torch.tensor(arrays[block][field], dtype=like.dtype, device=device)
+                to_tensor(np.array(arrays[block][field])).to(device, like.dtype)
                 for field, like in empty._asdict().items()
             )
         )

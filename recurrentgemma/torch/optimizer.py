@@ -1,4 +1,4 @@
-"""The optimisers of `common.optimization`, as PyTorch has them."""
+"""The optimisers of `common.training.optimization`, built from PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.model.state_dict import is_kernel, to_torch
 from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
@@ -18,7 +17,7 @@ from recurrentgemma.common.training.optimization import (
 )
 
 Tensors = Mapping[str, Tensor]
-# What PyTorch calls the moments of `common.optimization.moment_shapes`.
+# PyTorch's names for the moments of `moment_shapes`.
 _KEYS = {
     "adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"},
     "sgd": {"momentum": "momentum_buffer"},
@@ -30,12 +29,12 @@ _OTHER = {"row_var": "col_var", "col_var": "row_var"}
 def make_optimizer(
     options: OptimizerOptions, decay: Mapping[str, bool], parameters: Tensors
 ) -> torch.optim.Optimizer:
-    """The optimiser; the learning rate is set anew at each step.
+    """The optimiser; each step sets its learning rate.
 
     Args:
-      options: Which optimiser.
+      options: The optimiser and its settings.
       decay: Whether weight decay applies, by path.
-      parameters: What it changes, by path.
+      parameters: The tensors that it changes, by path.
     """
     lr = options.learning_rate
     groups = [
@@ -64,27 +63,25 @@ def make_optimizer(
 
 def get_moments(
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-    specs: Mapping[str, ParamSpec],
     parameters: Tensors,
     optimizer: torch.optim.Optimizer,
     options: OptimizerOptions,
 ) -> dict[str, dict[str, Tensor]]:
-    """What the optimiser remembers, in the Flax layout, by name and path; zeros at first.
+    """The optimiser's moments in the Flax layout, by name and path; zeros before the first step.
 
     Args:
-      shapes: What `moment_shapes` says.
-      specs: By path.
-      parameters: By path.
-      optimizer: On these parameters.
-      options: What it was made of.
+      shapes: Their shapes (`moment_shapes`).
+      parameters: The tensors that the optimiser changes, by path.
+      optimizer: The optimiser.
+      options: The options that it was made with.
     """
 
     def moment(name: str, path: str) -> Tensor:
         parameter = parameters[path]
-        found = optimizer.state[parameter].get(_key(options, name, specs[path]))
+        found = optimizer.state[parameter].get(_key(options, name, path))
         if found is None:
             return parameter.new_zeros(shapes[name][path])
-        return turned(found, specs[path])
+        return to_torch(path, found)
 
     return {name: {path: moment(name, path) for path in paths} for name, paths in shapes.items()}
 
@@ -92,33 +89,25 @@ def get_moments(
 def set_moments(
     step: int,
     moments: Mapping[str, Tensors],
-    specs: Mapping[str, ParamSpec],
     parameters: Tensors,
     optimizer: torch.optim.Optimizer,
     options: OptimizerOptions,
 ) -> None:
-    """Gives an optimiser the state that it has after so many steps."""
+    """Gives an optimiser its state after `step` steps, with these moments in the Flax layout."""
     for path, parameter in parameters.items():
         state = {
-            _key(options, name, specs[path]): turned(tensors[path], specs[path])
-            .to(parameter)
-            .contiguous()
+            _key(options, name, path): to_torch(path, tensors[path]).to(parameter).contiguous()
             for name, tensors in moments.items()
             if path in tensors
         }
         if options.name != "sgd":
-            # Where torch keeps it: the fused kernel's beside the parameter.
+            # PyTorch keeps it on the CPU, except for the fused kernel.
             device = parameter.device if options.name == "adamw" else "cpu"
             state["step"] = torch.tensor(float(step), device=device)
         optimizer.state[parameter] = state
 
 
-def _key(options: OptimizerOptions, name: str, spec: ParamSpec) -> str:
-    """What PyTorch calls a moment of a parameter; rows are columns in a transposed one."""
+def _key(options: OptimizerOptions, name: str, path: str) -> str:
+    """PyTorch's name for a moment; a transposed parameter's rows are columns."""
     key = _KEYS[options.name][name]
-    return _OTHER.get(key, key) if is_kernel(spec.path) else key
-
-
-def turned(tensor: Tensor, spec: ParamSpec) -> Tensor:
-    """A parameter, or a moment of it, from the Flax layout to PyTorch's, or back."""
-    return to_torch(spec.path, tensor)
+    return _OTHER.get(key, key) if is_kernel(path) else key

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
-from recurrentgemma.common.model.state_dict import torch_name
+from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -30,7 +30,7 @@ from recurrentgemma.common.training.optimization import (
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
-from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments, turned
+from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
 
@@ -173,10 +173,10 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     `common.training.optimization.moment_shapes`). On a CPU the arrays are views, valid until the
     next step.
     """
-    specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
-    shapes = moment_shapes(state.optimizer, list(specs.values()))
-    moments = get_moments(shapes, specs, state.parameters, state.optimizer_state, state.optimizer)
-    values = {path: turned(value, specs[path]) for path, value in state.parameters.items()}
+    specs = trainable_specs(state.model.config, state.lora)
+    shapes = moment_shapes(state.optimizer, specs)
+    moments = get_moments(shapes, state.parameters, state.optimizer_state, state.optimizer)
+    values = {path: to_torch(path, value) for path, value in state.parameters.items()}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
         f"{group}.{path}": to_array(value)
@@ -192,19 +192,17 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     Raises:
       ValueError: Names or shapes differ from the state's; the message lists all differences.
     """
-    specs = {spec.path: spec for spec in trainable_specs(state.model.config, state.lora)}
+    specs = trainable_specs(state.model.config, state.lora)
     shapes = {name: np.shape(array) for name, array in arrays.items()}
-    require_match(state_shapes(state.optimizer, list(specs.values())), shapes)
+    require_match(state_shapes(state.optimizer, specs), shapes)
     moments = {
         group: {path: to_tensor(np.array(array)) for path, array in part.items()}
         for group, part in grouped(arrays).items()
     }
     values, state.step = moments.pop("parameters"), int(arrays["step"])
     for path, parameter in state.parameters.items():
-        parameter.copy_(turned(values[path], specs[path]))
-    set_moments(
-        state.step, moments, specs, state.parameters, state.optimizer_state, state.optimizer
-    )
+        parameter.copy_(to_torch(path, values[path]))
+    set_moments(state.step, moments, state.parameters, state.optimizer_state, state.optimizer)
     _copy_parameters(state)
     return state
 

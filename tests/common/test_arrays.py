@@ -1,4 +1,4 @@
-"""Large arrays by pieces: the values are those of the whole, however they lie in memory."""
+"""Arrays in pieces: they have the values of the whole array, whatever its strides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECIAL = (np.nan, np.inf, -np.inf, -0.0, 3e38, 1e-40)
 
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray:
-    """Of any shape, order of axes and dtype, with values that casts change."""
+    """Arrays of any shape, order of axes and dtype, with values that a cast changes."""
     shape = draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     values = rng.normal(size=shape)
@@ -37,14 +37,14 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
 
 
 def parted(array: np.ndarray) -> list[np.ndarray | Stacked]:
-    """The array and, where it has rows, its rows as they lie."""
+    """The array and, if it has rows, its rows as `Stacked`."""
     return [array, Stacked(list(array))] if array.ndim > 1 else [array]
 
 
 @given(arrays(), st.sampled_from([None, "bfloat16", "float32"]))
 def test_pieces_are_the_values_in_order(array: np.ndarray, name: str | None) -> None:
     dtype = array.dtype if name is None else DTYPES[name]
-    # Rounded once, as ml_dtypes does not: see test_loading.py.
+    # ml_dtypes rounds this cast twice; test_loading.py covers it.
     assume((array.dtype, dtype) != (np.float64, BFLOAT16))
     with np.errstate(over="ignore", invalid="ignore"):
         expected = array.astype(dtype)
@@ -86,10 +86,10 @@ def test_stacked_rows_are_an_array(array: np.ndarray) -> None:
     assert stacked.reshape(array.shape) is stacked
 
 
-def test_rows_lie_in_the_whole_as_they_lay() -> None:
+def test_stacked_rows_keep_their_strides() -> None:
     rows = [np.ones((3, 5)).T, np.zeros((3, 5)).T]
     whole = np.asarray(Stacked(rows))
-    assert [row.strides for row in whole] == [row.strides for row in rows]  # nothing is turned
+    assert [row.strides for row in whole] == [row.strides for row in rows]  # nothing was transposed
 
 
 def test_rows_of_other_shapes_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, and what is left alone beside them."""
+"""Files and folders appear whole or not at all, and everything beside them stays."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ import pytest
 from recurrentgemma.common.errors import DestinationError, DiskSpaceError
 from recurrentgemma.common.io.files import destination_path, whole_file, whole_folder
 
-RANDOM = "k3v_x9qa"  # as tempfile has it
+RANDOM = "k3v_x9qa"  # as tempfile makes them
 
 
 def write(
@@ -41,7 +41,7 @@ def tree(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("appears", ["file", "folder"])
-def test_what_comes_to_exist_meanwhile_stays(tmp_path: Path, appears: str) -> None:
+def test_a_destination_that_appears_in_the_meantime_stays(tmp_path: Path, appears: str) -> None:
     def appear(path: Path) -> None:
         if appears == "folder":
             folder_with(path, "another's")
@@ -53,7 +53,7 @@ def test_what_comes_to_exist_meanwhile_stays(tmp_path: Path, appears: str) -> No
             file.write_text("new")
             appear(tmp_path / "one")
 
-    with pytest.raises(DestinationError, match="came to exist meanwhile"):
+    with pytest.raises(DestinationError, match="appeared in the meantime"):
         write(tmp_path / "out", meanwhile=appear)
     with pytest.raises(DestinationError, match="exists"):
         write_file()
@@ -75,12 +75,12 @@ def test_a_destination_under_another_name(tmp_path: Path, monkeypatch, name: str
     assert tree(tmp_path) == {"out/file": "new", "elsewhere/deep/file": "other"}
 
 
-def test_only_the_last_part_may_stay_a_link(tmp_path: Path) -> None:
+def test_links_are_followed_except_in_the_last_part(tmp_path: Path) -> None:
     folder_with(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to("real")
     assert destination_path(tmp_path / "link") == tmp_path / "link"
     assert destination_path(tmp_path / "link" / "new") == tmp_path / "real" / "new"
-    write(tmp_path / "link", force=True)  # the link is replaced, not what it names
+    write(tmp_path / "link", force=True)  # replaces the link, not its target
     assert tree(tmp_path) == {"real/file": "old", "link/file": "new"}
 
 
@@ -90,7 +90,7 @@ def test_an_unknown_user_is_a_name(tmp_path: Path, monkeypatch) -> None:
     assert tree(tmp_path) == {"~no such user/file": "new"}
 
 
-def test_what_a_killed_process_replaced_comes_back(tmp_path: Path) -> None:
+def test_the_next_writer_restores_what_a_killed_process_replaced(tmp_path: Path) -> None:
     folder_with(tmp_path / f".out.{RANDOM}.replaced", "old")
     folder_with(tmp_path / f".out.{RANDOM}.partial", "half")
     with pytest.raises(DestinationError, match="exists"):
@@ -98,7 +98,7 @@ def test_what_a_killed_process_replaced_comes_back(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out/file": "old"}
 
 
-def test_what_a_killed_process_had_replaced_goes(tmp_path: Path) -> None:
+def test_the_next_writer_removes_the_rest_of_a_replacement(tmp_path: Path) -> None:
     folder_with(tmp_path / "out", "new")
     folder_with(tmp_path / f".out.{RANDOM}.replaced", "old")
     write(tmp_path / "out", "newer", force=True)
@@ -108,7 +108,7 @@ def test_what_a_killed_process_had_replaced_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        f".out.v2.{RANDOM}.replaced",  # of a folder "out.v2"
+        f".out.v2.{RANDOM}.replaced",  # made for a folder "out.v2"
         f".out.v2.{RANDOM}.partial",
         ".out.mine.replaced",
         f"out.{RANDOM}.replaced",
@@ -122,7 +122,7 @@ def test_siblings_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
     assert tree(tmp_path) == {f"{name}/file": "theirs", "out/file": "new"}
 
 
-def test_parents_that_were_made_go_with_the_failure(tmp_path: Path) -> None:
+def test_a_failure_removes_the_parents_it_made(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     out = tmp_path / "there" / "deep" / "new" / "out"
     with pytest.raises(RuntimeError, match="half way"), whole_folder(out):
@@ -130,7 +130,7 @@ def test_parents_that_were_made_go_with_the_failure(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
-def test_permissions_are_what_the_user_wants(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write(tmp_path / "folder")
@@ -142,7 +142,7 @@ def test_permissions_are_what_the_user_wants(tmp_path: Path) -> None:
     assert modes == [0o750, 0o640]
 
 
-def test_a_replacement_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_replacement_restores_the_old_folder(tmp_path: Path, monkeypatch) -> None:
     folder_with(tmp_path / "out", "old")
     rename = Path.rename
 
@@ -191,7 +191,7 @@ def test_a_folder_just_made_is_not_cleared_by_another_process(tmp_path: Path, mo
     assert tree(tmp_path) == {"out/file": "new"}
 
 
-def test_what_was_left_when_hardly_made_is_cleared(tmp_path: Path, monkeypatch) -> None:
+def test_the_next_writer_removes_an_empty_folder(tmp_path: Path, monkeypatch) -> None:
     make = tempfile.mkdtemp
 
     def killed(**kwargs: str) -> str:
@@ -209,7 +209,9 @@ def test_what_was_left_when_hardly_made_is_cleared(tmp_path: Path, monkeypatch) 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="locks of folders are POSIX's")
 @pytest.mark.parametrize("whole", ["whole_file", "whole_folder"])
-def test_what_a_killed_process_was_writing_goes(tmp_path: Path, whole: str) -> None:
+def test_the_next_writer_removes_what_a_killed_process_was_writing(
+    tmp_path: Path, whole: str
+) -> None:
     code = (
         "import os, signal, sys; from recurrentgemma.common.io import files\n"
         "with getattr(files, sys.argv[1])(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)"
@@ -252,7 +254,7 @@ def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
         assert pipe.is_fifo()
     assert os.listdir(tmp_path) == ["pipe"]
     link = tmp_path / "link"
-    link.symlink_to(os.devnull)  # what is replaced is the link
+    link.symlink_to(os.devnull)  # the link is replaced
     with whole_file(link, force=True) as file:
         file.write_text("new")
     assert (link.is_symlink(), link.read_text()) == (False, "new")

@@ -17,9 +17,8 @@ from checkpoints import CONFIGS, files, write_orbax
 from recurrentgemma.common import errors
 from recurrentgemma.common.io import tensor_files
 from recurrentgemma.common.io.shards import ShardsWriter
-from recurrentgemma.common.io.tensor_files import TensorFile
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.model.presets import Preset
-from recurrentgemma.common.training.adapters import write_tensors
 from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.readers import kaggle_flax, kaggle_torch

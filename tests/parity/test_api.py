@@ -32,12 +32,22 @@ MODULES = (
     "RecurrentBlock",
     "ResidualBlock",
 )
+FACADES = ("LocalAttentionBlock", "ResidualBlock")  # built of others in `setup`
 ONE_SIDED = {"utils"}  # published in JAX alone
 # Names that differ, by the reason.
 ALLOWED = {
     "a Flax module has no parameters, and gets its place in the tree from Flax": [
         *(f"{module}({name})" for module in (*MODULES, "Griffin") for name in ("name", "parent")),
-        *(f"{module}(prefix)" for module in MODULES),  # a default, since Flax's fields have theirs
+        *(
+            f"{module}(scan_type)"
+            for module in MODULES
+            if module not in ("RecurrentBlock", "RGLRU")
+        ),
+        *(
+            f"{module}.{member}"
+            for module in FACADES
+            for member in ("build", "setup", "__call__(*")
+        ),
         "Griffin.setup",
         "Sampler(params)",
         "Sampler.params",
@@ -66,6 +76,10 @@ ALLOWED = {
         "rg_lru_scan(sharding_spec)",
     ],
     "as the published packages have it": [
+        "*.init_cache(device)",
+        "BlockDiagonalLinear(width*)",
+        "RGLRU(min_rad)",
+        "RGLRU(only_real)",
         "Griffin.load_state_dict*",
         "Sampler(deterministic_sampling)",
         "Sampler(greedy_sampling)",

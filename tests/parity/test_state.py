@@ -9,6 +9,7 @@ import pytest
 from cases import CONFIGS, make_config, make_params, make_tokens, positions
 
 from backends import Backend
+from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.griffin import GriffinConfig
 from tolerances import assert_close
@@ -232,7 +233,7 @@ def test_bfloat16_goes_through_numpy_unchanged(backend: Backend) -> None:
     _, call = backend.raw_griffin(CONFIG, make_params(CONFIG), "bfloat16")
     _, cache = call(make_tokens(CONFIG, 2, 9), np.tile(np.arange(9, dtype=np.int32), (2, 1)), None)
     arrays = cache_module(backend).cache_to_numpy(cache)
-    assert arrays["blocks.2"]["keys"].dtype == np.float32
+    assert arrays["blocks.2"]["keys"].dtype == BFLOAT16
     back = cache_module(backend).cache_from_numpy(CONFIG, arrays, native_dtype(backend, "bfloat16"))
     for block, fields in cache.items():
         for field, leaf in fields._asdict().items():

@@ -1,20 +1,26 @@
-"""State files changed by hand and at random: a named error or a state that goes on."""
+"""State files: in both frameworks, as before, and damaged by hand and at random.
+
+A damaged file gives a named error or a state that can be continued.
+"""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import mutate
+from safetensors.numpy import load, load_file, save
 from samplers import SUBMODULES, make_sampler
 
-from recurrentgemma.common.io.state_files import _deserialized, _serialized
+from recurrentgemma.common.io.arrays import same_bits
 from recurrentgemma.common.model.state import StateError
 
 TEXTS = ["In the beginning God created the heavens and the earth", "x"]  # beyond the window, within
+OTHER = {"jax": "torch", "torch": "jax"}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +40,46 @@ def data(sampler, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_whole_file_is_read(sampler, path: Path, data: bytes) -> None:
-    path.write_bytes(_serialized(*_deserialized(data)))
-    assert len(sampler.generate(sampler.load_state(path), 2).text) == 2
+def metadata_of(data: bytes) -> dict[str, str]:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+def as_before(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A file as earlier versions wrote it: "seen" comes first, the header is padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    arrays = {"seen": arrays["seen"], **arrays}
+    for name, array in arrays.items():
+        dtype = {"uint8": "U8", "int32": "I32", "float32": "F32", "bfloat16": "BF16"}
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": dtype[array.dtype.name], "shape": array.shape,
+                        "data_offsets": [begin, end]}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(a.tobytes() for a in arrays.values())
+
+
+@pytest.mark.parametrize("form", [save, as_before])
+def test_a_whole_file_is_read(sampler, path: Path, data: bytes, form) -> None:
+    path.write_bytes(form(load(data), metadata_of(data)))
+    expected = sampler.generate(sampler.prefill(TEXTS), 5).text
+    assert sampler.generate(sampler.load_state(path), 5).text == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("twin", OTHER)
+def test_the_bits_survive_in_the_other_framework(tmp_path: Path, twin: str, dtype: str) -> None:
+    for module in SUBMODULES.values():
+        pytest.importorskip(module, reason="one of the frameworks is not installed")
+    one, other = (make_sampler(name, dtype=dtype) for name in (twin, OTHER[twin]))
+    one.save_state(tmp_path / "one", one.prefill(TEXTS))
+    other.save_state(tmp_path / "other", other.load_state(tmp_path / "one"))
+    first, second = load_file(tmp_path / "one"), load_file(tmp_path / "other")
+    assert first["blocks.2.keys"].dtype.name == first["blocks.1.conv1d_state"].dtype.name == dtype
+    assert first["blocks.0.rg_lru_state"].dtype.name == "float32"
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert same_bits(second[name], array), name
 
 
 @pytest.mark.parametrize(
@@ -53,12 +96,12 @@ def test_a_whole_file_is_read(sampler, path: Path, data: bytes) -> None:
 def test_bad_metadata_is_named(
     sampler, path: Path, data: bytes, field: str, values: list[str]
 ) -> None:
-    arrays, metadata = _deserialized(data)
+    arrays, metadata = load(data), metadata_of(data)
     for value in values:
-        path.write_bytes(_serialized(arrays, {**metadata, field: value}))
+        path.write_bytes(save(arrays, {**metadata, field: value}))
         with pytest.raises(StateError, match=f"{path}.*(\n  .*)*{field}"):
             sampler.load_state(path)
-    path.write_bytes(_serialized(arrays, {k: v for k, v in metadata.items() if k != field}))
+    path.write_bytes(save(arrays, {k: v for k, v in metadata.items() if k != field}))
     with pytest.raises(StateError, match=f"{path} is no complete state file: .*{field}"):
         sampler.load_state(path)
 
@@ -85,18 +128,18 @@ def nan(value: np.ndarray) -> np.ndarray:
 def test_bad_arrays_are_named(
     sampler, path: Path, data: bytes, name: str, change, message: str
 ) -> None:
-    arrays, metadata = _deserialized(data)
-    path.write_bytes(_serialized({**arrays, name: change(arrays[name])}, metadata))
+    arrays, metadata = load(data), metadata_of(data)
+    path.write_bytes(save({**arrays, name: change(arrays[name])}, metadata))
     with pytest.raises(StateError, match=f"{path}.*(\n  .*)*{message}"):
         sampler.load_state(path)
 
 
 def test_arrays_that_are_missing_or_too_many(sampler, path: Path, data: bytes) -> None:
-    arrays, metadata = _deserialized(data)
-    path.write_bytes(_serialized({"seen": arrays["seen"]}, metadata))
+    arrays, metadata = load(data), metadata_of(data)
+    path.write_bytes(save({"seen": arrays["seen"]}, metadata))
     with pytest.raises(StateError, match=r"lengths is \[\d+, 1\], but there are no arrays"):
         sampler.load_state(path)
-    path.write_bytes(_serialized({**arrays, "blocks.9.keys": np.zeros(2, np.float32)}, metadata))
+    path.write_bytes(save({**arrays, "blocks.9.keys": np.zeros(2, np.float32)}, metadata))
     with pytest.raises(StateError, match=r"unexpected blocks\.9\.keys"):
         sampler.load_state(path)
 
@@ -107,7 +150,7 @@ def test_notes_must_be_strings(sampler, path: Path) -> None:
 
 
 def assert_served_or_refused(sampler, path: Path, content: bytes) -> None:
-    """It goes on, or a named error says of which file."""
+    """The state can be continued, or a named error names the file."""
     path.write_bytes(content)
     try:
         state = sampler.load_state(path)
@@ -123,10 +166,10 @@ def assert_served_or_refused(sampler, path: Path, content: bytes) -> None:
 @given(drawn=st.data())
 @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
 def test_metadata(sampler, path: Path, data: bytes, drawn: st.DataObject) -> None:
-    arrays, metadata = _deserialized(data)
+    arrays, metadata = load(data), metadata_of(data)
     field = drawn.draw(st.sampled_from(["config", "lengths", "pending", "notes"]))
     value = json.dumps(mutate(json.loads(metadata[field]), drawn))
-    assert_served_or_refused(sampler, path, _serialized(arrays, {**metadata, field: value}))
+    assert_served_or_refused(sampler, path, save(arrays, {**metadata, field: value}))
 
 
 @given(drawn=st.data())

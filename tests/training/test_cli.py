@@ -333,7 +333,7 @@ def test_a_preset_gets_the_tokenizer_s_vocabulary(train, monkeypatch, corpus):
     pytest.importorskip("torch.nn")
     made = []
     monkeypatch.setattr(
-        "recurrentgemma.cli.trainers.TwinTrainer",
+        "recurrentgemma.common.training.trainer.Trainer",
         lambda framework, setup: made.append(setup) or pytest.skip.Exception,
     )
     with pytest.raises(AttributeError):

@@ -23,6 +23,7 @@ from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.common.training.adapters import (
     ADAPTERS,
     Adapters,
@@ -31,11 +32,9 @@ from recurrentgemma.common.training.adapters import (
 )
 from recurrentgemma.common.training.lora import (
     LoraOptions,
-    dequantize,
     lora_targets,
     merge,
     num_trainable,
-    quantize,
     trainable_specs,
 )
 from recurrentgemma.common.training.optimization import OptimizerOptions
@@ -53,7 +52,7 @@ OPTIMIZER = OptimizerOptions(learning_rate=3e-2, weight_decay=0.1)
 
 
 def make_adapters(config: GriffinConfig, options: LoraOptions, seed: int = 0) -> Adapters:
-    """Random adapters, B too."""
+    """Random adapters; B is random too."""
     rng = np.random.default_rng(seed)
     return Adapters(
         config,
@@ -66,7 +65,7 @@ def make_adapters(config: GriffinConfig, options: LoraOptions, seed: int = 0) ->
 
 
 def with_adapters(trainer: Trainer, options: LoraOptions, dtype: str) -> Any:
-    """A state of these options whose adapters are `make_adapters`'."""
+    """A training state with the adapters of `make_adapters`."""
     state = trainer.state(
         CONFIG, make_params(CONFIG), dtype=dtype, state_dtype=dtype, optimizer=OPTIMIZER,
         lora=options,
@@ -102,13 +101,13 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
     for spec in layer_spec(CONFIG):
         value = expected[spec.path]
         assert_close(params[spec.path], value, "gradient", "float64", name=spec.path)
-        changes = spec.lora in options.targets or (options.quantize and spec.lora is not None)
+        changes = spec.lora in options.targets or (options.quantize and spec.matrix)
         assert (np.abs(value - plain[spec.path]).max() > 1e-5) == changes
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_is_unmerged_in_float32(trainer: Trainer, kind: str) -> None:
-    """As a trained run's logits are, with the tolerance of logits."""
+    """The logits agree within the tolerance of logits, as after a real run."""
     options, batch = KINDS[kind], make_batch(CONFIG, 0)
     state = with_adapters(trainer, options, "float32")
     state, _ = trainer.steps(state, [batch])
@@ -142,9 +141,8 @@ def test_only_adapters_are_trained(trainer: Trainer, kind: str) -> None:
 
 
 def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
-    """The base of a state by path: int8 values where it is quantised."""
+    """The frozen parameters of a state by path; int8 values where they are quantised."""
     if trainer.name == "jax":
-        from recurrentgemma.common.training.lora import Quantized
         from recurrentgemma.jax.runtime.trees import get_path
 
         leaves = {spec.path: get_path(state.base, spec.path) for spec in layer_spec(CONFIG)}
@@ -152,17 +150,16 @@ def frozen(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
             p: np.asarray(v.values if isinstance(v, Quantized) else v) for p, v in leaves.items()
         }
     from recurrentgemma.torch.lora import Adapted
+    from recurrentgemma.torch.quantization import Dequantizing
 
-    modules, found = dict(state.model.named_modules()), {}
+    found = {}
     for spec in layer_spec(CONFIG):
         module, _, leaf = torch_name(spec.path).rpartition(".")
-        owner = modules[module]
-        if isinstance(owner, Adapted):
-            values = owner.values if leaf == owner.leaf else None
-            leaf_value = owner.base.get_parameter(leaf) if values is None else values
-        else:
-            leaf_value = owner.get_parameter(leaf)
-        found[spec.path] = leaf_value.detach().numpy()
+        owner: Any = state.model.get_submodule(module)
+        owner = owner.base if isinstance(owner, Adapted) else owner
+        quantized = isinstance(owner, Dequantizing) and leaf == owner.leaf
+        value = owner.values if quantized else owner.get_parameter(leaf)
+        found[spec.path] = value.detach().numpy()
     return found
 
 
@@ -193,7 +190,7 @@ def test_the_base_is_shared_and_stays(trainer: Trainer) -> None:
 
 
 def test_a_bfloat16_base(trainer: Trainer) -> None:
-    """Adapters and their state are float32 on it, and learn as on a float32 one."""
+    """On a bfloat16 base the adapters are float32, and learn as they do on a float32 base."""
     options, batch = LoraOptions(rank=4), make_batch(CONFIG, 0)
     losses = []
     for dtype in ("bfloat16", "float32"):
@@ -209,7 +206,7 @@ def test_a_bfloat16_base(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 7, 5)])
 def test_quantized(shape: tuple[int, ...]) -> None:
-    """As near as a half of a 127th of a column's largest value; a column of zeros stays one."""
+    """The error is at most half a step, 1/254 of a column's largest value; zeros stay zeros."""
     kernel = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     kernel[..., 2] = 0
     values, scale = quantize(kernel)
@@ -229,10 +226,9 @@ def test_the_quantized_base_is_the_same_in_both(trainers: tuple[Trainer, Trainer
         for trainer in trainers
     )
     for spec in layer_spec(CONFIG):
-        np.testing.assert_array_equal(
-            to_torch(spec.path, one[spec.path]), other[spec.path], err_msg=spec.path
-        )
-        assert (one[spec.path].dtype == np.int8) == (spec.lora is not None)
+        turned = to_torch(spec.path, one[spec.path])
+        np.testing.assert_array_equal(turned, other[spec.path], err_msg=spec.path)
+        assert (one[spec.path].dtype == np.int8) == spec.matrix
 
 
 @pytest.mark.parametrize("targets", [("attention", "recurrent", "mlp"), EVERY])
@@ -248,7 +244,7 @@ def test_adapters_are_small(targets: tuple[str, ...]) -> None:
 def test_files_go_to_the_other_framework(
     trainers: tuple[Trainer, Trainer], writer: int, tmp_path: Path
 ) -> None:
-    """What one twin saves the other loads, and both merge alike."""
+    """One twin loads what the other saved, and both merge it to the same parameters."""
     options = KINDS["quantized"]
     trainer = trainers[writer]
     state = with_adapters(trainer, options, "float32")

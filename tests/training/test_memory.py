@@ -59,7 +59,7 @@ def test_int8_base():
     """A byte a value and a float32 a column; embedding, norms and biases stay as they are."""
     from recurrentgemma.common.model.layer_spec import layer_spec
 
-    matrices = [spec for spec in layer_spec(CONFIG) if spec.lora is not None]
+    matrices = [spec for spec in layer_spec(CONFIG) if spec.matrix]
     saved = sum(3 * s.size - 4 * s.size // s.shape[-2] for s in matrices)
     options = OptimizerOptions("sgd")
     plain = training_bytes(CONFIG, "float32", options, LoraOptions(4))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recurrentgemma.common.errors import ConfigError, MismatchError
-from recurrentgemma.common.io.arrays import DTYPES, Stacked
+from recurrentgemma.common.io.arrays import DTYPES, Stacked, dtype_name
 from recurrentgemma.common.io.shards import Tensors
 from recurrentgemma.common.model.layer_spec import ParamSpec, mismatches
 from recurrentgemma_conversion.formats import Format, Tensor
@@ -154,7 +154,7 @@ class Layout:
         listed += [
             f"{name} must be of a dtype among {supported}"
             for name, tensor in tensors.items()
-            if name in self.shapes and tensor.dtype is None
+            if name in self.shapes and dtype_name(tensor.dtype) not in DTYPES
         ]
         dtypes = {
             path: [t.dtype for piece in pieces if (t := tensors.get(piece.name))]

@@ -25,9 +25,7 @@ from recurrentgemma.common.generation.scores import Score
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.io.state_files import (
     StoredState,
-    narrowed,
     read_state,
-    widened,
     write_state,
 )
 from recurrentgemma.common.model.config import Config
@@ -266,7 +264,7 @@ class BaseSampler(Generic[_Array]):
         """
         require_own(self.engine, state)
         cache = state.cache
-        arrays = None if cache is None else narrowed(self.engine.to_numpy(cache), cache)
+        arrays = None if cache is None else self.engine.to_numpy(cache)
         stored = StoredState(arrays, state.lengths, state.pending, state.seen, dict(notes or {}))
         write_state(path, self.config, stored, force=force)
 
@@ -282,7 +280,7 @@ class BaseSampler(Generic[_Array]):
         """Reads a state file with what was kept beside it; see `load_state`."""
         stored = read_state(path, self.config)
         arrays = stored.arrays
-        cache = None if arrays is None else self.engine.from_numpy(widened(arrays))
+        cache = None if arrays is None else self.engine.from_numpy(arrays)
         state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
         return state, stored.notes
 

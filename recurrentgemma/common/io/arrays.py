@@ -1,6 +1,6 @@
-"""Arrays too large to copy: looked at and passed on a piece at a time.
+"""Arrays that are too large to copy: checked, compared and cast a piece at a time.
 
-bfloat16 is `ml_dtypes`' NumPy type, here and in every reader and writer.
+bfloat16 is the NumPy type of `ml_dtypes`, here and in every reader and writer.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {
+DTYPES = {  # of parameters, in every format
     "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-_VECTOR = 1 << 18  # values of a vector in a piece
-_SMALL = 1 << 15  # values of an array that is one piece, whatever its strides
-_STRIP = 128  # rows of a matrix in a piece: it stays in the cache while it is cast or turned
-_TILE = 64  # columns of a strip that are turned at a time
+# Tensor files may also hold these: quantised values, and the counts and bits of states.
+INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8", "int32")}
+_VECTOR = 1 << 18  # values in a piece of a vector
+_SMALL = 1 << 15  # an array of no more values is one piece, whatever its strides
+_STRIP = 128  # rows in a piece of a matrix: it stays in the cache while it is cast or transposed
+_TILE = 64  # columns of a strip that are transposed at a time
 
 
 def dtype_name(dtype: object) -> str:
-    """What NumPy calls a dtype of NumPy, JAX or PyTorch."""
+    """NumPy's name for a dtype of NumPy, JAX or PyTorch."""
     return str(dtype).removeprefix("torch.")
 
 
 def float_dtype(dtype: object) -> np.dtype:
-    """NumPy's own of a floating-point dtype of NumPy, JAX or PyTorch.
+    """The NumPy dtype for a floating-point dtype of NumPy, JAX or PyTorch.
 
     Raises:
-      ValueError: Parameters cannot be of it.
+      ValueError: Parameters cannot have this dtype.
     """
     name = dtype_name(dtype)
     if name not in DTYPES:
@@ -43,11 +45,11 @@ def float_dtype(dtype: object) -> np.dtype:
 
 
 class Stacked:
-    """Arrays of one shape and dtype as the rows of one array, which is made when NumPy asks for it.
+    """Arrays of one shape and dtype as the rows of one array, which NumPy makes when it needs it.
 
     Attributes:
-      shape: That of the whole.
-      dtype: That of all.
+      shape: The shape of the whole array.
+      dtype: The dtype of every row.
     """
 
     def __init__(self, rows: Sequence[np.ndarray]) -> None:
@@ -61,12 +63,12 @@ class Stacked:
         return iter(self._rows)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A row or, of a slice, an array of several."""
+        """A row; for a slice, an array of several rows."""
         rows = self._rows[index]
         return np.asarray(Stacked(rows)) if isinstance(index, slice) else rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole, its axes in the order in which those of its rows lie in memory."""
+        """The whole array; its rows keep the order of their axes in memory."""
         order = _order(self._rows[0])
         whole = np.stack([row.transpose(order) for row in self._rows])
         whole = whole.transpose(0, *(1 + np.argsort(order)))
@@ -80,8 +82,8 @@ def pieces(array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> Iterat
     """The values of an array in C order, as flat contiguous pieces.
 
     Args:
-      array: Of any strides.
-      dtype: Each piece is cast to it, to nearest, ties to even; as it is if None.
+      array: The array; it may have any strides.
+      dtype: Each piece is cast to this dtype (`cast`); None leaves it as it is.
     """
     if isinstance(array, Stacked):
         return itertools.chain.from_iterable(pieces(row, dtype) for row in array)
@@ -97,7 +99,7 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float64 to bfloat16 with one rounding: by way of float32, rounded to odd."""
+    """float64 to bfloat16 with one rounding: through float32, rounded to odd."""
     near = array.astype(np.float32)
     bits = near.view(np.uint32)
     with np.errstate(invalid="ignore"):
@@ -109,34 +111,41 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def count_nonfinite(array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> int:
-    """How many values are NaN or infinite, once cast to `dtype` if that is given."""
+    """How many values are NaN or infinite, after a cast to `dtype` if that is given."""
     if isinstance(array, Stacked):
         return sum(count_nonfinite(row, dtype) for row in array)
-    infinity = (array.dtype if dtype is None else dtype).type(np.inf)
+    dtype = array.dtype if dtype is None else dtype
+    if dtype in INTEGERS.values():
+        return 0
+    infinity = dtype.type(np.inf)
     mask = infinity.view(f"u{infinity.itemsize}")
     return sum(
         int(np.count_nonzero((_bits(values) & mask) == mask))
-        for values in pieces(_as_it_lies(array, array), dtype)
+        for values in pieces(array.transpose(_order(array)), dtype)
     )
 
 
 def same_bits(
     one: np.ndarray | Stacked, other: np.ndarray | Stacked, dtype: np.dtype | None = None
 ) -> bool:
-    """Whether an array, cast to `dtype` if that is given, has the shape, dtype and bits of another.
+    """Whether two arrays have the same shape, dtype and bits (NaNs too).
 
-    NaNs compare by their bits.
+    Args:
+      one: An array.
+      other: Another array.
+      dtype: `one` is cast to this dtype first; None leaves it as it is.
     """
     if one.shape != other.shape or (one.dtype if dtype is None else dtype) != other.dtype:
         return False
     if isinstance(one, Stacked) or isinstance(other, Stacked):
         return all(same_bits(a, b, dtype) for a, b in zip(one, other, strict=True))
-    pairs = _parts(_as_it_lies(one, one), _as_it_lies(other, one))
+    order = _order(one)
+    pairs = _parts(one.transpose(order), other.transpose(order))
     return all(np.array_equal(_bits(_flat(a, dtype)), _bits(_flat(b))) for a, b in pairs)
 
 
 def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Views of arrays of one shape, all cut alike, one after the other in C order."""
+    """Views of arrays of one shape, all cut in the same way, in C order."""
     if all(array.flags.c_contiguous for array in arrays):
         arrays = tuple(array.reshape(-1) for array in arrays)
     if arrays[0].size <= _SMALL:
@@ -153,26 +162,22 @@ def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 def _flat(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
     """The values of an array in C order, cast to `dtype` if that is given."""
     if array.ndim == 2 and array.strides[1] != array.itemsize:
-        array = _turned(_bits(array)).view(array.dtype)  # NumPy is slow to move types not its own
+        # As integers: NumPy is slow to move values of types that are not its own.
+        array = _transposed(_bits(array)).view(array.dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat if dtype is None else cast(flat, dtype)
 
 
-def _turned(strip: np.ndarray) -> np.ndarray:
-    """Rows of a transposed matrix, contiguous: a tile at a time, which stays in the cache."""
-    turned = np.empty(strip.shape, strip.dtype)
+def _transposed(strip: np.ndarray) -> np.ndarray:
+    """Contiguous rows of a transposed matrix, copied a tile at a time: a tile fits the cache."""
+    result = np.empty(strip.shape, strip.dtype)
     for i in range(0, strip.shape[1], _TILE):
-        turned[:, i : i + _TILE] = strip[:, i : i + _TILE]
-    return turned
-
-
-def _as_it_lies(array: np.ndarray, model: np.ndarray) -> np.ndarray:
-    """The array with its axes in the order in which those of `model` lie in memory."""
-    return array.transpose(_order(model))
+        result[:, i : i + _TILE] = strip[:, i : i + _TILE]
+    return result
 
 
 def _order(array: np.ndarray) -> list[int]:
-    """Its axes in the order in which they lie in memory."""
+    """The array's axes in their order in memory."""
     return sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
 
 

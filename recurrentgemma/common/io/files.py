@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and room for them on the disk."""
+"""Files and folders that appear whole or not at all, and room for them on the disk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from recurrentgemma.common.errors import DestinationError, DiskSpaceError
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed process left behind stays there
+except ImportError:  # Windows: the leftovers of a killed process stay there
     fcntl = None
 
-_SPARE = 16 << 20  # bytes, for all that is not tensors
-_PARTIAL, _OLD = ".partial", ".replaced"  # endings of what is written, and of what it replaces
-# What a disk with too little room does, by the number of the error.
+_SPARE = 16 << 20  # bytes for everything that is not a tensor
+_PARTIAL, _OLD = ".partial", ".replaced"  # suffixes of what is being written and being replaced
+# What happened to a disk, by the number of the error.
 NO_ROOM = {
     errno.ENOSPC: "became full",
     errno.EDQUOT: "gives this user no more room",
@@ -29,12 +29,12 @@ NO_ROOM = {
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as a shell has it: `~` is the home, unless there is no such user."""
+    """A path as a shell reads it: `~` is the home folder, unless there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 def destination_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute name of what is to be written: links in it followed, but for the last part."""
+    """The absolute path of a destination; links are followed, except in its last part."""
     path = expanded(path)
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
@@ -45,21 +45,19 @@ def destination_path(path: str | os.PathLike[str]) -> Path:
 def whole_folder(
     path: str | os.PathLike[str], *, force: bool = False, size: int = 0
 ) -> Iterator[Path]:
-    """A temporary sibling to write to; once the block ends well it takes the name `path`.
+    """A temporary folder, flushed to the disk and renamed to `path` when the block succeeds.
 
-    All of it is on the disk by then.
-
-    A process killed in between leaves a hidden sibling, which the next writer of `path` removes.
+    A killed process leaves a hidden sibling; the next writer of `path` removes it.
 
     Args:
       path: The folder to make.
       force: Whether to replace what is at `path`.
-      size: Bytes that will be written.
+      size: The number of bytes that the block will write.
 
     Raises:
-      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or it
-        is a device, or its parent is no folder.
-      DiskSpaceError: There is no room for `size` bytes, or no longer.
+      DestinationError: `path` exists, or appears during the block, and `force` is not set; or it
+        is a device, or its parent is not a folder.
+      DiskSpaceError: The disk has no room for `size` bytes, or becomes full.
     """
     folder = destination_path(path)
     with scratch_folder(folder) as temporary:
@@ -78,16 +76,16 @@ def whole_folder(
 
 @contextlib.contextmanager
 def scratch_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
-    """A hidden sibling of a path, there until the block ends.
+    """A hidden folder beside a path, which exists until the block ends.
 
-    One that a killed process left goes with the next that is made for the same path.
+    A killed process leaves it; the next call for the same path removes it.
 
     Args:
       path: The path.
       parents: Whether to make the folders above it.
 
     Raises:
-      DestinationError: The parent of `path` is no folder, or cannot be written.
+      DestinationError: The parent of `path` is not a folder, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -103,7 +101,7 @@ def scratch_folder(path: Path, *, parents: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked_sibling(path: Path) -> Iterator[Path]:
-    """A new hidden folder; another if one is cleared, as left behind, before it is locked."""
+    """A new hidden folder; a second one if another process clears the first before its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
         with locked(folder) as free:
@@ -114,9 +112,9 @@ def _locked_sibling(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held_folder(path: Path) -> Iterator[None]:
-    """Makes a folder, if there is none, which no other process can hold until the block ends.
+    """Makes a folder unless it exists, and keeps other processes from holding it in the block.
 
-    If the block fails and nothing is in what was made, it goes again.
+    If the block fails, the folders that it made are removed where they are empty.
 
     Raises:
       DestinationError: Another process holds it, or it cannot be made.
@@ -133,7 +131,7 @@ def held_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and those above; what was made goes again if the block fails, where empty."""
+    """Makes a folder and its parents; if the block fails, the new ones go where they are empty."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +144,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _umask() -> int:
-    mask = os.umask(0o077)  # which can only be read by being set
+    mask = os.umask(0o077)  # it can be read only by setting it
     os.umask(mask)
     return mask
 
@@ -158,20 +156,20 @@ def _require_free(path: Path, force: bool) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises `DestinationError` if a path is a device, a pipe or a socket, which are not files."""
+    """Raises `DestinationError` if a path is a device, a pipe or a socket."""
     if os.path.lexists(path) and not (path.is_symlink() or path.is_file() or path.is_dir()):
         raise DestinationError(f"{path} is a device, a pipe or a socket: nothing may replace it")
 
 
 def flush(folder: Path) -> None:
-    """Puts all that is in a folder on the disk."""
+    """Flushes the contents of a folder to the disk."""
     for directory, _, files in os.walk(folder):
         for name in (*files, "."):
             _sync(Path(directory) / name)
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raises `DiskSpaceError` if the disk of a folder has no room for this many bytes."""
+    """Raises `DiskSpaceError` if the disk of a folder has no room for `size` bytes."""
     free = shutil.disk_usage(folder).free
     if size and free < size + _SPARE:
         raise DiskSpaceError(
@@ -181,7 +179,7 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def no_room(path: Path, error: OSError) -> DiskSpaceError:
-    """What to raise when a write to a path failed with an error of `NO_ROOM`."""
+    """The error to raise when a write to a path failed with one of `NO_ROOM`."""
     return DiskSpaceError(f"the disk of {path} {NO_ROOM[error.errno or errno.ENOSPC]}")
 
 
@@ -189,24 +187,24 @@ def _rename(temporary: Path, folder: Path, force: bool) -> None:
     old = temporary.with_suffix(_OLD)
     while temporary.exists():
         if force:
-            with contextlib.suppress(FileNotFoundError):  # there is none, or no longer
+            with contextlib.suppress(FileNotFoundError):  # nothing is there
                 folder.rename(old)
         try:
-            temporary.rename(folder)  # which replaces nothing but an empty folder
+            temporary.rename(folder)  # replaces nothing except an empty folder
         except OSError as error:
             if not os.path.lexists(folder):
                 if os.path.lexists(old):
                     old.rename(folder)
                 raise
             if not force:
-                message = f"{folder} came to exist meanwhile; it is as it was"
+                message = f"{folder} appeared in the meantime; it was not changed"
                 raise DestinationError(message) from error
-        _remove(old)  # once more where another process has put its own there meanwhile
+        _remove(old)  # the loop runs again if another process put its own folder there
     _sync(folder.parent)
 
 
 def _remove(path: Path) -> None:
-    """Removes what has been replaced; what cannot be now is, by the next writer."""
+    """Removes what was replaced; the next writer removes what cannot be removed now."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -214,7 +212,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk, where folders can be opened."""
+    """Flushes a file, or the names in a folder, to the disk, where folders can be opened."""
     with contextlib.suppress(PermissionError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -225,7 +223,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool | None]:
-    """Holds the lock that says that a process writes this path; whether it was free, if known."""
+    """Holds the lock of a path's writer; yields whether it was free, or None if unknown."""
     free = None
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
@@ -236,13 +234,13 @@ def locked(path: Path) -> Iterator[bool | None]:
                 free = True
             except BlockingIOError:
                 free = False
-            except OSError:  # it is another user's, or gone, or its disk has no locks
+            except OSError:  # another user owns it, or it is gone, or its disk has no locks
                 pass
         yield free
 
 
 def _recover(folder: Path) -> None:
-    """Clears what a killed process left: what it replaced comes back, what it wrote goes."""
+    """Undoes what a killed process left: restores what it replaced, removes what it wrote."""
     for path in _siblings(folder.parent, _OLD, folder.name):
         partial = path.with_suffix(_PARTIAL)
         if partial.exists():
@@ -252,17 +250,17 @@ def _recover(folder: Path) -> None:
         if os.path.lexists(folder):
             _remove(path)
         else:
-            with contextlib.suppress(OSError):  # another process was sooner
+            with contextlib.suppress(OSError):  # another process did it first
                 path.rename(folder)
     remove_partial(folder.parent, folder.name)
 
 
 def remove_partial(parent: Path, name: str | None = None) -> None:
-    """Removes the temporary siblings, in a folder, that no process is writing any more.
+    """Removes temporary files and folders that no process is writing any more.
 
     Args:
-      parent: The folder.
-      name: What they were to become; anything if None.
+      parent: The folder that they are in.
+      name: The name that they were made for; None for any name.
     """
     for path in _siblings(parent, _PARTIAL, name):
         if path.is_dir() and not path.is_symlink():
@@ -274,7 +272,7 @@ def remove_partial(parent: Path, name: str | None = None) -> None:
 
 
 def _siblings(parent: Path, suffix: str, name: str | None) -> list[Path]:
-    """What was made in a folder for a name, or for any, with this ending."""
+    """The hidden paths with a suffix that were made in a folder for a name; None for any name."""
     stem = ".+" if name is None else rf"{re.escape(name)}\.[a-z0-9_]{{8}}"
     pattern = re.compile(rf"\.{stem}{re.escape(suffix)}", re.DOTALL)
     return [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
@@ -282,16 +280,16 @@ def _siblings(parent: Path, suffix: str, name: str | None) -> list[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A temporary file to write to; once the block ends well it takes the name `path`.
+    """A path for a temporary file, renamed to `path` when the block succeeds.
 
-    A process killed in between leaves a hidden sibling, which the next writer of `path` removes.
+    A killed process leaves a hidden sibling; the next writer of `path` removes it.
 
     Args:
       path: The file to make.
       force: Whether to replace what is at `path`.
 
     Raises:
-      DestinationError: `path` exists, or comes to exist meanwhile, and `force` is not set, or it
+      DestinationError: `path` exists, or appears during the block, and `force` is not set; or it
         cannot be written.
     """
     target = destination_path(path)

@@ -1,4 +1,4 @@
-"""Batches as JSON lines: prompts read with their line numbers, results that survive a kill."""
+"""Batches as JSON lines: prompts with their line numbers, and results that survive a kill."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any, NamedTuple, TextIO
 from recurrentgemma.common.io.files import locked
 
 STDIO = Path("-")  # stdin or stdout
-_OPENING = b'{"line": '  # of every result that is written
+_OPENING = b'{"line": '  # the first bytes of every result
 
 
 class LineError(ValueError):
-    """A line of an input file that is no prompt; the message has its number."""
+    """A line of an input file is not a prompt; the message has its number."""
 
 
 class OutputError(ValueError):
-    """An output file that cannot be written, or that holds something else."""
+    """An output file cannot be written, or holds something other than results."""
 
 
 class Line(NamedTuple):
     """A line of an input file.
 
     Attributes:
-      number: From 1.
+      number: Its number, from 1.
       prompt: The prompt.
-      error: Why there is none, if so.
+      error: The reason why there is no prompt, or None.
     """
 
     number: int
@@ -40,20 +40,20 @@ class Line(NamedTuple):
 
 
 def read_lines(data: bytes, name: str) -> list[Line]:
-    """The lines of a file: a JSON string each, or an object with a string "prompt".
+    """The lines of a file: each is a JSON string, or an object with a string "prompt".
 
-    Empty ones are passed over, but counted.
+    Empty lines are skipped, but counted.
 
     Args:
-      data: What the file holds.
-      name: What errors call it.
+      data: The contents of the file.
+      name: Its name in errors.
     """
     lines = enumerate(io.BytesIO(data), 1)
     return [_line(number, line, name) for number, line in lines if line.strip()]
 
 
 def json_value(data: bytes) -> Any:
-    """The value on a line; `ValueError` says why there is none."""
+    """The value on a line; a `ValueError` says why it cannot be read."""
     try:
         return json.loads(data)
     except UnicodeDecodeError as error:
@@ -85,11 +85,11 @@ def _prompt(data: bytes) -> str:
 
 
 def require_writable(path: Path, *, replaced: bool = False) -> None:
-    """Raises `OutputError` where it can be told beforehand that a file cannot be written.
+    """Raises `OutputError` if a file clearly cannot be written.
 
     Args:
-      path: The file, which need not be there.
-      replaced: Whether a new file will take its place, instead of its being opened.
+      path: The file; it need not exist.
+      replaced: Whether a new file will replace it; otherwise it will be opened.
     """
     folder = path.parent
     if os.path.isdir(path):
@@ -104,33 +104,33 @@ def require_writable(path: Path, *, replaced: bool = False) -> None:
 
 
 class ResultFile:
-    """Results as JSON lines, each on the disk before the next is begun.
+    """Results as JSON lines, each on the disk before the next one starts.
 
-    A file that is there already is gone on with: its whole lines are results, and a last line that
-    was cut short is taken off. It stays as it is until the first result is written, or until the
-    block ends well. What is no regular file, such as stdout or a pipe, is never read.
+    An existing file is continued: its complete lines are results, and an incomplete last line is
+    removed. It does not change before the first result is written or the block succeeds. stdout,
+    a pipe and the like are never read.
 
     Attributes:
       path: The file.
-      finished: The results that were there, by their lines; of several of one line the last.
+      finished: The results that the file had, by line number; the last one counts.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        """Reads what is there.
+        """Reads the file if it exists.
 
         Args:
-          path: The file; stdout if `STDIO`.
-          force: Whether to begin anew if it is there.
+          path: The file; `STDIO` is stdout.
+          force: Whether to replace an existing file.
 
         Raises:
-          OutputError: It is there and holds something else than results, or cannot be written.
+          OutputError: The file holds something other than results, or cannot be written.
         """
         self.path = path
         self.finished: dict[int, dict[str, Any]] = {}
         self._file: TextIO | None = None
         self._held = contextlib.ExitStack()  # the file and its lock
         self._force, self._regular = force, False
-        self._whole = self._size = 0  # bytes of whole lines, and of all
+        self._whole = self._size = 0  # bytes of complete lines, and of the file
         if path == STDIO:
             self._file = sys.stdout
             return
@@ -171,19 +171,19 @@ class ResultFile:
         return self._file
 
     def _require_own(self, free: bool | None, file: TextIO) -> None:
-        """Raises `OutputError` if another process writes the file, or has since it was read."""
+        """Raises `OutputError` if another process writes the file, or wrote it after our read."""
         size = os.fstat(file.fileno()).st_size
         if free is False or (not self._force and size != self._size):
             raise OutputError(
                 f"another process {'is writing' if free is False else 'has changed'} {self.path}; "
-                "once it has ended, the same command goes on after it"
+                "once it has ended, the same command continues"
             )
 
     def write(self, result: dict[str, Any]) -> None:
         """Adds a result.
 
         Raises:
-          OutputError: The disk is full, say; all results before it are kept.
+          OutputError: It cannot be written; the results before it are kept.
         """
         self._write(json.dumps(result) + "\n")
 
@@ -194,11 +194,11 @@ class ResultFile:
             file.flush()
             if self._regular:
                 os.fsync(file.fileno())
-        except BrokenPipeError:  # whoever reads has stopped
+        except BrokenPipeError:  # the reader has stopped
             raise
         except OSError as error:
             name = "stdout" if self.path == STDIO else self.path
-            kept = "; the lines before are kept, and the same command goes on after them"
+            kept = "; the lines before are kept, and the same command continues"
             raise OutputError(
                 f"cannot write {name}: {error.strerror}{kept if self._regular else ''}"
             ) from error
@@ -211,18 +211,18 @@ class ResultFile:
             if kind is None:
                 self._write("")
         finally:
-            with contextlib.suppress(OSError):  # what could not be written has been told
+            with contextlib.suppress(OSError):  # a failed write has raised its error before
                 self._held.close()
 
 
 def _is_cut_short(data: bytes) -> bool:
-    """Whether a line is the beginning of a result, and not the whole."""
+    """Whether a line is an incomplete result."""
     begun = data.startswith(_OPENING) or _OPENING.startswith(data)
     return begun and not data.endswith(b"\n")
 
 
 def _result(data: bytes) -> dict[str, Any] | None:
-    """The result on a line, if that is what it is."""
+    """The result on a line; None if it is something else."""
     try:
         result = json_value(data)
     except ValueError:

@@ -1,7 +1,8 @@
-"""safetensors files, read in place and written a tensor at a time.
+"""safetensors files: tensors are read as views of the mapped file, and written one at a time.
 
-Beside the library `safetensors`: bfloat16 as NumPy arrays that are views of the mapped file, and
-files larger than memory. Layout: https://huggingface.co/docs/safetensors.
+The library `safetensors` checks a file. It copies each tensor that it reads, does not say where a
+tensor lies, and writes only what is in memory as a whole: these parts are here.
+Layout: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from recurrentgemma.common.errors import DamagedError
-from recurrentgemma.common.io.arrays import DTYPES, Stacked, pieces
+from recurrentgemma.common.io.arrays import DTYPES, INTEGERS, Stacked, pieces
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-DTYPE_NAMES = {DTYPES[name]: stored for name, stored in _NAMES.items()}
+_NAMES |= {"int8": "I8", "uint8": "U8", "int32": "I32"}
+DTYPE_NAMES = {(DTYPES | INTEGERS)[name]: stored for name, stored in _NAMES.items()}
 _DTYPES = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
-# Of tensors that are no parameters of ours: known, so that they can be named.
-_OTHER = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4}
-_OTHER |= {"U32": 4, "I64": 8, "U64": 8}
-_LONGEST_HEADER = 100_000_000  # as in the library
+_LONGEST_HEADER = 100_000_000  # bytes; the library's limit
 _WRITE = 1 << 16  # bytes at a time; with more, Linux can take two to four times as long
 
 
@@ -34,8 +34,8 @@ class TensorInfo(NamedTuple):
 
     Attributes:
       shape: Its shape.
-      dtype: Its dtype; None for one that is no floating-point type.
-      offset: Where its bytes are in the file.
+      dtype: Its dtype, one of `DTYPE_NAMES`; None for any other, which cannot be read.
+      offset: The position of its first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -44,93 +44,76 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, its tensors not read before they are used.
+    """A safetensors file; a tensor's bytes are read when they are used.
 
     Attributes:
       path: The file.
-      tensors: What it holds, by name.
-      metadata: What its header says beside them.
+      tensors: Its tensors, by name.
+      metadata: The header's strings, by name.
 
     Raises:
-      DamagedError: It is no safetensors file, or not whole.
+      DamagedError: It is not a complete safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors, self.metadata = _read_header(path)
+        start, header = _read_header(path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+            self.tensors[name] = TensorInfo(shape, _DTYPES.get(entry["dtype"]), offset)
         self._map: mmap.mmap | None = None
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a view of the file; writing to it changes a private copy."""
+        """A tensor as a view of the file; writing to it changes a private copy.
+
+        Raises:
+          DamagedError: Tensors of its dtype cannot be read.
+        """
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         info = self.tensors[name]
-        assert info.dtype is not None  # readers refuse a file with such tensors before
+        if info.dtype is None:
+            readable = ", ".join(_DTYPES)
+            raise DamagedError(f"{self.path}: the dtype of {name} must be one of {readable}")
         flat = np.frombuffer(self._map, info.dtype, math.prod(info.shape), info.offset)
         return flat.reshape(info.shape)
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    size = path.stat().st_size
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a file's tensors start, and its header, once the library has checked both."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise DamagedError(f"{path} is no complete safetensors file: {size} bytes")
-        text = file.read(length)
+        start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(min(start - 8, _LONGEST_HEADER))
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
-        if not isinstance(header, dict):
-            raise TypeError(f"a JSON object is expected, got {type(header).__name__}")
-        metadata = dict(header.pop("__metadata__", None) or {})
-        entries = {name: _entry(value) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedError(f"{path}: its header is damaged: {error!r}") from error
-    start, end = 8 + length, 0
-    for name, (_, _, (begin, stop)) in sorted(entries.items(), key=lambda item: item[1][2]):
-        if begin != end:
-            raise DamagedError(f"{path}: {name} must begin at byte {end}, its header says {begin}")
-        end = stop
-    if start + end != size:
-        raise DamagedError(
-            f"{path} is no complete safetensors file: {start + end} bytes are expected, got {size}"
-        )
-    tensors = {
-        name: TensorInfo(shape, dtype, start + begin)
-        for name, (shape, dtype, (begin, _)) in entries.items()
-    }
-    return tensors, metadata
+        with safe_open(path, "numpy"):
+            return start, json.loads(text)
+    except SafetensorError as error:
+        # Shortened: the library may repeat a name of any length.
+        reason = _wrong_size(path, start, text) or str(error)[:200]
+        raise DamagedError(f"{path} is no complete safetensors file: {reason}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return names
-
-
-def _entry(value: Any) -> tuple[tuple[int, ...], np.dtype | None, tuple[int, int]]:
-    shape, name, (begin, end) = value["shape"], value["dtype"], value["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"sizes must be integers of at least 0, got {value}")
-    dtype = _DTYPES.get(name)
-    itemsize = _OTHER.get(name) if dtype is None else dtype.itemsize
-    if itemsize is None:
-        raise ValueError(f"unknown dtype {name!r}")
-    if end - begin != math.prod(shape) * itemsize:
-        raise ValueError(f"a {name} tensor of shape {shape} cannot take {end - begin} bytes")
-    return tuple(shape), dtype, (begin, end)
+def _wrong_size(path: Path, start: int, text: bytes) -> str | None:
+    """The size that a header promises and the file's own, if they differ."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
+        expected = start + max((entry["data_offsets"][1] for entry in entries), default=0)
+        size = path.stat().st_size
+        return None if expected == size else f"{expected} bytes are expected, got {size}"
 
 
 class TensorFileWriter(contextlib.AbstractContextManager["TensorFileWriter"]):
     """Writes a safetensors file whose tensors come one at a time, in the order declared.
 
-    The file is deleted if the `with` block raises.
+    It is a context manager: a block that fails leaves no file.
 
     Args:
       path: The file.
       tensors: Shape and dtype of each tensor, by name.
-      metadata: Kept in the header.
+      metadata: Strings for the header, by name.
     """
 
     def __init__(
@@ -143,33 +126,50 @@ class TensorFileWriter(contextlib.AbstractContextManager["TensorFileWriter"]):
         end = 0
         for name, (shape, dtype) in tensors.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
+            place = {"shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": DTYPE_NAMES[dtype], **place}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % 64)  # tensors are as aligned as they can be
-        self._path, self._tensors = path, dict(tensors)
+        text += b" " * (-(len(text) + 8) % 64)  # the first tensor is aligned for any dtype
+        self._tensors = dict(tensors)
         self._pending = list(tensors)
+        self._path = path
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, array: np.ndarray | Stacked) -> None:
-        """Writes the next tensor, cast to the declared dtype."""
+        """Writes the next tensor, cast to the declared dtype; integers are not cast."""
         shape, dtype = self._tensors[name]
-        if self._pending.pop(0) != name or array.shape != shape:
+        integer = array.dtype != dtype and dtype in INTEGERS.values()
+        if self._pending.pop(0) != name or array.shape != shape or integer:
             raise AssertionError(f"{name} {array.shape} is not the tensor declared next")
         write_array(self._file, array, dtype)
 
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            assert not self._pending
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._discard)
+            if kind is None:
+                assert not self._pending
+                self._file.close()
+                on_failure.pop_all()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
             self._file.close()
-            return
-        with contextlib.suppress(OSError):  # such as a full disk, once more
-            self._file.close()
-        self._path.unlink()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file of arrays that are in memory."""
+    declared = {name: (array.shape, array.dtype) for name, array in tensors.items()}
+    with TensorFileWriter(path, declared, metadata) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
 
 
 def write_array(file: Any, array: np.ndarray | Stacked, dtype: np.dtype | None = None) -> None:

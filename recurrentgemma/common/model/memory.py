@@ -1,4 +1,4 @@
-"""How many bytes a model takes: its parameters, its state, and its training."""
+"""How many bytes a model takes: its parameters, its state and its training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, state_spec
+from recurrentgemma.common.quantization import quantized_bytes
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
-_STATE_BYTES = 4  # of float32, in which optimisers keep what they remember
-# Each row of `training_table`: the optimiser and, if adapters alone are trained, which.
+_STATE_BYTES = 4  # optimisers keep their state in float32
+# The rows of `training_table`: the optimiser, and the adapters if they alone are trained.
 _METHODS: Mapping[str, tuple[str, LoraOptions | None]] = {
     "adamw": ("adamw", None),
     "adafactor": ("adafactor", None),
@@ -36,13 +37,13 @@ def state_bytes(config: Config, dtype: str, capacity: int | None = None) -> int:
 
 
 class TrainingBytes(NamedTuple):
-    """Bytes that training holds throughout, activations apart.
+    """Bytes that training holds all the time: all but the activations.
 
     Attributes:
-      parameters: The parameters of the forward pass; with adapters, the base.
-      trained: What the optimiser changes, in float32, where that is another copy.
-      gradients: Of what is trained, in float32.
-      optimizer: What the optimiser remembers, in float32.
+      parameters: The parameters of the forward pass; under adapters, the frozen ones.
+      trained: The float32 copy that the optimiser changes; 0 where it needs none.
+      gradients: The gradients, in float32.
+      optimizer: The optimiser's state, in float32.
     """
 
     parameters: int
@@ -52,20 +53,20 @@ class TrainingBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of the four."""
         return sum(self)
 
 
 def training_bytes(
     config: Config, dtype: str, optimizer: OptimizerOptions, lora: LoraOptions | None = None
 ) -> TrainingBytes:
-    """Bytes of training with parameters in `dtype` and the optimiser's state in float32.
+    """Bytes of training with the optimiser's state in float32.
 
     Args:
       config: The model.
-      dtype: Of the parameters in the forward pass.
+      dtype: The dtype of the parameters in the forward pass.
       optimizer: The optimiser.
-      lora: The adapters that are trained; the model's own parameters if None.
+      lora: The adapters to train; None trains the model's own parameters.
     """
     size, trainable = VALUE_BYTES[dtype], trainable_specs(config, lora)
     trained = _bytes((spec.shape for spec in trainable), _STATE_BYTES)
@@ -79,7 +80,7 @@ def training_bytes(
 
 
 def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
-    """`training_bytes` of the usual methods, by name; SGD is without momentum."""
+    """`training_bytes` of the usual methods, by name; SGD has no momentum there."""
     return {
         name: training_bytes(config, dtype, OptimizerOptions(optimizer), lora)
         for name, (optimizer, lora) in _METHODS.items()
@@ -87,15 +88,10 @@ def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
 
 
 def _base_bytes(config: Config, size: int, lora: LoraOptions | None) -> int:
-    if lora is None or not lora.quantize:
-        return _bytes((spec.shape for spec in layer_spec(config)), size)
-    quantized = [spec for spec in layer_spec(config) if spec.matrix]
-    others = [spec for spec in layer_spec(config) if not spec.matrix]
-    scales = ((*spec.shape[:-2], 1, spec.shape[-1]) for spec in quantized)
-    return (
-        _bytes((spec.shape for spec in quantized), 1)
-        + _bytes(scales, _STATE_BYTES)
-        + _bytes((spec.shape for spec in others), size)
+    quantized = lora is not None and lora.quantize
+    return sum(
+        quantized_bytes(spec.shape) if quantized and spec.matrix else size * spec.size
+        for spec in layer_spec(config)
     )
 
 

@@ -18,9 +18,9 @@ from recurrentgemma.common.errors import (
     NonFiniteError,
     UnknownFormatError,
 )
-from recurrentgemma.common.io.arrays import count_nonfinite
+from recurrentgemma.common.io.arrays import DTYPES, count_nonfinite, dtype_name
 from recurrentgemma.common.io.files import expanded, whole_file
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.model.config import Config, config_from_dict
 from recurrentgemma.common.model.layer_spec import mismatches
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -95,7 +95,11 @@ def read_adapters(path: str | os.PathLike[str], config: Config | None = None) ->
         {spec.path: spec.shape for spec in specs},
         {name: info.shape for name, info in file.tensors.items()},
     )
-    problems += [f"{n} must be floating-point" for n, t in file.tensors.items() if t.dtype is None]
+    problems += [
+        f"{name} must be floating-point"
+        for name, tensor in file.tensors.items()
+        if dtype_name(tensor.dtype) not in DTYPES
+    ]
     if problems:
         raise MismatchError(f"{path}: the adapters do not match its header", problems)
     arrays = {spec.path: file.read(spec.path) for spec in specs}
@@ -105,20 +109,10 @@ def read_adapters(path: str | os.PathLike[str], config: Config | None = None) ->
     return Adapters(stored, options, arrays)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Writes a safetensors file from arrays in memory."""
-    declared = {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    with TensorFileWriter(path, declared, metadata) as writer:
-        for name, array in tensors.items():
-            writer.write(name, array)
-
-
 def _require_same_model(path: Path, stored: Config, config: Config) -> None:
     differences = [
-        f"{name} is {one!r}, the model has {other!r}"
-        for name, (one, other) in stored.differences(config).items()
+        f"{name} is {its!r}, the model has {own!r}"
+        for name, (its, own) in stored.differences(config).items()
     ]
     if differences:
         raise ConfigError(f"{path}: adapters of another model: {'; '.join(differences)}")

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of the layer spec's targets, and their frozen base.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): which parameters have them, and what they add.
 
 A target is a stack of matrices [..., I, J]: a linear layer's kernel, the MLP's two matrices, the
-blocks of an RG-LRU's gate. An adapter adds alpha / rank times A B to each matrix of it, A being
-[..., I, rank] and B [..., rank, J].
+blocks of an RG-LRU's gate. Its adapters are A, [..., I, rank], and B, [..., rank, J]; they add
+alpha / rank * A B.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.quantization import dequantize, quantize
 
 TARGETS = ("attention", "recurrent", "mlp", "gates")
-_LARGEST = 127  # of an int8, its range being symmetric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +29,12 @@ class LoraOptions:
     Attributes:
       rank: Columns of A and rows of B.
       alpha: The adapters' product is scaled by alpha / rank.
-      targets: Groups of the layer spec: "attention", "recurrent", "mlp", "gates".
-      quantize: Whether the base's matrices, targets or not, are kept as int8; see `quantize`.
+      targets: `ParamSpec.lora` of these parameters: some of "attention", "recurrent", "mlp" and
+        "gates".
+      quantize: Whether all matrices under the adapters are kept as int8 (`common.quantization`).
 
     Raises:
-      ValueError: An option is out of its range; the message names it.
+      ValueError: An option is out of range; the message names it.
     """
 
     rank: int = 8
@@ -52,16 +52,16 @@ class LoraOptions:
 
     @property
     def scale(self) -> float:
-        """Of the adapters' product."""
+        """The factor of A B."""
         return self.alpha / self.rank
 
 
 @functools.lru_cache(maxsize=32)
-def lora_targets(config: GriffinConfig, options: LoraOptions) -> tuple[ParamSpec, ...]:
+def lora_targets(config: Config, options: LoraOptions) -> tuple[ParamSpec, ...]:
     """The parameters that have adapters.
 
     Raises:
-      ValueError: There are none, the model having no such parameters.
+      ValueError: The model has no such parameters.
     """
     targets = tuple(spec for spec in layer_spec(config) if spec.lora in options.targets)
     if not targets:
@@ -76,7 +76,9 @@ def adapter_specs(target: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
 
     def spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> ParamSpec:
         path = f"{target.path}.{name}"
-        return ParamSpec(path, shape, init, axes, target.decay)
+        return target._replace(
+            path=path, shape=shape, init=init, axes=axes, lora=None, matrix=False
+        )
 
     a_axes, b_axes = (*stack_axes, row_axis, "rank"), (*stack_axes, "rank", column_axis)
     return (
@@ -86,8 +88,8 @@ def adapter_specs(target: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
 
 
 @functools.lru_cache(maxsize=32)
-def trainable_specs(config: GriffinConfig, lora: LoraOptions | None) -> tuple[ParamSpec, ...]:
-    """The parameters that training changes: all of the model's, or else those of the adapters."""
+def trainable_specs(config: Config, lora: LoraOptions | None) -> tuple[ParamSpec, ...]:
+    """The parameters that training changes: the model's without `lora`, else the adapters'."""
     if lora is None:
         return layer_spec(config)
     return tuple(
@@ -95,53 +97,29 @@ def trainable_specs(config: GriffinConfig, lora: LoraOptions | None) -> tuple[Pa
     )
 
 
-def num_trainable(config: GriffinConfig, lora: LoraOptions | None) -> int:
-    """Number of values in all parameters that training changes."""
+def num_trainable(config: Config, lora: LoraOptions | None) -> int:
+    """The number of values that training changes."""
     return sum(spec.size for spec in trainable_specs(config, lora))
-
-
-class Quantized(NamedTuple):
-    """A stack of matrices as int8: values times scale, the scale one number a column.
-
-    Attributes:
-      values: int8, [..., I, J].
-      scale: float32, [..., 1, J].
-    """
-
-    values: Any
-    scale: Any
-
-
-def quantize(kernel: np.ndarray) -> Quantized:
-    """The nearest multiples, ties to even, of a 127th of each column's largest magnitude."""
-    wide = np.asarray(kernel, np.float32)
-    scale = np.abs(wide).max(-2, keepdims=True) / np.float32(_LARGEST)
-    values = np.rint(wide / np.where(scale > 0, scale, np.float32(1)))
-    return Quantized(values.astype(np.int8), scale)
-
-
-def dequantize(quantized: Quantized) -> np.ndarray:
-    """What was quantised, in float32, as near as int8 comes."""
-    values, scale = quantized
-    return np.asarray(values, np.float32) * scale
 
 
 def merge(
     spec: ParamSpec, value: np.ndarray, adapters: Mapping[str, np.ndarray], options: LoraOptions
 ) -> np.ndarray:
-    """A parameter as the model with adapters has it; a matrix in float32 (float64 from float64).
+    """A parameter of a plain model that computes what the adapted one does.
 
     Args:
-      spec: Of the parameter.
-      value: The base's.
+      spec: Describes the parameter.
+      value: Its value under the adapters.
       adapters: A and B of each target, by the paths of `adapter_specs`.
-      options: What they were trained with.
+      options: The options that they were trained with.
+
+    Returns:
+      The parameter; what adapters or quantisation changed is in float32, or float64 from float64.
     """
-    if spec.lora is None:
-        return value
     wide = np.float64 if value.dtype == np.float64 else np.float32
-    value = np.asarray(dequantize(quantize(value)) if options.quantize else value, wide)
+    if options.quantize and spec.matrix:
+        value = np.asarray(dequantize(quantize(value)), wide)
     if spec.lora not in options.targets:
         return value
     a, b = (np.asarray(adapters[s.path], wide) for s in adapter_specs(spec, options.rank))
-    return value + wide(options.scale) * (a @ b)
+    return np.asarray(value, wide) + wide(options.scale) * (a @ b)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # NumPy is slow to import
     from recurrentgemma.common.model.layer_spec import ParamSpec
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
-# Of Adafactor: at step n its averages move by n^-decay; roots and scales are taken as no less, and
-# an update's root mean square is made no more, than these.
+# Adafactor: at step n its averages move by n^-DECAY. EPS and MIN_SCALE are the least values of its
+# roots and scales, CLIP is the largest root mean square of an update.
 ADAFACTOR_DECAY = 0.8
 ADAFACTOR_EPS = 1e-15
 ADAFACTOR_MIN_SCALE = 1e-3
@@ -25,31 +25,32 @@ ADAFACTOR_CLIP = 1.0
 class OptimizerOptions:
     """An optimiser and its schedule.
 
-    With learning rate r, weight decay w (where the layer spec says so, or else 0) and gradient g:
+    With learning rate r, weight decay w (0 where the layer spec says no decay) and gradient g:
 
-    - "adamw": p <- (1 - r w) p - r m / (sqrt(v) + eps), m and v the averages of g and g^2 without
-      their bias.
+    - "adamw": p <- (1 - r w) p - r m / (sqrt(v) + eps); m and v are the bias-corrected averages of
+      g and g^2.
     - "sgd": p <- p - r m, m <- momentum m + g + w p.
     - "adafactor": p <- (1 - r w) p - min(r, 1 / sqrt(n)) max(rms(p), 1e-3) u / max(1, rms(u)) at
-      step n, u = g / sqrt(v), where v is, of a matrix, the average of g^2 over rows times that over
-      columns (arXiv 1804.04235, without momentum).
+      step n, with u = g / sqrt(v). v is an average of g^2; for a matrix it is kept as one number a
+      row and one a column (arXiv 1804.04235, without momentum).
 
     Attributes:
-      name: Which optimiser.
-      learning_rate: The highest.
-      weight_decay: As above.
-      b1: AdamW's decay of the average of gradients.
-      b2: AdamW's decay of the average of their squares.
-      eps: AdamW's, outside the root.
-      momentum: SGD's.
-      clip_norm: Gradients of a larger norm, over all parameters, are scaled to it; never if None.
-      warmup_steps: Over so many steps the learning rate grows linearly.
-      total_steps: At this step the learning rate arrives, by half a cosine, at its floor; it stays
-        as it is after the warm-up if None.
-      final_fraction: That floor, as a share of `learning_rate`.
+      name: The optimiser.
+      learning_rate: The highest learning rate.
+      weight_decay: w above.
+      b1: Decay of AdamW's average of gradients.
+      b2: Decay of AdamW's average of squared gradients.
+      eps: Added to the root by AdamW.
+      momentum: Momentum of SGD.
+      clip_norm: The largest norm of the gradients over all parameters: larger ones are scaled to
+        it. None turns this off.
+      warmup_steps: Number of steps over which the learning rate grows linearly.
+      total_steps: The step at which the learning rate, after half a cosine, reaches its floor. None
+        keeps it constant after the warm-up.
+      final_fraction: The floor, as a share of `learning_rate`.
 
     Raises:
-      ValueError: An option is out of its range; the message names it.
+      ValueError: An option is out of range; the message names it.
     """
 
     name: str = "adamw"
@@ -87,7 +88,7 @@ class OptimizerOptions:
 
 
 def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """The learning rate of a step, the first being 0."""
+    """The learning rate of a step; the first step is 0."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     if options.total_steps is None:
@@ -105,10 +106,10 @@ def decay_mask(specs: Iterable[ParamSpec]) -> dict[str, bool]:
 def moment_shapes(
     options: OptimizerOptions, specs: Sequence[ParamSpec]
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes, in the Flax layout, of what an optimiser remembers: by its name, then by path.
+    """The shapes of an optimiser's state in the Flax layout, by name and path.
 
-    AdamW has "mu" and "nu", SGD with momentum "momentum", and Adafactor "rows" [..., I, 1] and
-    "columns" [..., 1, J] of matrices and "nu" of vectors.
+    AdamW has "mu" and "nu", SGD with momentum has "momentum". Adafactor has "rows" [..., I, 1] and
+    "columns" [..., 1, J] for matrices and "nu" for vectors.
     """
     if options.name == "adafactor":
         matrices = [spec for spec in specs if len(spec.shape) > 1]
@@ -124,7 +125,7 @@ def moment_shapes(
 def state_shapes(
     options: OptimizerOptions, specs: Sequence[ParamSpec]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a training state, in the Flax layout, by name."""
+    """The shapes of a training state's arrays in the Flax layout, by name."""
     groups = {"parameters": {s.path: s.shape for s in specs}, **moment_shapes(options, specs)}
     return {"step": ()} | {
         f"{group}.{path}": shape
@@ -134,7 +135,7 @@ def state_shapes(
 
 
 def grouped(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of a training state but its step: by group, then by path."""
+    """A training state's arrays, except for its step, by group and path."""
     groups: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         group, _, path = name.partition(".")

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.packing import RowStream
 from recurrentgemma.common.training.run_folder import Best, Progress, RunFolder
+from recurrentgemma.common.training.trainer import Trainer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,48 +34,6 @@ class Interrupted(Exception):
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by signal {signal}; {checkpoint} is written")
         self.signal, self.checkpoint = signal, checkpoint
-
-
-class Trainer(Protocol):
-    """A model in training, in either framework.
-
-    Attributes:
-      step: The number of steps done.
-      model_size: The model's size in bytes.
-    """
-
-    model_size: int
-
-    @property
-    def step(self) -> int: ...
-
-    def train_step(self, batches: Sequence[Batch]) -> Mapping[str, Any]:
-        """One update; returns "loss", "tokens", "grad_norm" and "learning_rate"."""
-        ...
-
-    def evaluate(self, batches: Sequence[Batch]) -> Mapping[str, float]:
-        """The "loss", "perplexity" and "tokens" of all batches."""
-        ...
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that training changes, except the number of steps."""
-        ...
-
-    def load(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Restores the arrays that `arrays` returned at a step."""
-        ...
-
-    def save(self, path: Path, adapters: Path) -> None:
-        """Writes the model as a checkpoint folder, and its adapters, if any, as a file."""
-        ...
-
-    def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
-        """Greedy continuations of at most so many tokens."""
-        ...
-
-    def memory(self) -> int | None:
-        """The most bytes used so far, where that is known."""
-        ...
 
 
 class Observer(Protocol):

@@ -22,7 +22,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, DestinationError
 from recurrentgemma.common.io.files import remove_partial, whole_folder
-from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter
+from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.packing import Position
 
@@ -109,7 +109,7 @@ class RunFolder:
             for file in model.iterdir():
                 file.rename(folder / file.name)
             model.rmdir()
-            _write_arrays(training / _STATE, arrays)
+            write_tensors(training / _STATE, arrays, {})
             (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         return path
 
@@ -188,10 +188,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    header = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    with TensorFileWriter(path, header, {}) as writer:
-        for name, array in arrays.items():
-            writer.write(name, array)

@@ -1,22 +1,21 @@
-"""Training in either framework, as `common.training.run` asks for it."""
+"""A model in training, in either framework."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from recurrentgemma.cli.frameworks import DType, Framework, default_dtype
-from recurrentgemma.common.twin import find_twin
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from recurrentgemma.common.model.griffin import GriffinConfig
-    from recurrentgemma.common.tokenizer import Tokenizer
-    from recurrentgemma.common.training.batch import Batch
-    from recurrentgemma.common.training.lora import LoraOptions
-    from recurrentgemma.common.training.optimization import OptimizerOptions
+from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import num_parameters
+from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.common.training.optimization import OptimizerOptions
+from recurrentgemma.common.twin import Twin
 
 
 class Setup(NamedTuple):
@@ -35,35 +34,31 @@ class Setup(NamedTuple):
     """
 
     checkpoint: Path | None
-    config: GriffinConfig | None
+    config: Config | None
     tokenizer: Tokenizer
-    dtype: DType
+    dtype: str
     gradient_checkpointing: bool
     optimizer: OptimizerOptions
     lora: LoraOptions | None
-    state_dtype: DType
+    state_dtype: str
     seed: int
 
 
-def training_dtype(framework: Framework) -> DType:
-    """The dtype to train parameters in unless another is asked for."""
-    return default_dtype(find_twin(framework).default_device())
+class Trainer:
+    """A model of a twin in training, on an accelerator if there is one.
 
+    Attributes:
+      step: The number of steps done.
+      model_size: The model's size in bytes.
+    """
 
-class TwinTrainer:
-    """A model of a twin in training, on an accelerator if there is one; a `run.Trainer`."""
-
-    def __init__(self, framework: Framework, setup: Setup) -> None:
-        from recurrentgemma.common.io.arrays import DTYPES
-        from recurrentgemma.common.model.layer_spec import num_parameters
-
-        self._twin, self._tokenizer = find_twin(framework), setup.tokenizer
-        device = self._twin.default_device()
+    def __init__(self, twin: Twin, setup: Setup) -> None:
+        self._twin, self._tokenizer, device = twin, setup.tokenizer, twin.default_device()
         if setup.config is None:
-            model = self._twin.load(setup.checkpoint, setup.dtype, device)
+            model = twin.load(setup.checkpoint, setup.dtype, device)
         else:
-            model = self._twin.init(setup.config, setup.seed, setup.dtype, device)
-        self._state = self._twin.train_state(
+            model = twin.init(setup.config, setup.seed, setup.dtype, device)
+        self._state = twin.train_state(
             model,
             gradient_checkpointing=setup.gradient_checkpointing,
             optimizer=setup.optimizer,
@@ -78,33 +73,38 @@ class TwinTrainer:
         return int(self._state.step)
 
     def train_step(self, batches: Sequence[Batch]) -> Mapping[str, Any]:
+        """One update; returns "loss", "tokens", "grad_norm" and "learning_rate"."""
         self._state, metrics = self._twin.training.train_step(self._state, batches)
         return metrics
 
     def evaluate(self, batches: Sequence[Batch]) -> Mapping[str, float]:
+        """The "loss", "perplexity" and "tokens" of all batches."""
         return self._twin.training.evaluate(self._state, batches)
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that training changes, except the number of steps."""
         arrays = self._twin.training.state_arrays(self._state)
         del arrays["step"]
         return arrays
 
     def load(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        import numpy as np
-
+        """Restores the arrays that `arrays` returned at a step."""
         arrays = {"step": np.asarray(step), **arrays}
         self._state = self._twin.training.load_state_arrays(self._state, arrays)
 
     def save(self, path: Path, adapters: Path) -> None:
+        """Writes the model as a checkpoint folder, and its adapters, if any, as a file."""
         model = self._twin.trained(self._state)
         self._twin.save(path, model, self._tokenizer, force=True)
         if self._state.lora is not None:
             self._twin.training.save_adapters(adapters, self._state, force=True)
 
     def sample(self, prompts: Sequence[str], tokens: int) -> list[str]:
+        """Greedy continuations of at most so many tokens."""
         sampler = self._twin.sampler(self._twin.trained(self._state), self._tokenizer)
         end = self._tokenizer.end_of_turn_id
         return sampler(prompts, tokens, stop_ids=[] if end is None else [end]).text
 
     def memory(self) -> int | None:
+        """The most bytes used so far, where that is known."""
         return self._twin.memory()
