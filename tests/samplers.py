@@ -6,6 +6,7 @@ import numpy as np
 import sentencepiece as spm
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
@@ -26,7 +27,7 @@ CONFIG = GriffinConfig(
 def make_sampler(
     twin: str,
     *,
-    config: GriffinConfig = CONFIG,
+    config: Config = CONFIG,
     vocab=None,
     dtype: str = "float32",
     seed: int = 3,

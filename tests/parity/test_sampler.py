@@ -1,5 +1,6 @@
 """Sampling, for both samplers; each known failure of the published ones has a test."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from samplers import (
 
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
-from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import apply_it_formatter
 
 
@@ -199,7 +199,7 @@ def test_bad_requests(twin: str) -> None:
         sampler(PROMPTS, -1)
     with pytest.raises(ValueError, match="total_generation_steps must be an integer of at least 0"):
         sampler.stream("x", 1.5)
-    small = make_sampler(twin, config=GriffinConfig(**{**CONFIG.__dict__, "vocab_size": 300}))
+    small = make_sampler(twin, config=dataclasses.replace(CONFIG, vocab_size=300))
     with pytest.raises(
         ValueError, match="prompt 1 has tokens outside the model's vocabulary of 300"
     ):

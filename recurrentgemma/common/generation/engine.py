@@ -205,7 +205,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def to_numpy(self, cache: Any) -> Arrays:
-        """The cache as NumPy arrays, bfloat16 as float32."""
+        """The cache as NumPy arrays, in its own dtypes."""
 
     @abc.abstractmethod
     def from_numpy(self, arrays: Arrays) -> Any:
