@@ -87,7 +87,7 @@ def test_echo_returns_the_prompt_and_nothing_is_lost_without_it(twin: str) -> No
     assert out.text == PROMPTS
 
 
-def test_logits_score_the_tokens(twin: str) -> None:
+def test_logits_chose_the_tokens_and_follow_the_prompt_s(twin: str) -> None:
     sampler = make_sampler(twin)
     out = sampler(PROMPTS, STEPS, echo=True, return_logits=True, end_sampling_at_eos_token=False)
     plain = sampler(PROMPTS, STEPS, return_logits=True, end_sampling_at_eos_token=False)
@@ -96,15 +96,16 @@ def test_logits_score_the_tokens(twin: str) -> None:
         tokens, logits = np.asarray(out.tokens[row]), np.asarray(out.logits[row])
         assert logits.shape == (len(tokens), CONFIG.vocab_size)
         assert logits.dtype == np.float32
-        assert (logits[0] == 0).all()
+        # After the prompt's last token comes what chose the first token after it.
+        np.testing.assert_allclose(logits[length - 1], logits[length], atol=1e-5)
         np.testing.assert_array_equal(logits[length:].argmax(-1), tokens[length:])
         np.testing.assert_allclose(logits[length:], np.asarray(plain.logits[row]), atol=1e-5)
-        # What scored the prompt's last token is what a prompt without it would draw from.
+        # Before the prompt's last token comes what a prompt without it would draw from.
         if length > 2:
             shorter = sampler.tokenizer.vocab.decode(tokens[1 : length - 1].tolist())
             assert sampler.tokenizer.encode(shorter) == tokens[: length - 1].tolist()
             (alone,) = sampler([shorter], 1, return_logits=True).logits
-            np.testing.assert_allclose(logits[length - 1], np.asarray(alone)[0], atol=1e-5)
+            np.testing.assert_allclose(logits[length - 2], np.asarray(alone)[0], atol=1e-5)
     assert sampler(PROMPTS, 1).logits == []
 
 

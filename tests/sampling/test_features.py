@@ -246,7 +246,7 @@ def test_scores_are_the_log_probabilities_of_the_text(twin: str) -> None:
         tokens = sampler.tokenizer.encode(text)
         assert score.tokens == tokens[1:]
         out = sampler([text], 0, echo=True, return_logits=True)
-        logits = np.asarray(out.logits[0], np.float64)[1:]
+        logits = np.asarray(out.logits[0], np.float64)[:-1]
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = expected[np.arange(len(logits)), tokens[1:]]
         np.testing.assert_allclose(score.logprobs, expected, atol=1e-5)

@@ -21,8 +21,8 @@ class SamplerOutput(NamedTuple, Generic[_Array]):
       text: The generated text, with `echo` behind the prompt's.
       tokens: The generated token ids, also the one that stopped the row; with `echo` behind the
         prompt's.
-      logits: `logits[i]` scores `tokens[i]`, [N, V], with zeros for a prompt's first token, which
-        nothing scores; empty unless asked for.
+      logits: [N, V], empty unless asked for. A generated token has the logits that it was chosen
+        from; with `echo` a prompt's token has, as published, those that come after it.
       logprobs: Log-probabilities of the generated tokens; None unless asked for.
       finish_reasons: "eos", "end_of_turn", "stop_id", "stop_string", or "length".
       state: The state after all rows, to go on from; `generate` alone returns it.

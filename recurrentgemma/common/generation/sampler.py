@@ -10,7 +10,13 @@ import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.generation.loop import Generation, TokenStream
-from recurrentgemma.common.generation.prefill import read_pending, repeated, require_own, scored
+from recurrentgemma.common.generation.prefill import (
+    PAD,
+    read_pending,
+    repeated,
+    require_own,
+    scored,
+)
 from recurrentgemma.common.generation.requests import (
     Options,
     Samplings,
@@ -302,9 +308,8 @@ class BaseSampler(Generic[_Array]):
         return prompts
 
     def _prompt_logits(self, prompt: list[int]) -> np.ndarray:
-        """The logits that score each token of a prompt, [T, V]: zeros for the first."""
-        first = np.zeros((1, self.config.vocab_size), np.float32)
-        return np.concatenate([first, *(z for z, _ in scored(self.engine, prompt, True))])
+        """The logits after each token of a prompt, [T, V]."""
+        return np.concatenate([z for z, _ in scored(self.engine, [*prompt, PAD], True)])
 
     def _generation(
         self,
