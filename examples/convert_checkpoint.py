@@ -20,7 +20,7 @@ def main(flags: argparse.Namespace) -> None:
     with open_checkpoint(flags.path_destination) as checkpoint:
         for spec in layer_spec(checkpoint.config):
             print(spec.path, spec.shape)
-            for stored in checkpoint.layout(spec):
+            for stored in checkpoint.layout.pieces[spec.path]:
                 print(f"    {stored.name} {stored.shape} {checkpoint.dtypes[spec.path]}")
     print(
         f"{summary.source_format} to {summary.format} in {flags.path_destination}: "

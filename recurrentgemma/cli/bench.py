@@ -25,6 +25,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
     random_sampler,
 )
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.presets import Preset, member
 from recurrentgemma.common.twin import find_twin
 
@@ -68,7 +69,7 @@ def bench(
     from recurrentgemma.common.model.layer_spec import layer_spec
 
     if random != (preset is not None):
-        raise ValueError("--preset NAME and --random go together: a preset has no weights")
+        raise UserError("--preset NAME and --random go together: a preset has no weights")
     framework = choose_framework(framework)
     with working(f"Loading with {framework}"):
         if preset is not None:

@@ -31,6 +31,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_strings
 from recurrentgemma.common.io.files import expanded
 
@@ -144,9 +145,9 @@ def _command(conversation: Conversation, name: str, argument: str = "") -> None:
         if name == "/help":
             sys.stdout.write(COMMANDS)
         elif name in ("/save", "/save!", "/load") and not argument:
-            raise ValueError(f"{name} needs a file")
+            raise UserError(f"{name} needs a file")
         elif name == "/save" and os.path.lexists(expanded(argument)):
-            raise ValueError(f"{argument} exists; /save! {argument} replaces it")
+            raise UserError(f"{argument} exists; /save! {argument} replaces it")
         elif name in ("/save", "/save!"):
             conversation.save(expanded(argument), force=name == "/save!")
             sys.stdout.write(f"saved to {argument}\n")
@@ -160,7 +161,7 @@ def _command(conversation: Conversation, name: str, argument: str = "") -> None:
             conversation.reset()
             sys.stdout.write("begun anew\n")
         else:
-            raise ValueError(f"there is no {name}; /help lists what there is")
+            raise UserError(f"there is no {name}; /help lists what there is")
     except KeyboardInterrupt:
         sys.stdout.write(f" [{name} stopped]\n")
     except Exception as error:
@@ -172,7 +173,7 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # from bytes that could not be decoded
-        raise ValueError("what you say must be UTF-8 text; nothing was said") from error
+        raise UserError("what you say must be UTF-8 text; nothing was said") from error
 
 
 def _told(error: Exception) -> str:

@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from recurrentgemma.common.errors import UserError
+
 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
@@ -26,14 +28,14 @@ def read_stdin() -> str:
       ValueError: Stdin is closed, or not UTF-8.
     """
     if sys.stdin is None:
-        raise ValueError("there is no prompt: give one as an argument or on stdin")
+        raise UserError("there is no prompt: give one as an argument or on stdin")
     if sys.stdin.isatty():
         sys.stderr.write("Type the prompt, then Ctrl-D on a line of its own:\n")
     data = sys.stdin.buffer.read()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"stdin must be UTF-8 text, got byte 0x{data[error.start]:02x} at offset {error.start}"
         ) from error
     return text.removesuffix("\n")

@@ -14,6 +14,7 @@ import typer
 
 from recurrentgemma.cli.frameworks import DType
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
+from recurrentgemma.common.errors import UserError
 
 if TYPE_CHECKING:
     from recurrentgemma_conversion import Progress, Summary
@@ -76,9 +77,9 @@ def convert(
     from recurrentgemma_conversion import convert as run
 
     if to not in FORMATS:
-        raise ValueError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+        raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
     if not force and (destination.exists() or destination.is_symlink()):
-        raise ValueError(f"{destination} exists; pass --force to replace it")
+        raise UserError(f"{destination} exists; pass --force to replace it")
     with _progress() as progress:
         summary = run(
             source,
@@ -134,7 +135,7 @@ def parse_size(text: str) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GiB, got {text!r}")
+        raise UserError(f"a size must be a number of bytes such as 500MB or 2GiB, got {text!r}")
     return size
 
 

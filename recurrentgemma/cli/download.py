@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from recurrentgemma.common.errors import UserError
+
 
 def download(
     source: Annotated[
@@ -36,7 +38,7 @@ def download(
 
     folder = destination or default_folder(source)
     if not force and (folder.exists() or folder.is_symlink()):
-        raise ValueError(f"{folder} exists; pass --force to replace it")
+        raise UserError(f"{folder} exists; pass --force to replace it")
     format_, _ = run(source, folder, force=force)
     if as_json:
         typer.echo(json.dumps({"source": source, "destination": str(folder), "format": format_}))

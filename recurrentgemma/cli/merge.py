@@ -10,6 +10,7 @@ import typer
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import DType
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
+from recurrentgemma.common.errors import UserError
 
 if TYPE_CHECKING:
     from recurrentgemma_conversion import Overrides
@@ -44,7 +45,7 @@ def merge(
     Adapters that were trained on a quantised base are merged into that base.
     """
     if not force and (destination.exists() or destination.is_symlink()):
-        raise ValueError(f"{destination} exists; pass --force to replace it")
+        raise UserError(f"{destination} exists; pass --force to replace it")
     stated = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     with working("Merging"):
         message = _merge(base, adapters, destination, dtype, peft, stated, force)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
-
 import typer
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.extras import EXTRA_OF, is_installed, missing
 from recurrentgemma.common.io.files import NO_ROOM
 
-_PACKAGE = Path(__file__).resolve().parent.parent
 # typer has no public name for it: unknown, missing or malformed options.
 _UsageError = typer.BadParameter.__bases__[0]
 _LONGEST_LINE = 300
@@ -37,18 +33,9 @@ def mistake(error: Exception) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package in EXTRA_OF and not is_installed(package):
             return str(missing(package))
-    if isinstance(error, UserError) or _raised_here(error):
+    if isinstance(error, UserError):
         return _in_a_line(str(error))
     return None
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether it is a `ValueError` of a `raise` in a file that does not raise `UserError` yet."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, ValueError) or not frames:
-        return False
-    here = Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
-    return here and (frames[-1].line or "").startswith("raise")
 
 
 def _in_a_line(message: str) -> str:

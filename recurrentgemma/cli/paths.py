@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.jsonl import STDIO
 
 
@@ -33,7 +34,7 @@ def read_source(path: Path, what: str) -> bytes:
     if path != STDIO:
         return path.read_bytes()
     if sys.stdin is None:
-        raise ValueError(f"there is no {what}: stdin is closed")
+        raise UserError(f"there is no {what}: stdin is closed")
     if sys.stdin.isatty():
         sys.stderr.write(f"Type the {what}, then Ctrl-D on a line of its own:\n")
     return sys.stdin.buffer.read()

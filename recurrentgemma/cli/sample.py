@@ -40,6 +40,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_strings
 from recurrentgemma.common.io.files import expanded, require_replaceable
 from recurrentgemma.common.io.jsonl import require_writable
@@ -158,17 +159,17 @@ def sample(
     if num_samples > 1 and isinstance(sampling, Greedy):
         sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if logprobs is not None and not as_json and output is None:
-        raise ValueError(
+        raise UserError(
             "--logprobs needs --json, or --input and --output: text has no place for it"
         )
     framework = choose_framework(framework)
     path, tokenizer = find_checkpoint(checkpoint)
     if chat and tokenizer.end_of_turn_id is None:
-        raise ValueError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
+        raise UserError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None:
         save_state = expanded(save_state)
         if os.path.lexists(save_state) and not force:
-            raise ValueError(f"{save_state} exists; --force replaces it")
+            raise UserError(f"{save_state} exists; --force replaces it")
         require_replaceable(save_state)
         require_writable(save_state, replaced=True)
     batch = None
@@ -185,7 +186,7 @@ def sample(
         load_state = expanded(load_state)
         before = sampler.load_state(load_state)
         if before.num_rows != 1:
-            raise ValueError(f"{load_state} is the state of {before.num_rows} texts, not of one")
+            raise UserError(f"{load_state} is the state of {before.num_rows} texts, not of one")
     options: dict[str, Any] = {
         "total_generation_steps": max_new_tokens,
         "stop_strings": stop_strings,
@@ -272,13 +273,13 @@ def _require_sense(
 ) -> None:
     """Raises `ValueError` if options do not go together."""
     if (source is None) != (output is None):
-        raise ValueError("--input and --output go together")
+        raise UserError("--input and --output go together")
     if source is not None and (prompt is not None or save_state):
-        raise ValueError("--input takes the place of PROMPT and --save-state")
+        raise UserError("--input takes the place of PROMPT and --save-state")
     if save_state and num_samples > 1:
-        raise ValueError("one text's state is saved: --num-samples must be 1")
+        raise UserError("one text's state is saved: --num-samples must be 1")
     if load_state and chat:
-        raise ValueError("--load-state goes on with the text as it is; for a conversation: "
+        raise UserError("--load-state goes on with the text as it is; for a conversation: "
                          "recurrentgemma chat --load")  # fmt: skip
 
 
@@ -289,5 +290,5 @@ def _prompt(argument: str | None, needed: bool) -> str:
     try:
         (argument or "").encode()
     except UnicodeEncodeError as error:  # from bytes that Python could not decode
-        raise ValueError("the prompt must be UTF-8 text") from error
+        raise UserError("the prompt must be UTF-8 text") from error
     return argument or ""

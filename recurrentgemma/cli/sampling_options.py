@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from recurrentgemma.common.errors import UserError
+
 if TYPE_CHECKING:
     from recurrentgemma.common.generation.strategies import Sampling
 
@@ -92,7 +94,7 @@ def strategy(
     from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
     if seed is not None and not 0 <= seed < SEEDS:
-        raise ValueError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")
+        raise UserError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")
     # Made even if the strategy is greedy, so that a wrong value is always reported.
     categorical = Categorical(
         temperature or 1.0,

@@ -20,6 +20,7 @@ from recurrentgemma.cli.frameworks import (
     load_sampler,
 )
 from recurrentgemma.cli.paths import named_path, read_source, source_name
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 
 
@@ -47,7 +48,7 @@ def score(
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{name} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
         ) from error
     framework = choose_framework(framework)

@@ -10,18 +10,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import sentencepiece as spm
 
+from recurrentgemma.common.errors import UserError
+
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
 def check_text(text: Any, name: str = "text") -> None:
     """Raises `ValueError` unless `text` is a `str` that UTF-8 can encode. The error says `name`."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be a str, got {type(text).__name__}: {text!r}")
+        raise UserError(f"{name} must be a str, got {type(text).__name__}: {text!r}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         surrogate = text[error.start]
-        raise ValueError(
+        raise UserError(
             f"{name} must be Unicode text, got an unpaired surrogate, {surrogate!r}, at "
             f"{error.start}; text.encode(errors='replace').decode() has '?' in its place"
         ) from error
@@ -41,8 +43,8 @@ def apply_it_formatter(input_string: str) -> str:
 class Vocabulary(Protocol):
     """What a tokenizer is asked for: methods of a `sentencepiece.SentencePieceProcessor`."""
 
-    def EncodeAsIds(self, text: str) -> list[int]: ...
-    def DecodeIds(self, ids: list[int]) -> str: ...
+    def EncodeAsIds(self, text: str, /) -> list[int]: ...
+    def DecodeIds(self, ids: list[int], /) -> str: ...
     def GetPieceSize(self) -> int: ...
     def bos_id(self) -> int: ...
     def eos_id(self) -> int: ...
@@ -76,13 +78,13 @@ class Tokenizer:
         if isinstance(vocab, str | os.PathLike):
             vocab = _load(Path(vocab))
         if missing := [name for name in _METHODS if not callable(getattr(vocab, name, None))]:
-            raise ValueError(
+            raise UserError(
                 f"a vocabulary must have the methods {', '.join(_METHODS)}, got "
                 f"{type(vocab).__name__}, which lacks {', '.join(missing)}"
             )
         self.vocab = vocab
         if vocab.bos_id() < 0 or vocab.eos_id() < 0:
-            raise ValueError("the tokenizer must have a BOS and an EOS piece, it lacks one")
+            raise UserError("the tokenizer must have a BOS and an EOS piece, it lacks one")
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
         self.pad_id = max(vocab.pad_id(), 0)
         self.end_of_turn_id: int | None = None
@@ -97,7 +99,7 @@ class Tokenizer:
           ValueError: The tokenizer has no such piece: the model was not tuned to chat.
         """
         if self.end_of_turn_id is None:
-            raise ValueError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
+            raise UserError(f"the tokenizer has no {END_OF_TURN}: the model was not tuned to chat")
         return self.end_of_turn_id
 
     @property
@@ -126,12 +128,12 @@ class Tokenizer:
 
 def _load(path: Path) -> spm.SentencePieceProcessor:
     if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}: a sentencepiece model file is expected")
+        raise UserError(f"no tokenizer at {path}: a sentencepiece model file is expected")
     vocab = spm.SentencePieceProcessor()
     try:
         vocab.load_from_serialized_proto(path.read_bytes())  # a path would have to be UTF-8
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
+        raise UserError(f"{path} is not a sentencepiece model: {error}") from error
     return vocab
 
 
@@ -187,7 +189,7 @@ def pad_left(
     longest = max(map(len, prompts), default=0)
     length = longest if length is None else length
     if length < longest:
-        raise ValueError(f"length must be at least the longest prompt's {longest}, got {length}")
+        raise UserError(f"length must be at least the longest prompt's {longest}, got {length}")
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     segment_pos = np.full((len(prompts), length), -1, np.int32)
     for row, prompt in enumerate(prompts):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax import core
 from jax.export import register_namedtuple_serialization
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -58,7 +58,7 @@ def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> No
     It looks at values, so inside a traced function it does nothing.
     """
     capacity = state.capacity_of(config, cache)
-    if capacity is None or isinstance(segment_pos, jax.core.Tracer) or not segment_pos.size:
+    if capacity is None or isinstance(segment_pos, core.Tracer) or not segment_pos.size:
         return
     state.require_room(capacity, int(segment_pos.max()) + 1)
 

@@ -13,6 +13,7 @@ from flax.typing import Dtype
 from jax import Device
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded, whole_folder
 from recurrentgemma.common.model.config import Config
@@ -60,7 +61,7 @@ def load_checkpoint(
     require_available(dtype)
     if device is not None:
         if sharding != "single_device":
-            raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
+            raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
         sharding = SingleDeviceSharding(device)
     with open_checkpoint(path, overrides) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
@@ -116,7 +117,7 @@ def load_parameters(
     """
     path = expanded(checkpoint_path).absolute()
     if not path.exists():
-        raise ValueError(f"no checkpoint directory at {path}")
+        raise UserError(f"no checkpoint directory at {path}")
     with open_headers(path) as checkpoint:
         return _load(checkpoint, sharding, None)
 
@@ -161,7 +162,7 @@ def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, 
     if isinstance(sharding, Mapping):
         sharding = sharding.get("params", sharding)
         if jax.tree.structure(sharding) != jax.tree.structure(leaves):
-            raise ValueError("the tree of shardings must have the parameters' structure")
+            raise UserError("the tree of shardings must have the parameters' structure")
         return sharding
     if not isinstance(sharding, Sharding):
         devices = np.array(jax.devices())
@@ -170,7 +171,7 @@ def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, 
             "replicated": NamedSharding(Mesh(devices, ("devices",)), PartitionSpec()),
         }
         if sharding not in choices:
-            raise ValueError(
+            raise UserError(
                 f'sharding must be "single_device", "replicated" or a tree, got {sharding!r}'
             )
         sharding = choices[sharding]

@@ -10,6 +10,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import num_parameters, sample_params
 from recurrentgemma.common.model.state import check_state
@@ -40,7 +41,7 @@ class Griffin(nn.Module):
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient_checkpointing, bool):
-            raise ValueError(
+            raise UserError(
                 f"gradient_checkpointing must be a bool, got {self.gradient_checkpointing!r}; "
                 "a ShardingSpec is given by name, as scan_sharding_spec"
             )
@@ -119,12 +120,12 @@ class Griffin(nn.Module):
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
         if not all(jnp.issubdtype(z.dtype, jnp.integer) for z in (tokens, segment_pos)):
-            raise ValueError(
+            raise UserError(
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
-            raise ValueError(
+            raise UserError(
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tokens.shape} and {segment_pos.shape}"
             )

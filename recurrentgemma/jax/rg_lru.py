@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model import params
 from recurrentgemma.jax.cache import Hidden, Positions
 from recurrentgemma.jax.layers import BlockDiagonalLinear, SpecModule
@@ -33,7 +34,7 @@ class RGLRU(SpecModule):
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
         if not self.only_real:
-            raise ValueError("only_real must be True: no published model has a complex state")
+            raise UserError("only_real must be True: no published model has a complex state")
         (a_param,) = self.declare(params.a_param(self.width, self.min_rad))
         (x,) = promote_dtype(x, dtype=self.dtype)
         sizes = (self.width, self.num_heads, None, self.w_init_variance_scale)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.jax.scan.gates import Gates, Inputs, Scan, decayed
 from recurrentgemma.jax.scan.xla import decays
 
@@ -62,7 +63,7 @@ class ShardingSpec(NamedTuple):
 
     def _sharding(self, partition: PartitionSpec) -> NamedSharding:
         if self.mesh is None:
-            raise ValueError("a sharding needs ShardingSpec's mesh, got None")
+            raise UserError("a sharding needs ShardingSpec's mesh, got None")
         return NamedSharding(self.mesh, partition)
 
 
@@ -84,7 +85,7 @@ def split(
     mesh = spec.mesh
     if mesh is None:
         if spec.sequence_axis_name is not None:
-            raise ValueError(
+            raise UserError(
                 f"ShardingSpec must have a mesh to split a sequence of {length} steps over, got "
                 f"mesh=None and sequence_axis_name={spec.sequence_axis_name!r}"
             )

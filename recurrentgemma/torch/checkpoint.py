@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
@@ -58,11 +59,11 @@ def load_checkpoint(
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and sharding is not None:
-        raise ValueError(f"give either a device or a sharding, got {device=} {sharding=}")
+        raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
     with open_checkpoint(path, overrides) as checkpoint:
         stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
         if sharding is not None and dtype is None and len(stored) > 1:
-            raise ValueError(
+            raise UserError(
                 f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
             )
         model = Griffin(checkpoint.config, device="meta")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.model.params import shapes_of
@@ -115,13 +116,13 @@ class Griffin(SpecModule):
             z if isinstance(z, Tensor) else np.array(z) for z in (tokens, segment_pos)
         )
         if not (is_integer(tokens) and is_integer(segment_pos)):
-            raise ValueError(
+            raise UserError(
                 "tokens and segment_pos must be integers, "
                 f"got {tokens.dtype} and {segment_pos.dtype}"
             )
         tokens, segment_pos = (as_index(z, embedding.device) for z in (tokens, segment_pos))
         if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
-            raise ValueError(
+            raise UserError(
                 "tokens and segment_pos must have one shape [B, T], "
                 f"got {tuple(tokens.shape)} and {tuple(segment_pos.shape)}"
             )

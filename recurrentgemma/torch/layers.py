@@ -80,8 +80,8 @@ class SpecModule(nn.Module):
             if (parameter := module.get_parameter(torch_name(spec.path)))
             .untyped_storage().device.type != "meta"
         ]  # fmt: skip
-        if seed is None and drawn:
-            seed = int(torch.randint(2**31, (), device="cpu"))
+        if seed is None:
+            seed = int(torch.randint(2**31, (), device="cpu")) if drawn else 0
         for spec, parameter in drawn:
             value = to_torch(spec.path, sample_param(spec, seed))
             parameter.copy_(torch.from_numpy(value))

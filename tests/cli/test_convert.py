@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_shards_and_given_config(cli, tmp_path, source):
     assert "a tokenizer is needed" in cli(*args).err
     assert cli(*args, "--tokenizer", tmp_path / "pieces").code == 0
     with open_checkpoint(tmp_path / "out") as reader:
-        config = reader.config
+        config: Any = reader.config
     assert (config.attention_window_size, config.logits_soft_cap) == (7, 2.5)
     assert not config.embeddings_scale_by_sqrt_dim
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1

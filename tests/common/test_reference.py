@@ -3,6 +3,7 @@
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -541,7 +542,8 @@ def test_over_rows_runs_one_module_on_a_padded_batch():
     x = np.random.default_rng(0).normal(size=(2, 5, config.width))
     segment_pos = np.array([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 0]])
     state = reference.init_state(config, 2)["blocks.0"]
-    block = functools.partial(reference.recurrent_block, config.model.layers[0].mixer, params)
+    mixer: Any = config.model.layers[0].mixer
+    block = functools.partial(reference.recurrent_block, mixer, params)
     y, new_state = reference.over_rows(block, x, segment_pos, state)
     row = {name: leaf[1] for name, leaf in state.items()}
     want, want_state = block(x[1, 2:], segment_pos[1, 2:], row)

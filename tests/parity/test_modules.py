@@ -14,6 +14,8 @@ from tolerances import assert_close
 
 CONFIG = make_config("RA", lru_width=32, attention_window_size=6)
 RECURRENT, ATTENTION = CONFIG.model.layers
+RECURRENT_MIXER: Any = RECURRENT.mixer
+ATTENTION_MIXER: Any = ATTENTION.mixer
 LENGTH = 11
 # Row 0 goes on with a document at position 5, row 1 ends one and has two more, row 2 is padded.
 CONTINUED = np.array(
@@ -35,13 +37,13 @@ WITH_STATE: dict[str, tuple[str, str, int, Callable[..., Any]]] = {
         "RecurrentBlock",
         "blocks.0.recurrent_block",
         CONFIG.width,
-        functools.partial(reference.recurrent_block, RECURRENT.mixer),
+        functools.partial(reference.recurrent_block, RECURRENT_MIXER),
     ),
     "LocalAttentionBlock": (
         "LocalAttentionBlock",
         "blocks.1.attention_block",
         CONFIG.width,
-        functools.partial(reference.attention_block, ATTENTION.mixer),
+        functools.partial(reference.attention_block, ATTENTION_MIXER),
     ),
     "ResidualBlock-recurrent": (
         "ResidualBlock",

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import tomllib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,7 +225,8 @@ def test_examples_that_are_too_long_are_counted(train, how, word):
 
 def test_a_tokenizer_that_is_not_the_model_s(corpus, train):
     pytest.importorskip("torch.nn")
-    config = dataclasses.replace(NativeReader(BUNDLED).config, vocab_size=2000)
+    bundled: Any = NativeReader(BUNDLED).config
+    config = dataclasses.replace(bundled, vocab_size=2000)
     (corpus / "other.json").write_text(config.to_json())
     done = train(config=corpus / "other.json")
     assert "the tokenizer has 2048 pieces, the model a vocabulary of 2000" in done.err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recurrentgemma.common.errors import UserError
+
 _LOSS_LOGITS = 1 << 25
 
 
@@ -39,6 +41,6 @@ def loss_chunk(length: int, vocab_size: int, limit: int | None = None) -> int:
       ValueError: The limit is not positive.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"a chunk must have at least one token, got {limit}")
+        raise UserError(f"a chunk must have at least one token, got {limit}")
     limit = max(1, _LOSS_LOGITS // vocab_size) if limit is None else limit
     return max(1, -(-length // max(1, -(-length // limit))))

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_ids
 from recurrentgemma.common.model.state import State, StateError, empty_state
 from recurrentgemma.common.tokenizer import END_OF_TURN, apply_it_formatter
@@ -128,7 +129,7 @@ class Conversation:
         """
         self._end_answer()
         if self.state is None:
-            raise ValueError("there is nothing to save: nothing was said yet")
+            raise UserError("there is nothing to save: nothing was said yet")
         notes = {_NOTE: json.dumps(self.turns)}
         self.sampler.save_state(path, self.state, notes=notes, force=force)
 
@@ -210,7 +211,7 @@ def _turn(user: Any, model: Any, tokens: Any) -> Turn:
     if not isinstance(user, str) or not isinstance(model, str) or not tokens or not all(
         type(token) is int for token in tokens
     ):  # fmt: skip
-        raise ValueError(f"a turn must be two strings and the ids of its tokens, got {turn}")
+        raise UserError(f"a turn must be two strings and the ids of its tokens, got {turn}")
     return turn
 
 
@@ -220,6 +221,6 @@ def _check_turns(turns: list[Turn], state: State) -> None:
     if state.num_tokens != (len(tokens),) or (
         state.pending[0] != tuple(tokens[-len(state.pending[0]) :])
     ):  # fmt: skip
-        raise ValueError("its turns are not what its state has read")
+        raise UserError("its turns are not what its state has read")
     if not all(0 <= token < state.config.vocab_size for token in tokens):
-        raise ValueError("its turns have tokens outside the model's vocabulary")
+        raise UserError("its turns have tokens outside the model's vocabulary")

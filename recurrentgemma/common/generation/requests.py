@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import Stops, checked_ids, checked_strings
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
 
@@ -79,7 +80,7 @@ def row_requests(
         all_steps, samplings, all_ids, all_strings, strict=True
     ):
         if not isinstance(strategy, Greedy | Categorical):
-            raise ValueError(f"sampling must be Greedy or Categorical, got {strategy!r}")
+            raise UserError(f"sampling must be Greedy or Categorical, got {strategy!r}")
         reasons = dict.fromkeys(checked_ids(ids, vocab_size), "stop_id") | {**always}
         stops = Stops(reasons, checked_strings(strings))
         most = checked_integer("total_generation_steps", limit, least=0)
@@ -97,7 +98,7 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None) 
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or (
         most is not None and value > most
     ):  # fmt: skip
-        raise ValueError(f"{name} must be an integer {within}, got {value!r}")
+        raise UserError(f"{name} must be an integer {within}, got {value!r}")
     return int(value)
 
 
@@ -106,7 +107,7 @@ def _each(name: str, value: Any, num_texts: int, several: bool) -> list[Any]:
     if not several:
         return [value] * num_texts
     if len(value) != num_texts:
-        raise ValueError(
+        raise UserError(
             f"{name} must be one for all prompts or one a prompt, {num_texts}, got {len(value)}"
         )
     return [*value]

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.generation.loop import Generation, TokenStream
 from recurrentgemma.common.generation.prefill import (
@@ -225,7 +226,7 @@ class BaseSampler(Generic[_Array]):
         if state is None:
             tokens = self._encode(texts)
             if not tokens:
-                raise ValueError("at least one text is expected, got none")
+                raise UserError("at least one text is expected, got none")
             state = empty_state(self.config, len(tokens))
         else:
             tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
@@ -292,7 +293,7 @@ class BaseSampler(Generic[_Array]):
 
     def _encode(self, input_strings: Sequence[str], as_prompts: bool = True) -> list[list[int]]:
         if isinstance(input_strings, str | bytes) or not isinstance(input_strings, Iterable):
-            raise ValueError(f"input_strings must be a sequence of strings, got {input_strings!r}")
+            raise UserError(f"input_strings must be a sequence of strings, got {input_strings!r}")
         strings = list(input_strings)
         for row, string in enumerate(strings):
             check_text(string, f"prompt {row}")
@@ -301,7 +302,7 @@ class BaseSampler(Generic[_Array]):
         for row, prompt in enumerate(prompts):
             outside = [token for token in prompt if token >= self.config.vocab_size]
             if outside:
-                raise ValueError(
+                raise UserError(
                     f"prompt {row} has tokens outside the model's vocabulary of "
                     f"{self.config.vocab_size}: {outside[:5]}; is this the model's tokenizer?"
                 )

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.tokenizer import StreamDecoder, Tokenizer, check_text
 
 
@@ -28,11 +29,11 @@ def checked_strings(strings: Any) -> tuple[str, ...]:
       ValueError: One is empty, no string or no Unicode text, or `strings` is not iterable.
     """
     if not isinstance(strings, Iterable):
-        raise ValueError(f"stop_strings must be a string or several, got {strings!r}")
+        raise UserError(f"stop_strings must be a string or several, got {strings!r}")
     strings = (strings,) if isinstance(strings, str) else tuple(strings)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop_strings must be strings that are not empty, got {string!r}")
+            raise UserError(f"stop_strings must be strings that are not empty, got {string!r}")
         check_text(string, "a stop string")
     return strings
 
@@ -44,11 +45,11 @@ def checked_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
       ValueError: One is no token of the vocabulary, or `ids` is not iterable.
     """
     if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
-        raise ValueError(f"stop_ids must be a sequence of token ids, got {ids!r}")
+        raise UserError(f"stop_ids must be a sequence of token ids, got {ids!r}")
     ids = tuple(ids)
     for token in ids:
         if not _is_token(token, vocab_size):
-            raise ValueError(
+            raise UserError(
                 f"stop_ids must be tokens of the vocabulary of {vocab_size}, got {token!r}"
             )
     return tuple(map(operator.index, ids))

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
+
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -61,11 +63,11 @@ class Categorical:
     def __post_init__(self) -> None:
         _check_normal("temperature", self.temperature, "; for the most likely token use Greedy")
         if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
-            raise ValueError(f"top_k must be a positive integer, got {self.top_k}")
+            raise UserError(f"top_k must be a positive integer, got {self.top_k}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+            raise UserError(f"min_p must be in [0, 1], got {self.min_p}")
         _check_normal("repetition_penalty", self.repetition_penalty)
 
 
@@ -91,10 +93,10 @@ def row_keys(seeds: Any, num_texts: int, num_samples: int = 1) -> list[np.ndarra
         _is_integer(_plain(seed)) for seed in seeds
     ):  # fmt: skip
         if len(seeds) != num_texts:
-            raise ValueError(f"rng must have one seed a text, {num_texts}, got {len(seeds)}")
+            raise UserError(f"rng must have one seed a text, {num_texts}, got {len(seeds)}")
         pairs = [(seed, sample) for seed in seeds for sample in range(num_samples)]
     else:
-        raise ValueError(f"rng must be an integer or one a text, got {seeds!r}")
+        raise UserError(f"rng must be an integer or one a text, got {seeds!r}")
     return [
         np.random.SeedSequence([abs(int(seed)), int(seed < 0), row]).generate_state(2, np.uint64)
         for seed, row in pairs
@@ -119,7 +121,7 @@ def uniform(
 def _check_normal(name: str, value: Any, advice: str = "") -> None:
     number = float(value) if isinstance(value, np.floating) else value
     if not _is_number(value) or not _LEAST <= number <= _MOST:
-        raise ValueError(
+        raise UserError(
             f"{name} must be above 0 and finite, got {value} "
             f"(in float32: from 1.18e-38 to 3.4e+38{advice})"
         )

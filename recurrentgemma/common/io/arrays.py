@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {  # of parameters, in every format
     "bfloat16": BFLOAT16,
@@ -40,7 +42,7 @@ def float_dtype(dtype: object) -> np.dtype:
     """
     name = dtype_name(dtype)
     if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
     return DTYPES[name]
 
 

@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import locked
 
 STDIO = Path("-")  # stdin or stdout
 _OPENING = b'{"line": '  # the first bytes of every result
 
 
-class LineError(ValueError):
+class LineError(UserError):
     """A line of an input file is not a prompt; the message has its number."""
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """An output file cannot be written, or holds something other than results."""
 
 
@@ -57,11 +58,11 @@ def json_value(data: bytes) -> Any:
     try:
         return json.loads(data)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte 0x{data[error.start]:02x}") from error
+        raise UserError(f"not UTF-8: byte 0x{data[error.start]:02x}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from error
+        raise UserError(f"not JSON: {error.msg}, column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError("not JSON that can be read: too deep") from error
+        raise UserError("not JSON that can be read: too deep") from error
 
 
 def _line(number: int, data: bytes, name: str) -> Line:
@@ -75,12 +76,12 @@ def _prompt(data: bytes) -> str:
     value = json_value(data)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise ValueError('a string or an object with a string "prompt" is expected')
+        raise UserError('a string or an object with a string "prompt" is expected')
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         code = ord(prompt[error.start])
-        raise ValueError(f"not Unicode text: an unpaired surrogate \\u{code:04x}") from error
+        raise UserError(f"not Unicode text: an unpaired surrogate \\u{code:04x}") from error
     return prompt
 
 

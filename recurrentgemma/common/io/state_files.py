@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import DTYPES, count_nonfinite
 from recurrentgemma.common.io.files import expanded, whole_file
 from recurrentgemma.common.io.tensor_files import DTYPE_NAMES, TensorFile, write_tensors
@@ -50,7 +51,7 @@ def write_state(
       DestinationError: `path` exists and `force` is not set, or cannot be written.
     """
     if not _is_notes(state.notes):
-        raise ValueError(f"notes must be strings by name, got {state.notes!r}")
+        raise UserError(f"notes must be strings by name, got {state.notes!r}")
     tensors = {
         f"{block}.{field}": value
         for block, fields in (state.arrays or {}).items()

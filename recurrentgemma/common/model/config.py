@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.mixers import MIXERS, Mixer, check_positive
 from recurrentgemma.common.model.presets import ScanType, member
 
@@ -151,7 +152,7 @@ class ModelConfig(Config):
             layers = tuple(_layer_from_dict(layer) for layer in fields["layers"])
             return cls(**{**fields, "layers": layers})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not the configuration of a model: {error}") from error
+            raise UserError(f"not the configuration of a model: {error}") from error
 
 
 def _short(layer: Layer) -> str:
@@ -175,7 +176,7 @@ def _layer_from_dict(fields: Mapping[str, Any]) -> Layer:
     mixer = dict(fields["mixer"])
     kind = mixer.pop("kind", None)
     if kind not in MIXERS:
-        raise ValueError(f"a mixer's kind must be one of {', '.join(MIXERS)}, got {kind!r}")
+        raise UserError(f"a mixer's kind must be one of {', '.join(MIXERS)}, got {kind!r}")
     return Layer(**{**fields, "mixer": MIXERS[kind](**mixer)})
 
 
@@ -183,7 +184,7 @@ def checked_cap(name: str, cap: Any) -> float:
     """A soft cap as a float, or `ValueError`."""
     is_number = isinstance(cap, int | float) and not isinstance(cap, bool)
     if not is_number or not 0 <= cap <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and at least 0, got {cap!r}")
+        raise UserError(f"{name} must be finite and at least 0, got {cap!r}")
     return float(cap)
 
 
@@ -211,5 +212,5 @@ def config_from_json(text: str) -> Config:
     """The configuration that `to_json` gave; `ValueError` when the text holds none."""
     fields = json.loads(text)
     if not isinstance(fields, dict):
-        raise ValueError(f"a configuration is a JSON object, got {type(fields).__name__}")
+        raise UserError(f"a configuration is a JSON object, got {type(fields).__name__}")
     return config_from_dict(fields)

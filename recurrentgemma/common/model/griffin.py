@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import (
     Config,
     Layer,
@@ -75,13 +76,13 @@ class GriffinConfig(Config):
         if self.lru_width is None:
             set_field(self, "lru_width", self.width)
         if not isinstance(self.block_types, list | tuple):
-            raise ValueError(f"block_types must be a sequence, got {self.block_types!r}")
+            raise UserError(f"block_types must be a sequence, got {self.block_types!r}")
         blocks = tuple(member(TemporalBlockType, block) for block in self.block_types)
         set_field(self, "block_types", blocks)
         set_field(self, "scan_type", member(ScanType, self.scan_type))
         check_positive(self, "vocab_size", "width", "attention_window_size")
         if not isinstance(self.embeddings_scale_by_sqrt_dim, bool):
-            raise ValueError(
+            raise UserError(
                 "embeddings_scale_by_sqrt_dim must be True or False, "
                 f"got {self.embeddings_scale_by_sqrt_dim!r}"
             )
@@ -92,14 +93,18 @@ class GriffinConfig(Config):
         check_divisible(self, "width", "num_heads")
         check_divisible(self, "lru_width", "num_heads")
         if TemporalBlockType.ATTENTION in blocks and self.head_dim % 4:
-            raise ValueError(
+            raise UserError(
                 "width / num_heads must be divisible by 4 (rotary embeddings turn the first half "
                 f"of each head in pairs), got {self.head_dim} from width={self.width} "
                 f"num_heads={self.num_heads}"
             )
 
-    @functools.cached_property
+    @property
     def model(self) -> ModelConfig:
+        return self._model
+
+    @functools.cached_property
+    def _model(self) -> ModelConfig:
         sizes = (self.width, self.num_heads, self.attention_window_size, self.lru_width, 4)
         layers = tuple(
             published_layer(block, *sizes, self.mlp_expanded_width) for block in self.block_types
@@ -236,7 +241,7 @@ class GriffinConfig(Config):
             fields[name] = given[name] if given[name] is not None else known.get(name)
         unknown = [name for name in _NOT_IN_SHAPES if fields[name] is None]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 "these parameters have the shapes of no preset, and shapes do not tell "
                 f"{', '.join(unknown)}: pass them, or a preset to take them from"
             )
@@ -266,7 +271,7 @@ class GriffinConfig(Config):
         problems = [f"unknown field {name!r}" for name in sorted(set(fields) - names)]
         problems += [f"missing field {name!r}" for name in sorted(required - set(fields))]
         if problems:
-            raise ValueError("not a Griffin configuration: " + ", ".join(problems))
+            raise UserError("not a Griffin configuration: " + ", ".join(problems))
         return cls(**fields)
 
     @classmethod
@@ -274,7 +279,7 @@ class GriffinConfig(Config):
         """The inverse of `to_json`; `ValueError` when it is not JSON or not a configuration."""
         fields = json.loads(text)
         if not isinstance(fields, dict):
-            raise ValueError(f"a configuration is a JSON object, got {type(fields).__name__}")
+            raise UserError(f"a configuration is a JSON object, got {type(fields).__name__}")
         return cls.from_dict(fields)
 
 
@@ -342,7 +347,7 @@ def _sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head_dim = math.prod(proj_k) // width
         lru_width, num_heads = width, width // max(head_dim, 1)
     if problems:
-        raise ValueError(f"these are not the parameters of a Griffin model: {', '.join(problems)}")
+        raise UserError(f"these are not the parameters of a Griffin model: {', '.join(problems)}")
     return {
         "vocab_size": vocab_size,
         "width": width,

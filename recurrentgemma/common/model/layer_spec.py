@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config, Layer
 from recurrentgemma.common.model.mixers import CAPACITY_BLOCK, block_name
 from recurrentgemma.common.model.params import (
@@ -122,6 +123,6 @@ def require_match(
     problems = mismatches(expected, actual)
     if problems:
         count = f"{len(problems)} difference{'s' * (len(problems) > 1)}"
-        raise ValueError(
+        raise UserError(
             f"the parameters do not match the config ({count}):\n  " + "\n  ".join(problems)
         )

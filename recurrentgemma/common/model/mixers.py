@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.params import (
     Params,
     ParamSpec,
@@ -144,7 +145,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 or not self.base > 0 or not self.stretch > 0:
-            raise ValueError(
+            raise UserError(
                 "a rope needs a base and a stretch above 0 and a share in [0, 1], "
                 f"got base={self.base} share={self.share} stretch={self.stretch}"
             )
@@ -188,12 +189,12 @@ class Attention:
             check_positive(self, "reach")
         check_divisible(self, "heads", "kv_heads")
         if self.turned % 2 or self.turned != self.head_dim * self.rope.share:
-            raise ValueError(
+            raise UserError(
                 "rope turns pairs: head_dim * share must be an even integer, "
                 f"got head_dim={self.head_dim} share={self.rope.share}"
             )
         if not self.soft_cap >= 0:
-            raise ValueError(f"soft_cap must be at least 0, got {self.soft_cap}")
+            raise UserError(f"soft_cap must be at least 0, got {self.soft_cap}")
 
     @property
     def turned(self) -> int:
@@ -230,7 +231,7 @@ def check_divisible(value: Any, name: str, divisor: str) -> None:
     """Raises `ValueError` unless one field is a multiple of another."""
     whole, part = getattr(value, name), getattr(value, divisor)
     if whole % part:
-        raise ValueError(
+        raise UserError(
             f"{name} must be divisible by {divisor}, got {name}={whole} {divisor}={part}"
         )
 
@@ -238,7 +239,7 @@ def check_divisible(value: Any, name: str, divisor: str) -> None:
 def positive_int(name: str, value: Any) -> int:
     """A positive integer below 2^63 as a plain one, or `ValueError`."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        raise UserError(f"{name} must be a positive integer, got {value!r}")
     if operator.index(value) >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {value!r}")
+        raise UserError(f"{name} must be below 2**63, got {value!r}")
     return operator.index(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple, TypeVar
 
+from recurrentgemma.common.errors import UserError
+
 _E = TypeVar("_E", bound=enum.Enum)
 
 
@@ -95,4 +97,4 @@ def member(kind: type[_E], value: _E | str) -> _E:
         if value in (candidate.value, candidate.name):
             return candidate
     choices = ", ".join(candidate.name for candidate in kind)
-    raise ValueError(f"{value!r} is no {kind.__name__}; choose from {choices}")
+    raise UserError(f"{value!r} is no {kind.__name__}; choose from {choices}")

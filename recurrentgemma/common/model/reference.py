@@ -53,6 +53,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config, Layer
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.mixers import Attention, Recurrent, Rope, block_name
@@ -391,13 +392,13 @@ def forward(
     )
     validate_positions(segment_pos)
     if tokens.shape != segment_pos.shape:
-        raise ValueError(
+        raise UserError(
             "tokens and segment_pos must have the same shape, "
             f"got {tokens.shape} and {segment_pos.shape}"
         )
     real = tokens[segment_pos >= 0]
     if np.any((real < 0) | (real >= config.vocab_size)):
-        raise ValueError(
+        raise UserError(
             f"tokens must be in 0 ... {config.vocab_size - 1}, got {real.min()} ... {real.max()}"
         )
     if state is None:
@@ -444,7 +445,7 @@ def validate_positions(segment_pos: Array) -> None:
     step the next position, or 0 where a document starts.
     """
     if segment_pos.ndim != 2 or not len(segment_pos) or segment_pos.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             "segment_pos must be integers of shape [batch, time] with at least one row, "
             f"got {segment_pos.dtype} of shape {segment_pos.shape}"
         )
@@ -456,7 +457,7 @@ def validate_positions(segment_pos: Array) -> None:
         row, t = bad[0]
         got, last = segment_pos[row, t], before[row, t]
         expected = "-1 (padding) or a position" if last < 0 else f"{last + 1} or 0"
-        raise ValueError(
+        raise UserError(
             "segment_pos must be padding (-1), then consecutive positions, 0 starting a document: "
             f"expected {expected} after {last}, got {got} at row {row}, step {t}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import state_spec
 from recurrentgemma.common.model.mixers import CAPACITY_BLOCK, Mixer
@@ -16,7 +17,7 @@ from recurrentgemma.common.model.params import StateSpec
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A state that cannot be used: of another model, not whole, or no state at all."""
 
 
@@ -166,7 +167,7 @@ def check_state(
         came = sorted({int(size) for size in batch_sizes})
         problems.append(f"{expected_size} expected, got {came if len(came) > 1 else came[0]}")
     if problems:
-        raise ValueError("this is not the state of such a model:\n  " + "\n  ".join(problems))
+        raise UserError("this is not the state of such a model:\n  " + "\n  ".join(problems))
 
 
 def _sizes(spec: StateSpec) -> list[int | str]:

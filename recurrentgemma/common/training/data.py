@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.jsonl import json_value
 from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer, apply_it_formatter
 
@@ -19,7 +20,7 @@ _SHOWN = 5
 _OPENING = 32  # characters
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A model cannot train on this data; the message names the file and the lines."""
 
 
@@ -81,13 +82,13 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list
 def _example(value: Any, tokenizer: Tokenizer, eos: bool) -> Example:
     kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
     if len(kinds) != 1:
-        raise ValueError(f"{_EXPECTED} is expected")
+        raise UserError(f"{_EXPECTED} is expected")
     if kinds == ["messages"]:
         turns = list(_turns(value["messages"], tokenizer))
         return _joined(turns, apply_it_formatter(value["messages"][0]["content"]))
     *before, last = (_string(value, name) for name in _KINDS[kinds[0]])
     if not last:
-        raise ValueError(f"{_KINDS[kinds[0]][-1]!r} is empty")
+        raise UserError(f"{_KINDS[kinds[0]][-1]!r} is empty")
     prompt = "".join(before)
     end = [tokenizer.eos_id] if eos else []
     parts = [(tokenizer.encode(prompt), False), (tokenizer.encode(last)[1:] + end, True)]
@@ -97,18 +98,18 @@ def _example(value: Any, tokenizer: Tokenizer, eos: bool) -> Example:
 def _string(value: Mapping[str, Any], name: str) -> str:
     text = value.get(name)
     if not isinstance(text, str):
-        raise ValueError(f"{name!r} must be a string, got {type(text).__name__}")
+        raise UserError(f"{name!r} must be a string, got {type(text).__name__}")
     return text
 
 
 def _turns(messages: Any, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
     if tokenizer.end_of_turn_id is None:
-        raise ValueError(f"the tokenizer has no {END_OF_TURN}, which messages need")
+        raise UserError(f"the tokenizer has no {END_OF_TURN}, which messages need")
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("'messages' must be a list of objects")
+        raise UserError("'messages' must be a list of objects")
     roles = ["model" if turn.get("role") == "assistant" else turn.get("role") for turn in messages]
     if not roles or roles != ["user", "model"] * (len(roles) // 2):
-        raise ValueError(f"the roles must be user, model, user, model, ..., got {roles}")
+        raise UserError(f"the roles must be user, model, user, model, ..., got {roles}")
     for number, turn in enumerate(messages):
         content = _string(turn, "content")
         if roles[number] == "model":

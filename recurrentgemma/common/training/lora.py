@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
@@ -44,11 +45,11 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+            raise UserError(f"rank must be at least 1, got {self.rank}")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
+            raise UserError(f"alpha must be positive, got {self.alpha}")
         if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
+            raise UserError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
 
     @property
     def scale(self) -> float:
@@ -65,7 +66,7 @@ def lora_targets(config: Config, options: LoraOptions) -> tuple[ParamSpec, ...]:
     """
     targets = tuple(spec for spec in layer_spec(config) if spec.lora in options.targets)
     if not targets:
-        raise ValueError(f"the model has no parameters of the targets {options.targets}")
+        raise UserError(f"the model has no parameters of the targets {options.targets}")
     return targets
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from recurrentgemma.common.errors import UserError
+
 if TYPE_CHECKING:  # NumPy is slow to import
     import numpy as np
 
@@ -67,21 +69,21 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
-            raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
+            raise UserError(f"name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
         for field in ("learning_rate", "eps", "clip_norm", "total_steps"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field} must be positive, got {value}")
+                raise UserError(f"{field} must be positive, got {value}")
         for field in ("weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
+                raise UserError(f"{field} must be at least 0, got {getattr(self, field)}")
         for field in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+                raise UserError(f"{field} must be in [0, 1), got {getattr(self, field)}")
         if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+            raise UserError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
-            raise ValueError(
+            raise UserError(
                 "total_steps must be more than warmup_steps, "
                 f"got {self.total_steps=} {self.warmup_steps=}"
             )

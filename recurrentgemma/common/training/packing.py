@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.data import DataError, Example
 
@@ -62,7 +63,7 @@ def cut(
     """
     stride = length if stride is None else stride
     if length < 1 or not 1 <= stride <= length:
-        raise ValueError(
+        raise UserError(
             f"length must be at least 1, and stride from 1 to length, got {length=} {stride=}"
         )
     long = sum(example.places > length for example in examples)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.params import tree_keys
 
 Params = Mapping[str, Any]
@@ -17,7 +18,7 @@ Params = Mapping[str, Any]
 def require_available(dtype: Dtype | None) -> None:
     """Raises `ValueError` for a dtype in whose place JAX would take a narrower one."""
     if dtype is not None and (taken := jax.dtypes.canonicalize_dtype(dtype)) != jnp.dtype(dtype):
-        raise ValueError(
+        raise UserError(
             f"dtype must be one that JAX has turned on, got {jnp.dtype(dtype)}, for which it would "
             f"take {taken}: jax.config.update('jax_enable_x64', True) turns it on"
         )

@@ -21,6 +21,7 @@ from flax.typing import Dtype
 from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.numerics import RG_LRU_C
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.jax.scan import xla as scan_xla
@@ -108,7 +109,7 @@ def linear_scan(
     h0 = None if h0 is None else jnp.asarray(h0)
     reset = None if reset is None else jnp.asarray(reset)
     if x.ndim != 3 or x.shape != a.shape:
-        raise ValueError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
+        raise UserError(f"x and a must have one shape [B, T, D], got {x.shape} and {a.shape}")
     _check("a", a, x.shape)
     if reset is not None:
         _check("reset", reset, x.shape[:2], "a bool")
@@ -156,7 +157,7 @@ def rg_lru_scan(
     a_param, segment_pos = jnp.asarray(a_param), jnp.asarray(segment_pos)
     h0 = None if h0 is None else jnp.asarray(h0)
     if x.ndim != 3:
-        raise ValueError(f"x must have shape [B, T, D], got {x.shape}")
+        raise UserError(f"x must have shape [B, T, D], got {x.shape}")
     _check("input_gate", input_gate, x.shape)
     _check("a_gate", a_gate, x.shape)
     _check("a_param", a_param, x.shape[2:])
@@ -223,9 +224,9 @@ _KINDS = {"a floating": jnp.floating, "a bool": jnp.bool_, "an integer": jnp.int
 def _check(name: str, value: Array, shape: tuple[int, ...], kind: str = "a floating") -> None:
     """Raises if a recurrence cannot take a value."""
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+        raise UserError(f"{name} must have shape {shape}, got {value.shape}")
     if not jnp.issubdtype(value.dtype, _KINDS[kind]):
-        raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+        raise UserError(f"{name} must be of {kind} dtype, got {value.dtype}")
 
 
 def as_positions(segment_pos: Array, x: Array) -> Array:
@@ -308,25 +309,23 @@ def _pallas_lowers(platform: str) -> bool:
 
 def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: _Target) -> Scan:
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
+        raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
     if name == "auto":
         name = choose_implementation(shape, dtype, target.platform).name
     if name != "pallas":
         return _XLA[name]
     if target.platform not in _PALLAS_PLATFORMS:
-        raise ValueError(
+        raise UserError(
             f"implementation 'pallas' runs on {' and '.join(_PALLAS_PLATFORMS)}, got "
             f"{target.platform}, which runs {', '.join(_XLA)}"
         )
     if jnp.dtype(dtype) not in _PALLAS_DTYPES:
-        raise ValueError(
+        raise UserError(
             "implementation 'pallas' takes float32 and bfloat16, got "
             f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
         )
     if not _pallas_lowers(target.platform):
-        raise ValueError(
+        raise UserError(
             f"implementation 'pallas' on {target.platform} needs {_TRITON}, which JAX "
             f"{jax.__version__} does not have: install a version that does, such as 0.12, or ask "
             f"for auto or one of {', '.join(_XLA)}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.init import RingLog
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.jax.scan.dispatch import SCAN_TYPES, choose_implementation, linear_scan
@@ -40,7 +41,7 @@ def single_shard_rnn_scan(
       ValueError: A sequence axis is given, or states are to be narrower than float32.
     """
     if seq_axis is not None or jnp.dtype(acc_float_dtype).itemsize < 4:
-        raise ValueError(
+        raise UserError(
             "a scan on one device takes no seq_axis and accumulates in float32 or wider, "
             f"got {seq_axis=} {acc_float_dtype=}"
         )
@@ -76,7 +77,7 @@ def rnn_real_param_init(
       ValueError: The transform is not "softplus".
     """
     if transform != "softplus":
-        raise ValueError(f"transform must be 'softplus', got {transform!r}")
+        raise UserError(f"transform must be 'softplus', got {transform!r}")
     del eps
     ring = RingLog(min_rad, max_rad)
 

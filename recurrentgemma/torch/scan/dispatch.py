@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.torch.scan import ops as scan_ops
 from recurrentgemma.torch.scan.gates import rg_lru_gates, wide_dtype
@@ -62,7 +63,7 @@ def linear_scan(
         this device.
     """
     if x.ndim != 3 or x.shape != a.shape:
-        raise ValueError(
+        raise UserError(
             f"x and a must have one shape [B, T, D], got {tuple(x.shape)} and {tuple(a.shape)}"
         )
     batch, length, width = x.shape
@@ -116,7 +117,7 @@ def rg_lru_scan(
         this device.
     """
     if x.ndim != 3:
-        raise ValueError(f"x must have shape [B, T, D], got {tuple(x.shape)}")
+        raise UserError(f"x must have shape [B, T, D], got {tuple(x.shape)}")
     batch, _, width = x.shape
     _check(x, "x", x, x.shape)
     _check(x, "input_gate", input_gate, x.shape)
@@ -166,20 +167,18 @@ def choose_implementation(
 
 def _implementation(name: str, x: Tensor) -> str:
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
+        raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
     if name == "auto":
         batch, length, width = x.shape
         return choose_implementation((batch, length, width), x.dtype, x.device).name
     if name == "triton":
         if not _HAS_TRITON:
-            raise ValueError(
+            raise UserError(
                 "implementation 'triton' needs the package triton, which is not installed; "
                 "without it there are reference, native, associative"
             )
         if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
+            raise UserError(
                 f"implementation 'triton' runs on cuda, got {x.device.type}, which runs "
                 "reference, native, associative"
             )
@@ -191,14 +190,14 @@ def _check(
 ) -> None:
     """Raises if `value` does not fit x."""
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise UserError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+        raise UserError(f"{name} must be on {x.device} like x, got {value.device}")
     is_bool, is_float = value.dtype == torch.bool, value.is_floating_point()
     is_integer = not (is_bool or is_float or value.is_complex())
     kinds = {"a floating": is_float, "a bool": is_bool, "an integer": is_integer}
     if not kinds[kind]:
-        raise ValueError(f"{name} must be of {kind} dtype, got {value.dtype}")
+        raise UserError(f"{name} must be of {kind} dtype, got {value.dtype}")
 
 
 def as_positions(segment_pos: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.torch.scan.dispatch import linear_scan
 from recurrentgemma.torch.scan.gates import BoundedSqrt as SqrtBoundDerivative
 
@@ -34,6 +35,6 @@ def rnn_param_init(
       ValueError: The transform is not "softplus".
     """
     if transform != "softplus":
-        raise ValueError(f"transform must be 'softplus', got {transform!r}")
+        raise UserError(f"transform must be 'softplus', got {transform!r}")
     squared = torch.empty_like(tensor, dtype=torch.float32).uniform_(min_rad**2, max_rad**2)
     return tensor.copy_(torch.log(torch.expm1(-0.5 * torch.log(squared + eps))))
