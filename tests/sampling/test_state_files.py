@@ -4,7 +4,6 @@ A damaged file gives a named error or a state that can be continued.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from junk import mutate
 from safetensors.numpy import load, load_file, save
 from samplers import SUBMODULES, make_sampler
+from sweeps import sweep
 
 from recurrentgemma.common.io.arrays import same_bits
 from recurrentgemma.common.model.state import StateError
@@ -164,7 +164,7 @@ def assert_served_or_refused(sampler, path: Path, content: bytes) -> None:
 
 
 @given(drawn=st.data())
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+@settings(max_examples=sweep(25, 2000))
 def test_metadata(sampler, path: Path, data: bytes, drawn: st.DataObject) -> None:
     arrays, metadata = load(data), metadata_of(data)
     field = drawn.draw(st.sampled_from(["config", "lengths", "pending", "notes"]))
@@ -173,7 +173,7 @@ def test_metadata(sampler, path: Path, data: bytes, drawn: st.DataObject) -> Non
 
 
 @given(drawn=st.data())
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))
+@settings(max_examples=sweep(25, 2000))
 def test_headers(sampler, path: Path, data: bytes, drawn: st.DataObject) -> None:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(mutate(json.loads(data[8:start]), drawn)).encode()
