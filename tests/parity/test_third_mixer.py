@@ -7,115 +7,116 @@ import numpy as np
 import pytest
 from cases import make_batch, make_params
 
-from backends import BACKENDS, Backend
-from recurrentgemma.common.model import memory, reference
+from recurrentgemma import parity
+from recurrentgemma.common.io.checkpoint import load_tokenizer
+from recurrentgemma.common.model import memory, mixers, params, reference
 from recurrentgemma.common.model.config import Layer, ModelConfig, config_from_json
-from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.mixers import Attention, Rope, register_mixer
-from recurrentgemma.common.model.params import StateSpec, conv_1d, linear, under
+from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
+from recurrentgemma_conversion import convert
 from tolerances import assert_close
 
 
 class ConvolutionCache(NamedTuple):
-    conv1d_state: Any
+    state: Any
 
 
-@register_mixer
 @dataclasses.dataclass(frozen=True)
-class GatedConvolution:
-    """y = (sigmoid(x W_g) * conv(x W_x)) W_out."""
-
+class GatedConvolution:  # y = (sigmoid(x W_g) * conv(x W_x)) W_out
+    width: int
     taps: int = 3
     kind: ClassVar[str] = "convolution"
     cache: ClassVar[type] = ConvolutionCache
 
     def params(self, width, variance):
-        for name in ("gate", "value"):
-            yield from under(name, linear((width, width), ("width", "lru"), "recurrent"))
-        yield from under("conv_1d", conv_1d(width, self.taps))
-        yield from under("out", linear((width, width), ("lru", "width"), "recurrent", variance))
+        for name, share in (("gate", 1), ("value", 1), ("out", variance)):
+            kernel = params.linear((width, width), ("width", "lru"), "recurrent", share)
+            yield from params.under(name, kernel)
+        yield from params.under("conv_1d", params.conv_1d(width, self.taps))
 
     def state(self, capacity):
-        yield StateSpec("conv1d_state", (self.taps - 1, 24), "compute", ("conv", "lru"))
+        yield params.StateSpec("state", (self.taps - 1, self.width), "compute", ("conv", "lru"))
 
 
-def in_reference(mixer, params, x, positions, state):
-    gate = reference.sigmoid(reference.linear(reference.subtree(params, "gate"), x))
-    value = reference.linear(reference.subtree(params, "value"), x)
-    w, b, before = params["conv_1d.w"], params["conv_1d.b"], state["conv1d_state"]
-    value, after = reference.conv_1d(value, w, b, positions, before)
-    out = reference.linear(reference.subtree(params, "out"), gate * value)
-    return out, {"conv1d_state": after}
+def in_reference(mixer, weights, x, positions, state):
+    gate, value = (reference.linear(reference.subtree(weights, n), x) for n in ("gate", "value"))
+    w, b, state = weights["conv_1d.w"], weights["conv_1d.b"], state["state"]
+    value, after = reference.conv_1d(value, w, b, positions, state)
+    y, out = reference.sigmoid(gate) * value, reference.subtree(weights, "out")
+    return reference.linear(out, y), {"state": after}
 
 
 def in_torch(width, mixer, variance, scan_type, dtype):
     from recurrentgemma.torch.layers import Conv1D, Linear, SpecModule
 
     class Block(SpecModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.value = (Linear(width, width, dtype=dtype) for _ in range(2))
-            self.conv_1d = Conv1D(width, mixer.taps, device="meta", dtype=dtype)
-            self.out = Linear(width, width, True, variance, dtype)
-
         def forward(self, x, segment_pos, cache=None):
             value, state = self.conv_1d(self.value(x), segment_pos, cache and cache[0])
             return self.out(self.gate(x).sigmoid() * value), ConvolutionCache(state)
 
-    return Block()
+    block = Block()
+    block.gate, block.value = (Linear(width, width, dtype=dtype) for _ in range(2))
+    block.conv_1d = Conv1D(width, mixer.taps, device="meta", dtype=dtype)
+    block.out = Linear(width, width, True, variance, dtype)
+    return block
 
 
 def in_jax(width, mixer, variance, **settings):
-    import flax.linen as nn
-
-    from recurrentgemma.jax.layers import Conv1D, SpecModule
+    from recurrentgemma.jax.layers import Conv1D, SpecModule, nn
 
     class Block(SpecModule):
         @nn.compact
         def __call__(self, x, segment_pos, cache=None):
-            conv_1d = self.child(Conv1D, "conv_1d", width, mixer.taps)
-            value = self.linear("value", width, width)(x)
-            value, state = conv_1d(value, segment_pos, cache and cache[0])
+            value, sizes = self.linear("value", width, width)(x), (width, mixer.taps)
+            convolve = self.child(Conv1D, "conv_1d", *sizes)
+            value, state = convolve(value, segment_pos, cache and cache[0])
             y = nn.sigmoid(self.linear("gate", width, width)(x)) * value
             return self.linear("out", width, width, True, variance)(y), ConvolutionCache(state)
 
     return Block(**settings)
 
 
-ATTENTION = Attention(4, 2, 8, 6, Rope(), scale=0.3)
-LAYERS = (Layer(GatedConvolution(), 32, mlp_bias=True), Layer(ATTENTION, 32, mlp_bias=False))
-CONFIG = ModelConfig(31, 24, LAYERS, embedding_scale=2.0)
+LAYERS = GatedConvolution(24), mixers.Attention(4, 2, 8, 6, mixers.Rope(), scale=0.3)
+CONFIG = ModelConfig(2048, 24, tuple(Layer(mixer, 32, mlp_bias=True) for mixer in LAYERS))
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_loop(twins, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mixers.MIXERS, "convolution", GatedConvolution)
     monkeypatch.setitem(reference.MIXERS, GatedConvolution, in_reference)
-    for name, block in (("torch", in_torch), ("jax", in_jax)):
-        if name in BACKENDS:
-            module = pytest.importorskip(f"recurrentgemma.{name}.blocks")
-            monkeypatch.setitem(module.MIXERS, GatedConvolution, block)
-
-
-def test_forward_and_splits(backend: Backend) -> None:
-    tokens, segment_pos = make_batch(CONFIG, 13)
-    params, model = make_params(CONFIG), backend.griffin(CONFIG, make_params(CONFIG))
-    expected, expected_state = reference.forward(CONFIG, params, tokens, segment_pos)
-    state, parts = reference.init_state(CONFIG, 3), []
-    for part in (slice(0, 6), slice(6, 7), slice(7, 13)):
-        logits, state = model(tokens[:, part], segment_pos[:, part], state)
-        parts.append(logits)
-    real = segment_pos >= 0
-    assert_close(np.concatenate(parts, 1)[real], expected[real], "logits", "float64")
-    assert_close(state, expected_state, "state", "float64")
-
-
-def test_init_json_and_tables(backend: Backend) -> None:
     assert config_from_json(CONFIG.to_json()) == CONFIG
-    drawn = backend.init_params(CONFIG, 3)
-    assert {path: value.shape for path, value in drawn.items()} == {
-        spec.path: spec.shape for spec in layer_spec(CONFIG)
-    }
     assert memory.state_bytes(CONFIG, "float32") == 4 * (2 * 24 + 2 * 6 * 2 * 8 + 1)
-    assert memory.training_table(CONFIG, "float32")["adamw"].parameters == 4 * sum(
-        spec.size for spec in layer_spec(CONFIG)
-    )
+    (tokens, places), weights = make_batch(CONFIG, 13), make_params(CONFIG)
+    expected = reference.forward(CONFIG, weights, tokens, places)
+    models, tokenizer = [], load_tokenizer()
+    for backend in twins:
+        path, twin = tmp_path / backend.name, backend.twin
+        block = globals()[f"in_{backend.name}"]
+        monkeypatch.setitem(backend.module.blocks.MIXERS, GatedConvolution, block)
+        drawn = backend.init_params(CONFIG, 3)
+        assert all(np.array_equal(drawn[spec.path], v) for spec, v in sample_params(CONFIG, 3))
+        network = backend.griffin(CONFIG, weights)
+        _, state = network(tokens[:, :6], places[:, :6], reference.init_state(CONFIG, 3))
+        logits, state = network(tokens[:, 6:], places[:, 6:], state)
+        logits, wanted = (z[places[:, 6:] >= 0] for z in (logits, expected[0][:, 6:]))
+        assert_close(logits, wanted, "logits", "float64")
+        assert_close(state, expected[1], "state", "float64")
+        model = twin.make(CONFIG, weights.items(), "float32")
+        twin.save(path / "ours", model, tokenizer)
+        convert(path / "ours", path / "flax", "kaggle-flax")
+        convert(path / "flax", path / "back", "recurrentgemma")
+        again = twin.load(path / "back", "float32")
+        assert all(np.array_equal(v, twin.params(again)[k]) for k, v in twin.params(model).items())
+        sampler = twin.sampler(again, tokenizer)
+        sampler.save_state(path / "state", sampler.prefill("In the"))
+        state, text = sampler.load_state(path / "state"), sampler(["In the"], 4).text
+        assert sampler.generate(state, 4).text == text
+        options = {"lora": backend.module.LoraOptions(2, targets=("recurrent",), quantize=True)}
+        options |= {"gradient_checkpointing": True, "state_dtype": "float32", "seed": 0}
+        state, ones = twin.train_state(again, **options), np.ones((1, 8), int)
+        batch = backend.module.Batch(ones, np.arange(8)[None], ones, np.ones((1, 8)))
+        state, first = twin.training.train_step(state, [batch])
+        state, second = twin.training.train_step(state, [batch])
+        assert second["loss"] < first["loss"]
+        assert twin.params(twin.trained(state)).keys() == {s.path for s in layer_spec(CONFIG)}
+        model = twin.make(CONFIG, weights.items(), "float64")
+        models.append(lambda model=model, twin=twin: parity.TwinModel(twin, model))
+    assert parity.compare(*models, parity.make_batch(CONFIG, 16), "float64", gradients=True).within
