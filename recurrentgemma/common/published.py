@@ -21,3 +21,18 @@ def elsewhere(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(homes[name]), name)
 
     return find
+
+
+# Names that published code finds in `recurrentgemma.jax.layers` and `recurrentgemma.torch.layers`.
+JAX_LAYERS = {
+    "RGLRU": "recurrentgemma.jax.rg_lru",
+    "rnn_real_param_init": "recurrentgemma.jax.scan.published",
+    "stable_sqrt_bwd": "recurrentgemma.jax.scan.published",
+    "stable_sqrt_fwd": "recurrentgemma.jax.scan.published",
+}
+TORCH_LAYERS = {
+    "RGLRU": "recurrentgemma.torch.rg_lru",
+    "SqrtBoundDerivative": "recurrentgemma.torch.scan.published",
+    "rnn_param_init": "recurrentgemma.torch.scan.published",
+    "rnn_scan": "recurrentgemma.torch.scan.published",
+}

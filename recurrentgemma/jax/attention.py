@@ -45,16 +45,9 @@ def attend(
 ) -> Float[Array, "b t n h"]:
     """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
 
-    The query at place P + t sees places P + t - reach to P + t, those of its own document. The
-    sequence goes in blocks of a fraction of the reach, each against its own keys and those of the
-    blocks that the reach covers.
-
-    Args:
-      q_btnh: Queries.
-      kv_bskh: Key and value, side by side in the last axis.
-      document_bt: Which document each query belongs to.
-      document_bs: Which document each key belongs to.
-      mixer: The reach, the scale and the soft cap.
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
+    value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers.
     """
     length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
     reach = history + length if mixer.reach is None else mixer.reach
@@ -89,8 +82,8 @@ def _attend(
 ) -> Float[Array, "b g c n h"]:
     """Attention in each of G blocks, its softmax in float32; R query heads share a key head."""
     wide = wide_dtype(q_bgcnh.dtype)
-    kv_heads, group = mixer.kv_heads, mixer.heads // mixer.kv_heads
-    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], kv_heads, group, mixer.head_dim)
+    groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
+    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups)
     # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
     scores_bgkcrs = jnp.einsum(
         "bgckrh,bgskh->bgkcrs", q_bgckrh, k_bgskh, preferred_element_type=wide

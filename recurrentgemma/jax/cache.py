@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from recurrentgemma.common.model import state
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.mixers import MIXERS
-from recurrentgemma.common.model.state import Arrays, check_state
+from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.scan import wide_dtype
 
 Hidden = Float[Array, "b t d"]
@@ -27,8 +27,7 @@ Cache = dict[str, Any]  # of each "blocks.N" its mixer's named tuple
 
 
 def register_cache(kind: type) -> None:
-    """Makes a mixer's named tuple known to `jax.export`."""
-    # The name under which an exported program is serialised.
+    """Gives a mixer's named tuple the name under which `jax.export` serialises it."""
     register_namedtuple_serialization(kind, serialized_name=f"recurrentgemma.{kind.__name__}")
 
 
@@ -36,9 +35,13 @@ for _mixer in MIXERS.values():
     register_cache(_mixer.cache)
 
 
+def _dtypes(dtype: Dtype) -> dict[str, Any]:
+    """What the dtypes of a `StateSpec` mean in a model that computes in this dtype."""
+    return {"wide": wide_dtype(dtype), "int32": jnp.int32, "compute": dtype}
+
+
 def _zeros(dtype: Dtype):
-    """Makes the arrays of an empty state from shapes and the dtypes of `StateSpec`."""
-    dtypes = {"wide": wide_dtype(dtype), "int32": jnp.int32, "compute": dtype}
+    dtypes = _dtypes(dtype)
     return lambda shape, kind: jnp.zeros(shape, dtypes[kind])
 
 
@@ -63,30 +66,15 @@ def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> No
     state.require_room(capacity, int(segment_pos.max()) + 1)
 
 
-def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
+def cache_to_numpy(cache: Cache) -> Arrays:
     """The state as NumPy arrays of the same dtypes, which both frameworks read."""
-    return {
-        block: {field: np.asarray(value) for field, value in block_cache._asdict().items()}
-        for block, block_cache in cache.items()
-    }
+    return state.to_arrays(cache, np.asarray)
 
 
 def cache_from_numpy(config: Config, arrays: Arrays, dtype: Dtype) -> Cache:
-    """The inverse of `cache_to_numpy`.
-
-    Raises:
-      ValueError: The arrays are not the state of such a model.
-    """
-    check_state(config, arrays)
-    return {
-        block: type(empty)(
-            *(
-                jnp.asarray(arrays[block][field], like.dtype)
-                for field, like in empty._asdict().items()
-            )
-        )
-        for block, empty in init_cache(config, 1, dtype).items()
-    }
+    """The inverse of `cache_to_numpy`; `ValueError` unless this is such a model's state."""
+    dtypes = _dtypes(dtype)
+    return state.from_arrays(config, arrays, lambda z, kind: jnp.asarray(z, dtypes[kind]))
 
 
 def prepend_history(

@@ -56,12 +56,8 @@ class Griffin(nn.Module):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "scan_type": self.config.scan_type,
-            "scan_sharding_spec": self.scan_sharding_spec,
-        }
+        split = {"scan_type": self.config.scan_type, "scan_sharding_spec": self.scan_sharding_spec}
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype, **split}
 
     def __repr__(self) -> str:
         return f"Griffin({self.config!r}, {num_parameters(self.config):,} parameters)"
@@ -106,16 +102,9 @@ class Griffin(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "b _ d"], Cache]:
-        """What the logits are a linear map of, at every place, and the state after the last.
+        """The final hidden states, which `decode` turns into logits, and the state after the last.
 
-        Args:
-          tokens: As `__call__` takes them.
-          segment_pos: As `__call__` takes it.
-          cache: As `__call__` takes it.
-          last_only: Whether to return the last place alone, [B, 1, D].
-
-        Raises:
-          ValueError: As `__call__` does.
+        Arguments and errors are those of `__call__`; `last_only` gives the last place, [B, 1, D].
         """
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)

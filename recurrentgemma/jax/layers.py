@@ -13,13 +13,13 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer, Shaped
 
 from recurrentgemma.common.model import params
-from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.presets import ScanType
-from recurrentgemma.common.published import elsewhere
+from recurrentgemma.common.published import JAX_LAYERS, elsewhere
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
+from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
@@ -27,23 +27,6 @@ MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 MANY_STEPS = 64
 _SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec")
 _M = TypeVar("_M", bound="SpecModule")
-
-
-def initializer(init: Init):
-    """A Flax initialiser that draws as the layer spec says, in float32 or wider, then casts."""
-
-    def draw(key, shape, dtype=jnp.float32):
-        wide = wide_dtype(dtype)
-        match init:
-            case Normal(std):
-                values = std * jax.random.normal(key, shape, wide)
-            case RingLog():
-                values = init.from_uniform(jax.random.uniform(key, shape, wide), jnp)
-            case Zeros():
-                values = jnp.zeros(shape, wide)
-        return values.astype(dtype)
-
-    return draw
 
 
 def gelu(x: Array) -> Array:
@@ -73,10 +56,7 @@ class SpecModule(nn.Module, kw_only=True):
 
     def declare(self, specs: Iterable[ParamSpec]) -> list[Array]:
         """The module's own parameters, in the order of their specs."""
-        return [
-            self.param(spec.path, initializer(spec.init), spec.shape, self.param_dtype)
-            for spec in specs
-        ]
+        return [self.param(s.path, initializer(s.init), s.shape, self.param_dtype) for s in specs]
 
     def linear(
         self, name: str, width: int, width_out: int, bias: bool = True, variance: float = 1.0
@@ -131,10 +111,7 @@ class BlockDiagonalLinear(SpecModule):
 
 
 class Conv1D(SpecModule):
-    """y_t = b + sum_k w_{taps-1-k} * x_{t-k}: depthwise, causal, within a document.
-
-    The products are summed in float32.
-    """
+    """y_t = b + sum_k w_{taps-1-k} x_{t-k}, depthwise and causal in a document, in float32."""
 
     width: int
     temporal_width: int
@@ -240,12 +217,4 @@ class Embedder(SpecModule):
         return jnp.tanh(logits / cap) * cap if cap else logits
 
 
-# Published code finds these here.
-__getattr__ = elsewhere(
-    __name__,
-    {"RGLRU": "recurrentgemma.jax.rg_lru"}
-    | dict.fromkeys(
-        ["rnn_real_param_init", "stable_sqrt_bwd", "stable_sqrt_fwd"],
-        "recurrentgemma.jax.scan.published",
-    ),
-)
+__getattr__ = elsewhere(__name__, JAX_LAYERS)

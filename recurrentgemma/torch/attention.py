@@ -44,16 +44,9 @@ def attend(
 ) -> Float[Tensor, "b t n h"]:
     """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
 
-    The query at place P + t sees places P + t - reach to P + t, those of its own document. The
-    sequence goes in blocks of a fraction of the reach, each against its own keys and those of the
-    blocks that the reach covers.
-
-    Args:
-      q_btnh: Queries.
-      kv_bskh: Key and value, side by side in the last axis.
-      document_bt: Which document each query belongs to.
-      document_bs: Which document each key belongs to.
-      mixer: The reach, the scale and the soft cap.
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
+    value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers.
     """
     length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
     reach = history + length if mixer.reach is None else mixer.reach

@@ -6,7 +6,6 @@ with them, the same tokens leave the same arrays. Every update is functional.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch.utils._pytree import _register_namedtuple as register_namedtuple
 from recurrentgemma.common.model import state
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.mixers import MIXERS
-from recurrentgemma.common.model.state import Arrays, check_state
+from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan import wide_dtype
 
@@ -38,9 +37,13 @@ for _mixer in MIXERS.values():
     register_cache(_mixer.cache)
 
 
+def _dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What the dtypes of a `StateSpec` mean in a model that computes in this dtype."""
+    return {"wide": wide_dtype(dtype), "int32": torch.int32, "compute": dtype}
+
+
 def _zeros(dtype: torch.dtype, device: torch.device | str | None):
-    """Makes the arrays of an empty state from shapes and the dtypes of `StateSpec`."""
-    dtypes = {"wide": wide_dtype(dtype), "int32": torch.int32, "compute": dtype}
+    dtypes = _dtypes(dtype)
     return lambda shape, kind: torch.zeros(shape, dtype=dtypes[kind], device=device)
 
 
@@ -76,42 +79,19 @@ def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> No
     state.require_room(capacity, int(segment_pos.max()) + 1)
 
 
-def cache_to_numpy(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
+def cache_to_numpy(cache: Cache) -> Arrays:
     """The state as NumPy arrays of the same dtypes, which both frameworks read."""
-    return {
-        block: {field: to_array(value) for field, value in block_cache._asdict().items()}
-        for block, block_cache in cache.items()
-    }
+    return state.to_arrays(cache, to_array)
 
 
-def cache_from_numpy(
-    config: Config, arrays: Arrays, dtype: torch.dtype, device: torch.device | str | None = None
-) -> Cache:
-    """The inverse of `cache_to_numpy`.
+def cache_from_numpy(config: Config, arrays: Arrays, dtype: torch.dtype, device=None) -> Cache:
+    """The inverse of `cache_to_numpy`; `ValueError` unless this is such a model's state."""
+    dtypes = _dtypes(dtype)
 
-    Raises:
-      ValueError: The arrays are not the state of such a model.
-    """
-    check_state(config, arrays)
-    return {
-        block: type(empty)(
-            *(
-                to_tensor(np.array(arrays[block][field])).to(device, like.dtype)
-                for field, like in empty._asdict().items()
-            )
-        )
-        for block, empty in init_cache(config, 1, dtype, "meta").items()
-    }
+    def make(array: np.ndarray, kind: str) -> Tensor:
+        return to_tensor(np.array(array)).to(device, dtypes[kind])
 
-
-def map_cache(function: Callable[..., Tensor], cache: Any, *others: Any) -> Any:
-    """The results of a function for each array of caches, or for single arrays."""
-    if isinstance(cache, Tensor):
-        return function(cache, *others)
-    return {
-        name: type(block)(*map(function, block, *(other[name] for other in others)))
-        for name, block in cache.items()
-    }
+    return state.from_arrays(config, arrays, make)
 
 
 def prepend_history(

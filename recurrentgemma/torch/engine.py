@@ -13,8 +13,9 @@ from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import Arrays
-from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy, map_cache
+from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.sampling import choose
 

@@ -99,16 +99,9 @@ class Griffin(SpecModule):
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "b _ d"], Cache]:
-        """What the logits are a linear map of, at every place, and the state after the last.
+        """The final hidden states, which `decode` turns into logits, and the state after the last.
 
-        Args:
-          tokens: As `forward` takes them.
-          segment_pos: As `forward` takes it.
-          cache: As `forward` takes it.
-          last_only: Whether to return the last place alone, [B, 1, D].
-
-        Raises:
-          ValueError: As `forward` does.
+        Arguments and errors are those of `forward`; `last_only` gives the last place, [B, 1, D].
         """
         embedding = self.embedder.input_embedding
         # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.

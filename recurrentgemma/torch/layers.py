@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,21 +14,13 @@ from recurrentgemma.common.model.layer_spec import sample_param
 from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
-from recurrentgemma.common.published import elsewhere
+from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
 from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
+from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 _PART_ELEMENTS = 2**19  # of a part of the vocabulary, which then stays in the processor's cache
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Keeps products in the dtype of their factors, under `torch.autocast` too."""
-    kind = device.type
-    # Dynamo does not trace `torch.amp.is_autocast_available` in PyTorch 2.6 to 2.10.
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 class SpecModule(nn.Module):
@@ -135,10 +126,7 @@ class BlockDiagonalLinear(SpecModule):
 
 
 class Conv1D(SpecModule):
-    """y_t = b + sum_k w_{taps-1-k} * x_{t-k}: depthwise, causal, within a document.
-
-    The products are summed in float32.
-    """
+    """y_t = b + sum_k w_{taps-1-k} x_{t-k}, depthwise and causal in a document, in float32."""
 
     w: nn.Parameter
     b: nn.Parameter
@@ -262,11 +250,4 @@ class Embedder(SpecModule):
         return logits.tanh_() * cap if cap else logits
 
 
-# Published code finds these here.
-__getattr__ = elsewhere(
-    __name__,
-    {"RGLRU": "recurrentgemma.torch.rg_lru"}
-    | dict.fromkeys(
-        ["SqrtBoundDerivative", "rnn_param_init", "rnn_scan"], "recurrentgemma.torch.scan.published"
-    ),
-)
+__getattr__ = elsewhere(__name__, TORCH_LAYERS)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recurrentgemma.common.generation.chunks import loss_chunk
-from recurrentgemma.torch.layers import without_autocast
+from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.scan.gates import wide_dtype
 
 _VOCABULARY_PART = 16_384

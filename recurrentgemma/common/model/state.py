@@ -113,6 +113,31 @@ def init_block(
     return mixer.cache(*(zeros((batch_size, *spec.shape), spec.dtype) for spec in specs))
 
 
+def to_arrays(cache: Mapping[str, Any], to_array: Callable[[Any], np.ndarray]) -> Arrays:
+    """A state as NumPy arrays, which both frameworks read."""
+    return {
+        block: {field: to_array(value) for field, value in fields._asdict().items()}
+        for block, fields in cache.items()
+    }
+
+
+def from_arrays(
+    config: Config, arrays: Arrays, make: Callable[[np.ndarray, str], Any]
+) -> dict[str, Any]:
+    """The inverse of `to_arrays`; `make` takes an array and the `dtype` of its `StateSpec`.
+
+    Raises:
+      ValueError: The arrays are not the state of such a model.
+    """
+    check_state(config, arrays)
+    cache = {}
+    for i, layer in enumerate(config.model.layers):
+        fields = arrays[f"blocks.{i}"]
+        specs = layer.mixer.state(CAPACITY_BLOCK)
+        cache[f"blocks.{i}"] = layer.mixer.cache(*(make(fields[s.path], s.dtype) for s in specs))
+    return cache
+
+
 def round_capacity(tokens: int) -> int:
     """The least capacity, a multiple of `CAPACITY_BLOCK`, that has room for so many tokens."""
     return max(1, -(-tokens // CAPACITY_BLOCK)) * CAPACITY_BLOCK

@@ -1,4 +1,4 @@
-"""Trees of parameters by the layer spec's paths, and the dtypes that JAX can give them."""
+"""Parameters in JAX: trees by path, initial values, and the dtypes that JAX has turned on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
 from recurrentgemma.common.model.params import tree_keys
+from recurrentgemma.jax.scan import wide_dtype
 
 Params = Mapping[str, Any]
 
@@ -37,3 +39,20 @@ def get_path(tree: Params, path: str) -> Any:
     for key in tree_keys(path):
         tree = tree[key]
     return tree
+
+
+def initializer(init: Init):
+    """A Flax initialiser that draws as the layer spec says, in float32 or wider, then casts."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        wide = wide_dtype(dtype)
+        match init:
+            case Normal(std):
+                values = std * jax.random.normal(key, shape, wide)
+            case RingLog():
+                values = init.from_uniform(jax.random.uniform(key, shape, wide), jnp)
+            case Zeros():
+                values = jnp.zeros(shape, wide)
+        return values.astype(dtype)
+
+    return draw

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,3 +40,22 @@ def as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """On a device, in a dtype that torch indexes with and that no position overflows."""
     tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
     return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keeps products in the dtype of their factors, under `torch.autocast` too."""
+    kind = device.type
+    # Dynamo does not trace `torch.amp.is_autocast_available` in PyTorch 2.6 to 2.10.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def map_cache(function: Callable[..., Tensor], cache: Any, *others: Any) -> Any:
+    """The results of a function for each array of caches, or for single arrays."""
+    if isinstance(cache, Tensor):
+        return function(cache, *others)
+    return {
+        name: type(block)(*map(function, block, *(other[name] for other in others)))
+        for name, block in cache.items()
+    }

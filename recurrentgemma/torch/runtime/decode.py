@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recurrentgemma.torch.cache import Cache, map_cache
+from recurrentgemma.torch.cache import Cache
+from recurrentgemma.torch.runtime.arrays import map_cache
 
 _WARM_UP = 3  # steps before the capture, in which libraries allocate what they need
 
