@@ -295,8 +295,10 @@ FAULTS = (
     Fault(
         "grouped heads: keys counted for groups",
         _J,
-        "q_bgcnh.reshape(*q_bgcnh.shape[:3], kv_heads, group, mixer.head_dim)",
-        "q_bgcnh.reshape(*q_bgcnh.shape[:3], group, kv_heads, mixer.head_dim).swapaxes(3, 4)",
+        "groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)\n"
+        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups)",
+        "groups = (mixer.heads // mixer.kv_heads, mixer.kv_heads, mixer.head_dim)\n"
+        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups).swapaxes(3, 4)",
         model="other",
     ),
     Fault("RoPE: not stretched", _A, " / rope.stretch", "", model="other"),
@@ -322,5 +324,19 @@ FAULTS = (
         "reach = history + length if mixer.reach is None else",
         "reach = 4 if mixer.reach is None else",
         model="other",
+    ),
+    # Names of checkpoints
+    Fault(
+        "names: a square kernel keeps Flax's axes",
+        "torch/checkpoint.py",
+        "to_tensor(to_torch(spec.path, on_host))",
+        "to_tensor(on_host if len(set(on_host.shape)) == 1 else to_torch(spec.path, on_host))",
+    ),
+    Fault(
+        "names: the RG-LRU's gates exchanged",
+        "torch/checkpoint.py",
+        "name = torch_name(spec.path)",
+        'name = torch_name(spec.path.replace("a_gate", "_gate_").replace('
+        '"input_gate", "a_gate").replace("_gate_", "input_gate"))',
     ),
 )

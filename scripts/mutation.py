@@ -37,6 +37,7 @@ TESTS = (
     "test_precision_and_inputs.py",
     "test_state.py",
     "test_against_reference.py",
+    "test_checkpoint.py",
 )
 OTHERS = "test_mixers.py"  # first for faults of what Griffin lacks
 TABLE = ROOT / "tests" / "parity" / "mutations.md"
