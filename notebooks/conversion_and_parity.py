@@ -101,7 +101,7 @@ for spec in layer_spec(config):
         print(f"{spec.path}  {spec.shape}")
         for to in Format:
             with open_checkpoint(folder / to) as opened:
-                for stored in opened.layout(spec):
+                for stored in opened.layout.pieces[spec.path]:
                     print(f"    {to:15} {stored.name}  {stored.shape}")
 
 # %% [markdown]

@@ -81,6 +81,8 @@ ALLOWED = {
         "RGLRU(min_rad)",
         "RGLRU(only_real)",
         "Griffin.load_state_dict*",
+        "linear_scan(scan_type)",
+        "rnn_scan*",
         "Sampler(deterministic_sampling)",
         "Sampler(greedy_sampling)",
         "load_parameters*",
