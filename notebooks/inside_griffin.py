@@ -142,17 +142,19 @@ plt.show()
 def gates_of(tokens):
     """By recurrent block: a_t and the gated input, each [T, L], and all states h_t [T, L]."""
     captured = {}
+    units = [
+        model.blocks[i].recurrent_block.rg_lru if i in recurrent else None
+        for i in range(config.num_layers)
+    ]
 
     def hook(module, inputs, outputs):
         x, segment_pos = inputs[:2]
         gated_x, a = rg_lru_gates(
             x, module.input_gate(x), module.a_gate(x), module.a_param, segment_pos
         )
-        captured[int(module.prefix.split(".")[1])] = (a[0], gated_x[0], outputs[0][0])
+        captured[units.index(module)] = (a[0], gated_x[0], outputs[0][0])
 
-    handles = [
-        model.blocks[i].recurrent_block.rg_lru.register_forward_hook(hook) for i in recurrent
-    ]
+    handles = [unit.register_forward_hook(hook) for unit in units if unit]
     with torch.no_grad():
         model(np.array([tokens]), np.arange(len(tokens))[None], return_logits=False)
     for handle in handles:
@@ -308,8 +310,9 @@ block = model.blocks[attention_block].attention_block
 with torch.no_grad():
     x = model.blocks[attention_block].temporal_pre_norm(inputs[attention_block])[:, :length]
     place = torch.arange(length)[None]
-    q_btnh = apply_rope(block.proj_q(x).unflatten(-1, (config.num_heads, -1)), place)
-    k_bth = apply_rope(block.proj_k(x)[..., None, :], place)[..., 0, :]
+    q_btnh = block.proj_q(x).unflatten(-1, (config.num_heads, -1))
+    q_btnh = apply_rope(q_btnh, place, block.mixer.rope)
+    k_bth = apply_rope(block.proj_k(x)[..., None, :], place, block.mixer.rope)[..., 0, :]
     scores = torch.einsum("btnh,bsh->nts", q_btnh, k_bth) / config.head_dim**0.5
     lag = torch.arange(length)[:, None] - torch.arange(length)
     scores = scores.where((lag >= 0) & (lag <= window), -torch.inf)
@@ -354,7 +357,7 @@ segment_pos = np.array([[*range(len(one)), *range(len(other))]])
 captured = {}
 handles = [
     model.blocks[i].recurrent_block.rg_lru.register_forward_hook(
-        lambda module, _, outputs: captured.update({module.prefix: outputs[0][0]})
+        lambda _, inputs, outputs, i=i: captured.update({i: outputs[0][0]})
     )
     for i in recurrent
 ]
@@ -365,8 +368,8 @@ for handle in handles:
 
 figure, axes = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True)
 shades = plt.colormaps["viridis"](np.linspace(0.1, 0.8, len(recurrent)))
-for shade, (prefix, states) in zip(shades, captured.items(), strict=True):
-    name = prefix.removesuffix(".recurrent_block.rg_lru").replace("blocks.", "block ")
+for shade, (number, states) in zip(shades, captured.items(), strict=True):
+    name = f"block {number}"
     norms = states.norm(dim=-1).numpy()
     axes[0].plot(norms, color=shade, linewidth=0.8, label=name)
     lagged = torch.cosine_similarity(states[32:], states[:-32], dim=-1).numpy()

@@ -9,9 +9,7 @@ from cases import make_batch, make_params
 
 from recurrentgemma import parity
 from recurrentgemma.common.io.checkpoint import load_tokenizer
-from recurrentgemma.common.model import memory, mixers, params, reference
-from recurrentgemma.common.model.config import Layer, ModelConfig, config_from_json
-from recurrentgemma.common.model.layer_spec import layer_spec, sample_params
+from recurrentgemma.common.model import config, layer_spec, memory, mixers, params, reference
 from recurrentgemma_conversion import convert
 from tolerances import assert_close
 
@@ -28,9 +26,8 @@ class GatedConvolution:  # y = (sigmoid(x W_g) * conv(x W_x)) W_out
     cache: ClassVar[type] = ConvolutionCache
 
     def params(self, width, variance):
-        for name, share in (("gate", 1), ("value", 1), ("out", variance)):
-            kernel = params.linear((width, width), ("width", "lru"), "recurrent", share)
-            yield from params.under(name, kernel)
+        for name, v in (("gate", 1), ("value", 1), ("out", variance)):
+            yield from params.under(name, params.linear((width, width), ("", ""), "recurrent", v))
         yield from params.under("conv_1d", params.conv_1d(width, self.taps))
 
     def state(self, capacity):
@@ -49,7 +46,7 @@ def in_torch(width, mixer, variance, scan_type, dtype):
     from recurrentgemma.torch.layers import Conv1D, Linear, SpecModule
 
     class Block(SpecModule):
-        def forward(self, x, segment_pos, cache=None):
+        def forward(self: Any, x, segment_pos, cache=None):
             value, state = self.conv_1d(self.value(x), segment_pos, cache and cache[0])
             return self.out(self.gate(x).sigmoid() * value), ConvolutionCache(state)
 
@@ -76,23 +73,22 @@ def in_jax(width, mixer, variance, **settings):
 
 
 LAYERS = GatedConvolution(24), mixers.Attention(4, 2, 8, 6, mixers.Rope(), scale=0.3)
-CONFIG = ModelConfig(2048, 24, tuple(Layer(mixer, 32, mlp_bias=True) for mixer in LAYERS))
+CONFIG = config.ModelConfig(2048, 24, tuple(config.Layer(mixer, 32, True) for mixer in LAYERS))
 
 
 def test_the_whole_loop(twins, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mixers.MIXERS, "convolution", GatedConvolution)
     monkeypatch.setitem(reference.MIXERS, GatedConvolution, in_reference)
-    assert config_from_json(CONFIG.to_json()) == CONFIG
+    assert config.config_from_json(CONFIG.to_json()) == CONFIG
     assert memory.state_bytes(CONFIG, "float32") == 4 * (2 * 24 + 2 * 6 * 2 * 8 + 1)
     (tokens, places), weights = make_batch(CONFIG, 13), make_params(CONFIG)
     expected = reference.forward(CONFIG, weights, tokens, places)
-    models, tokenizer = [], load_tokenizer()
+    models: Any = []
     for backend in twins:
-        path, twin = tmp_path / backend.name, backend.twin
-        block = globals()[f"in_{backend.name}"]
+        path, twin, block = tmp_path / backend.name, backend.twin, globals()[f"in_{backend.name}"]
         monkeypatch.setitem(backend.module.blocks.MIXERS, GatedConvolution, block)
-        drawn = backend.init_params(CONFIG, 3)
-        assert all(np.array_equal(drawn[spec.path], v) for spec, v in sample_params(CONFIG, 3))
+        drawn, samples = backend.init_params(CONFIG, 3), layer_spec.sample_params(CONFIG, 3)
+        assert all(np.array_equal(drawn[spec.path], value) for spec, value in samples)
         network = backend.griffin(CONFIG, weights)
         _, state = network(tokens[:, :6], places[:, :6], reference.init_state(CONFIG, 3))
         logits, state = network(tokens[:, 6:], places[:, 6:], state)
@@ -100,23 +96,24 @@ def test_the_whole_loop(twins, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert_close(logits, wanted, "logits", "float64")
         assert_close(state, expected[1], "state", "float64")
         model = twin.make(CONFIG, weights.items(), "float32")
-        twin.save(path / "ours", model, tokenizer)
+        twin.save(path / "ours", model, load_tokenizer())
         convert(path / "ours", path / "flax", "kaggle-flax")
         convert(path / "flax", path / "back", "recurrentgemma")
         again = twin.load(path / "back", "float32")
         assert all(np.array_equal(v, twin.params(again)[k]) for k, v in twin.params(model).items())
-        sampler = twin.sampler(again, tokenizer)
+        sampler = twin.sampler(again, load_tokenizer())
         sampler.save_state(path / "state", sampler.prefill("In the"))
-        state, text = sampler.load_state(path / "state"), sampler(["In the"], 4).text
-        assert sampler.generate(state, 4).text == text
-        options = {"lora": backend.module.LoraOptions(2, targets=("recurrent",), quantize=True)}
-        options |= {"gradient_checkpointing": True, "state_dtype": "float32", "seed": 0}
-        state, ones = twin.train_state(again, **options), np.ones((1, 8), int)
-        batch = backend.module.Batch(ones, np.arange(8)[None], ones, np.ones((1, 8)))
+        text = sampler.generate(sampler.load_state(path / "state"), 4).text
+        assert text == sampler(["In the"], 4).text
+        lora, ones = backend.module.LoraOptions(2, targets=("recurrent",), quantize=True), [[1] * 8]
+        options = {"gradient_checkpointing": True, "state_dtype": "float32", "seed": 0}
+        state = twin.train_state(again, lora=lora, **options)
+        batch = backend.module.Batch(*map(np.array, (ones, [range(8)], ones, [[1.0] * 8])))
         state, first = twin.training.train_step(state, [batch])
         state, second = twin.training.train_step(state, [batch])
         assert second["loss"] < first["loss"]
-        assert twin.params(twin.trained(state)).keys() == {s.path for s in layer_spec(CONFIG)}
+        assert twin.params(twin.trained(state)).keys() == weights.keys()
         model = twin.make(CONFIG, weights.items(), "float64")
         models.append(lambda model=model, twin=twin: parity.TwinModel(twin, model))
-    assert parity.compare(*models, parity.make_batch(CONFIG, 16), "float64", gradients=True).within
+    batch = parity.make_batch(CONFIG, 16)
+    assert parity.compare(models[0], models[1], batch, "float64", gradients=True).within
