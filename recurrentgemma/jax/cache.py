@@ -56,10 +56,7 @@ def empty_block(mixer: Any, batch_size: int, dtype: Dtype) -> Any:
 
 
 def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
-    """Raises `CapacityError` where a state that grows with the text has too little room.
-
-    It looks at values, so inside a traced function it does nothing.
-    """
+    """Raises `CapacityError` if a growing state is too small; not inside a traced function."""
     capacity = state.capacity_of(config, cache)
     if capacity is None or isinstance(segment_pos, core.Tracer) or not segment_pos.size:
         return

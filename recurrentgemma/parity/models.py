@@ -11,6 +11,7 @@ import numpy as np
 from recurrentgemma.common.errors import MissingExtraError
 from recurrentgemma.common.extras import is_installed, require
 from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import state_spec
 from recurrentgemma.common.twin import PACKAGES, Outputs, Twin, find_twin
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
@@ -73,7 +74,8 @@ class TwinModel(Model):
         return self._twin.init_state(self._model, batch_size, capacity)
 
     def arrays_of(self, state):
-        return self._twin.state_arrays(state)
+        arrays = self._twin.state_arrays(state)  # JAX sorts names, "blocks.10" before "blocks.2"
+        return {spec.path: arrays[spec.path] for spec in state_spec(self.config)}
 
     def parameters(self):
         return self._twin.params(self._model)

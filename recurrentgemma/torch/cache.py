@@ -66,10 +66,7 @@ def empty_block(
 
 
 def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
-    """Raises `CapacityError` where a state that grows with the text has too little room.
-
-    It looks at values, so inside a compiled or captured graph it does nothing.
-    """
+    """Raises `CapacityError` if a growing state is too small; never inside a compiled graph."""
     capacity = state.capacity_of(config, cache)
     compiling = torch.compiler.is_compiling() or segment_pos.is_meta
     if capacity is None or compiling or not segment_pos.numel():

@@ -44,6 +44,9 @@ class SpecModule(nn.Module):
             parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype))
             self.register_parameter(torch_name(spec.path), parameter)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{spec.path} {list(spec.shape)}" for spec in self.specs)
+
     def materialise(self, device: torch.device | str | None) -> None:
         """Allocates all parameters on a device and draws them; on "meta" nothing happens."""
         # Not `get_default_device`, which fails in PyTorch 2.6 once a default was taken back.

@@ -260,3 +260,27 @@ def test_bfloat16(backend: Backend, name: str) -> None:
     real = FRESH >= 0
     assert_close(y[real], expected[real], "output", "bfloat16")
     assert_close(new_state, expected_state, "state", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        ("RGLRU", (8, 3), "width must be divisible by num_blocks, got width=8 num_blocks=3"),
+        ("Conv1D", (8, 0), "temporal_width must be a positive integer, got 0"),
+        ("RMSNorm", (0,), "width must be a positive integer, got 0"),
+        ("RecurrentBlock", (8, 3), "width must be divisible by num_blocks"),
+        ("LocalAttentionBlock", (8, 3, 4), "width must be divisible by num_heads, got width=8 num"),
+        ("MLPBlock", (8, -1), r"w_shape\[2\] must be a positive integer, got -1"),
+    ],
+)
+def test_sizes_that_cannot_be(backend: Backend, kind: str, sizes: tuple, message: str) -> None:
+    def build() -> None:
+        module = getattr(backend.module, kind)(*sizes)
+        if backend.name == "jax":  # which makes parameters when it first runs
+            x = backend.array(np.zeros((1, 2, 8)), "float32")
+            places = backend.array(np.zeros((1, 2)), "int32")
+            arguments = (x,) if kind in ("RMSNorm", "MLPBlock") else (x, places)
+            module.init({"params": backend.array(np.zeros(2), "uint32")}, *arguments)
+
+    with pytest.raises(ValueError, match=message):
+        build()

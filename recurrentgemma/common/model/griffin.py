@@ -24,10 +24,9 @@ from recurrentgemma.common.model.mixers import (
     Rope,
     check_divisible,
     check_positive,
-    positive_int,
 )
 from recurrentgemma.common.model.numerics import to_bfloat16
-from recurrentgemma.common.model.params import shapes_of
+from recurrentgemma.common.model.params import positive_int, shapes_of
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType, member
 
 # What the shapes of a checkpoint cannot say.
@@ -285,6 +284,8 @@ class GriffinConfig(Config):
 
 def local_attention(width: int, num_heads: int, window: int) -> Attention:
     """The local attention of Griffin: one key head, half of each head turned."""
+    if width % positive_int("num_heads", num_heads):
+        raise UserError(f"width must be divisible by num_heads, got {width=} {num_heads=}")
     head_dim = width // num_heads
     rope, scale = Rope(share=0.5), head_dim**-0.5
     return Attention(num_heads, 1, head_dim, window, rope, scale, out_bias=True)

@@ -7,7 +7,6 @@ computes it, by its class; everything else loops over these declarations.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -18,6 +17,7 @@ from recurrentgemma.common.model.params import (
     StateSpec,
     conv_1d,
     linear,
+    positive_int,
     rg_lru,
     rms_norm,
     under,
@@ -234,12 +234,3 @@ def check_divisible(value: Any, name: str, divisor: str) -> None:
         raise UserError(
             f"{name} must be divisible by {divisor}, got {name}={whole} {divisor}={part}"
         )
-
-
-def positive_int(name: str, value: Any) -> int:
-    """A positive integer below 2^63 as a plain one, or `ValueError`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise UserError(f"{name} must be a positive integer, got {value!r}")
-    if operator.index(value) >= 2**63:
-        raise UserError(f"{name} must be below 2**63, got {value!r}")
-    return operator.index(value)

@@ -7,9 +7,11 @@ of its layers, and `layer_spec` those of the blocks, so that every size is said 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.init import Init, Normal, RingLog, Zeros
 
 
@@ -87,13 +89,30 @@ def shapes_of(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def positive_int(name: str, value: Any) -> int:
+    """A positive integer below 2^63 as a plain one, or `ValueError`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise UserError(f"{name} must be a positive integer, got {value!r}")
+    if operator.index(value) >= 2**63:
+        raise UserError(f"{name} must be below 2**63, got {value!r}")
+    return operator.index(value)
+
+
+def require_positive(**sizes: Any) -> None:
+    """Raises `ValueError` for a size that is no positive integer."""
+    for name, size in sizes.items():
+        positive_int(name, size)
+
+
 def rms_norm(width: int, axis: str = "width") -> Params:
     """RMSNorm."""
+    require_positive(width=width)
     yield ParamSpec("scale", (width,), Zeros(), (axis,), wide=True)
 
 
 def embedder(vocab_size: int, width: int) -> Params:
     """The table of token embeddings."""
+    require_positive(vocab_size=vocab_size, embed_dim=width)
     init = Normal(math.sqrt(1 / width))
     yield ParamSpec("input_embedding", (vocab_size, width), init, ("vocab", "width"))
 
@@ -106,6 +125,7 @@ def linear(
     bias: bool = True,
 ) -> Params:
     """A dense layer whose kernel has variance `variance` / fan-in."""
+    require_positive(width=sizes[0], width_out=sizes[1])
     init = Normal(math.sqrt(variance / sizes[0]))
     yield ParamSpec("kernel", sizes, init, axes, decay=True, lora=lora, matrix=lora is not None)
     if bias:
@@ -120,6 +140,7 @@ def einsum(
     lora: str | None = None,
 ) -> Params:
     """A weight with axes [..., in, out], whose variance is `variance` / in, and a bias."""
+    require_positive(**{f"w_shape[{i}]": size for i, size in enumerate(w_shape)})
     w_axes, b_axes = axes or (("",) * len(w_shape), ("",) * len(b_shape or ()))
     init = Normal(math.sqrt(variance / w_shape[-2]))
     yield ParamSpec("w", tuple(w_shape), init, w_axes, True, lora, matrix=lora is not None)
@@ -131,6 +152,12 @@ def block_diagonal(
     width: int, num_blocks: int, width_out: int | None = None, variance: float = 1.0
 ) -> Params:
     """A dense layer for each of the equal parts of the last axis."""
+    require_positive(width=width, num_blocks=num_blocks, width_out=width_out or width)
+    for name, whole in (("width", width), ("width_out", width_out or width)):
+        if whole % num_blocks:
+            raise UserError(
+                f"{name} must be divisible by num_blocks, got {name}={whole} {num_blocks=}"
+            )
     size, size_out = width // num_blocks, (width_out or width) // num_blocks
     axes = ("heads", "head_in", "head_out")
     init = Normal(math.sqrt(variance / size))
@@ -140,6 +167,7 @@ def block_diagonal(
 
 def conv_1d(width: int, taps: int, variance: float = 0.01) -> Params:
     """A depthwise convolution."""
+    require_positive(width=width, temporal_width=taps)
     init = Normal(math.sqrt(variance / taps))
     yield ParamSpec("w", (taps, width), init, ("conv", "lru"), decay=True, wide=True)
     yield ParamSpec("b", (width,), Zeros(), ("lru",), wide=True)
