@@ -55,9 +55,8 @@ def empty_block(mixer: Any, batch_size: int, dtype: Dtype) -> Any:
     return state.init_block(mixer, batch_size, _zeros(dtype))
 
 
-def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
+def require_capacity(capacity: int | None, segment_pos: Positions) -> None:
     """Raises `CapacityError` if a growing state is too small; not inside a traced function."""
-    capacity = state.capacity_of(config, cache)
     if capacity is None or isinstance(segment_pos, core.Tracer) or not segment_pos.size:
         return
     state.require_room(capacity, int(segment_pos.max()) + 1)

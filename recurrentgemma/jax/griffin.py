@@ -120,8 +120,7 @@ class Griffin(nn.Module):
             )
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
-            check_state(self.config, arrays, tokens.shape[0])
-            require_capacity(self.config, cache, segment_pos)
+            require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
         value, settings = self.config.model, self._settings
         x = self.embedder.encode(tokens)
         block_type = nn.remat(Block) if self.gradient_checkpointing else Block

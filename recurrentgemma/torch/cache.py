@@ -65,9 +65,8 @@ def empty_block(
     return state.init_block(mixer, batch_size, _zeros(dtype, device))
 
 
-def require_capacity(config: Config, cache: Cache, segment_pos: Positions) -> None:
+def require_capacity(capacity: int | None, segment_pos: Positions) -> None:
     """Raises `CapacityError` if a growing state is too small; never inside a compiled graph."""
-    capacity = state.capacity_of(config, cache)
     compiling = torch.compiler.is_compiling() or segment_pos.is_meta
     if capacity is None or compiling or not segment_pos.numel():
         return

@@ -121,8 +121,7 @@ class Griffin(SpecModule):
             )
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
-            check_state(self.config, arrays, tokens.shape[0])
-            require_capacity(self.config, cache, segment_pos)
+            require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state

@@ -1,7 +1,5 @@
 """`torch.autocast`: blocks are narrowed, logits and losses are not."""
 
-import dataclasses
-
 import pytest
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
@@ -27,8 +25,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Griffin:
 def test_logits_are_wide(dtype: torch.dtype, cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a prompt and of a token after it; close to those without autocast, and not rounded."""
     model = make_model(dtype)
-    config = dataclasses.replace(CONFIG, logits_soft_cap=cap)
-    monkeypatch.setattr(model.embedder, "config", config)
+    monkeypatch.setattr(model.embedder, "soft_cap", cap)
     tokens, segment_pos = map(torch.from_numpy, make_batch(CONFIG, LENGTH))
     results = []
     for enabled in (True, False):

@@ -53,7 +53,6 @@ def layer_params(width: int, layer: Layer, variance: float) -> Params:
         yield from under("channel_post_norm", rms_norm(width))
 
 
-@functools.lru_cache(maxsize=32)
 def state_spec(config: Config, capacity: int | None = None) -> tuple[StateSpec, ...]:
     """Every array of the model's state, by "blocks.N.field".
 
@@ -61,10 +60,10 @@ def state_spec(config: Config, capacity: int | None = None) -> tuple[StateSpec, 
       config: What the model is.
       capacity: How many tokens a state that grows with the text has room for.
     """
-    return tuple(
-        spec
+    return tuple(  # not cached: a forward pass calls it, and Dynamo traces no cache
+        StateSpec(f"blocks.{i}.{spec.path}", *spec[1:])
         for i, layer in enumerate(config.model.layers)
-        for spec in under(f"blocks.{i}", layer.mixer.state(capacity or CAPACITY_BLOCK))
+        for spec in layer.mixer.state(capacity or CAPACITY_BLOCK)
     )
 
 

@@ -163,8 +163,10 @@ def require_room(capacity: int | None, tokens: int) -> None:
 
 def check_state(
     config: Config, arrays: Mapping[str, Mapping[str, Any]], batch_size: int | None = None
-) -> None:
+) -> int | None:
     """Raises `ValueError` naming every array that differs from what such a model's state has.
+
+    Returns how many tokens a growing state has room for; None where its size is fixed.
 
     Args:
       config: What the model is.
@@ -193,6 +195,8 @@ def check_state(
         problems.append(f"{expected_size} expected, got {came if len(came) > 1 else came[0]}")
     if problems:
         raise UserError("this is not the state of such a model:\n  " + "\n  ".join(problems))
+    growing = next((spec for spec in expected.values() if spec.grows), None)
+    return None if growing is None else actual[growing.path][1 + growing.axes.index("slots")]
 
 
 def _sizes(spec: StateSpec) -> list[int | str]:
