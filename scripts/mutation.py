@@ -101,7 +101,7 @@ def check_all(faults: list[Fault | None], jobs: int) -> dict[str, Result]:
 
 
 def sources_hash() -> str:
-    """Of the code in `SOURCES`: comments, docstrings and blank lines do not count."""
+    """A hash of the code in `SOURCES`; comments, docstrings and blank lines do not count."""
     digest = hashlib.sha256()
     files = [file for source in SOURCES for file in (ROOT / source).rglob("*.py")]
     files += [ROOT / source for source in SOURCES if source.endswith(".py")]
@@ -125,7 +125,7 @@ def code_of(text: str) -> str:
 
 
 def tests_hash() -> str:
-    """Of what looks for a fault."""
+    """A hash of the tests and scripts that look for a fault."""
     files = [*ROOT.glob("tests/*.py"), *ROOT.glob("tests/backends/*.py")]
     files += [ROOT / "tests" / "parity" / name for name in (*TESTS, OTHERS)]
     files += (ROOT / "conversion").rglob("*.py")

@@ -31,7 +31,7 @@ def check_same(one, other, sampler) -> None:
     assert other.finish_reasons == one.finish_reasons
     np.testing.assert_array_equal(other.state.seen, one.state.seen)
     assert other.state.num_tokens == one.state.num_tokens
-    # What is pending is read, and then the states are the same arrays.
+    # Once the pending tokens are read, the states are the same arrays.
     read = [sampler.prefill([""] * 4, out.state) for out in (one, other)]
     assert read[0].pending == read[1].pending
     arrays, others = (sampler.engine.to_numpy(state.cache) for state in read)
