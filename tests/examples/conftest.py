@@ -22,8 +22,11 @@ def example(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(script, run_name="__main__")
-        if "torch" in sys.modules:  # a script may turn gradients off for good
+        # A script may turn gradients off, or the search for NaN on, for its whole process.
+        if "torch" in sys.modules:
             sys.modules["torch"].set_grad_enabled(True)
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_debug_nans", False)
         said = capsys.readouterr()
         assert (ended.value.code or 0) == code, said.err
         return said.err if code else said.out

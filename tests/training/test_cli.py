@@ -220,7 +220,7 @@ def test_examples_that_are_too_long_are_counted(train, how, word):
     pytest.importorskip("torch.nn")
     done = train(too_long=how, steps=1)
     assert done.code == 0
-    assert re.search(rf"rows of 16; \d+ examples are longer and were {word}\n", done.err)
+    assert re.search(rf"rows of 16; \d+ longer examples were {word}\n", done.err)
 
 
 def test_a_tokenizer_that_is_not_the_model_s(corpus, train):

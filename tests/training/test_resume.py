@@ -106,7 +106,7 @@ def test_a_signal_saves_and_leaves(corpus, command, losses):
     run = Command(command(framework, out=corpus / "run", **options), corpus / "said")
     run.wait_for(corpus / "run", 3)
     run.process.send_signal(number)
-    assert run.ended(128 + number).splitlines()[-1].endswith("is written; --resume goes on")
+    assert run.ended(128 + number).splitlines()[-1].endswith("is written; --resume continues")
     (step,) = RunFolder(corpus / "run").steps()
     assert losses()[-1][0] == step < 400
     require_readable(corpus / "run")

@@ -282,7 +282,7 @@ def test_no_other_folder_is_emptied(tmp_path):
         with pytest.raises(DestinationError, match="no folder of a training run"):
             folder.require_free(force=force)
     folder.options.write_text("")
-    with pytest.raises(DestinationError, match="--resume goes on with it, --force replaces it"):
+    with pytest.raises(DestinationError, match="--resume continues it, --force replaces it"):
         folder.require_free(force=False)
     folder.require_free(force=True)
     folder.begin()
