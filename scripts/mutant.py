@@ -53,8 +53,11 @@ def beyond(checkpoint: str, options: list[str]) -> str | None:
 
     jaxtyping.config.update("jaxtyping_disable", True)  # as in a process of its own
     flags = ["--greedy", "0", "--length", "28", "--json", *options]
-    with contextlib.redirect_stdout(io.StringIO()) as said, warnings.catch_warnings():
-        code = main(["parity", checkpoint, *flags])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said, warnings.catch_warnings():
+            code = main(["parity", checkpoint, *flags])
+    except Exception as error:  # a model that cannot run is no model of this checkpoint
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if not said.getvalue().startswith("{"):
         raise RuntimeError(f"parity broke: {said.getvalue()[-4000:]}")
     if not code:
