@@ -76,7 +76,7 @@ class Reader(abc.ABC):
         """A stored tensor: where the format allows, a view of the mapped file."""
 
     def _problems(self) -> Sequence[str]:
-        """What is wrong with the tensors beside names, shapes and dtypes."""
+        """Problems with the tensors other than names, shapes and dtypes."""
         return ()
 
     @functools.cached_property

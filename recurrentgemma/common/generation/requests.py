@@ -92,7 +92,7 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None) 
     """An integer within bounds.
 
     Raises:
-      ValueError: It is none, or out of bounds.
+      ValueError: It is no integer, or out of bounds.
     """
     within = f"of at least {least}" if most is None else f"from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or (
