@@ -132,6 +132,8 @@ def convert(
     to = Format(to)
     if not isinstance(shard_size, int) or shard_size < 1:
         raise DestinationError(f"shard_size must be a positive integer, got {shard_size!r}")
+    if to not in WRITERS:
+        raise DestinationError(f"{to} is only read: the result must be {' or '.join(WRITERS)}")
     if ocdbt and to is not Format.KAGGLE_FLAX:
         raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
     target = destination_path(destination)
@@ -160,7 +162,7 @@ def convert(
                 for companion in reader.companions:
                     shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
-                shutil.copyfile(pieces, folder / TOKENIZER)
+                (folder / TOKENIZER).write_bytes(pieces)
             if verify:
                 with ThreadPoolExecutor(1) as disk:
                     flushed = disk.submit(flush, folder)  # while the values are compared
@@ -244,8 +246,8 @@ class _Meter:
 
 def find_tokenizer(
     reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
-) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """The tokenizer of a checkpoint and its file: the one given, or else the one beside it.
+) -> tuple[bytes, Tokenizer] | tuple[None, None]:
+    """The sentencepiece model of a checkpoint: the one given, or else the one beside it.
 
     Raises:
       TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
@@ -260,11 +262,13 @@ def find_tokenizer(
             )
         return None, None
     try:
-        tokenizer = Tokenizer(path)
+        tokenizer = reader.load_tokenizer() if given is None else Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
     require_size(tokenizer, reader.config, path)
-    return path, tokenizer
+    model = reader.tokenizer_model() if given is None else path.read_bytes()
+    assert model is not None  # it was loaded
+    return model, tokenizer
 
 
 def _name(reader: Reader) -> str:
