@@ -14,6 +14,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import (
     DestinationError,
+    MismatchError,
     NonFiniteError,
     TokenizerError,
     VerificationError,
@@ -78,6 +79,7 @@ class Summary(NamedTuple):
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
       dropped: Files of the source's tokenizer that the format has no place for, where the result
         is left without a tokenizer.
+      left_out: The source's tensors of other parts, such as one that sees.
     """
 
     source_format: Format
@@ -90,6 +92,7 @@ class Summary(NamedTuple):
     verified: bool
     nonfinite: dict[str, int]
     dropped: list[str]
+    left_out: list[str]
 
 
 def convert(
@@ -103,6 +106,7 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
+    strict: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Tell = lambda step: None,
@@ -121,6 +125,7 @@ def convert(
       tokenizer: A sentencepiece model, where there is none beside the weights.
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
+      strict: Whether a checkpoint with other parts than the text model is refused.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
@@ -145,6 +150,9 @@ def convert(
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
+        if strict and reader.left_out:
+            what = f"{reader.path} must hold a text model alone"
+            raise MismatchError(what, [f"unexpected {name}" for name in reader.left_out])
         specs = reader.specs
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
@@ -183,6 +191,7 @@ def convert(
                 for companion in reader.companions
                 if pieces is None and not kept and companion.name != GENERATION
             ],
+            left_out=reader.left_out,
         )
 
 
