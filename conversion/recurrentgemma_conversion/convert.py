@@ -14,6 +14,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import (
     DestinationError,
+    MismatchError,
     NonFiniteError,
     TokenizerError,
     VerificationError,
@@ -78,6 +79,7 @@ class Summary(NamedTuple):
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
       dropped: Files of the source's tokenizer that the format has no place for, where the result
         is left without a tokenizer.
+      left_out: The source's tensors of other parts, such as one that sees.
     """
 
     source_format: Format
@@ -90,6 +92,7 @@ class Summary(NamedTuple):
     verified: bool
     nonfinite: dict[str, int]
     dropped: list[str]
+    left_out: list[str]
 
 
 def convert(
@@ -103,6 +106,7 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
+    strict: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Tell = lambda step: None,
@@ -121,6 +125,7 @@ def convert(
       tokenizer: A sentencepiece model, where there is none beside the weights.
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
+      strict: Whether a checkpoint with other parts than the text model is refused.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
@@ -132,6 +137,8 @@ def convert(
     to = Format(to)
     if not isinstance(shard_size, int) or shard_size < 1:
         raise DestinationError(f"shard_size must be a positive integer, got {shard_size!r}")
+    if to not in WRITERS:
+        raise DestinationError(f"{to} is only read: the result must be {' or '.join(WRITERS)}")
     if ocdbt and to is not Format.KAGGLE_FLAX:
         raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
     target = destination_path(destination)
@@ -143,6 +150,9 @@ def convert(
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
+        if strict and reader.left_out:
+            what = f"{reader.path} must hold a text model alone"
+            raise MismatchError(what, [f"unexpected {name}" for name in reader.left_out])
         specs = reader.specs
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
@@ -160,7 +170,7 @@ def convert(
                 for companion in reader.companions:
                     shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
-                shutil.copyfile(pieces, folder / TOKENIZER)
+                (folder / TOKENIZER).write_bytes(pieces)
             if verify:
                 with ThreadPoolExecutor(1) as disk:
                     flushed = disk.submit(flush, folder)  # while the values are compared
@@ -181,6 +191,7 @@ def convert(
                 for companion in reader.companions
                 if pieces is None and not kept and companion.name != GENERATION
             ],
+            left_out=reader.left_out,
         )
 
 
@@ -244,8 +255,8 @@ class _Meter:
 
 def find_tokenizer(
     reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
-) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """The tokenizer of a checkpoint and its file: the one given, or else the one beside it.
+) -> tuple[bytes, Tokenizer] | tuple[None, None]:
+    """The sentencepiece model of a checkpoint: the one given, or else the one beside it.
 
     Raises:
       TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
@@ -260,11 +271,13 @@ def find_tokenizer(
             )
         return None, None
     try:
-        tokenizer = Tokenizer(path)
+        tokenizer = reader.load_tokenizer() if given is None else Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
     require_size(tokenizer, reader.config, path)
-    return path, tokenizer
+    model = reader.tokenizer_model() if given is None else path.read_bytes()
+    assert model is not None  # it was loaded
+    return model, tokenizer
 
 
 def _name(reader: Reader) -> str:

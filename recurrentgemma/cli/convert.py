@@ -57,6 +57,9 @@ def convert(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a checkpoint with more than a text model.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace what is at the destination.")
     ] = False,
@@ -93,6 +96,7 @@ def convert(
                 preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap
             ),
             allow_nonfinite=allow_nonfinite,
+            strict=strict,
             force=force,
             verify=verify,
             progress=progress,
@@ -101,6 +105,11 @@ def convert(
         sys.stderr.write(
             f"{destination} has no tokenizer: {to} has no place for {', '.join(summary.dropped)}; "
             "--tokenizer gives it a sentencepiece model\n"
+        )
+    if summary.left_out:
+        parts = dict.fromkeys(".".join(re.split("[./]", n)[:2]) for n in summary.left_out)
+        sys.stderr.write(
+            f"left out {len(summary.left_out)} tensors of other parts: {', '.join(parts)}\n"
         )
     if as_json:
         paths = {"source": str(source), "destination": str(destination)}

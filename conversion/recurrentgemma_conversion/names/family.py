@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recurrentgemma.common.errors import ConfigError
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names.table import Rule
 from recurrentgemma_conversion.overrides import Overrides
@@ -16,13 +17,19 @@ def _no_sizes(config: Any, block: int | None) -> Mapping[str, int]:
     return {}
 
 
+def _no_metadata(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    raise ConfigError(f"{path}: no such model is known in this format")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A model family in the formats.
 
     Attributes:
       config: The class of its configs.
-      tables: Names and axes, by format; the other formats of ours hold it as the twins do.
+      model_types: The values of `model_type` in Hugging Face's `config.json`.
+      tables: Names and axes for a config, by format; the other formats of ours hold the
+        parameters as the twins do.
       resolve: Its config from the tensors, the config that is stated (or None) and the overrides.
       sized: A config with the parameters that tensors have. Fields on which no parameter depends
         hold any value.
@@ -30,13 +37,26 @@ class Family:
       to_fields: The fields from its config and the name of a dtype.
       release: What Kaggle calls the weights of a size.
       sizes: Sizes of axes that the tables split, by letter, from the config and a block's number.
+      marks: Parts of tensors' names that tell the family where no config does.
+      other_parts: A pattern for tensors of other parts of a checkpoint, such as one that sees.
+      buffers: A pattern for tensors that are computed from the config.
+      level: The key that holds the state dict in a file of PyTorch, if there is one.
+      architectures: The values of `general.architecture` in a GGUF.
+      from_metadata: Its config from the metadata and the tensors of a GGUF.
     """
 
     config: type
-    tables: Mapping[Format, Sequence[Rule]]
+    model_types: tuple[str, ...]
+    tables: Mapping[Format, Callable[[Any], Sequence[Rule]]]
     resolve: Callable[[Mapping[str, Tensor], Any, Overrides], Any]
     sized: Callable[[Mapping[str, Tensor]], Any]
     from_fields: Callable[[Path, Mapping[str, Any]], Any]
     to_fields: Callable[[Any, str], dict[str, Any]]
     release: Callable[[Any], str]
     sizes: Callable[[Any, int | None], Mapping[str, int]] = _no_sizes
+    marks: tuple[str, ...] = ()
+    other_parts: str = "$^"
+    buffers: str = "$^"
+    level: str = ""
+    architectures: tuple[str, ...] = ()
+    from_metadata: Callable[[Path, Mapping[str, Any], Mapping[str, Tensor]], Any] = _no_metadata

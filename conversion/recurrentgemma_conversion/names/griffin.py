@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recurrentgemma.common.errors import ConfigError, NotRecurrentGemmaError
+from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, member
 from recurrentgemma_conversion.formats import Format, Tensor
@@ -195,14 +195,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
     """Our config from Hugging Face's fields.
 
     Raises:
-      NotRecurrentGemmaError: They are another model's.
       ConfigError: They are incomplete, or ask for what the model does not have.
     """
-    model_type = fields.get("model_type")
-    if model_type != "recurrent_gemma":
-        raise NotRecurrentGemmaError(
-            f"{path}: model_type must be 'recurrent_gemma', got {model_type!r}"
-        )
     said, fixed = dict(fields), _FIXED | _ROPE
     problems = []
     for field in _ROPE_FIELDS:
@@ -249,7 +243,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
 
 GRIFFIN = Family(
     config=GriffinConfig,
-    tables={Format.HUGGINGFACE: HUGGINGFACE},
+    model_types=("recurrent_gemma",),
+    tables={Format.HUGGINGFACE: lambda config: HUGGINGFACE},
     resolve=resolve,
     sized=sized,
     from_fields=from_fields,
