@@ -200,17 +200,17 @@ def gemma(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "message"),
     [
-        "huggingface",
-        "huggingface without config",
-        "torch",
-        "torch in a level of its own",
-        "flax",
+        ("huggingface", "lacks 'num_hidden_layers'"),
+        ("huggingface without config", "lacks config.json"),
+        ("torch", "not the parameters of a Gemma: no layers"),
+        ("torch in a level of its own", "not the parameters of a Gemma: no layers"),
+        ("flax", "not the parameters of a Gemma: no embedder"),
     ],
 )
-def test_gemma_is_recognised(tmp_path: Path, refused, kind: str) -> None:
-    refused(gemma(tmp_path / "gemma", kind), errors.NotRecurrentGemmaError, "gemma")
+def test_what_a_gemma_lacks_is_named(tmp_path: Path, refused, kind: str, message: str) -> None:
+    refused(gemma(tmp_path / "gemma", kind), errors.ConfigError, message)
 
 
 def test_tokenizers(tmp_path: Path, make, refused) -> None:
