@@ -64,6 +64,7 @@ def test_json(cli, tmp_path, source):
         "verified": False,
         "nonfinite": {},
         "dropped": [],
+        "left_out": [],
     }
 
 
