@@ -51,7 +51,7 @@ def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenize
 def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None = None) -> None:
     from recurrentgemma.common.errors import TokenizerError
 
-    if tokenizer.size != config.vocab_size:
+    if not tokenizer.fits(config.vocab_size):
         raise TokenizerError(
             f"the tokenizer has {tokenizer.size} pieces, the model a vocabulary of "
             f"{config.vocab_size}"

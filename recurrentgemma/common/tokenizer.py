@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 from recurrentgemma.common.errors import UserError
 
+UNUSED_ROWS = 128  # 256,000 pieces have a table of 256,128 rows, 262,144 one of 262,208
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
@@ -108,6 +109,13 @@ class Tokenizer:
     def size(self) -> int:
         """Number of pieces."""
         return self.vocab.GetPieceSize()
+
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model with so many embeddings may have this tokenizer.
+
+        Some formats round the size of the table up, with rows that no piece uses.
+        """
+        return 0 <= vocab_size - self.size <= UNUSED_ROWS
 
     def encode(self, text: str) -> list[int]:
         """BOS and the tokens of a text; the empty text is BOS alone.

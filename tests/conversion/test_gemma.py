@@ -130,6 +130,7 @@ def test_the_config_of_a_gguf(golden: Path, model: str) -> None:
         config = reader.config
     with open_checkpoint(golden / "gemma_formats" / model / "model.gguf") as reader:
         scalar = {"query_pre_attn_scalar": 12.0} if model == "gemma3_gqa" else {}
+        assert isinstance(reader.config, GemmaConfig)
         assert dataclasses.replace(reader.config, **scalar) == config
         assert reader.load_tokenizer().size == config.vocab_size
 

@@ -16,6 +16,7 @@ from sweeps import sweep
 from backends import Backend
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.gemma import VERSIONS, GemmaConfig
+from recurrentgemma.common.model.presets import AttentionType
 from recurrentgemma_conversion import Format, open_checkpoint
 from tolerances import assert_close
 
@@ -132,7 +133,7 @@ def test_published_loss_and_every_gradient(backend: Backend, model: str) -> None
 def members(draw: st.DrawFn, version: int) -> GemmaConfig:
     """A small member of a family: any heads, patterns, windows, scales, ropes and caps."""
     kv_heads, groups = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
-    kinds = st.sampled_from(["sliding_attention", "full_attention"])
+    kinds = st.sampled_from(AttentionType)
     caps = st.sampled_from([0.0, 2.0, 30.0])
     return GemmaConfig(
         version=version,
@@ -180,7 +181,8 @@ def test_any_member_and_any_split(
         assert_close(np.concatenate(parts, 1)[real], expected[real], "logits", "float64")
         assert_close(state, expected_state, "state", "float64")
         gradients.append(model.grads(tokens, segment_pos, dy=dy, dstate=expected_state))
-    assert_close(*gradients, "gradient", "float64")
+    one, other = gradients
+    assert_close(one, other, "gradient", "float64")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 6, 7, 12])

@@ -258,8 +258,8 @@ Writer = Callable[[Path, Contents], AbstractContextManager[Write]]
 
 
 def require_size(tokenizer: Tokenizer, config: Config, name: object) -> None:
-    """Raises `TokenizerError`, with the tokenizer's name, unless it has the vocabulary's size."""
-    if tokenizer.size != config.vocab_size:
+    """Raises `TokenizerError`, with the tokenizer's name, unless it fits the vocabulary."""
+    if not tokenizer.fits(config.vocab_size):
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
         )

@@ -81,9 +81,9 @@ class GGUFReader(Reader):
     format = Format.GGUF
 
     def _open(self) -> None:
-        self._bytes = np.memmap(self.path, np.uint8, "r") if self.path.stat().st_size else b""
+        self._bytes = np.memmap(self.path, np.uint8, "r")
         try:
-            header = _Header(memoryview(self._bytes))
+            header = _Header(self._bytes.data)
         except (struct.error, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
             if isinstance(error, UnknownFormatError):
                 raise
@@ -114,7 +114,7 @@ class GGUFReader(Reader):
 
     def fetch(self, name: str) -> np.ndarray:
         shape, encoding, start, size = self._stored[name]
-        data = np.asarray(self._bytes)[start : start + size]
+        data = self._bytes[start : start + size]
         if encoding.dtype:
             return data.view(DTYPES[encoding.dtype]).reshape(shape)
         try:

@@ -31,8 +31,8 @@ def sentencepiece_model(path: Path, metadata: Mapping[str, Any]) -> bytes:
       TokenizerError: The metadata are no sentencepiece model's.
     """
     kind = metadata.get(f"{_KEY}model")
-    lists = [metadata.get(_KEY + name) for name in ("tokens", "scores", "token_type")]
-    if kind != "llama" or len({len(values) for values in lists if isinstance(values, list)}) != 1:
+    lists = [metadata.get(_KEY + name, []) for name in ("tokens", "scores", "token_type")]
+    if kind != "llama" or len(set(map(len, lists))) != 1:
         raise TokenizerError(
             f"{path}: {_KEY}model must be 'llama', with tokens, scores and token_type of one "
             f"length, got {kind!r}"

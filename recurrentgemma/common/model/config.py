@@ -25,7 +25,7 @@ class Config(abc.ABC):
 
     vocab_size: int
     width: int
-    scan_type: ScanType
+    scan_type: ScanType = ScanType.AUTO
 
     @property
     @abc.abstractmethod

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import (
@@ -18,7 +18,7 @@ from recurrentgemma.common.model.config import (
     register_config,
 )
 from recurrentgemma.common.model.mixers import Attention, Rope, check_divisible, check_positive
-from recurrentgemma.common.model.presets import AttentionType, ScanType, gemma_fields, member
+from recurrentgemma.common.model.presets import AttentionType, gemma_fields, member
 
 VERSIONS = (1, 2, 3)
 
@@ -64,8 +64,6 @@ class GemmaConfig(Config):
     rope_stretch: float = 1.0
     attention_soft_cap: float = 0.0
     logits_soft_cap: float = 0.0
-
-    scan_type: ClassVar[ScanType] = ScanType.AUTO  # no layer is recurrent
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the documented way to normalise a frozen dataclass
