@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def test_a_folder_as_it_is_stored(cli, folders: Path, tmp_path: Path) -> None:
     assert "attention_window_size is 9 for transformers" in given.out
     said = ("--to", "recurrentgemma", "--trained-in-transformers")
     assert cli("convert", folder, tmp_path / "narrow", *said).code == 0
-    assert read_config(tmp_path / "narrow" / "config.json").attention_window_size == 7
+    config: Any = read_config(tmp_path / "narrow" / "config.json")
+    assert config.attention_window_size == 7
     for bad, message in (
         (("--as-stored",), "goes with --against transformers, got torch"),
         (("--as-stored", "--against", "transformers"), "must be a huggingface folder"),
