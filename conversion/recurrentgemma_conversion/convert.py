@@ -80,6 +80,7 @@ class Summary(NamedTuple):
       dropped: Files of the source's tokenizer that the format has no place for, where the result
         is left without a tokenizer.
       left_out: The source's tensors of other parts, such as one that sees.
+      notes: How the config as written differs from the published one.
     """
 
     source_format: Format
@@ -93,6 +94,7 @@ class Summary(NamedTuple):
     nonfinite: dict[str, int]
     dropped: list[str]
     left_out: list[str]
+    notes: list[str]
 
 
 def convert(
@@ -107,6 +109,7 @@ def convert(
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
     strict: bool = False,
+    window_as_published: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Tell = lambda step: None,
@@ -126,6 +129,8 @@ def convert(
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
       strict: Whether a checkpoint with other parts than the text model is refused.
+      window_as_published: Whether a `huggingface` result states the window as the published
+        checkpoints do, with which `transformers` sees one key fewer.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
@@ -160,7 +165,9 @@ def convert(
         pieces, read = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
-        contents = Contents(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
+        contents = Contents(
+            reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids, window_as_published
+        )
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, folder, to, contents, progress)
@@ -192,6 +199,7 @@ def convert(
                 if pieces is None and not kept and companion.name != GENERATION
             ],
             left_out=reader.left_out,
+            notes=_notes(contents) if to is Format.HUGGINGFACE else [],
         )
 
 
@@ -278,6 +286,11 @@ def find_tokenizer(
     model = reader.tokenizer_model() if given is None else path.read_bytes()
     assert model is not None  # it was loaded
     return model, tokenizer
+
+
+def _notes(contents: Contents) -> list[str]:
+    family = family_of(contents.config)
+    return [] if family is None or contents.as_published else [*family.fields_note(contents.config)]
 
 
 def _name(reader: Reader) -> str:

@@ -1,6 +1,7 @@
 """`recurrentgemma convert`, and `inspect` of every format."""
 
 import json
+import re
 import shutil
 import sys
 from typing import Any
@@ -32,7 +33,8 @@ def test_formats_are_all_there():
 def test_a_line(cli, tmp_path, source):
     before = files(source)
     done = cli("convert", source, tmp_path / "out", "--to", "huggingface")
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    assert re.fullmatch(r"attention_window_size is 9 for transformers, .* it is 8\n", done.err)
     assert done.out.count("\n") == 1
     for words in (str(tmp_path / "out"), "kaggle-torch to huggingface", "MB/s", ", verified"):
         assert words in done.out
@@ -65,6 +67,7 @@ def test_json(cli, tmp_path, source):
         "nonfinite": {},
         "dropped": [],
         "left_out": [],
+        "notes": [],
     }
 
 

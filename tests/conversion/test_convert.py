@@ -165,20 +165,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     assert type(model).__name__ == "RecurrentGemmaForCausalLM"
     assert not any(info.values()), info
     assert model.config.num_key_value_heads == 1
-    assert model.config.attention_window_size == config.attention_window_size
-    # Ours sees W + 1 keys, theirs W: equal within the window.
-    tokens = np.arange(config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.forward(
-        config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
-    )
-    with torch.no_grad():
-        logits = model(torch.as_tensor(tokens)).logits
-    np.testing.assert_allclose(logits.numpy(), expected, atol=2e-4)
-    # And everywhere, told of the key more.
-    config_json = json.loads((folder / "config.json").read_text())
-    config_json["attention_window_size"] += 1
-    (folder / "config.json").write_text(json.dumps(config_json))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.attention_window_size == config.attention_window_size + 1
     tokens = np.arange(3 * config.attention_window_size)[None] * 7 % 2048
     expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]

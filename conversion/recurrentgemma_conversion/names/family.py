@@ -12,6 +12,17 @@ from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names.table import Rule
 from recurrentgemma_conversion.overrides import Overrides
 
+# A field of ours in `config.json`: a window counts the query's own key, as in `transformers`.
+COUNTS_ITSELF = "attention_window_counts_itself"
+
+
+def _nothing(config: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _unchanged(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields
+
 
 def _no_sizes(config: Any, block: int | None) -> Mapping[str, int]:
     return {}
@@ -34,7 +45,12 @@ class Family:
       sized: A config with the parameters that tensors have. Fields on which no parameter depends
         hold any value.
       from_fields: Its config from the fields of Hugging Face's `config.json`.
-      to_fields: The fields from its config and the name of a dtype.
+      to_fields: The fields from its config and the name of a dtype, with which `transformers`
+        computes the same.
+      as_published: Turns these fields into those of the published checkpoints.
+      fields_note: How they differ from those, in a line, if they do.
+      not_in_transformers: What a config asks for that `transformers` does not have.
+      modules: What `transformers` calls modules, by our names, where these differ.
       release: What Kaggle calls the weights of a size.
       sizes: Sizes of axes that the tables split, by letter, from the config and a block's number.
       marks: Parts of tensors' names that tell the family where no config does.
@@ -58,5 +74,9 @@ class Family:
     other_parts: str = "$^"
     buffers: str = "$^"
     level: str = ""
+    as_published: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
+    fields_note: Callable[[Any], Sequence[str]] = _nothing
+    not_in_transformers: Callable[[Any], Sequence[str]] = _nothing
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     architectures: tuple[str, ...] = ()
     from_metadata: Callable[[Path, Mapping[str, Any], Mapping[str, Tensor]], Any] = _no_metadata

@@ -142,6 +142,7 @@ GEMMA = Family(
     other_parts=r"(^|[./])(vision_\w+|siglip\w*|SigLiP\w*|multi_modal_projector|mm_\w+)([./]|$)",
     buffers=r"(^|\.)((local_|global_)?freqs_cis|rotary_emb\.inv_freq)$",
     level="model_state_dict",
+    modules={"attention_block": "self_attn", "mlp_block": "mlp", "final_norm": "norm"},
     architectures=("gemma", "gemma2", "gemma3"),
     from_metadata=from_metadata,
 )

@@ -237,6 +237,8 @@ class Contents(NamedTuple):
       ocdbt: Whether an Orbax directory is a database, not a file for each array.
       special_ids: The special tokens' ids, where a config has them; the others are the
         tokenizer's, or the published vocabulary's.
+      as_published: Whether Hugging Face's config is as published, where that differs from what
+        `transformers` needs to compute the same.
     """
 
     config: Config
@@ -246,6 +248,7 @@ class Contents(NamedTuple):
     tokenizer: Tokenizer | None = None
     ocdbt: bool = False
     special_ids: Mapping[str, Any] = MappingProxyType({})
+    as_published: bool = False
 
 
 # Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a

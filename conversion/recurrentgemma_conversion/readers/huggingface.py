@@ -18,6 +18,7 @@ from recurrentgemma.common.io.shards import ShardsWriter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import config_from_fields, family_of, layout
+from recurrentgemma_conversion.names.family import COUNTS_ITSELF
 from recurrentgemma_conversion.readers.base import Contents, Write, read_fields
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 from recurrentgemma_conversion.readers.native import SafetensorsReader
@@ -53,7 +54,8 @@ class HuggingFaceReader(SafetensorsReader):
 
     @functools.cached_property
     def stated(self) -> Any:
-        return config_from_fields(self.homes[0] / CONFIG, self._fields)
+        said = {COUNTS_ITSELF: True} if self._overrides.trained_in_transformers else {}
+        return config_from_fields(self.homes[0] / CONFIG, {**self._fields, **said})
 
     @property
     def _embedding(self) -> str:
@@ -93,6 +95,8 @@ def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
     family = family_of(config)
     assert family is not None  # or else there were no names for its parameters
     fields = family.to_fields(config, tensors[embedding][1].name)
+    if contents.as_published:
+        fields = family.as_published(fields)
     _write_json(folder / CONFIG, fields | ids | given)
     _write_json(folder / GENERATION, ids | ends | given)
     if tokenizer is not None:
