@@ -1,7 +1,9 @@
 """Files of llama.cpp: every encoding that is read, the tokenizer, and what is wrong with a file."""
 
+import contextlib
 import functools
 import io
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 from cases import make_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweeps import sweep
 
 from recurrentgemma.common import errors
 from recurrentgemma.common.io.arrays import BFLOAT16
@@ -218,3 +223,23 @@ def test_a_missing_key(tmp_path: Path) -> None:
         open_checkpoint(path),
     ):
         pass
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "model.gguf", "Q4_0")
+
+
+@settings(max_examples=sweep(60, 2_000))
+@given(data=st.data())
+def test_a_damaged_header_is_read_or_refused(small: Path, data: st.DataObject) -> None:
+    """Keys, sizes and types are before the texts of the tokenizer; offsets come after them."""
+    content, near = bytearray(small.read_bytes()), st.integers(4, 600)
+    tail = st.integers(12_000, 14_000)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(near | tail)] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.gguf")
+        path.write_bytes(content)
+        with contextlib.suppress(errors.CheckpointError), open_checkpoint(path) as reader:
+            assert [spec.path for spec, _ in reader] == [spec.path for spec in reader.specs]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import make_batch, make_params, next_token_loss
 from checkpoints import decoded
+from comparing import compare_twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from sweeps import sweep
 from backends import Backend
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.gemma import VERSIONS, GemmaConfig
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import AttentionType
 from recurrentgemma_conversion import Format, open_checkpoint
 from tolerances import assert_close
@@ -183,6 +185,17 @@ def test_any_member_and_any_split(
         gradients.append(model.grads(tokens, segment_pos, dy=dy, dstate=expected_state))
     one, other = gradients
     assert_close(one, other, "gradient", "float64")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_parity_compares_all_of_a_model(twins: tuple[Backend, Backend], version: int) -> None:
+    """States that grow, in two dtypes; every gradient, and the insides of blocks."""
+    del twins  # both are installed
+    config = GemmaConfig.from_sizes(version, 31, 20, 28, 2, 4, 2, 6, sliding_window=6)
+    kwargs: dict[str, Any] = {"num_greedy": 4, "gradients": True, "inside": True}
+    report = compare_twins(config, make_params(config), "float32", 24, **kwargs)
+    assert report.within, report.first_beyond
+    assert len(report.rows) > len(layer_spec(config))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 6, 7, 12])

@@ -9,12 +9,12 @@ from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.family import Family
 from recurrentgemma_conversion.names.gemma_config import (
     from_fields,
-    from_metadata,
     release,
     resolve,
     sized,
     to_fields,
 )
+from recurrentgemma_conversion.names.gemma_gguf import from_metadata
 from recurrentgemma_conversion.names.table import Rule
 
 _T = "i o -> o i"  # torch.nn.Linear holds the transpose of a Flax kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from recurrentgemma.common.model.presets import AttentionType, Preset, member
 from recurrentgemma_conversion.formats import Tensor
 from recurrentgemma_conversion.overrides import Overrides
 
-_VERSIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma3": 3}
+VERSIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma3": 3}
 # Where a config does not say: the defaults of transformers.
 _DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -53,7 +52,7 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GemmaConfig:
     if problems:
         raise ConfigError(f"{path}: {'; '.join(problems)}")
     try:
-        return _from_fields(_VERSIONS[kind], fields)
+        return _from_fields(VERSIONS[kind], fields)
     except KeyError as error:
         raise ConfigError(f"{path} lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -267,53 +266,6 @@ def resolve(
             )
     config = config_from_preset(known, held.vocab_size)
     return GemmaConfig.from_dict(config.to_dict()).overridden(**overrides.fields)
-
-
-def from_metadata(
-    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> GemmaConfig:
-    """The config in a GGUF. Patterns, query scales and the sliding base follow published models.
-
-    Raises:
-      ConfigError: A key is missing or invalid.
-    """
-    kind = metadata["general.architecture"]
-
-    def said(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{kind}.{key}", default)
-        if value is None:
-            raise ConfigError(f"{path} lacks {kind}.{key}")
-        return value
-
-    try:
-        eps = said("attention.layer_norm_rms_epsilon")
-        if not math.isclose(eps, 1e-6, rel_tol=1e-3):
-            raise UserError(f"layer_norm_rms_epsilon must be 1e-6, got {eps}")
-        heads = said("attention.head_count")
-        config = GemmaConfig.from_sizes(
-            _VERSIONS[kind],
-            tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
-            said("embedding_length"),
-            said("feed_forward_length"),
-            said("block_count"),
-            heads,
-            said("attention.head_count_kv", heads),
-            said("attention.key_length", said("embedding_length") // heads),
-        )
-        changes: dict[str, Any] = {
-            "sliding_window": metadata.get(f"{kind}.attention.sliding_window"),
-            "rope_base": metadata.get(f"{kind}.rope.freq_base"),
-            "attention_soft_cap": metadata.get(f"{kind}.attn_logit_softcapping"),
-            "logits_soft_cap": metadata.get(f"{kind}.final_logit_softcapping"),
-        }
-        if metadata.get(f"{kind}.rope.scaling.type", "none") == "linear":
-            changes["rope_stretch"] = said("rope.scaling.factor")
-        elif config.version == 3:
-            changes["rope_stretch"] = 1.0
-        given = {name: value for name, value in changes.items() if value is not None}
-        return GemmaConfig.from_dict(config.to_dict() | given)
-    except (UserError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def release(config: GemmaConfig) -> str:

@@ -84,9 +84,7 @@ class GGUFReader(Reader):
         self._bytes = np.memmap(self.path, np.uint8, "r")
         try:
             header = _Header(self._bytes.data)
-        except (struct.error, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
-            if isinstance(error, UnknownFormatError):
-                raise
+        except (struct.error, KeyError, ValueError, TypeError, ArithmeticError) as error:
             raise DamagedError(
                 f"{self.path} is cut short or no GGUF: its header cannot be read ({error})"
             ) from error
