@@ -22,7 +22,8 @@ def inspect(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder, file or archive of any format. Default: the bundled model.",
+            help="Folder, file or archive of any format, or a config.json of ours alone. Default: "
+            "the bundled model.",
             show_default=False,
         ),
     ] = None,
@@ -53,24 +54,25 @@ def inspect(
     No weights are read. Only Kaggle's formats need a framework, to read what is in them.
     """
     from recurrentgemma.cli.tables import render
-    from recurrentgemma.common.io.checkpoint import BUNDLED
+    from recurrentgemma.common.io.checkpoint import BUNDLED, read_config
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma_conversion import open_checkpoint
 
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
-    if said.preset is None or checkpoint is not None:
+    if checkpoint is not None and checkpoint.suffix == ".json":
+        source, config = {"file": str(checkpoint)}, read_config(checkpoint)
+        report = described(config.overridden(**said.fields), {}, memory=memory)
+    elif said.preset is not None and checkpoint is None:
+        source, config = {"preset": said.preset.name}, config_from_preset(said.preset)
+        report = described(config.overridden(**said.fields), {}, memory=memory)
+    else:
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
-            config = opened.config
-            report = described(config, dtypes, memory=memory)
+            report = described(opened.config, dtypes, memory=memory)
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
-    else:
-        source = {"preset": said.preset.name}
-        config = config_from_preset(said.preset).overridden(**said.fields)
-        report = described(config, {}, memory=memory)
     if as_json:
         typer.echo(json.dumps(source | report))
     else:

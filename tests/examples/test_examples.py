@@ -1,10 +1,19 @@
 """Every script of `examples/` runs, says what it should, and tells mistakes in a line."""
 
+import json
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
+from recurrentgemma.cli import main
+from recurrentgemma.cli.train_options import TrainOptions
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma_conversion import convert, detect
 
+ROOT = Path(__file__).resolve().parents[2]
+GEMMA3 = ROOT / "examples" / "pretrain_gemma3"
 SAMPLING = ["sampling_jax.py", "sampling_torch.py"]
 SIMPLE_RUNS = ["simple_run_jax.py", "simple_run_torch.py"]
 # What the bundled model says, greedily and in float32.
@@ -82,6 +91,67 @@ def test_a_state_that_changes_frameworks(example):
     assert "JAX reads, PyTorch continues" in out
     assert "PyTorch reads, JAX continues" in out
     assert out.endswith("The same text as without a change of framework.\n")
+
+
+# The model that a project prints, as its modules: 18 blocks, one each of the others.
+PRINTED = {
+    "embedder.input_embedding": [50257, 640],
+    "attention_block.proj_q.kernel": [640, 1024],
+    "attention_block.proj_k.kernel": [640, 256],
+    "attention_block.proj_v.kernel": [640, 256],
+    "attention_block.proj_final.kernel": [1024, 640],
+    "attention_block.q_norm.scale": [256],
+    "attention_block.k_norm.scale": [256],
+    "mlp_block.ffw_up.w": [2, 640, 2048],
+    "mlp_block.ffw_down.kernel": [2048, 640],
+    "temporal_pre_norm.scale": [640],
+    "temporal_post_norm.scale": [640],
+    "channel_pre_norm.scale": [640],
+    "channel_post_norm.scale": [640],
+    "final_norm.scale": [640],
+}
+
+
+def test_the_structure_of_a_gemma_from_scratch(capsys):
+    assert main(["inspect", str(GEMMA3 / "config.json"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    shapes = [(entry["path"], entry["shape"]) for entry in report["parameters"]]
+    found = {re.sub(r"^blocks\.\d+\.", "", path): shape for path, shape in shapes}
+    assert found == PRINTED
+    assert len(shapes) == 2 + 18 * (len(PRINTED) - 2)
+    # The project counts an output matrix of its own.
+    assert report["num_parameters"]["total"] + 50257 * 640 == 164_654_976
+
+
+def test_a_small_gemma_from_scratch(tmp_path, monkeypatch):
+    require("torch")
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "data.jsonl"
+    text = (ROOT / "notebooks/texts/genesis_21.txt").read_text(encoding="utf-8")
+    data.write_text(json.dumps({"text": text}) + "\n")
+    flags = (
+        "--train",
+        data,
+        "--validation",
+        data,
+        "--steps",
+        "2",
+        "--warmup-steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    )
+    options = ("--options", GEMMA3 / "small.toml", "--framework", "torch")
+    assert main(["train", *map(str, options + flags)]) == 0
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run/validation_log.jsonl").read_text().splitlines()
+    ]
+    assert losses[-1] < losses[0]
+    sample = ["sample", "In the beginning", "--checkpoint", str(tmp_path / "run/model")]
+    assert main([*sample, "--framework", "torch", "--max-new-tokens", "3"]) == 0
+    given = TrainOptions(**tomllib.loads((GEMMA3 / "options.toml").read_text()))
+    assert (given.length, given.steps, given.accumulation) == (2048, 10_000, 4)
 
 
 def assert_one_line(message: str, name: str, *words: str) -> None:

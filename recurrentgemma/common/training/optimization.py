@@ -85,7 +85,7 @@ class OptimizerOptions:
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise UserError(
                 "total_steps must be more than warmup_steps, "
-                f"got {self.total_steps=} {self.warmup_steps=}"
+                f"got total_steps={self.total_steps} warmup_steps={self.warmup_steps}"
             )
 
 
