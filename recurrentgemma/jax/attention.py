@@ -193,10 +193,11 @@ def _replaced(
     """The ring after a token a row: in its slot, which padding leaves alone, or alone if first."""
     ring_bskh, starts = ring_bskh.astype(new_b1kh.dtype), segment_pos == 0
     ring_bskh = jnp.where(starts[..., None, None], 0, ring_bskh)
-    rows = jnp.arange(starts.shape[0])[:, None]
-    index = rows, segment_pos % ring_bskh.shape[1]
-    kept_b1kh = jnp.where((segment_pos < 0)[..., None, None], ring_bskh[index], new_b1kh)
-    return ring_bskh.at[index].set(kept_b1kh)
+    rows, slots = jnp.arange(starts.shape[0])[:, None], ring_bskh.shape[1]
+    index = jnp.where(segment_pos < 0, slots, segment_pos % slots)
+    # A second update, out of range: for a single one XLA copies the ring, here it writes in place.
+    index = jnp.concatenate([index, jnp.full_like(index, slots)], 1)
+    return ring_bskh.at[rows, index].set(new_b1kh, mode="drop")
 
 
 def _history(

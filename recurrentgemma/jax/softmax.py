@@ -60,9 +60,15 @@ def attend_masked(
     groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
     q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups)
     # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
-    scores_zkcrs = jnp.einsum(
-        "...ckrh,...skh->...kcrs", q_zckrh, k_zskh, preferred_element_type=wide
-    )
+    if q_zcnh.shape[-3] == 1:  # keys first: else XLA turns them around, in a copy
+        scores_zkscr = jnp.einsum(
+            "...skh,...ckrh->...kscr", k_zskh, q_zckrh, preferred_element_type=wide
+        )
+        scores_zkcrs = jnp.moveaxis(scores_zkscr, -3, -1)
+    else:
+        scores_zkcrs = jnp.einsum(
+            "...ckrh,...skh->...kcrs", q_zckrh, k_zskh, preferred_element_type=wide
+        )
     scores_zkcrs = scores_zkcrs * mixer.scale
     if mixer.soft_cap:
         scores_zkcrs = jnp.tanh(scores_zkcrs / mixer.soft_cap) * mixer.soft_cap
