@@ -35,7 +35,7 @@ class Fault(NamedTuple):
         return self.file.split("/")[0]
 
 
-_J = "jax/attention.py"
+_J, _S = "jax/softmax.py", "torch/softmax.py"
 _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan/native"))
 
 FAULTS = (
@@ -185,9 +185,9 @@ FAULTS = (
     ),
     Fault(
         "attention: scores times H^-0.49",
-        "jax/attention.py",
-        "scores_bgkcrs * mixer.scale",
-        "scores_bgkcrs * mixer.scale**0.98",
+        _J,
+        "scores_zkcrs * mixer.scale",
+        "scores_zkcrs * mixer.scale**0.98",
     ),
     Fault("RoPE: on the wrong half", _A, "rotated, passed = x.split", "passed, rotated = x.split"),
     Fault(
@@ -244,17 +244,65 @@ FAULTS = (
     # What Griffin lacks
     Fault(
         "attention's soft cap: tanh before the division",
-        _A,
-        "torch.tanh(scores / mixer.soft_cap)",
-        "torch.tanh(scores)",
+        _S,
+        "torch.tanh(scores_zkms / mixer.soft_cap)",
+        "torch.tanh(scores_zkms)",
         model="other",
     ),
     Fault("attention's soft cap: left out", _J, "if mixer.soft_cap:", "if False:", model="other"),
     Fault(
         "attention's soft cap: before the scale",
+        _S,
+        "(q_zkmh.to(wide) * mixer.scale) @",
+        "q_zkmh.to(wide) @",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: sees the next token",
+        _S,
+        "(lag_cs >= 0)",
+        "(lag_cs >= -1)",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: crosses documents",
+        _J,
+        "mask_bcs = (lag_cs >= 0) & (document_bc[..., None] == document_bs[:, None])",
+        "mask_bcs = (lag_cs >= 0) & (document_bs[:, None] >= 0)",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: places before a block not counted",
+        _S,
+        "before=history + start",
+        "before=start",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: a slot too many is filled",
         _A,
-        "(q.to(wide) * mixer.scale) @",
-        "q.to(wide) @",
+        "device=document.device) < cache.num_tokens[:, None]",
+        "device=document.device) <= cache.num_tokens[:, None]",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: a step does not see its own token",
+        "jax/attention.py",
+        "sees_bs | (between == slots - 1)",
+        "sees_bs",
+        model="other",
+    ),
+    Fault(
+        "decoding: padding is written into the ring",
+        "jax/attention.py",
+        "jnp.where(segment_pos < 0, slots, segment_pos % slots)",
+        "segment_pos % slots",
+    ),
+    Fault(
+        "attention: the second query head of a key head takes the first one's place",
+        _S,
+        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))",
+        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)",
         model="other",
     ),
     Fault(

@@ -69,7 +69,8 @@ def attend(
     lag_cs = history + jnp.arange(q_bgcnh.shape[2])[:, None] - jnp.arange(kv_bgskh.shape[2])
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    encoded = attend_masked(q_bgcnh, *jnp.split(kv_bgskh, 2, -1), mask_bgcs, mixer)
+    k_bgskh, v_bgskh = jnp.split(kv_bgskh, 2, -1)
+    encoded = attend_masked(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer)
     places = encoded.shape[1] * encoded.shape[2]
     return encoded.reshape(encoded.shape[0], places, *encoded.shape[3:])[:, :length]
 
@@ -182,7 +183,8 @@ def _step(
         keys, values = (jnp.concatenate([ring.astype(z.dtype), z], 1) for ring, z in pairs)
         sees_bs = jnp.pad(sees_bs, ((0, 0), (0, 1)), constant_values=True)
     encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
-    return encoded, AttentionBlockCache(*rings, (num_before + is_token)[:, 0])
+    num_tokens = (num_before + is_token)[:, 0]
+    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
 
 def _replaced(

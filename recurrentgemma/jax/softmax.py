@@ -35,7 +35,8 @@ def attend_all(
             q_bcnh, document_bc, before = args
             lag_cs = _lags(before, q_bcnh.shape[1], kv_bskh.shape[1])
             mask_bcs = (lag_cs >= 0) & (document_bc[..., None] == document_bs[:, None])
-            return attend_masked(q_bcnh, *jnp.split(kv_bskh, 2, -1), mask_bcs, mixer)
+            k_bskh, v_bskh = jnp.split(kv_bskh, 2, -1)
+            return attend_masked(q_bcnh, k_bskh, v_bskh, mask_bcs, mixer)
 
         args = q_btnh[:, queries], document_bt[:, queries]
         if length <= BLOCK:

@@ -80,8 +80,9 @@ def attend(
     )
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    args = (z.flatten(0, 1) for z in (q_bgcnh, *kv_bgskh.chunk(2, -1), mask_bgcs))
-    encoded = attend_masked(*args, mixer)
+    k_zskh, v_zskh = kv_bgskh.flatten(0, 1).chunk(2, -1)
+    q_zcnh, mask_zcs = q_bgcnh.flatten(0, 1), mask_bgcs.flatten(0, 1)
+    encoded = attend_masked(q_zcnh, k_zskh, v_zskh, mask_zcs, mixer)
     return encoded.unflatten(0, q_bgcnh.shape[:2]).flatten(1, 2)[:, :length]
 
 
@@ -187,7 +188,8 @@ def _step(
     between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
     sees_bs = between < num_before
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
+    within = is_known(segment_pos) and bool((segment_pos > 0).all())
+    rings = [_replaced(ring, new, segment_pos, within) for ring, new in pairs]
     if mixer.reach is None:  # nothing is lost where the token is now
         keys, values = rings
         sees_bs = sees_bs | (between == slots - 1)
@@ -195,22 +197,28 @@ def _step(
         keys, values = (torch.cat([ring.to(z.dtype), z], 1) for ring, z in pairs)
         sees_bs = nn.functional.pad(sees_bs, (0, 1), value=True)
     encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
-    return encoded, AttentionBlockCache(*rings, (num_before + is_token)[:, 0])
+    num_tokens = (num_before + is_token)[:, 0]
+    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
 
 def _replaced(
     ring_bskh: Float[Tensor, "b s kv h"],
     new_b1kh: Float[Tensor, "b 1 kv h"],
     segment_pos: Int[Tensor, "b 1"],
+    within: bool,
 ) -> Float[Tensor, "b s kv h"]:
-    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first."""
-    ring_bskh, starts = ring_bskh.to(new_b1kh.dtype), segment_pos == 0
-    if not is_known(starts) or starts.any():
-        ring_bskh = ring_bskh.masked_fill(starts[..., None, None], 0)
-    rows = torch.arange(starts.shape[0], device=starts.device)[:, None]
+    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first.
+
+    `within` says that all rows are known to be within their documents.
+    """
+    ring_bskh = ring_bskh.to(new_b1kh.dtype)
+    rows = torch.arange(segment_pos.shape[0], device=segment_pos.device)[:, None]
     index = rows, segment_pos % ring_bskh.shape[1]
-    kept_b1kh = torch.where((segment_pos < 0)[..., None, None], ring_bskh[index], new_b1kh)
-    return ring_bskh.index_put(index, kept_b1kh)
+    if not within:
+        ring_bskh = ring_bskh.masked_fill((segment_pos == 0)[..., None, None], 0)
+        padding = (segment_pos < 0)[..., None, None]
+        new_b1kh = torch.where(padding, ring_bskh[index], new_b1kh)
+    return ring_bskh.index_put(index, new_b1kh)
 
 
 def _history(

@@ -34,7 +34,8 @@ def attend_all(
         def block(q_bcnh, kv_bskh, document_bc, document_bs, before=history + start):
             lag_cs = _lags(before, q_bcnh.shape[1], kv_bskh.shape[1], q_bcnh.device)
             mask_bcs = (lag_cs >= 0) & (document_bc[..., None] == document_bs[:, None])
-            return attend_masked(q_bcnh, *kv_bskh.chunk(2, -1), mask_bcs, mixer)
+            k_bskh, v_bskh = kv_bskh.chunk(2, -1)
+            return attend_masked(q_bcnh, k_bskh, v_bskh, mask_bcs, mixer)
 
         args = q_btnh[:, queries], kv_bskh[:, keys], document_bt[:, queries], document_bs[:, keys]
         encoded.append(_recomputed(block, *args) if length > BLOCK else block(*args))
@@ -88,5 +89,4 @@ def _recomputed(function, *args: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*args)
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(function, *args, **settings)  # pyright: ignore[reportReturnType]
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
