@@ -280,9 +280,9 @@ FAULTS = (
     ),
     Fault(
         "attention to all keys: a slot too many is filled",
-        _A,
-        "device=document.device) < cache.num_tokens[:, None]",
-        "device=document.device) <= cache.num_tokens[:, None]",
+        "jax/attention.py",
+        "jnp.arange(slots) < cache.num_tokens[:, None]",
+        "jnp.arange(slots) <= cache.num_tokens[:, None]",
         model="other",
     ),
     Fault(
@@ -290,19 +290,6 @@ FAULTS = (
         "jax/attention.py",
         "sees_bs | (between == slots - 1)",
         "sees_bs",
-        model="other",
-    ),
-    Fault(
-        "decoding: padding is written into the ring",
-        "jax/attention.py",
-        "jnp.where(segment_pos < 0, slots, segment_pos % slots)",
-        "segment_pos % slots",
-    ),
-    Fault(
-        "attention: the second query head of a key head takes the first one's place",
-        _S,
-        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))",
-        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)",
         model="other",
     ),
     Fault(
@@ -314,7 +301,7 @@ FAULTS = (
     ),
     Fault(
         "QK-norm: keys as they are",
-        _J,
+        "jax/attention.py",
         'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh)',
         'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh) * 0 + k_btkh',
         model="other",
@@ -327,26 +314,26 @@ FAULTS = (
         model="other",
     ),
     Fault(
-        "grouped heads: neighbours have different keys",
-        _A,
-        "z[:, :, None].expand(-1, -1, group, -1, -1)",
-        "z[:, None].expand(-1, group, -1, -1, -1)",
+        "grouped heads: the first has the last one's query",
+        _S,
+        "args = (q_zcnh.transpose(1, 2), k_zksh",
+        "args = (q_zcnh.roll(1, 2).transpose(1, 2), k_zksh",
         model="other",
     ),
     Fault(
         "grouped heads: in a step, neighbours have different keys",
-        _A,
-        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))[:, 0]",
-        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)[:, 0]",
+        _S,
+        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))",
+        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)",
         model="other",
     ),
     Fault(
         "grouped heads: keys counted for groups",
         _J,
         "groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)\n"
-        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups)",
+        "    q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups)",
         "groups = (mixer.heads // mixer.kv_heads, mixer.kv_heads, mixer.head_dim)\n"
-        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups).swapaxes(3, 4)",
+        "    q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups).swapaxes(-3, -2)",
         model="other",
     ),
     Fault("RoPE: not stretched", _A, " / rope.stretch", "", model="other"),
@@ -369,8 +356,8 @@ FAULTS = (
     Fault(
         "reach: a window where there is no limit",
         _J,
-        "reach = history + length if mixer.reach is None else",
-        "reach = 4 if mixer.reach is None else",
+        "mask_bcs = (lag_cs >= 0) &",
+        "mask_bcs = (lag_cs >= 0) & (lag_cs <= 4) &",
         model="other",
     ),
     # Names of checkpoints
