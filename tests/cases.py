@@ -11,7 +11,9 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.init import Zeros
 from recurrentgemma.common.model.layer_spec import sample_params
+from recurrentgemma.common.model.presets import Preset
 
+GRIFFINS = [preset for preset in Preset if "block_types" in preset.config_dict]
 BLOCKS = {"R": "recurrent", "A": "attention"}
 
 

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 import numpy as np
 
 from backends import BACKENDS, Backend
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.parity import Model, Report, TwinModel, compare, default_length, make_batch
 
 
 def make_model(
-    backend: Backend, config: GriffinConfig, params: Mapping[str, np.ndarray], dtype: str
+    backend: Backend, config: Config, params: Mapping[str, np.ndarray], dtype: str
 ) -> Model:
     """A twin with these parameters, by path in the Flax layout."""
     return TwinModel(backend.twin, backend.twin.make(config, params.items(), dtype))
 
 
 def compare_twins(
-    config: GriffinConfig,
+    config: Config,
     params: Mapping[str, np.ndarray],
     dtype: str,
     length: int | None = None,

@@ -1,13 +1,15 @@
 """What every test runs under: the CPU, one thread, a compilation cache, checked annotations."""
 
+import functools
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when a framework is first imported, which is later than this. Child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,7 +59,46 @@ _checked = jaxtyping.jaxtyped
 def _checked_outside(*, typechecker: Callable) -> Callable:
     """Checks what a module has; functions inside of functions are made anew at every call."""
     check = _checked(typechecker=typechecker)
-    return lambda made: made if "<locals>" in made.__qualname__ else check(made)
+
+    def decorate(made: Any) -> Any:
+        if "<locals>" in made.__qualname__:
+            return made
+        return check(made) if isinstance(made, type) else _checked_once(made, check(made))
+
+    return decorate
+
+
+def _checked_once(function: Callable, checked: Callable) -> Callable:
+    """Checks a call unless one with arrays of the same shapes and dtypes has passed before."""
+    passed: set[Any] = set()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        key = _kinds(args), *((name, _kind(value)) for name, value in kwargs.items())
+        if key in passed:
+            return function(*args, **kwargs)
+        result = checked(*args, **kwargs)
+        passed.add(key)
+        return result
+
+    return call
+
+
+def _kinds(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(map(_kind, values))
+
+
+def _kind(value: Any) -> Any:
+    """All that an annotation can see of an argument."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return type(value), tuple(value.shape), value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), _kinds(value)
+    if isinstance(value, dict):
+        return dict, tuple(value), _kinds(value.values())
+    return type(value)
 
 
 jaxtyping.jaxtyped = _checked_outside  # which the hook puts before each function

@@ -14,6 +14,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import (
     DestinationError,
+    MismatchError,
     NonFiniteError,
     TokenizerError,
     VerificationError,
@@ -78,6 +79,8 @@ class Summary(NamedTuple):
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
       dropped: Files of the source's tokenizer that the format has no place for, where the result
         is left without a tokenizer.
+      left_out: The source's tensors of other parts, such as one that sees.
+      notes: How the config as written differs from the published one.
     """
 
     source_format: Format
@@ -90,6 +93,8 @@ class Summary(NamedTuple):
     verified: bool
     nonfinite: dict[str, int]
     dropped: list[str]
+    left_out: list[str]
+    notes: list[str]
 
 
 def convert(
@@ -103,6 +108,8 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     allow_nonfinite: bool = False,
+    strict: bool = False,
+    window_as_published: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Tell = lambda step: None,
@@ -121,6 +128,9 @@ def convert(
       tokenizer: A sentencepiece model, where there is none beside the weights.
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
+      strict: Whether a checkpoint with other parts than the text model is refused.
+      window_as_published: Whether a `huggingface` result states the window as the published
+        checkpoints do, with which `transformers` sees one key fewer.
       force: Whether to replace what is at `destination`.
       verify: Whether to read the result again and compare all bits before it takes its name.
       progress: Called as the work goes on.
@@ -132,6 +142,8 @@ def convert(
     to = Format(to)
     if not isinstance(shard_size, int) or shard_size < 1:
         raise DestinationError(f"shard_size must be a positive integer, got {shard_size!r}")
+    if to not in WRITERS:
+        raise DestinationError(f"{to} is only read: the result must be {' or '.join(WRITERS)}")
     if ocdbt and to is not Format.KAGGLE_FLAX:
         raise DestinationError(f"ocdbt is a layout of {Format.KAGGLE_FLAX}, not of {to}")
     target = destination_path(destination)
@@ -143,6 +155,9 @@ def convert(
     _require_folder_name(target, force)
     with open_checkpoint(source, overrides, target) as reader:
         _require_apart(target, source, reader)
+        if strict and reader.left_out:
+            what = f"{reader.path} must hold a text model alone"
+            raise MismatchError(what, [f"unexpected {name}" for name in reader.left_out])
         specs = reader.specs
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
@@ -150,7 +165,9 @@ def convert(
         pieces, read = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
-        contents = Contents(reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids)
+        contents = Contents(
+            reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids, window_as_published
+        )
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, folder, to, contents, progress)
@@ -160,7 +177,7 @@ def convert(
                 for companion in reader.companions:
                     shutil.copyfile(companion, folder / companion.name)
             if pieces is not None:
-                shutil.copyfile(pieces, folder / TOKENIZER)
+                (folder / TOKENIZER).write_bytes(pieces)
             if verify:
                 with ThreadPoolExecutor(1) as disk:
                     flushed = disk.submit(flush, folder)  # while the values are compared
@@ -181,6 +198,8 @@ def convert(
                 for companion in reader.companions
                 if pieces is None and not kept and companion.name != GENERATION
             ],
+            left_out=reader.left_out,
+            notes=_notes(contents) if to is Format.HUGGINGFACE else [],
         )
 
 
@@ -244,8 +263,8 @@ class _Meter:
 
 def find_tokenizer(
     reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
-) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """The tokenizer of a checkpoint and its file: the one given, or else the one beside it.
+) -> tuple[bytes, Tokenizer] | tuple[None, None]:
+    """The sentencepiece model of a checkpoint: the one given, or else the one beside it.
 
     Raises:
       TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
@@ -260,11 +279,18 @@ def find_tokenizer(
             )
         return None, None
     try:
-        tokenizer = Tokenizer(path)
+        tokenizer = reader.load_tokenizer() if given is None else Tokenizer(path)
     except ValueError as error:
         raise TokenizerError(str(error)) from error
     require_size(tokenizer, reader.config, path)
-    return path, tokenizer
+    model = reader.tokenizer_model() if given is None else path.read_bytes()
+    assert model is not None  # it was loaded
+    return model, tokenizer
+
+
+def _notes(contents: Contents) -> list[str]:
+    family = family_of(contents.config)
+    return [] if family is None or contents.as_published else [*family.fields_note(contents.config)]
 
 
 def _name(reader: Reader) -> str:

@@ -19,6 +19,7 @@ class Format(enum.StrEnum):
     KAGGLE_TORCH = "kaggle-torch"
     HUGGINGFACE = "huggingface"
     RECURRENTGEMMA = "recurrentgemma"
+    GGUF = "gguf"
 
     @classmethod
     def _missing_(cls, value: object) -> None:

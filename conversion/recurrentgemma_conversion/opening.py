@@ -16,9 +16,10 @@ from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
-from recurrentgemma_conversion.names import require_known
+from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.readers.base import Reader, read_fields
+from recurrentgemma_conversion.readers.gguf import MAGIC, GGUFReader
 from recurrentgemma_conversion.readers.huggingface import HuggingFaceReader
 from recurrentgemma_conversion.readers.kaggle_flax import DATABASE, KaggleFlaxReader
 from recurrentgemma_conversion.readers.kaggle_torch import KaggleTorchReader
@@ -29,6 +30,7 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.KAGGLE_TORCH: KaggleTorchReader,
     Format.HUGGINGFACE: HuggingFaceReader,
     Format.RECURRENTGEMMA: NativeReader,
+    Format.GGUF: GGUFReader,
 }
 # Levels of folders around a checkpoint, at most: as in the cache of Hugging Face's hub.
 _DEPTH = 3
@@ -111,7 +113,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
-      NotRecurrentGemmaError: The checkpoint holds another model.
+      OtherModelError: The checkpoint holds a model that is not read.
     """
     found = _nearest(path)
     if not found:
@@ -170,11 +172,13 @@ def _weights_at(path: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """The kind of a file by its first bytes: safetensors, pickle, archive; None for others."""
+    """The kind of a file by its first bytes: safetensors, pickle, GGUF, archive, or None."""
     with path.open("rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
         return "pickle"
+    if start[:4] == MAGIC:
+        return "gguf"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors"
     return "archive" if path.stat().st_size and is_archive(path) else None
@@ -195,12 +199,12 @@ def _format(path: Path) -> Format | None:
         return Format.KAGGLE_FLAX
     kind = "safetensors" if path.is_dir() else _kind(path)
     if kind != "safetensors":
-        return Format.KAGGLE_TORCH if kind == "pickle" else None
+        return {"pickle": Format.KAGGLE_TORCH, "gguf": Format.GGUF}.get(kind or "")
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file():
         fields = read_fields(config)
         return Format.HUGGINGFACE if "model_type" in fields else Format.RECURRENTGEMMA
     names = list(Shards(path).tensors)
-    require_known(path, names)
+    require_no_other(path, names)
     ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
     return Format.RECURRENTGEMMA if ours else Format.HUGGINGFACE

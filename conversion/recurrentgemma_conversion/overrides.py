@@ -15,18 +15,21 @@ class Overrides(NamedTuple):
       embeddings_scale_by_sqrt_dim: See `GriffinConfig`, as for the next two.
       attention_window_size: W, as published.
       logits_soft_cap: c.
+      trained_in_transformers: The window that a folder of Hugging Face's states counts the query's
+        own key, as in `transformers`; else it is as published.
     """
 
     preset: Preset | None = None
     embeddings_scale_by_sqrt_dim: bool | None = None
     attention_window_size: int | None = None
     logits_soft_cap: float | None = None
+    trained_in_transformers: bool = False
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that are given one by one."""
         given = self._asdict()
-        del given["preset"]
+        del given["preset"], given["trained_in_transformers"]
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -57,6 +57,23 @@ def convert(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a checkpoint with more than a text model.")
+    ] = False,
+    window_as_published: Annotated[
+        bool,
+        typer.Option(
+            "--window-as-published",
+            help="To huggingface: state the window W; transformers then sees one key fewer.",
+        ),
+    ] = False,
+    trained_in_transformers: Annotated[
+        bool,
+        typer.Option(
+            "--trained-in-transformers",
+            help="From huggingface: the window counts the query's own key.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace what is at the destination.")
     ] = False,
@@ -91,8 +108,10 @@ def convert(
             tokenizer=tokenizer,
             overrides=overrides(
                 preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap
-            ),
+            )._replace(trained_in_transformers=trained_in_transformers),
             allow_nonfinite=allow_nonfinite,
+            strict=strict,
+            window_as_published=window_as_published,
             force=force,
             verify=verify,
             progress=progress,
@@ -101,6 +120,12 @@ def convert(
         sys.stderr.write(
             f"{destination} has no tokenizer: {to} has no place for {', '.join(summary.dropped)}; "
             "--tokenizer gives it a sentencepiece model\n"
+        )
+    sys.stderr.write("".join(f"{note}\n" for note in summary.notes))
+    if summary.left_out:
+        parts = dict.fromkeys(".".join(re.split("[./]", n)[:2]) for n in summary.left_out)
+        sys.stderr.write(
+            f"left out {len(summary.left_out)} tensors of other parts: {', '.join(parts)}\n"
         )
     if as_json:
         paths = {"source": str(source), "destination": str(destination)}

@@ -15,7 +15,7 @@ def download(
     source: Annotated[
         str,
         typer.Argument(
-            help="kaggle:google/recurrentgemma/flax/2b-it, or hf:google/recurrentgemma-2b-it.",
+            help="kaggle:google/recurrentgemma/flax/2b-it, hf:google/gemma-3-270m-it, and so on.",
             show_default=False,
         ),
     ],

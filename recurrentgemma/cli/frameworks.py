@@ -115,13 +115,13 @@ def load_sampler(
 def random_sampler(framework: Framework, preset: str, dtype: DType | None) -> Loaded:
     """A sampler on random weights of a published size, with the bundled tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma.common.model.layer_spec import layer_spec
 
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    config = GriffinConfig.from_preset(preset)
+    config = config_from_preset(preset)
     values = ((spec.path, _random_values(spec, dtype)) for spec in layer_spec(config))
     model = twin.make(config, values, dtype, device)
     return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)

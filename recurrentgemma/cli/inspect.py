@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -56,7 +55,7 @@ def inspect(
     from recurrentgemma.cli.tables import render
     from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma_conversion import open_checkpoint
 
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
@@ -70,7 +69,7 @@ def inspect(
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
     else:
         source = {"preset": said.preset.name}
-        config = dataclasses.replace(GriffinConfig.from_preset(said.preset), **said.fields)
+        config = config_from_preset(said.preset).overridden(**said.fields)
         report = described(config, {}, memory=memory)
     if as_json:
         typer.echo(json.dumps(source | report))

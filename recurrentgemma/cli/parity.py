@@ -65,6 +65,13 @@ def parity(
     dtype: Annotated[
         ParityDType, typer.Option(help="Dtype of parameters and computation.")
     ] = ParityDType.FLOAT32,
+    as_stored: Annotated[
+        bool,
+        typer.Option(
+            "--as-stored",
+            help="Let transformers read B by itself, a huggingface folder, as its config says.",
+        ),
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +123,7 @@ def parity(
     from recurrentgemma.parity.plot import plot as draw
     from recurrentgemma.parity.report import require_same_config
     from recurrentgemma_conversion import open_checkpoint
+    from recurrentgemma_conversion.names import family_of
 
     if framework is Implementation.TRANSFORMERS:
         raise UserError("--framework must be jax or torch, got transformers: use --against")
@@ -124,6 +132,8 @@ def parity(
             "--against transformers takes float32 and bfloat16, since its recurrence is float32, "
             f"got {dtype}"
         )
+    if as_stored and against is not Implementation.TRANSFORMERS:
+        raise UserError(f"--as-stored goes with --against transformers, got {against}")
     for implementation in (framework, against):
         require_installed(implementation)
     if plot is not None:
@@ -146,7 +156,7 @@ def parity(
     with working("Comparing"):
         report = compare(
             lambda: load_model(framework, paths[0], dtype, said),
-            lambda: load_model(against, paths[1], dtype, said),
+            lambda: load_model(against, paths[1], dtype, said, as_stored),
             batch,
             dtype,
             gradients=gradients,
@@ -158,6 +168,8 @@ def parity(
         for path, implementation in zip(paths, (framework, against), strict=True)
     )
     title = title_of(sides, report.dtype)
+    family = family_of(configs[1]) if against is Implementation.TRANSFORMERS else None
+    notes = [] if family is None or as_stored else list(family.fields_note(configs[1]))
     if plot is not None:
         draw(report, title, plot)
     if as_json:
@@ -167,10 +179,11 @@ def parity(
             "rows": len(batch.tokens),
             "length": batch.tokens.shape[1],
             "chunks": list(batch.chunks),
+            "notes": notes,
         }
         typer.echo(json.dumps(ends | report.to_dict()))
     else:
-        render(report, title, batch, every=every)
+        render(report, title, batch, notes, every=every)
     if not report.within:
         raise typer.Exit(BEYOND_BUDGET)
 

@@ -16,13 +16,16 @@ def title_of(sides: Sequence[str], dtype: str) -> str:
     return f"{sides[0]} against {sides[1]}, {dtype}"
 
 
-def render(report: Report, title: str, batch: ParityBatch, *, every: bool) -> None:
+def render(
+    report: Report, title: str, batch: ParityBatch, notes: Sequence[str] = (), *, every: bool
+) -> None:
     """Prints a report.
 
     Args:
       report: The report.
       title: The first line.
       batch: The tokens of the comparison.
+      notes: What else to say of the models, a line each.
       every: Whether to list every tensor; otherwise each block has one line for its worst state and
         one for its worst gradient.
     """
@@ -32,6 +35,8 @@ def render(report: Report, title: str, batch: ParityBatch, *, every: bool) -> No
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(title)}[/]")
+    for note in notes:
+        console.print(escape(note))
     levels = list(dict.fromkeys([report.dtype, report.wide]))
     rows, length = batch.tokens.shape
     chunks = " + ".join(str(n) for n in batch.chunks if n > 1)

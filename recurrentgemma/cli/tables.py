@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 _Row = Sequence[str]
+_LETTERS = 40  # in a line
 
 
 def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
@@ -56,13 +57,22 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
 
 def _config_rows(config: dict[str, Any]) -> Iterator[_Row]:
     for name, value in config.items():
-        if name == "block_types":
+        if isinstance(value, list) and all(isinstance(kind, str) for kind in value):
             kinds = Counter(value).items()
             kinds = ", ".join(f"{n} {kind} ({kind[0].upper()})" for kind, n in kinds)
             yield "layers", f"{len(value)}: {kinds}"
-            yield name, "".join(kind[0].upper() for kind in value)
+            yield name, _word("".join(kind[0].upper() for kind in value))
         else:
             yield name, str(value)
+
+
+def _word(letters: str) -> str:
+    """The letters; of many, the pattern that is repeated and cut off."""
+    if len(letters) <= _LETTERS:
+        return letters
+    lengths = range(1, len(letters) + 1)
+    period = next(n for n in lengths if letters[n:] == letters[: len(letters) - n])
+    return f"{letters[:period]} repeated"
 
 
 def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]:

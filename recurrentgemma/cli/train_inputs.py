@@ -27,12 +27,12 @@ _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
-    from recurrentgemma.common.model.griffin import GriffinConfig
+    from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma_conversion.opening import open_checkpoint
 
     if options.preset is not None:
         tokenizer = load_tokenizer(options.tokenizer)
-        return GriffinConfig.from_preset(options.preset.upper(), tokenizer.size), tokenizer
+        return config_from_preset(options.preset.upper(), tokenizer.size), tokenizer
     if options.config is not None:
         config, tokenizer = read_config(options.config), load_tokenizer(options.tokenizer)
         _require_match(tokenizer, config)
@@ -51,7 +51,7 @@ def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenize
 def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None = None) -> None:
     from recurrentgemma.common.errors import TokenizerError
 
-    if tokenizer.size != config.vocab_size:
+    if not tokenizer.fits(config.vocab_size):
         raise TokenizerError(
             f"the tokenizer has {tokenizer.size} pieces, the model a vocabulary of "
             f"{config.vocab_size}"

@@ -46,8 +46,8 @@ class NonFiniteError(CheckpointError):
     """Tensors hold NaN or infinity; the message names all."""
 
 
-class NotRecurrentGemmaError(CheckpointError):
-    """The checkpoint holds another model, such as Gemma."""
+class OtherModelError(CheckpointError):
+    """The checkpoint holds a model of no family that is read, such as Gemma 3n."""
 
 
 class ConfigError(CheckpointError):

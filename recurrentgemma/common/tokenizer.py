@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 from recurrentgemma.common.errors import UserError
 
+UNUSED_ROWS = 128  # 256,000 pieces have a table of 256,128 rows, 262,144 one of 262,208
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
@@ -66,10 +67,10 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: Any) -> None:
-        """Wraps a vocabulary, or loads the sentencepiece model in a file.
+        """Wraps a vocabulary, or loads a sentencepiece model.
 
         Args:
-          vocab: A `Vocabulary`, or a path.
+          vocab: A `Vocabulary`, the path of a sentencepiece model, or the content of one.
 
         Raises:
           ValueError: The file is missing or not a sentencepiece model, the object lacks a method,
@@ -77,6 +78,8 @@ class Tokenizer:
         """
         if isinstance(vocab, str | os.PathLike):
             vocab = _load(Path(vocab))
+        elif isinstance(vocab, bytes):
+            vocab = _parse(vocab, "the tokenizer")
         if missing := [name for name in _METHODS if not callable(getattr(vocab, name, None))]:
             raise UserError(
                 f"a vocabulary must have the methods {', '.join(_METHODS)}, got "
@@ -107,6 +110,13 @@ class Tokenizer:
         """Number of pieces."""
         return self.vocab.GetPieceSize()
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model with so many embeddings may have this tokenizer.
+
+        Some formats round the size of the table up, with rows that no piece uses.
+        """
+        return 0 <= vocab_size - self.size <= UNUSED_ROWS
+
     def encode(self, text: str) -> list[int]:
         """BOS and the tokens of a text; the empty text is BOS alone.
 
@@ -129,11 +139,18 @@ class Tokenizer:
 def _load(path: Path) -> spm.SentencePieceProcessor:
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: a sentencepiece model file is expected")
+    try:
+        return _parse(path.read_bytes(), str(path))  # a path would have to be UTF-8
+    except OSError as error:
+        raise UserError(f"{path} is not a sentencepiece model: {error}") from error
+
+
+def _parse(proto: bytes, name: str) -> spm.SentencePieceProcessor:
     vocab = spm.SentencePieceProcessor()
     try:
-        vocab.load_from_serialized_proto(path.read_bytes())  # a path would have to be UTF-8
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a sentencepiece model: {error}") from error
+        vocab.load_from_serialized_proto(proto)
+    except RuntimeError as error:
+        raise UserError(f"{name} is not a sentencepiece model: {error}") from error
     return vocab
 
 

@@ -202,7 +202,7 @@ class Embedder(SpecModule):
         (self.input_embedding,) = self.declare(params.embedder(self.vocab_size, self.embed_dim))
 
     def encode(self, tokens: Integer[Array, "b t"]) -> Hidden:
-        """The embeddings, times the scale."""
+        """The embeddings, times the scale in their dtype."""
         (x,) = promote_dtype(self.input_embedding[tokens], dtype=self.dtype)
         return x * self.scale
 

@@ -96,6 +96,7 @@ def load_model(
     path: str | os.PathLike[str] | None,
     dtype: str,
     overrides: Overrides = NO_OVERRIDES,
+    as_stored: bool = False,
 ) -> Model:
     """A checkpoint of any format, or the bundled model if None, in an implementation.
 
@@ -104,6 +105,7 @@ def load_model(
       path: The checkpoint.
       dtype: The dtype of parameters and computation.
       overrides: What the checkpoint does not say of the model.
+      as_stored: Whether `transformers` reads the folder by itself, with the config that is there.
 
     Raises:
       CheckpointError: The implementation is not installed, or the checkpoint cannot be loaded.
@@ -112,6 +114,6 @@ def load_model(
     if implementation == "transformers":
         from recurrentgemma.parity.transformers_model import TransformersModel
 
-        return TransformersModel.load(path, dtype, overrides)
+        return TransformersModel.load(path, dtype, overrides, as_stored)
     twin = find_twin(implementation)
     return TwinModel(twin, twin.load(path, dtype, overrides=overrides))

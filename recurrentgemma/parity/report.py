@@ -159,6 +159,7 @@ def compare(
       inside: Whether to compare the parts of blocks, too.
       progress: Called with a line about each step.
     """
+    capacity = batch.tokens.shape[1] + num_greedy  # in every dtype, to compare states
 
     def readings(which: str, model: Model, dtypes: set[str]) -> dict[str, Reading]:
         names, found = activation_names(model.config, inside), {}
@@ -166,7 +167,7 @@ def compare(
             progress(f"Reading with the {which} model in {level}")
             cast = model if level == dtype else model.cast(level)
             steps = num_greedy if level == dtype else 0
-            found[level] = read(cast, batch, names, steps, gradients)
+            found[level] = read(cast, batch, names, steps, gradients, capacity)
         return found
 
     progress("Loading the second model")

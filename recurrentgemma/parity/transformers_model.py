@@ -1,7 +1,7 @@
-"""The RecurrentGemma of `transformers`, an implementation from outside.
+"""The models of `transformers`, an implementation from outside.
 
-Its attention sees one key fewer than the published code, so it gets a window of W + 1. It reads
-whole documents, one a row, without padding. Its modules hold the state, so each row has a copy.
+They read whole documents, one a row, without padding. Modules of some hold the state, so each row
+has a copy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,10 @@ import numpy as np
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.twin import Outputs
 from recurrentgemma.parity.models import Arrays, Model
 from recurrentgemma_conversion.formats import Format
-from recurrentgemma_conversion.names import layout
-from recurrentgemma_conversion.names.griffin import to_fields
+from recurrentgemma_conversion.names import family_of, layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 
@@ -37,13 +36,41 @@ class TransformersModel(Model):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str] | None, dtype: str, overrides: Overrides = NO_OVERRIDES
+        cls,
+        path: str | os.PathLike[str] | None,
+        dtype: str,
+        overrides: Overrides = NO_OVERRIDES,
+        as_stored: bool = False,
     ) -> TransformersModel:
-        """Loads a checkpoint of any format, or the bundled model if None."""
+        """Loads a checkpoint of any format, or the bundled model if None.
+
+        Args:
+          path: The checkpoint.
+          dtype: The dtype of parameters and computation.
+          overrides: What the checkpoint does not say of the model.
+          as_stored: Whether `transformers` reads the folder by itself, as its config says.
+
+        Raises:
+          ConfigError: `transformers` has no such model, or does not read such a folder.
+        """
         from recurrentgemma_conversion.opening import open_checkpoint
 
         with open_checkpoint(path, overrides) as reader:
-            return cls.make(reader.config, {spec.path: value for spec, value in reader}, dtype)
+            if not as_stored:
+                return cls.make(reader.config, {spec.path: value for spec, value in reader}, dtype)
+            if reader.format is not Format.HUGGINGFACE:
+                raise ConfigError(
+                    f"{path} must be a {Format.HUGGINGFACE} folder, got {reader.format}"
+                )
+            import torch
+            import transformers
+
+            folder = reader.path if reader.path.is_dir() else reader.path.parent
+            transformers.logging.disable_progress_bar()  # the caller shows one
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+            )
+            return cls(reader.config, model.eval())
 
     @classmethod
     def make(cls, config: Config, params: Arrays, dtype: str) -> TransformersModel:
@@ -57,23 +84,15 @@ class TransformersModel(Model):
 
         from recurrentgemma.torch.runtime.arrays import to_tensor
 
-        if not isinstance(config, GriffinConfig):
-            raise ConfigError("transformers is only compared on a GriffinConfig")
-        problems = [
-            f"{field} must be {wanted}, got {getattr(config, field)}"
-            for field, wanted, holds in (
-                ("embeddings_scale_by_sqrt_dim", True, config.embeddings_scale_by_sqrt_dim),
-                ("logits_soft_cap", "above 0", config.logits_soft_cap > 0),
-            )
-            if not holds
-        ]
-        if problems:
+        family = family_of(config)
+        if family is None:
+            raise ConfigError("transformers has no model of other layers than the published ones")
+        if problems := family.not_in_transformers(config):
             raise ConfigError(f"transformers has no such model: {', '.join(problems)}")
-        fields = to_fields(config, dtype)
-        fields["attention_window_size"] = config.attention_window_size + 1
-        fields["attn_implementation"] = "eager"
-        theirs = transformers.RecurrentGemmaConfig(**fields)
-        model = transformers.RecurrentGemmaForCausalLM(theirs)
+        theirs = transformers.AutoConfig.for_model(**family.to_fields(config, dtype))
+        model = transformers.AutoModelForCausalLM.from_config(
+            theirs, dtype=torch.float32, attn_implementation="eager"
+        )
         stored = layout(config, Format.HUGGINGFACE).encode(lambda spec: params[spec.path])
         state = {name: to_tensor(np.asarray(tensor)) for name, tensor in stored}
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -102,7 +121,8 @@ class TransformersModel(Model):
 
         from recurrentgemma.torch.runtime.arrays import to_array
 
-        captured = {}
+        captured, family = {}, family_of(self.config)
+        assert family is not None  # or else it was not made
 
         def keep(name: str, output: Any) -> None:
             captured[name] = to_array(output[0] if isinstance(output, tuple) else output)
@@ -114,7 +134,9 @@ class TransformersModel(Model):
                         lambda _, args: keep(EMBEDDER, args)
                     )
                 else:
-                    handle = model.model.get_submodule(_their_name(name)).register_forward_hook(
+                    handle = model.model.get_submodule(
+                        _their_name(name, family.modules)
+                    ).register_forward_hook(
                         functools.partial(lambda name, _, args, output: keep(name, output), name)
                     )
                 hooks.callback(handle.remove)
@@ -164,8 +186,6 @@ class TransformersModel(Model):
         return {spec.path: np.asarray(stored.decode(spec, fetch)) for spec in stored.specs}
 
 
-def _their_name(name: str) -> str:
-    """Ours is "blocks.0.recurrent_block", theirs "layers.0.temporal_block"."""
-    for ours in ("recurrent_block", "attention_block"):
-        name = name.replace(ours, "temporal_block")
-    return name.replace("blocks.", "layers.")
+def _their_name(name: str, modules: Mapping[str, str]) -> str:
+    """The "blocks.0.recurrent_block" of ours is "layers.0.temporal_block", for example."""
+    return ".".join(modules.get(part, part) for part in name.split(".")).replace("blocks", "layers")

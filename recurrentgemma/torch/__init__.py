@@ -3,6 +3,8 @@
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.generation.conversation import Conversation
+from recurrentgemma.common.model.families import config_from_preset
+from recurrentgemma.common.model.gemma import GemmaConfig
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType
 from recurrentgemma.common.model.state import State
@@ -52,6 +54,7 @@ __all__ = [
     "Categorical",
     "Conv1D",
     "Conversation",
+    "GemmaConfig",
     "Greedy",
     "Griffin",
     "GriffinConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "TemporalBlockType",
     "TrainState",
     "choose_implementation",
+    "config_from_preset",
     "create_train_state",
     "cross_entropy",
     "evaluate",

@@ -233,9 +233,9 @@ class Embedder(SpecModule):
         self.scale, self.soft_cap = scale, soft_cap
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
-        """The embeddings, times the scale."""
+        """The embeddings, times the scale in their dtype."""
         x = nn.functional.embedding(tokens, self.input_embedding)
-        return x * self.scale
+        return x * torch.tensor(self.scale, dtype=x.dtype)  # a plain number is not rounded
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""

@@ -48,20 +48,20 @@ class JaxBackend(Backend):
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
         with self.precision(dtype):
             args = self.scan_arguments(x, a, h0, reset, dtype)
-            return self.to_numpy(_jax_functions()[2](*args, **kwargs))
+            return self.to_numpy(_jax_functions(**kwargs)[2](*args, **kwargs))
 
     def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
         with self.precision(dtype):
             args = self.scan_arguments(x, a, h0, reset, dtype)
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-            return self.to_numpy(_jax_functions()[3](*args, cotangents, **kwargs))
+            return self.to_numpy(_jax_functions(**kwargs)[3](*args, cotangents, **kwargs))
 
     def rg_lru_scan(
         self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
     ):
         with self.precision(dtype):
             args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
-            return self.to_numpy(_jax_functions()[4](*args, **kwargs))
+            return self.to_numpy(_jax_functions(**kwargs)[4](*args, **kwargs))
 
     def rg_lru_scan_vjp(
         self,
@@ -80,7 +80,7 @@ class JaxBackend(Backend):
         with self.precision(dtype):
             args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-            return self.to_numpy(_jax_functions()[5](*args, cotangents, **kwargs))
+            return self.to_numpy(_jax_functions(**kwargs)[5](*args, cotangents, **kwargs))
 
     def rg_lru_scan_second_vjp(
         self,
@@ -106,7 +106,8 @@ class JaxBackend(Backend):
 
             def gradients(*arrays):
                 *arrays, h0 = arrays
-                return _jax_functions()[5](*arrays, segment_pos, h0, cotangents, **kwargs)[1]
+                function = _jax_functions(**kwargs)[5]
+                return function(*arrays, segment_pos, h0, cotangents, **kwargs)[1]
 
             _, pullback = jax.vjp(gradients, *arrays, h0)
             return self.to_numpy(pullback(tuple(self.array(d, "float64") for d in directions)))
@@ -135,12 +136,20 @@ def jax_implementation(label: str = "auto"):
         yield name
 
 
-@functools.cache
-def _jax_functions():
+# What interprets a kernel is compiled in seconds and runs in milliseconds.
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _jax_functions(implementation: str = "auto", **_: Any):
     """Functions that all tests share, so that each shape is compiled once.
 
     Apply, its gradients; a scan, its gradients; an RG-LRU scan, its gradients.
     """
+    return _functions(implementation.startswith("pallas"))
+
+
+@functools.cache
+def _functions(interpreted: bool):
     import jax
     import jax.numpy as jnp
 
@@ -149,11 +158,9 @@ def _jax_functions():
     def is_float(leaf) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def apply(module, params, *args):
         return module.apply({"params": params}, *args)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def grads(module, params, args, cotangents):
         leaves, structure = jax.tree.flatten(args)
 
@@ -167,12 +174,10 @@ def _jax_functions():
 
         return jax.grad(loss, (0, 1))(params, [leaf for leaf in leaves if is_float(leaf)])
 
-    @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
     def scan(*args, implementation="auto", **kwargs):
         with jax_implementation(implementation) as name:
             return linear_scan(*args, implementation=name, **kwargs)
 
-    @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
     def scan_vjp(x, a, h0, reset, cotangents, **kwargs):
         def run(x, a, h0):
             return scan(x, a, h0, reset, **kwargs)
@@ -180,12 +185,10 @@ def _jax_functions():
         outputs, pullback = jax.vjp(run, x, a, h0)
         return outputs, pullback(cotangents)
 
-    @functools.partial(jax.jit, static_argnames="implementation")
     def rg_lru(*args, implementation="auto"):
         with jax_implementation(implementation) as name:
             return rg_lru_scan(*args, implementation=name)
 
-    @functools.partial(jax.jit, static_argnames="implementation")
     def rg_lru_vjp(x, input_gate, a_gate, a_param, segment_pos, h0, cotangents, **kwargs):
         def run(x, input_gate, a_gate, a_param, h0):
             return rg_lru(x, input_gate, a_gate, a_param, segment_pos, h0, **kwargs)
@@ -193,7 +196,13 @@ def _jax_functions():
         outputs, pullback = jax.vjp(run, x, input_gate, a_gate, a_param, h0)
         return outputs, pullback(cotangents)
 
-    return apply, grads, scan, scan_vjp, rg_lru, rg_lru_vjp
+    options = QUICKLY_COMPILED if interpreted else None
+    jit = functools.partial(jax.jit, compiler_options=options)
+    of_modules = [jit(function, static_argnums=0) for function in (apply, grads)]
+    static = ("reverse", "implementation")
+    scans = [jit(function, static_argnames=static) for function in (scan, scan_vjp)]
+    rg_lrus = [jit(function, static_argnames=static[1]) for function in (rg_lru, rg_lru_vjp)]
+    return *of_modules, *scans, *rg_lrus
 
 
 class JaxNetwork(Network):

@@ -11,7 +11,7 @@ from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.io.shards import WEIGHTS
 from recurrentgemma.common.model import presets
-from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.families import config_from_dict, config_from_preset
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion.readers.native import NativeReader
@@ -22,7 +22,7 @@ def test_json_of_a_checkpoint(cli, checkpoint):
     config = NativeReader(checkpoint).config
     total = num_parameters(config)
     assert report["checkpoint"] == str(checkpoint)
-    assert GriffinConfig.from_dict(report["config"]) == config
+    assert config_from_dict(report["config"]) == config
     counts = report["num_parameters"]
     assert counts.pop("total") == total == sum(counts.values())
     assert set(counts) == {"embedding", "recurrent_blocks", "attention_blocks", "final_norm"}
@@ -89,7 +89,7 @@ def test_state_bytes(cli, checkpoint, framework, dtype):
 def test_presets(cli, preset):
     report = cli("inspect", "--preset", preset.name.lower(), "--json").json
     assert report["preset"] == preset.name
-    assert report["num_parameters"]["total"] == num_parameters(GriffinConfig.from_preset(preset))
+    assert report["num_parameters"]["total"] == num_parameters(config_from_preset(preset))
     assert "stored" not in report["bytes"]["parameters"]
     assert {parameter["dtype"] for parameter in report["parameters"]} == {None}
     done = cli("inspect", "--preset", preset.name)

@@ -3,11 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import CONFIGS, parameters, write_checkpoint
 
+from recurrentgemma.common.io.checkpoint import read_config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format
 
@@ -88,6 +90,35 @@ def test_transformers(cli, folders: Path) -> None:
     assert report["greedy_agreement"] == [4] * 4
     kinds = {tensor["kind"] for tensor in report["tensors"]}
     assert kinds == {"parameter", "activation", "gradient"}  # their states have another layout
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, which loads a folder by itself
+def test_a_folder_as_it_is_stored(cli, folders: Path, tmp_path: Path) -> None:
+    """One key fewer past the window, unless the config says the window of transformers."""
+    pytest.importorskip("transformers")
+    for options, within in (((), True), (("--window-as-published",), False)):
+        folder = tmp_path / f"within {within}"
+        assert cli("convert", folders / "one", folder, "--to", "huggingface", *options).code == 0
+        sides = (folders / "one", folder, "--against", "transformers", "--as-stored")
+        done = cli("parity", *sides, *SHORT, "--json")
+        assert done.code == (0 if within else 1), done.err
+        report = json.loads(done.out)
+        assert (report["within_budget"], report["notes"]) == (within, [])
+    folder = tmp_path / "within False"
+    given = cli("parity", folder, "--against", "transformers", *SHORT)
+    assert given.code == 0
+    assert "attention_window_size is 9 for transformers" in given.out
+    said = ("--to", "recurrentgemma", "--trained-in-transformers")
+    assert cli("convert", folder, tmp_path / "narrow", *said).code == 0
+    config: Any = read_config(tmp_path / "narrow" / "config.json")
+    assert config.attention_window_size == 7
+    for bad, message in (
+        (("--as-stored",), "goes with --against transformers, got torch"),
+        (("--as-stored", "--against", "transformers"), "must be a huggingface folder"),
+    ):
+        done = cli("parity", folders / "one", *bad)
+        assert done.code == 2
+        assert message in done.err
 
 
 def test_a_text(cli, folders: Path, tmp_path: Path, monkeypatch) -> None:

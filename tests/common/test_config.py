@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import GRIFFINS
 
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
@@ -121,7 +122,7 @@ def test_embedding_scale(width: int, scale: float) -> None:
 @pytest.mark.parametrize(
     "config",
     [make(), make(logits_soft_cap=0.0, embeddings_scale_by_sqrt_dim=False, scan_type="auto")]
-    + [GriffinConfig.from_preset(preset) for preset in Preset],
+    + [GriffinConfig.from_preset(preset) for preset in GRIFFINS],
 )
 def test_json_round_trip(config: GriffinConfig) -> None:
     text = config.to_json()
@@ -259,7 +260,7 @@ def test_from_shapes(config: GriffinConfig) -> None:
         assert found == config
 
 
-@pytest.mark.parametrize("preset", Preset)
+@pytest.mark.parametrize("preset", GRIFFINS)
 def test_presets_from_shapes(preset: Preset) -> None:
     """Recognised by their shapes where only one has these; or told, in whatever vocabulary."""
     config = GriffinConfig.from_preset(preset, vocab_size=1000)

@@ -16,6 +16,7 @@ from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.readers import kaggle_flax
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
@@ -23,7 +24,7 @@ import torch
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 
-PAIRS = list(itertools.permutations(Format, 2))
+PAIRS = list(itertools.permutations(WRITERS, 2))
 
 
 def assert_holds(path: Path, config: GriffinConfig, expected: dict[str, np.ndarray]) -> None:
@@ -41,7 +42,7 @@ def test_round_trips_of_all_ordered_pairs_are_bit_exact(
     tmp_path: Path, name: str, dtype: str
 ) -> None:
     config = CONFIGS[name]
-    for format_ in Format:
+    for format_ in WRITERS:
         write_checkpoint(tmp_path / format_, format_, config, dtype)
     for one, other in PAIRS:
         there, back = tmp_path / f"{one}-{other}", tmp_path / f"{one}-{other}-{one}"
@@ -55,7 +56,7 @@ def test_round_trips_of_all_ordered_pairs_are_bit_exact(
     assert len(PAIRS) == 12
 
 
-@pytest.mark.parametrize("format_", Format)
+@pytest.mark.parametrize("format_", WRITERS)
 def test_a_format_into_itself(tmp_path: Path, make, format_: Format) -> None:
     source = make("source", format_)
     convert(source, tmp_path / "copy", format_)
@@ -164,20 +165,7 @@ def test_written_folders_load_in_transformers_with_the_same_logits(make, name: s
     assert type(model).__name__ == "RecurrentGemmaForCausalLM"
     assert not any(info.values()), info
     assert model.config.num_key_value_heads == 1
-    assert model.config.attention_window_size == config.attention_window_size
-    # Ours sees W + 1 keys, theirs W: equal within the window.
-    tokens = np.arange(config.attention_window_size)[None] * 7 % 2048
-    expected, _ = reference.forward(
-        config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
-    )
-    with torch.no_grad():
-        logits = model(torch.as_tensor(tokens)).logits
-    np.testing.assert_allclose(logits.numpy(), expected, atol=2e-4)
-    # And everywhere, told of the key more.
-    config_json = json.loads((folder / "config.json").read_text())
-    config_json["attention_window_size"] += 1
-    (folder / "config.json").write_text(json.dumps(config_json))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.attention_window_size == config.attention_window_size + 1
     tokens = np.arange(3 * config.attention_window_size)[None] * 7 % 2048
     expected, _ = reference.forward(
         config, parameters(config, "float32"), tokens, np.arange(tokens.shape[1])[None]
@@ -270,7 +258,7 @@ def test_tensors_whose_negative_bit_is_set(make) -> None:
     assert_holds(path, CONFIGS["griffin"], parameters(CONFIGS["griffin"], "float32"))
 
 
-@pytest.mark.parametrize("format_", Format)
+@pytest.mark.parametrize("format_", WRITERS)
 def test_casts_round_to_nearest_even(tmp_path: Path, make, format_: Format) -> None:
     config = CONFIGS["griffin"]
     # Halfway between two bfloat16 values: down to the even 1, and up to the even 1 + 2^-6.
@@ -297,7 +285,7 @@ def test_mixed_dtypes_stay_mixed(tmp_path: Path, make) -> None:
     wide = {s.path: "float32" for s in layer_spec(config) if s.path.endswith("a_param")}
     dtypes = {s.path: DTYPES[wide.get(s.path, "bfloat16")] for s in layer_spec(config)}
     folder = make("source", Format.HUGGINGFACE, config, "bfloat16", dtypes=wide)
-    for format_ in Format:
+    for format_ in WRITERS:
         summary = convert(folder, tmp_path / format_, format_)
         assert summary.dtypes == ["bfloat16", "float32"]
         with open_checkpoint(tmp_path / format_) as reader:

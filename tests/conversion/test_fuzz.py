@@ -17,6 +17,7 @@ from sweeps import sweep
 
 from recurrentgemma.common.errors import CheckpointError
 from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
+from recurrentgemma_conversion.convert import WRITERS
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
@@ -25,7 +26,7 @@ CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_w
 OVERRIDES = Overrides(None, True, 8, 5.0)
 LONGEST = 20  # seconds of this process, whatever else runs; a loop would be longer
 EXAMPLES = sweep(25, 500)
-KINDS = [*Format, "ocdbt", "shards", "archive"]
+KINDS = [*WRITERS, "ocdbt", "shards", "archive"]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -15,7 +15,7 @@ from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma_conversion import Format, convert
-from recurrentgemma_conversion.names.griffin import from_fields, to_fields
+from recurrentgemma_conversion.names.griffin import as_published, from_fields, to_fields
 from recurrentgemma_conversion.readers.huggingface import SPECIAL
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 
@@ -54,9 +54,11 @@ PUBLISHED = {
 
 def test_the_config_of_huggingface_says_what_the_published_one_says(tmp_path: Path) -> None:
     config = GriffinConfig.from_preset("RECURRENT_GEMMA_2B_V1")
-    fields = to_fields(config, "bfloat16") | SPECIAL
+    same = to_fields(config, "bfloat16") | SPECIAL
+    assert same["attention_window_size"] == 2049  # transformers counts the query's own key
+    fields = as_published(same)
     assert {name: fields.get(name) for name in PUBLISHED} == PUBLISHED
-    assert from_fields(tmp_path, fields) == config
+    assert from_fields(tmp_path, same) == from_fields(tmp_path, fields) == config
     assert from_fields(tmp_path, PUBLISHED) == config
     blocks = to_fields(CONFIGS["griffin"], "float32")["block_types"]
     assert blocks == ["recurrent", "recurrent", "attention"]

@@ -37,9 +37,10 @@ for reverse in (False, True):
 
 tokens = rng.integers(16, size=(2, 8))
 positions = np.broadcast_to(np.arange(8), (2, 8))
+plain, _ = jax.jit(Griffin(config).apply)({"params": params}, tokens, positions)
 for spec in specs:
-    plain, _ = Griffin(config).apply({"params": params}, tokens, positions)
-    split, _ = Griffin(config, scan_sharding_spec=spec).apply({"params": params}, tokens, positions)
+    model = Griffin(config, scan_sharding_spec=spec)
+    split, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
     np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-5)
 assert len(jax.devices()) == 4
 """

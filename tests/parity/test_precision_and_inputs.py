@@ -1,15 +1,19 @@
 """What stays wide in narrow models, and what a forward pass takes and refuses."""
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import bfloat16
+from cases import bfloat16, make_params
+from comparing import make_model
 
-from backends import BACKENDS
+from backends import BACKENDS, Backend
+from recurrentgemma.common.model.activations import EMBEDDER
+from recurrentgemma.common.model.config import Layer, ModelConfig
 from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.mixers import Rope
+from recurrentgemma.common.model.mixers import Attention, Rope
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 CONFIG = GriffinConfig(
@@ -46,6 +50,24 @@ def make(twin: str, dtype: str = "float32"):
     model = module.Griffin(CONFIG, dtype=getattr(torch, dtype))
     model.reset_parameters(seed=0)
     return model.requires_grad_(False), model.init_cache
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("bfloat16", True)])
+def test_the_embedding_scale_is_rounded_to_the_dtype(
+    backend: Backend, dtype: str, rounded: bool
+) -> None:
+    """sqrt(640) is 25.298, and 25.25 in bfloat16; a table of bfloat16 numbers shows either."""
+    scale, table = math.sqrt(640), bfloat16(np.linspace(1, 2, 64))
+    layer = Layer(Attention(1, 1, 2, 1, Rope(), 1.0), mlp=1, mlp_bias=False)
+    config = ModelConfig(64, 1, (layer,), embedding_scale=scale)
+    params = make_params(config) | {"embedder.input_embedding": table[:, None]}
+    tokens = np.arange(64, dtype=np.int32)[None]
+    model = make_model(backend, config, params, dtype)
+    given = model.run(tokens, tokens, None, (EMBEDDER,)).activations[EMBEDDER].ravel()
+    products = table * (bfloat16(np.array(scale)) if rounded else np.float32(scale))
+    expected = bfloat16(products) if rounded else products.astype(np.float32)
+    np.testing.assert_array_equal(given, expected)
+    assert not np.array_equal(given, bfloat16(table * scale))
 
 
 def test_logits_of_bfloat16_weights_are_not_rounded_to_it(twin: str) -> None:

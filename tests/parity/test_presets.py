@@ -8,6 +8,9 @@ from comparing import make_model
 
 from backends import Backend
 from recurrentgemma.common.model.activations import activation_names
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.families import config_from_preset
+from recurrentgemma.common.model.gemma import GemmaConfig
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import state_spec
 from recurrentgemma.common.model.presets import Preset
@@ -18,9 +21,14 @@ pytest.importorskip("jax.numpy", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
 
-def reduced(preset: Preset) -> GriffinConfig:
-    """Its layers, heads, scale and cap; the ratio of the recurrent width to the width."""
-    config = GriffinConfig.from_preset(preset, vocab_size=61)
+def reduced(preset: Preset) -> Config:
+    """Its layers, heads, scales and caps; the ratio of the recurrent width to the width."""
+    config = config_from_preset(preset, vocab_size=61)
+    if isinstance(config, GemmaConfig):
+        sizes = {"width": 36, "mlp_width": 40, "head_dim": 4}
+        window = None if config.sliding_window is None else 6
+        return dataclasses.replace(config, **sizes, sliding_window=window)
+    assert isinstance(config, GriffinConfig)
     heads = config.num_heads
     return dataclasses.replace(
         config,
@@ -33,9 +41,11 @@ def reduced(preset: Preset) -> GriffinConfig:
 
 @pytest.mark.parametrize("preset", Preset)
 def test_preset(twins: tuple[Backend, Backend], preset: Preset) -> None:
-    config, full = reduced(preset), GriffinConfig.from_preset(preset)
-    assert config.block_types == full.block_types
-    assert config.lru_width * full.width == full.lru_width * config.width
+    config, full = reduced(preset), config_from_preset(preset)
+    assert config.num_layers == full.num_layers
+    if isinstance(config, GriffinConfig):
+        assert isinstance(full, GriffinConfig)
+        assert config.lru_width * full.width == full.lru_width * config.width
     batch = make_batch(config, 16)
     one, other = (make_model(backend, config, make_params(config), "float64") for backend in twins)
     names = activation_names(config)

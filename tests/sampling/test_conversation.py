@@ -11,6 +11,7 @@ from samplers import make_sampler, saying
 
 from recurrentgemma.common.generation.conversation import Conversation
 from recurrentgemma.common.generation.prefill import scored
+from recurrentgemma.common.model.gemma import GemmaConfig
 from recurrentgemma.common.model.state import StateError
 from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
@@ -50,6 +51,22 @@ def test_the_template_is_the_published_one(sampler) -> None:
     assert all_tokens(conversation) == sampler.tokenizer.encode(text)
     assert conversation.state is not None
     assert conversation.state.num_tokens == (len(sampler.tokenizer.encode(text)),)
+
+
+def test_a_gemma_talks_in_the_same_template(twin: str) -> None:
+    """Its state grows with the text; one token begins it, however many turns there are."""
+    config = GemmaConfig.from_sizes(3, 2048, 32, 48, 2, 4, 2, 8, sliding_window=6)
+    sampler = make_sampler(twin, config=config, is_it_model=True)
+    end = sampler.tokenizer.end_of_turn_id
+    answering(sampler, [[*spoken(sampler, "I am."), end], [*spoken(sampler, "No"), end]])
+    conversation = Conversation(sampler)
+    assert [conversation.ask(text, 50) for text in ("Who are you?", "Sure?")] == ["I am.", "No"]
+    text = (
+        "<start_of_turn>user\nWho are you?<end_of_turn>\n<start_of_turn>model\nI am.<end_of_turn>\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nNo<end_of_turn>"
+    )
+    assert all_tokens(conversation) == sampler.tokenizer.encode(text)
+    assert all_tokens(conversation).count(sampler.tokenizer.bos_id) == 1
 
 
 def test_transformers_reads_the_same_tokens(sampler, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from samplers import PROMPTS, STEPS, SUBMODULES, generate, lists, make_sampler, saying, without_eos
+from sweeps import sweep
 
 from recurrentgemma.common.generation.prefill import scored
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
@@ -18,22 +19,22 @@ HOT = Categorical(temperature=1.5)
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
 
 
-@pytest.mark.usefixtures("unchecked_types")  # thousands of steps
 def test_greedy_batches_of_ragged_prompts_over_every_split(twin: str) -> None:
-    """A batch of 8 equals each alone, 256 tokens, however prompts are cut into chunks."""
+    """A batch of 8 equals each alone, for many windows, however prompts are cut into chunks."""
+    steps = sweep(64, 256)
     prompts = [*PROMPTS, "And", "He said to them, ", "Emma Woodhouse, handsome, clever", "ab " * 30]
     sampler = make_sampler(twin)
-    batch = without_eos(sampler, prompts, 256)
-    assert [len(row) for row in batch] == [256] * 8
+    batch = without_eos(sampler, prompts, steps)
+    assert [len(row) for row in batch] == [steps] * 8
     for prompt, row in zip(prompts, batch, strict=True):
-        assert without_eos(sampler, [prompt], 256) == [row]
+        assert without_eos(sampler, [prompt], steps) == [row]
     for chunks in ((1,), (8,), (40, 5)):
         sampler = make_sampler(twin)
         sampler.engine.prefill_chunks = chunks
-        assert without_eos(sampler, prompts, 256) == batch
+        assert without_eos(sampler, prompts, steps) == batch
     if twin == "torch":
         pytest.importorskip(SUBMODULES["jax"], reason="parity needs both frameworks")
-        assert without_eos(make_sampler("jax"), prompts, 256) == batch
+        assert without_eos(make_sampler("jax"), prompts, steps) == batch
 
 
 # ------------------------------------------------------------------------------------ draws

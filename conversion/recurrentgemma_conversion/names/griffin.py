@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recurrentgemma.common.errors import ConfigError, NotRecurrentGemmaError
+from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, ScanType, member
 from recurrentgemma_conversion.formats import Format, Tensor
-from recurrentgemma_conversion.names.family import Family
+from recurrentgemma_conversion.names.family import COUNTS_ITSELF, Family
 from recurrentgemma_conversion.names.table import Rule
 from recurrentgemma_conversion.overrides import Overrides
 
@@ -155,12 +155,16 @@ def release(config: GriffinConfig) -> str:
 
 
 def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` that `transformers` reads. The window is W, as in the published ones."""
+    """The `config.json` with which `transformers` computes the same: its window counts the query.
+
+    The published ones have W there, so that `transformers` sees one key fewer.
+    """
     fields: dict[str, Any] = {
         "architectures": ["RecurrentGemmaForCausalLM"],
         "model_type": "recurrent_gemma",
         "attention_dropout": 0.0,
-        "attention_window_size": config.attention_window_size,
+        "attention_window_size": config.attention_window_size + 1,
+        COUNTS_ITSELF: True,
         "block_types": _pattern([block.value for block in config.block_types]),
         "dtype": dtype,
         "embeddings_scale_by_sqrt_dim": config.embeddings_scale_by_sqrt_dim,
@@ -185,6 +189,29 @@ def to_fields(config: GriffinConfig, dtype: str) -> dict[str, Any]:
     return fields
 
 
+def as_published(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same with W for a window."""
+    kept = {name: value for name, value in fields.items() if name != COUNTS_ITSELF}
+    return kept | {"attention_window_size": fields["attention_window_size"] - 1}
+
+
+def fields_note(config: GriffinConfig) -> list[str]:
+    """In which way the window differs from the published one."""
+    window = config.attention_window_size
+    wider = f"attention_window_size is {window + 1} for transformers, which counts the query's own"
+    return [f"{wider} key; as published it is {window}"]
+
+
+def not_in_transformers(config: GriffinConfig) -> list[str]:
+    """What `transformers` does not have."""
+    problems = []
+    if not config.embeddings_scale_by_sqrt_dim:
+        problems.append("embeddings_scale_by_sqrt_dim must be True, got False")
+    if not config.logits_soft_cap > 0:
+        problems.append(f"logits_soft_cap must be above 0, got {config.logits_soft_cap}")
+    return problems
+
+
 def _pattern(blocks: list[str]) -> list[str]:
     """The shortest list that gives this one when it is repeated and cut off, as published."""
     lengths = range(1, len(blocks) + 1)
@@ -195,14 +222,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
     """Our config from Hugging Face's fields.
 
     Raises:
-      NotRecurrentGemmaError: They are another model's.
       ConfigError: They are incomplete, or ask for what the model does not have.
     """
-    model_type = fields.get("model_type")
-    if model_type != "recurrent_gemma":
-        raise NotRecurrentGemmaError(
-            f"{path}: model_type must be 'recurrent_gemma', got {model_type!r}"
-        )
     said, fixed = dict(fields), _FIXED | _ROPE
     problems = []
     for field in _ROPE_FIELDS:
@@ -227,7 +248,7 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
             num_heads=fields["num_attention_heads"],
             block_types=tuple((pattern * layers)[:layers]),
             embeddings_scale_by_sqrt_dim=fields.get("embeddings_scale_by_sqrt_dim", True),
-            attention_window_size=fields["attention_window_size"],
+            attention_window_size=fields["attention_window_size"] - bool(fields.get(COUNTS_ITSELF)),
             logits_soft_cap=fields["logits_soft_cap"],
             lru_width=fields.get("lru_width", fields["hidden_size"]),
             scan_type=fields.get("scan_type", ScanType.AUTO),
@@ -249,10 +270,15 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> GriffinConfig:
 
 GRIFFIN = Family(
     config=GriffinConfig,
-    tables={Format.HUGGINGFACE: HUGGINGFACE},
+    model_types=("recurrent_gemma",),
+    tables={Format.HUGGINGFACE: lambda config: HUGGINGFACE},
     resolve=resolve,
     sized=sized,
     from_fields=from_fields,
     to_fields=to_fields,
     release=release,
+    as_published=as_published,
+    fields_note=fields_note,
+    not_in_transformers=not_in_transformers,
+    modules={"recurrent_block": "temporal_block", "attention_block": "temporal_block"},
 )

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 class Rule(NamedTuple):
     """Parameters and the tensors that hold them.
+
+    A parameter may be in several rules of a table: a file follows one of them, and the first that
+    the shapes allow is written.
 
     One parameter is one tensor; or several, of which number i holds parameter[i]; or several
     parameters follow one another along the first axis of one tensor.
@@ -87,6 +91,25 @@ class Entry(NamedTuple):
     specs: tuple[ParamSpec, ...]
     pieces: tuple[Piece, ...]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each stored tensor, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for piece in self.pieces:
+            before = found.get(piece.name, (0,))[0]
+            found[piece.name] = (before + piece.shape[0], *piece.shape[1:])
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Whether the pieces of each tensor differ along its first axis alone."""
+        return len({(piece.name, piece.shape[1:]) for piece in self.pieces}) == len(self.shapes)
+
+    def found(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """How many of the tensors are stored with their shapes, and how many by their names."""
+        alike = sum(stored.get(name) == shape for name, shape in self.shapes.items())
+        return alike, sum(name in stored for name in self.shapes)
+
 
 class Layout:
     """How a format stores the parameters of one model.
@@ -102,10 +125,10 @@ class Layout:
         self.specs, self.entries = specs, entries
         self.pieces: dict[str, list[Piece]] = {spec.path: [] for spec in specs}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for piece in itertools.chain.from_iterable(entry.pieces for entry in entries):
-            self.pieces[piece.path].append(piece)
-            before = self.shapes.get(piece.name, (0,))[0]
-            self.shapes[piece.name] = (before + piece.shape[0], *piece.shape[1:])
+        for entry in entries:
+            self.shapes |= entry.shapes
+            for piece in entry.pieces:
+                self.pieces[piece.path].append(piece)
 
     def encode(self, read: Callable[[ParamSpec], Array]) -> Iterator[tuple[str, Array]]:
         """The stored tensors, by name; `read` gives each parameter in the Flax layout, once."""
@@ -171,7 +194,11 @@ class Layout:
 
 
 def lay_out(
-    specs: Sequence[ParamSpec], rules: Sequence[Rule], format_: Format, sizes: Sizes
+    specs: Sequence[ParamSpec],
+    rules: Sequence[Rule],
+    format_: Format,
+    sizes: Sizes,
+    stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Layout:
     """A table, made out for the parameters of a model.
 
@@ -180,25 +207,34 @@ def lay_out(
       rules: The table.
       format_: The format, for messages.
       sizes: The sizes of axes that rules split, by letter, for the number of a block.
+      stored: The shapes of the tensors that there are, which choose among rules.
 
     Raises:
       ConfigError: The table has no names for some of the parameters; all are named.
     """
-    known = {path: rule for rule in rules for path in rule.ours}
+    known: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for path in rule.ours:
+            known.setdefault(path, []).append(rule)
     by_path = {spec.path: spec for spec in specs}
     entries, nameless = [], []
     for spec in specs:
         block = _BLOCK.match(spec.path)
         number = block[1] if block else ""
-        rule = known.get(_BLOCK.sub("blocks.*.", spec.path))
-        paths = [path.replace("*", number) for path in rule.ours] if rule else []
-        if rule is None or not by_path.keys() >= set(paths):
+        split, ways = sizes(int(number) if number else None), list[Entry]()
+        for rule in known.get(_BLOCK.sub("blocks.*.", spec.path), ()):
+            paths = [path.replace("*", number) for path in rule.ours]
+            if by_path.keys() >= set(paths):
+                together = tuple(by_path[path] for path in paths)
+                names = tuple(name.replace("*", number) for name in rule.theirs)
+                ways.append(Entry(together, tuple(_pieces(together, names, rule, split))))
+        ways = [way for way in ways if way.fits]
+        if not ways:
             nameless.append(spec.path)
-        elif paths[0] == spec.path:
-            together = tuple(by_path[path] for path in paths)
-            names = tuple(name.replace("*", number) for name in rule.theirs)
-            split = sizes(int(number) if number else None)
-            entries.append(Entry(together, tuple(_pieces(together, names, rule, split))))
+            continue
+        way = max(ways, key=lambda way: way.found(stored))  # the first of the best
+        if way.specs[0] == spec:
+            entries.append(way)
     if nameless:
         raise ConfigError(f"{format_} has no names for {', '.join(nameless)}")
     return Layout(specs, entries)

@@ -21,7 +21,9 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
-from recurrentgemma_conversion.names import FAMILIES, family_of, layout, require_known
+from recurrentgemma_conversion.names import family_named, family_of, layout, other_parts
+from recurrentgemma_conversion.names.family import Family
+from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
@@ -35,7 +37,8 @@ class Reader(abc.ABC):
     Attributes:
       format: Its format.
       path: The file or folder with the weights.
-      tensors: The stored tensors, by name.
+      tensors: The stored tensors of the model, by name.
+      left_out: The tensors of other parts, such as one that sees.
       homes: The folders where a tokenizer would be, the nearest first.
       companions: Other files that belong to the checkpoint in its own format.
       special_ids: The special tokens' ids in its config, by their names there.
@@ -52,7 +55,10 @@ class Reader(abc.ABC):
     def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
         self.path, self._overrides = path, overrides
         self._open()
-        require_known(path, self.tensors)
+        require_no_other(path, self.tensors)
+        self.left_out, buffers = other_parts(self.tensors)
+        for name in (*self.left_out, *buffers):
+            self.tensors.pop(name, None)
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -86,18 +92,26 @@ class Reader(abc.ABC):
         Raises:
           ConfigError: It cannot be told, or what was asked for contradicts it.
         """
-        family = family_of(self.stated) if self.stated else FAMILIES[0]
-        if family is not None:
-            return self._told(family.resolve, self.tensors, self.stated, self._overrides)
+        if self.family is not None:
+            return self._told(self.family.resolve, self.tensors, self.stated, self._overrides)
         if self._overrides != NO_OVERRIDES:
             raise ConfigError(f"{self.path} states its whole config: nothing overrides it")
         return self.stated
 
     @functools.cached_property
+    def family(self) -> Family | None:
+        """The model's family; None where no format but ours has names for its parameters."""
+        return family_of(self.stated) if self.stated else family_named(self.tensors)
+
+    @functools.cached_property
     def layout(self) -> Layout:
         """How the parameters are stored; they do not depend on what only `config` knows."""
-        config = self.stated or self._told(FAMILIES[0].sized, self.tensors)
-        return layout(config, self.format)
+        config = self.stated
+        if config is None:
+            assert self.family is not None  # the names tell one
+            config = self._told(self.family.sized, self.tensors)
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        return layout(config, self.format, shapes)
 
     def _told(self, tell: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -144,9 +158,13 @@ class Reader(abc.ABC):
 
     @property
     def tokenizer(self) -> Path | None:
-        """The sentencepiece model beside the weights, if there is one."""
+        """The file with the sentencepiece model, if there is one: beside the weights."""
         found = (home / TOKENIZER for home in self.homes)
         return next((file for file in found if file.is_file()), None)
+
+    def tokenizer_model(self) -> bytes | None:
+        """The content of that sentencepiece model, if there is one."""
+        return None if self.tokenizer is None else self.tokenizer.read_bytes()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -219,6 +237,8 @@ class Contents(NamedTuple):
       ocdbt: Whether an Orbax directory is a database, not a file for each array.
       special_ids: The special tokens' ids, where a config has them; the others are the
         tokenizer's, or the published vocabulary's.
+      as_published: Whether Hugging Face's config is as published, where that differs from what
+        `transformers` needs to compute the same.
     """
 
     config: Config
@@ -228,6 +248,7 @@ class Contents(NamedTuple):
     tokenizer: Tokenizer | None = None
     ocdbt: bool = False
     special_ids: Mapping[str, Any] = MappingProxyType({})
+    as_published: bool = False
 
 
 # Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a
@@ -237,8 +258,8 @@ Writer = Callable[[Path, Contents], AbstractContextManager[Write]]
 
 
 def require_size(tokenizer: Tokenizer, config: Config, name: object) -> None:
-    """Raises `TokenizerError`, with the tokenizer's name, unless it has the vocabulary's size."""
-    if tokenizer.size != config.vocab_size:
+    """Raises `TokenizerError`, with the tokenizer's name, unless it fits the vocabulary."""
+    if not tokenizer.fits(config.vocab_size):
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
         )

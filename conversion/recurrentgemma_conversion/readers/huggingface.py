@@ -17,12 +17,13 @@ from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.shards import ShardsWriter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format
-from recurrentgemma_conversion.names import FAMILIES, family_of, layout
+from recurrentgemma_conversion.names import config_from_fields, family_of, layout
+from recurrentgemma_conversion.names.family import COUNTS_ITSELF
 from recurrentgemma_conversion.readers.base import Contents, Write, read_fields
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 from recurrentgemma_conversion.readers.native import SafetensorsReader
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD = "embedder.input_embedding", "lm_head.weight"
 # As in the published vocabulary.
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 GENERATION = "generation_config.json"
@@ -45,36 +46,46 @@ class HuggingFaceReader(SafetensorsReader):
         folder = self.path if self.path.is_dir() else self.path.parent
         self._fields = read_fields(folder / CONFIG)
         super()._open()
-        self._head = self.tensors.pop(_HEAD, None)  # some tools store the tied output matrix, too
+        # Some tools store the tied output matrix, too.
+        heads = [name for name in self.tensors if name.endswith(_HEAD)]
+        self._head = {name: self.tensors.pop(name) for name in heads}
         self.special_ids = {name: self._fields[name] for name in SPECIAL if name in self._fields}
         self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
 
     @functools.cached_property
     def stated(self) -> Any:
-        return FAMILIES[0].from_fields(self.homes[0] / CONFIG, self._fields)
+        said = {COUNTS_ITSELF: True} if self._overrides.trained_in_transformers else {}
+        return config_from_fields(self.homes[0] / CONFIG, {**self._fields, **said})
+
+    @property
+    def _embedding(self) -> str:
+        """The name of the table of embeddings."""
+        return self.layout.pieces[_EMBEDDING][0].name
 
     def fetch(self, name: str) -> np.ndarray:
         tensor = self.shards.read(name)
-        if name == _EMBEDDING and self._head and not same_bits(tensor, self.shards.read(_HEAD)):
-            raise MismatchError(
-                f"{self.path}: the tensors do not match the config", [self._untied()]
-            )
+        if self._head and name == self._embedding:
+            untied = [h for h in self._head if not same_bits(tensor, self.shards.read(h))]
+            if untied:
+                problems = list(map(self._untied, untied))
+                raise MismatchError(f"{self.path}: the tensors do not match the config", problems)
         return tensor
 
     def _problems(self) -> Sequence[str]:
-        tied = self._head is None or self._head == self.tensors.get(_EMBEDDING)
-        return () if tied else [self._untied()]
+        table = self.tensors.get(self._embedding)
+        return [self._untied(name) for name, head in self._head.items() if head != table]
 
-    def _untied(self) -> str:
-        shape = self.shards.tensors[_HEAD].shape
-        return f"unexpected {_HEAD} {shape}: it must be the embedding, to which it is tied"
+    def _untied(self, name: str) -> str:
+        shape = self.shards.tensors[name].shape
+        return f"unexpected {name} {shape}: it must be the embedding, to which it is tied"
 
 
 @contextlib.contextmanager
 def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
     """Writes what `from_pretrained` needs."""
     config, tokenizer, given = contents.config, contents.tokenizer, dict(contents.special_ids)
-    tensors = layout(config, Format.HUGGINGFACE).tensors(contents.dtypes)
+    stored = layout(config, Format.HUGGINGFACE)
+    tensors, embedding = stored.tensors(contents.dtypes), stored.pieces[_EMBEDDING][0].name
     with ShardsWriter(folder, tensors, {"format": "pt"}, contents.shard_size) as shards:
         yield shards.write
     ids: dict[str, Any] = SPECIAL if tokenizer is None else special_ids(tokenizer)
@@ -83,7 +94,9 @@ def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
         ends["eos_token_id"] = [tokenizer.eos_id, tokenizer.end_of_turn_id]
     family = family_of(config)
     assert family is not None  # or else there were no names for its parameters
-    fields = family.to_fields(config, tensors[_EMBEDDING][1].name)
+    fields = family.to_fields(config, tensors[embedding][1].name)
+    if contents.as_published:
+        fields = family.as_published(fields)
     _write_json(folder / CONFIG, fields | ids | given)
     _write_json(folder / GENERATION, ids | ends | given)
     if tokenizer is not None:

@@ -91,7 +91,7 @@ class KaggleFlaxReader(Reader):
     def _read_store(self, folder: Path, name: str) -> np.ndarray:
         ts = import_tensorstore()
         store = (
-            {"driver": "ocdbt", "base": _files(self.path), "path": f"{folder.name}/"}
+            {"driver": "ocdbt", "base": _files(self.path), "path": f"{self._prefix}{name}/"}
             if self._database
             else _files(folder)
         )
@@ -214,7 +214,7 @@ def write_kaggle_flax(folder: Path, contents: Contents) -> Iterator[Write]:
 def _write_folder(root: Path, name: str, array: np.ndarray | Stacked, dtype: np.dtype) -> None:
     """Writes an array in a folder of its own, as one chunk."""
     metadata = _zarr_metadata(array.shape, array.shape, dtype)
-    (root / name).mkdir()
+    (root / name).mkdir(parents=True)
     _write_json(root / name / _ZARR, metadata)
     with (root / name / _chunk_name((0,) * len(array.shape), metadata)).open("xb") as file:
         write_array(file, array, dtype)

@@ -24,7 +24,8 @@ from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.tensor_files import write_array
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
-from recurrentgemma_conversion.names import layout, require_known
+from recurrentgemma_conversion.names import FAMILIES, family_of, layout
+from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         raise DamagedError(f"{path} cannot be read: {reason}") from error
     if not isinstance(state, Mapping) or not state:
         raise UnsafePickleError(f"{path} must hold a state dict, got {type(state).__name__}")
-    trees = [state, *(value for value in state.values() if isinstance(value, Mapping))]
-    require_known(path, [str(name) for tree in trees for name in tree])
+    levels = [state[f.level] for f in FAMILIES if f.level in state]
+    state = next((level for level in levels if isinstance(level, Mapping)), state)
+    require_no_other(path, map(str, state))
     others = [
         str(name)
         for name, value in state.items()
@@ -124,7 +126,10 @@ def _dtype(tensor: torch.Tensor) -> np.dtype | None:
 
 @contextlib.contextmanager
 def write_kaggle_torch(folder: Path, contents: Contents) -> Iterator[Write]:
-    """Writes `NAME.pt`, with our `config.json` beside it."""
+    """Writes `NAME.pt`, or `NAME.ckpt` with a level above the names, and our `config.json`."""
+    family = family_of(contents.config)
+    level = "" if family is None else family.level
+    suffix = "ckpt" if level else "pt"
     tensors = layout(contents.config, Format.KAGGLE_TORCH).tensors(contents.dtypes)
     records = {name: f"data/{i}" for i, name in enumerate(tensors)}
 
@@ -139,18 +144,21 @@ def write_kaggle_torch(folder: Path, contents: Contents) -> Iterator[Write]:
             write_array(entry, array, dtype)
 
     with (
-        (folder / f"{contents.name}.pt").open("xb") as file,
+        (folder / f"{contents.name}.{suffix}").open("xb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
-        record("data.pkl", np.frombuffer(_pickle(tensors), np.uint8))
+        record("data.pkl", np.frombuffer(_pickle(tensors, level), np.uint8))
         record("byteorder", np.frombuffer(b"little", np.uint8))
         yield lambda name, array: record(records[name], array, tensors[name][1])
         record("version", np.frombuffer(b"3\n", np.uint8))
     (folder / CONFIG).write_text(contents.config.to_json(), encoding="utf-8")
 
 
-def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-    """The pickle of a state dict whose tensor number i is in record `data/i`."""
+def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], level: str = "") -> bytes:
+    """The pickle of a state dict whose tensor number i is in record `data/i`.
+
+    With a level it is the only value of a dict, under that key.
+    """
     out = io.BytesIO()
 
     def text(value: str) -> None:
@@ -163,6 +171,9 @@ def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
         out.write(pickle.TUPLE)
 
     out.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK)
+    if level:
+        text(level)
+        out.write(pickle.EMPTY_DICT + pickle.MARK)
     for i, (name, (shape, dtype)) in enumerate(tensors.items()):
         text(name)
         out.write(pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK)
@@ -179,5 +190,5 @@ def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
         out.write(pickle.NEWFALSE)  # it requires no gradient
         out.write(pickle.GLOBAL + b"collections\nOrderedDict\n")  # its hooks: none
         out.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
-    out.write(pickle.SETITEMS + pickle.STOP)
+    out.write(pickle.SETITEMS * (2 if level else 1) + pickle.STOP)
     return out.getvalue()

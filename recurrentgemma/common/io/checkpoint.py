@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.files import expanded
-from recurrentgemma.common.model import griffin  # noqa: F401  # makes its configs known
+from recurrentgemma.common.model import families  # noqa: F401  # makes their configs known
 from recurrentgemma.common.model.config import Config, config_from_json
 from recurrentgemma.common.tokenizer import Tokenizer
 

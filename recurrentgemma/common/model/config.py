@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.mixers import MIXERS, Mixer, check_positive
@@ -25,7 +25,7 @@ class Config(abc.ABC):
 
     vocab_size: int
     width: int
-    scan_type: ScanType
+    scan_type: ScanType = ScanType.AUTO
 
     @property
     @abc.abstractmethod
@@ -40,6 +40,16 @@ class Config(abc.ABC):
     @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `config_from_dict` is the inverse."""
+
+    def overridden(self, **fields: Any) -> Self:
+        """The configuration with the fields of `GriffinConfig` that a caller may state.
+
+        Raises:
+          ValueError: It has no such field.
+        """
+        if fields:
+            raise UserError(f"the config states its layers: nothing overrides {', '.join(fields)}")
+        return self
 
     def to_json(self) -> str:
         """The configuration as a JSON object, one field a line."""
@@ -88,7 +98,7 @@ class ModelConfig(Config):
       vocab_size: Number of token embeddings, V.
       width: Width of the residual stream, D.
       layers: The layers.
-      embedding_scale: What token embeddings are multiplied by.
+      embedding_scale: What token embeddings are multiplied by, once it is rounded to their dtype.
       soft_cap: c in `tanh(logits / c) * c`; 0 means no cap.
       scan_type: Which implementation computes a linear recurrence.
 
@@ -188,6 +198,22 @@ def checked_cap(name: str, cap: Any) -> float:
     return float(cap)
 
 
+def checked_fields(kind: type[Any], name: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields themselves, if they are those of a class of configurations.
+
+    Raises:
+      ValueError: One is missing, and has no default, or unknown; all are named.
+    """
+    known = dataclasses.fields(kind)
+    required = {f.name for f in known if f.default is dataclasses.MISSING}
+    unknown = set(fields) - {f.name for f in known}
+    problems = [f"unknown field {field!r}" for field in sorted(unknown)]
+    problems += [f"missing field {field!r}" for field in sorted(required - set(fields))]
+    if problems:
+        raise UserError(f"not a {name} configuration: {', '.join(problems)}")
+    return fields
+
+
 # How the fields of a configuration tell its class: the first whose key is there reads them.
 _CLASSES: dict[str, Callable[[Mapping[str, Any]], Config]] = {"layers": ModelConfig.from_dict}
 
@@ -204,8 +230,12 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
       ValueError: A field is missing, unknown (all are named) or invalid.
     """
     from_dict = next((_CLASSES[key] for key in _CLASSES if key in fields), None)
-    # The last to be registered says what is missing.
-    return (from_dict or list(_CLASSES.values())[-1])(fields)
+    if from_dict is None:
+        raise UserError(
+            "the fields of a configuration must have one of "
+            f"{', '.join(_CLASSES)}, got {', '.join(fields) or 'none'}"
+        )
+    return from_dict(fields)
 
 
 def config_from_json(text: str) -> Config:

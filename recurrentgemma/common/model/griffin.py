@@ -16,6 +16,7 @@ from recurrentgemma.common.model.config import (
     Layer,
     ModelConfig,
     checked_cap,
+    checked_fields,
     register_config,
 )
 from recurrentgemma.common.model.mixers import (
@@ -167,7 +168,10 @@ class GriffinConfig(Config):
         Raises:
           ValueError: The preset is unknown.
         """
-        fields = member(Preset, preset).config_dict
+        known = member(Preset, preset)
+        if known.config_dict.keys() - set(cls._fields):
+            raise UserError(f"{known.name} is no Griffin: config_from_preset gives its config")
+        fields = known.config_dict
         return cls(vocab_size=vocab_size, **_limit_window(fields, max_sequence_length))
 
     @classmethod
@@ -246,6 +250,9 @@ class GriffinConfig(Config):
             )
         return cls(scan_type=scan_type, **_limit_window(fields, max_sequence_length))
 
+    def overridden(self, **fields: Any) -> GriffinConfig:
+        return dataclasses.replace(self, **fields)
+
     def to_dict(self) -> dict[str, Any]:
         fields = self._asdict()
         fields["block_types"] = [b.value for b in self.block_types]
@@ -265,13 +272,7 @@ class GriffinConfig(Config):
         Raises:
           ValueError: A field is missing, unknown (all are named) or invalid.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
-        required = names - {"lru_width", "scan_type"}
-        problems = [f"unknown field {name!r}" for name in sorted(set(fields) - names)]
-        problems += [f"missing field {name!r}" for name in sorted(required - set(fields))]
-        if problems:
-            raise UserError("not a Griffin configuration: " + ", ".join(problems))
-        return cls(**fields)
+        return cls(**checked_fields(cls, "Griffin", fields))
 
     @classmethod
     def from_json(cls, text: str) -> GriffinConfig:

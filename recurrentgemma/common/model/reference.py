@@ -13,7 +13,8 @@ The numerics ledger. All arithmetic here is float64; where the twins must be wid
 compute dtype, the entry says so.
 
 *   Embedding: the table is tied to the decoder. A Griffin's scale is sqrt(D) rounded to bfloat16,
-    nearest even (`to_bfloat16`): 50.5 for D = 2560. The decoder reads the table unscaled.
+    nearest even (`to_bfloat16`): 50.5 for D = 2560. A Gemma's is sqrt(D). Twins: the scale is
+    rounded to the compute dtype, then multiplied. The decoder reads the table unscaled.
 *   RMSNorm: eps is `RMS_EPS` = 1e-6, inside the root; the weight is 1 + scale. Twins: float32.
 *   Gelu: the tanh form, with sqrt(2 / pi) and 0.044715.
 *   MLP: gelu on half 0 of `ffw_up`, times half 1.
