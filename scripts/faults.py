@@ -35,7 +35,7 @@ class Fault(NamedTuple):
         return self.file.split("/")[0]
 
 
-_J = "jax/attention.py"
+_J, _S = "jax/softmax.py", "torch/softmax.py"
 _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention", "scan/native"))
 
 FAULTS = (
@@ -185,9 +185,9 @@ FAULTS = (
     ),
     Fault(
         "attention: scores times H^-0.49",
-        "jax/attention.py",
-        "scores_bgkcrs * mixer.scale",
-        "scores_bgkcrs * mixer.scale**0.98",
+        _J,
+        "scores_zkcrs * mixer.scale",
+        "scores_zkcrs * mixer.scale**0.98",
     ),
     Fault("RoPE: on the wrong half", _A, "rotated, passed = x.split", "passed, rotated = x.split"),
     Fault(
@@ -244,17 +244,52 @@ FAULTS = (
     # What Griffin lacks
     Fault(
         "attention's soft cap: tanh before the division",
-        _A,
-        "torch.tanh(scores / mixer.soft_cap)",
-        "torch.tanh(scores)",
+        _S,
+        "torch.tanh(scores_zkms / mixer.soft_cap)",
+        "torch.tanh(scores_zkms)",
         model="other",
     ),
     Fault("attention's soft cap: left out", _J, "if mixer.soft_cap:", "if False:", model="other"),
     Fault(
         "attention's soft cap: before the scale",
-        _A,
-        "(q.to(wide) * mixer.scale) @",
-        "q.to(wide) @",
+        _S,
+        "(q_zkmh.to(wide) * mixer.scale) @",
+        "q_zkmh.to(wide) @",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: sees the next token",
+        _S,
+        "(lag_cs >= 0)",
+        "(lag_cs >= -1)",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: crosses documents",
+        _J,
+        "mask_bcs = (lag_cs >= 0) & (document_bc[..., None] == document_bs[:, None])",
+        "mask_bcs = (lag_cs >= 0) & (document_bs[:, None] >= 0)",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: places before a block not counted",
+        _S,
+        "before=history + start",
+        "before=start",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: a slot too many is filled",
+        "jax/attention.py",
+        "jnp.arange(slots) < cache.num_tokens[:, None]",
+        "jnp.arange(slots) <= cache.num_tokens[:, None]",
+        model="other",
+    ),
+    Fault(
+        "attention to all keys: a step does not see its own token",
+        "jax/attention.py",
+        "sees_bs | (between == slots - 1)",
+        "sees_bs",
         model="other",
     ),
     Fault(
@@ -266,7 +301,7 @@ FAULTS = (
     ),
     Fault(
         "QK-norm: keys as they are",
-        _J,
+        "jax/attention.py",
         'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh)',
         'self.child(RMSNorm, "k_norm", mixer.head_dim)(k_btkh) * 0 + k_btkh',
         model="other",
@@ -279,26 +314,26 @@ FAULTS = (
         model="other",
     ),
     Fault(
-        "grouped heads: neighbours have different keys",
-        _A,
-        "z[:, :, None].expand(-1, -1, group, -1, -1)",
-        "z[:, None].expand(-1, group, -1, -1, -1)",
+        "grouped heads: the first has the last one's query",
+        _S,
+        "args = (q_zcnh.transpose(1, 2), k_zksh",
+        "args = (q_zcnh.roll(1, 2).transpose(1, 2), k_zksh",
         model="other",
     ),
     Fault(
         "grouped heads: in a step, neighbours have different keys",
-        _A,
-        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))[:, 0]",
-        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)[:, 0]",
+        _S,
+        "q_zcnh.unflatten(2, (mixer.kv_heads, -1))",
+        "q_zcnh.unflatten(2, (-1, mixer.kv_heads)).transpose(2, 3)",
         model="other",
     ),
     Fault(
         "grouped heads: keys counted for groups",
         _J,
         "groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)\n"
-        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups)",
+        "    q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups)",
         "groups = (mixer.heads // mixer.kv_heads, mixer.kv_heads, mixer.head_dim)\n"
-        "    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups).swapaxes(3, 4)",
+        "    q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups).swapaxes(-3, -2)",
         model="other",
     ),
     Fault("RoPE: not stretched", _A, " / rope.stretch", "", model="other"),
@@ -321,8 +356,8 @@ FAULTS = (
     Fault(
         "reach: a window where there is no limit",
         _J,
-        "reach = history + length if mixer.reach is None else",
-        "reach = 4 if mixer.reach is None else",
+        "mask_bcs = (lag_cs >= 0) &",
+        "mask_bcs = (lag_cs >= 0) & (lag_cs <= 4) &",
         model="other",
     ),
     # Names of checkpoints

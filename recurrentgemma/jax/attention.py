@@ -1,19 +1,19 @@
-"""Attention in blocks: where the reach has a limit, memory grows with T, never with T squared."""
+"""Attention in blocks: memory grows with T, never with T squared."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
 from recurrentgemma.jax.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.jax.layers import RMSNorm, SpecModule
 from recurrentgemma.jax.scan import as_positions, wide_dtype
+from recurrentgemma.jax.softmax import attend_all, attend_masked
 
 BLOCKS_PER_WINDOW = 4
 
@@ -47,10 +47,12 @@ def attend(
 
     The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
     value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
-    fraction of the reach, each against its own keys and those of the blocks that the reach covers.
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers;
+    without a limit of the reach in blocks against all keys.
     """
-    length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
-    reach = history + length if mixer.reach is None else mixer.reach
+    if mixer.reach is None:
+        return attend_all(q_btnh, kv_bskh, document_bt, document_bs, mixer)
+    length, history, reach = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1], mixer.reach
     block = -(-reach // BLOCKS_PER_WINDOW)
     covered = block * BLOCKS_PER_WINDOW
     if history + length <= covered + block:  # no more keys than a block sees
@@ -68,41 +70,9 @@ def attend(
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
     k_bgskh, v_bgskh = jnp.split(kv_bgskh, 2, -1)
-    encoded = _attend(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer)
+    encoded = attend_masked(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer)
     places = encoded.shape[1] * encoded.shape[2]
     return encoded.reshape(encoded.shape[0], places, *encoded.shape[3:])[:, :length]
-
-
-def _attend(
-    q_bgcnh: Float[Array, "b g c n h"],
-    k_bgskh: Float[Array, "b g s kv h"],
-    v_bgskh: Float[Array, "b g s kv h"],
-    mask_bgcs: Bool[Array, "b g c s"],
-    mixer: Attention,
-) -> Float[Array, "b g c n h"]:
-    """Attention in each of G blocks, its softmax in float32; R query heads share a key head."""
-    wide = wide_dtype(q_bgcnh.dtype)
-    groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
-    q_bgckrh = q_bgcnh.reshape(*q_bgcnh.shape[:3], *groups)
-    # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
-    scores_bgkcrs = jnp.einsum(
-        "bgckrh,bgskh->bgkcrs", q_bgckrh, k_bgskh, preferred_element_type=wide
-    )
-    scores_bgkcrs = scores_bgkcrs * mixer.scale
-    if mixer.soft_cap:
-        scores_bgkcrs = jnp.tanh(scores_bgkcrs / mixer.soft_cap) * mixer.soft_cap
-    mask_bg1c1s = mask_bgcs[:, :, None, :, None]
-    scores_bgkcrs = jnp.where(mask_bg1c1s, scores_bgkcrs, jnp.finfo(wide).min)
-    largest_bgkcr1 = jax.lax.stop_gradient(scores_bgkcrs.max(-1, keepdims=True))
-    weights_bgkcrs = jnp.exp(scores_bgkcrs - largest_bgkcr1)
-    out_bgkcrh = jnp.einsum(
-        "bgkcrs,bgskh->bgkcrh",
-        weights_bgkcrs.astype(v_bgskh.dtype),
-        v_bgskh,
-        preferred_element_type=wide,
-    )
-    out_bgkcrh = (out_bgkcrh / weights_bgkcrs.sum(-1, keepdims=True)).astype(q_bgcnh.dtype)
-    return out_bgkcrh.swapaxes(2, 3).reshape(q_bgcnh.shape)
 
 
 def _blocks(x: Array, before: int, number: int, length: int) -> Array:
@@ -168,6 +138,12 @@ def _chunk(
     if cache is None:
         kv_bskh, document_bs = kv_btkh, document
         slots = mixer.reach or round_capacity(kv_btkh.shape[1])
+    elif mixer.reach is None:  # the slots are in order of time
+        slots = cache.keys.shape[1]
+        ring = jnp.concatenate([cache.keys, cache.values], -1)
+        kv_bskh = jnp.concatenate([ring.astype(kv_btkh.dtype), kv_btkh], 1)
+        filled = jnp.arange(slots) < cache.num_tokens[:, None]
+        document_bs = jnp.concatenate([jnp.where(filled, 0, -1), document], 1)
     else:
         padding, slots = num_padding(segment_pos), cache.keys.shape[1]
         kv_bpz, document_bp = _history(cache, segment_pos, padding)
@@ -197,26 +173,33 @@ def _step(
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
     slot = jnp.arange(slots)
     between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
-    sees_bs = jnp.pad(between < num_before, ((0, 0), (0, 1)), constant_values=True)
-    replaced = ((between == slots - 1) & is_token)[..., None, None]
-    starts = starts[..., None, None]
-
-    (keys, ring_of_keys), (values, ring_of_values) = (
-        _extended_and_replaced(ring.astype(new.dtype), new, starts, replaced)
-        for ring, new in ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    )
-    args = (keys[:, None], values[:, None], sees_bs[:, None, None], mixer)
-    encoded = _attend(q_b1nh[:, None], *args)[:, 0]
+    sees_bs = between < num_before
+    pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
+    rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
+    if mixer.reach is None:  # nothing is lost where the token is now
+        keys, values = rings
+        sees_bs = sees_bs | (between == slots - 1)
+    else:
+        keys, values = (jnp.concatenate([ring.astype(z.dtype), z], 1) for ring, z in pairs)
+        sees_bs = jnp.pad(sees_bs, ((0, 0), (0, 1)), constant_values=True)
+    encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
     num_tokens = (num_before + is_token)[:, 0]
-    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
 
-def _extended_and_replaced(
-    ring_bskh: Array, new_b1kh: Array, starts: Array, replaced: Array
-) -> tuple[Array, Array]:
-    """The keys that one token sees, [B, S + 1, K, H], and the ring after it."""
-    seen = jnp.concatenate([ring_bskh, new_b1kh], 1)
-    return seen, jnp.where(replaced, new_b1kh, jnp.where(starts, 0, ring_bskh))
+def _replaced(
+    ring_bskh: Float[Array, "b s kv h"],
+    new_b1kh: Float[Array, "b 1 kv h"],
+    segment_pos: Int[Array, "b 1"],
+) -> Float[Array, "b s kv h"]:
+    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first."""
+    ring_bskh, starts = ring_bskh.astype(new_b1kh.dtype), segment_pos == 0
+    ring_bskh = jnp.where(starts[..., None, None], 0, ring_bskh)
+    rows, slots = jnp.arange(starts.shape[0])[:, None], ring_bskh.shape[1]
+    index = jnp.where(segment_pos < 0, slots, segment_pos % slots)
+    # A second update, out of range: for a single one XLA copies the ring, here it writes in place.
+    index = jnp.concatenate([index, jnp.full_like(index, slots)], 1)
+    return ring_bskh.at[rows, index].set(new_b1kh, mode="drop")
 
 
 def _history(

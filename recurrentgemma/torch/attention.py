@@ -1,18 +1,26 @@
-"""Attention in blocks: where the reach has a limit, memory grows with T, never with T squared."""
+"""Attention in blocks: memory grows with T, never with T squared."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
-from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
+from recurrentgemma.torch.cache import (
+    Hidden,
+    Positions,
+    empty_block,
+    is_known,
+    num_padding,
+    prepend_history,
+)
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.scan import as_positions, wide_dtype
+from recurrentgemma.torch.softmax import attend_all, attend_masked
 
 BLOCKS_PER_WINDOW = 4
 
@@ -46,10 +54,12 @@ def attend(
 
     The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
     value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
-    fraction of the reach, each against its own keys and those of the blocks that the reach covers.
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers;
+    without a limit of the reach in blocks against all keys.
     """
-    length, history = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1]
-    reach = history + length if mixer.reach is None else mixer.reach
+    if mixer.reach is None:
+        return attend_all(q_btnh, kv_bskh, document_bt, document_bs, mixer)
+    length, history, reach = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1], mixer.reach
     block = -(-reach // BLOCKS_PER_WINDOW)
     covered = block * BLOCKS_PER_WINDOW
     if history + length <= covered + block:  # no more keys than a block sees
@@ -70,45 +80,10 @@ def attend(
     )
     mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
     mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    k_bgskh, v_bgskh = kv_bgskh.chunk(2, -1)
-    return _attend(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer).flatten(1, 2)[:, :length]
-
-
-def _attend(
-    q_bgcnh: Float[Tensor, "b g c n h"],
-    k_bgskh: Float[Tensor, "b g s kv h"],
-    v_bgskh: Float[Tensor, "b g s kv h"],
-    mask_bgcs: Bool[Tensor, "b g c s"],
-    mixer: Attention,
-) -> Float[Tensor, "b g c n h"]:
-    """Attention in each of G blocks, its softmax in float32."""
+    k_zskh, v_zskh = kv_bgskh.flatten(0, 1).chunk(2, -1)
     q_zcnh, mask_zcs = q_bgcnh.flatten(0, 1), mask_bgcs.flatten(0, 1)
-    k_zksh, v_zksh = (z.flatten(0, 1).transpose(1, 2) for z in (k_bgskh, v_bgskh))
-    if q_zcnh.shape[1] == 1:  # heads that share a key head take the place of queries
-        q_zkgh = q_zcnh.unflatten(2, (mixer.kv_heads, -1))[:, 0]
-        out_zkgh = _softmax(q_zkgh, k_zksh, v_zksh, mask_zcs[:, None], mixer)
-        out_zcnh = out_zkgh.flatten(1, 2)[:, None]
-    else:
-        # Without a copy where there is one key head.
-        group = mixer.heads // mixer.kv_heads
-        k_znsh, v_znsh = (
-            z[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for z in (k_zksh, v_zksh)
-        )
-        q_znch, mask_z1cs = q_zcnh.transpose(1, 2), mask_zcs[:, None]
-        out_zcnh = _softmax(q_znch, k_znsh, v_znsh, mask_z1cs, mixer).transpose(1, 2)
-    return out_zcnh.unflatten(0, q_bgcnh.shape[:2])
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mixer: Attention) -> Tensor:
-    """softmax(soft_cap(scale * q @ k^T)) @ v over the last two axes of each."""
-    if not mixer.soft_cap:
-        function = nn.functional.scaled_dot_product_attention
-        return function(q, k, v, mask, scale=mixer.scale)
-    wide = wide_dtype(q.dtype)
-    scores = (q.to(wide) * mixer.scale) @ k.to(wide).transpose(-1, -2)
-    scores = torch.tanh(scores / mixer.soft_cap) * mixer.soft_cap
-    weights = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1)
-    return (weights @ v.to(wide)).to(q.dtype)
+    encoded = attend_masked(q_zcnh, k_zskh, v_zskh, mask_zcs, mixer)
+    return encoded.unflatten(0, q_bgcnh.shape[:2]).flatten(1, 2)[:, :length]
 
 
 def _blocks(x: Tensor, before: int, number: int, length: int) -> Tensor:
@@ -177,6 +152,13 @@ def _chunk(
     if cache is None:
         kv_bskh, document_bs = kv_btkh, document
         slots = mixer.reach or round_capacity(kv_btkh.shape[1])
+    elif mixer.reach is None:  # the slots are in order of time
+        slots = cache.keys.shape[1]
+        used = int(cache.num_tokens.max()) if is_known(cache.num_tokens) else slots
+        ring = torch.cat([cache.keys[:, :used], cache.values[:, :used]], -1)
+        kv_bskh = torch.cat([ring.to(kv_btkh.dtype), kv_btkh], 1)
+        filled = torch.arange(used, device=document.device) < cache.num_tokens[:, None]
+        document_bs = torch.cat([torch.where(filled, 0, -1), document], 1)
     else:
         padding, slots = num_padding(segment_pos), cache.keys.shape[1]
         kv_bpz, document_bp = _history(cache, segment_pos, padding)
@@ -204,26 +186,39 @@ def _step(
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
     slot = torch.arange(slots, device=segment_pos.device)
     between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
-    sees_bs = nn.functional.pad(between < num_before, (0, 1), value=True)
-    replaced = ((between == slots - 1) & is_token)[..., None, None]
-    starts = starts[..., None, None]
-
-    (keys, ring_of_keys), (values, ring_of_values) = (
-        _extended_and_replaced(ring.to(new.dtype), new, starts, replaced)
-        for ring, new in ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    )
-    args = (keys[:, None], values[:, None], sees_bs[:, None, None], mixer)
-    encoded = _attend(q_b1nh[:, None], *args)[:, 0]
+    sees_bs = between < num_before
+    pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
+    within = is_known(segment_pos) and bool((segment_pos > 0).all())
+    rings = [_replaced(ring, new, segment_pos, within) for ring, new in pairs]
+    if mixer.reach is None:  # nothing is lost where the token is now
+        keys, values = rings
+        sees_bs = sees_bs | (between == slots - 1)
+    else:
+        keys, values = (torch.cat([ring.to(z.dtype), z], 1) for ring, z in pairs)
+        sees_bs = nn.functional.pad(sees_bs, (0, 1), value=True)
+    encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
     num_tokens = (num_before + is_token)[:, 0]
-    return encoded, AttentionBlockCache(ring_of_keys, ring_of_values, num_tokens)
+    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
 
-def _extended_and_replaced(
-    ring_bskh: Tensor, new_b1kh: Tensor, starts: Tensor, replaced: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The keys that one token sees, [B, S + 1, K, H], and the ring after it."""
-    seen = torch.cat([ring_bskh, new_b1kh], 1)
-    return seen, torch.where(replaced, new_b1kh, ring_bskh.masked_fill(starts, 0))
+def _replaced(
+    ring_bskh: Float[Tensor, "b s kv h"],
+    new_b1kh: Float[Tensor, "b 1 kv h"],
+    segment_pos: Int[Tensor, "b 1"],
+    within: bool,
+) -> Float[Tensor, "b s kv h"]:
+    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first.
+
+    `within` says that all rows are known to be within their documents.
+    """
+    ring_bskh = ring_bskh.to(new_b1kh.dtype)
+    rows = torch.arange(segment_pos.shape[0], device=segment_pos.device)[:, None]
+    index = rows, segment_pos % ring_bskh.shape[1]
+    if not within:
+        ring_bskh = ring_bskh.masked_fill((segment_pos == 0)[..., None, None], 0)
+        padding = (segment_pos < 0)[..., None, None]
+        new_b1kh = torch.where(padding, ring_bskh[index], new_b1kh)
+    return ring_bskh.index_put(index, new_b1kh)
 
 
 def _history(

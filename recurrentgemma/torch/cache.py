@@ -65,6 +65,12 @@ def empty_block(
     return state.init_block(mixer, batch_size, _zeros(dtype, device))
 
 
+def is_known(values: Tensor) -> bool:
+    """Whether values on the CPU can be read here: neither traced, nor under a transform."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return values.device.type == "cpu" and not traced
+
+
 def require_capacity(capacity: int | None, segment_pos: Positions) -> None:
     """Raises `CapacityError` if a growing state is too small; never inside a compiled graph."""
     compiling = torch.compiler.is_compiling() or segment_pos.is_meta
