@@ -10,6 +10,7 @@ from recurrentgemma.cli.script import Script
 from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion import Format, convert, open_checkpoint
+from recurrentgemma_conversion.convert import WRITERS
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -33,5 +34,5 @@ if __name__ == "__main__":
     add = script.add_argument
     add("--path_checkpoint", help="folder, file or archive of any format (the bundled model)")
     add("--path_destination", required=True, help="the folder to make")
-    add("--to", choices=list(Format), default=Format.HUGGINGFACE, help="format (huggingface)")
+    add("--to", choices=list(WRITERS), default=Format.HUGGINGFACE, help="format (huggingface)")
     script.run(main)

@@ -37,6 +37,7 @@ from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.parity import compare, load_model, make_batch
 from recurrentgemma_conversion import Format, convert, open_checkpoint
+from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.download import default_folder, download
 
 # %% [markdown]
@@ -74,7 +75,7 @@ print(f"{source.name}: {num_parameters(config):,} values in the format {format_}
 
 # %%
 folder = Path(tempfile.mkdtemp())
-for to in Format:
+for to in WRITERS:
     summary = convert(source, folder / to, to)
     names = ", ".join(sorted(path.name for path in (folder / to).iterdir()))
     print(f"{to:15} {summary.bytes / 1e6:5.1f} MB of {', '.join(summary.dtypes)}: {names}")
@@ -99,7 +100,7 @@ print(
 for spec in layer_spec(config):
     if spec.path.startswith("blocks.0.") and ("rg_lru" in spec.path or "ffw_up" in spec.path):
         print(f"{spec.path}  {spec.shape}")
-        for to in Format:
+        for to in WRITERS:
             with open_checkpoint(folder / to) as opened:
                 for stored in opened.layout.pieces[spec.path]:
                     print(f"    {to:15} {stored.name}  {stored.shape}")

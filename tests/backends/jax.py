@@ -48,20 +48,20 @@ class JaxBackend(Backend):
     def linear_scan(self, x, a, h0=None, reset=None, *, dtype="float64", **kwargs):
         with self.precision(dtype):
             args = self.scan_arguments(x, a, h0, reset, dtype)
-            return self.to_numpy(_jax_functions(**kwargs)[2](*args, **kwargs))
+            return self.to_numpy(_jax_functions()[2](*args, **kwargs))
 
     def linear_scan_vjp(self, x, a, h0, reset, *, dy, dlast, dtype="float64", **kwargs):
         with self.precision(dtype):
             args = self.scan_arguments(x, a, h0, reset, dtype)
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-            return self.to_numpy(_jax_functions(**kwargs)[3](*args, cotangents, **kwargs))
+            return self.to_numpy(_jax_functions()[3](*args, cotangents, **kwargs))
 
     def rg_lru_scan(
         self, x, input_gate, a_gate, a_param, segment_pos, h0=None, *, dtype="float64", **kwargs
     ):
         with self.precision(dtype):
             args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
-            return self.to_numpy(_jax_functions(**kwargs)[4](*args, **kwargs))
+            return self.to_numpy(_jax_functions()[4](*args, **kwargs))
 
     def rg_lru_scan_vjp(
         self,
@@ -80,7 +80,7 @@ class JaxBackend(Backend):
         with self.precision(dtype):
             args = self.rg_lru_arguments(x, input_gate, a_gate, a_param, segment_pos, h0, dtype)
             cotangents = self.array(dy, dtype), self.array(dlast, wide_dtype(dtype))
-            return self.to_numpy(_jax_functions(**kwargs)[5](*args, cotangents, **kwargs))
+            return self.to_numpy(_jax_functions()[5](*args, cotangents, **kwargs))
 
     def rg_lru_scan_second_vjp(
         self,
@@ -106,7 +106,7 @@ class JaxBackend(Backend):
 
             def gradients(*arrays):
                 *arrays, h0 = arrays
-                function = _jax_functions(**kwargs)[5]
+                function = _jax_functions()[5]
                 return function(*arrays, segment_pos, h0, cotangents, **kwargs)[1]
 
             _, pullback = jax.vjp(gradients, *arrays, h0)
@@ -136,20 +136,16 @@ def jax_implementation(label: str = "auto"):
         yield name
 
 
-# What interprets a kernel is compiled in seconds and runs in milliseconds.
+# A scan is compiled in seconds, the more where a kernel is interpreted, and runs in milliseconds.
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _jax_functions(implementation: str = "auto", **_: Any):
+@functools.cache
+def _jax_functions():
     """Functions that all tests share, so that each shape is compiled once.
 
     Apply, its gradients; a scan, its gradients; an RG-LRU scan, its gradients.
     """
-    return _functions(implementation.startswith("pallas"))
-
-
-@functools.cache
-def _functions(interpreted: bool):
     import jax
     import jax.numpy as jnp
 
@@ -196,9 +192,8 @@ def _functions(interpreted: bool):
         outputs, pullback = jax.vjp(run, x, input_gate, a_gate, a_param, h0)
         return outputs, pullback(cotangents)
 
-    options = QUICKLY_COMPILED if interpreted else None
-    jit = functools.partial(jax.jit, compiler_options=options)
-    of_modules = [jit(function, static_argnums=0) for function in (apply, grads)]
+    of_modules = [jax.jit(function, static_argnums=0) for function in (apply, grads)]
+    jit = functools.partial(jax.jit, compiler_options=QUICKLY_COMPILED)
     static = ("reverse", "implementation")
     scans = [jit(function, static_argnames=static) for function in (scan, scan_vjp)]
     rg_lrus = [jit(function, static_argnames=static[1]) for function in (rg_lru, rg_lru_vjp)]
