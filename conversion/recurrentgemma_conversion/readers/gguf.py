@@ -119,7 +119,7 @@ class GGUFReader(Reader):
             from gguf import GGMLQuantizationType, dequantize
         except ImportError as error:
             what = f"reading {encoding.name} from a GGUF"
-            raise MissingExtraError(what, "gguf", "'recurrentgemma[gguf]'") from error
+            raise MissingExtraError(what, "gguf", "gguf") from error
         rows = data.reshape(math.prod(shape[:-1]), -1)
         return dequantize(rows, GGMLQuantizationType[encoding.name]).reshape(shape)
 
