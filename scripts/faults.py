@@ -60,8 +60,8 @@ FAULTS = (
     Fault(
         "embedding: scale not rounded",
         _L,
-        "return x * self.scale",
-        "return x * x.shape[-1] ** 0.5",
+        "x * torch.tensor(self.scale, dtype=x.dtype)",
+        "x * x.shape[-1] ** 0.5",
     ),
     Fault("soft cap: logits not divided by it", _L, "x = x / cap if cap else x", "x = x"),
     Fault("soft cap: no tanh", _L, "logits.tanh_() * cap", "logits * cap"),
