@@ -9,7 +9,7 @@ from typing import Any
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.presets import Preset, ScanType, member
+from recurrentgemma.common.model.presets import Preset, ScanType, TemporalBlockType, member
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names.family import COUNTS_ITSELF, Family
 from recurrentgemma_conversion.names.table import Rule
@@ -196,7 +196,9 @@ def as_published(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields_note(config: GriffinConfig) -> list[str]:
-    """In which way the window differs from the published one."""
+    """How the window differs from the published one, where a layer has one."""
+    if TemporalBlockType.ATTENTION not in config.block_types:
+        return []
     window = config.attention_window_size
     wider = f"attention_window_size is {window + 1} for transformers, which counts the query's own"
     return [f"{wider} key; as published it is {window}"]
