@@ -79,7 +79,7 @@ class Summary(NamedTuple):
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
       dropped: Files of the source's tokenizer that the format has no place for, where the result
         is left without a tokenizer.
-      left_out: The source's tensors of other parts, such as one that sees.
+      left_out: The source's tensors of other parts, such as a vision encoder.
       notes: How the config as written differs from the published one.
     """
 

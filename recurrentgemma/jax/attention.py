@@ -176,7 +176,7 @@ def _step(
     sees_bs = between < num_before
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
-    if mixer.reach is None:  # nothing is lost where the token is now
+    if mixer.reach is None:  # the slot of the token held nothing
         keys, values = rings
         sees_bs = sees_bs | (between == slots - 1)
     else:
@@ -192,7 +192,10 @@ def _replaced(
     new_b1kh: Float[Array, "b 1 kv h"],
     segment_pos: Int[Array, "b 1"],
 ) -> Float[Array, "b s kv h"]:
-    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first."""
+    """The ring after one token in each row.
+
+    Padding changes nothing; the first token of a document empties all other slots.
+    """
     ring_bskh, starts = ring_bskh.astype(new_b1kh.dtype), segment_pos == 0
     ring_bskh = jnp.where(starts[..., None, None], 0, ring_bskh)
     rows, slots = jnp.arange(starts.shape[0])[:, None], ring_bskh.shape[1]

@@ -10,7 +10,7 @@ from recurrentgemma.common.model.mixers import Attention
 from recurrentgemma.jax.scan import wide_dtype
 
 BLOCK = 128  # queries that share an array of scores
-SPANS = 4  # of blocks, each in a loop of its own: more skip more keys, and take longer to compile
+SPANS = 4  # groups of blocks, a loop each: more groups skip more keys, but compile for longer
 
 
 def attend_all(
@@ -60,7 +60,7 @@ def attend_masked(
     wide = wide_dtype(q_zcnh.dtype)
     groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
     q_zckrh = q_zcnh.reshape(*q_zcnh.shape[:-2], *groups)
-    # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
+    # Heads that share a key head stand beside queries, so both products are plain matrix products.
     if q_zcnh.shape[-3] == 1:  # keys first: else XLA turns them around, in a copy
         scores_zkscr = jnp.einsum(
             "...skh,...ckrh->...kscr", k_zskh, q_zckrh, preferred_element_type=wide

@@ -33,7 +33,7 @@ def read(
     names: tuple[str, ...],
     num_greedy: int,
     gradients: bool,
-    capacity: int | None = None,
+    capacity: int,
 ) -> Reading:
     """Runs a model on a batch.
 
@@ -43,7 +43,7 @@ def read(
       names: The names of the activations.
       num_greedy: How many tokens to continue each row with.
       gradients: Whether to compute gradients.
-      capacity: Tokens that a state which grows with the text has room for; those read if None.
+      capacity: Tokens that a state which grows with the text has room for.
     """
 
     def run(tokens: np.ndarray, segment_pos: np.ndarray, state: Any) -> tuple[Arrays, Any]:
@@ -54,7 +54,7 @@ def read(
     whole, state = run(tokens, segment_pos, None)
     places = segment_pos >= 0
     tensors = {CASES[0]: _at(whole, places) | ({} if state is None else model.arrays_of(state))}
-    state, parts = model.start(len(tokens), capacity or tokens.shape[1] + num_greedy), []
+    state, parts = model.start(len(tokens), capacity), []
     after_chunks: Arrays = {}
     for part in batch.parts():
         if part[0].shape[1] == 1 and not after_chunks:

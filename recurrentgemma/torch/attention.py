@@ -190,7 +190,7 @@ def _step(
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     within = is_known(segment_pos) and bool((segment_pos > 0).all())
     rings = [_replaced(ring, new, segment_pos, within) for ring, new in pairs]
-    if mixer.reach is None:  # nothing is lost where the token is now
+    if mixer.reach is None:  # the slot of the token held nothing
         keys, values = rings
         sees_bs = sees_bs | (between == slots - 1)
     else:
@@ -207,9 +207,10 @@ def _replaced(
     segment_pos: Int[Tensor, "b 1"],
     within: bool,
 ) -> Float[Tensor, "b s kv h"]:
-    """The ring after a token a row: in its slot, which padding leaves alone, or alone if first.
+    """The ring after one token in each row.
 
-    `within` says that all rows are known to be within their documents.
+    Padding changes nothing; the first token of a document empties all other slots. With `within`
+    every row is known to have neither.
     """
     ring_bskh = ring_bskh.to(new_b1kh.dtype)
     rows = torch.arange(segment_pos.shape[0], device=segment_pos.device)[:, None]

@@ -66,15 +66,19 @@ def empty_block(
 
 
 def is_known(values: Tensor) -> bool:
-    """Whether values on the CPU can be read here: neither traced, nor under a transform."""
+    """Whether values can be read here without waiting for a device."""
+    return values.device.type == "cpu" and _has_values(values)
+
+
+def _has_values(values: Tensor) -> bool:
+    """Whether a tensor holds values: it is not fake or meta, not traced, not under a transform."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return values.device.type == "cpu" and not traced
+    return type(values) is Tensor and not values.is_meta and not traced
 
 
 def require_capacity(capacity: int | None, segment_pos: Positions) -> None:
     """Raises `CapacityError` if a growing state is too small; never inside a compiled graph."""
-    compiling = torch.compiler.is_compiling() or segment_pos.is_meta
-    if capacity is None or compiling or not segment_pos.numel():
+    if capacity is None or not _has_values(segment_pos) or not segment_pos.numel():
         return
     if segment_pos.is_cuda and torch.cuda.is_current_stream_capturing():
         return

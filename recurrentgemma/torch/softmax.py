@@ -61,7 +61,7 @@ def attend_masked(
             )
         args = (q_zcnh.transpose(1, 2), k_zksh, v_zksh, mask_zcs[:, None])
         return function(*args, scale=mixer.scale, enable_gqa=shared).transpose(1, 2)
-    # Heads beside queries: they share their keys, so that both products are plain ones of matrices.
+    # Heads that share a key head stand beside queries, so both products are plain matrix products.
     q_zkcrh = q_zcnh.unflatten(2, (mixer.kv_heads, -1)).transpose(1, 2)
     q_zkmh, sizes = q_zkcrh.flatten(2, 3), q_zkcrh.shape[2:4]
     if mixer.soft_cap:

@@ -8,9 +8,12 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 import numpy as np
 import torch
 from cases import CONFIGS, make_batch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recurrentgemma.common.model.config import Layer, ModelConfig
+from recurrentgemma.common.model.mixers import Attention, Rope
 from recurrentgemma.torch import Griffin, cross_entropy
 from recurrentgemma.torch.attention import BLOCKS_PER_WINDOW
 from tolerances import assert_close
@@ -216,3 +219,17 @@ def test_exported_models(grad: bool) -> None:
         some = {name: type(block)(*(z[:2] for z in block)) for name, block in cache.items()}
         step = step[0][:2], step[1][:2], some
         torch.testing.assert_close(program.module()(*step)[0], model(*step)[0])
+
+
+@pytest.mark.parametrize("length", [5, 1])
+@pytest.mark.parametrize("reach", [4, None], ids=["window", "all keys"])
+def test_fake_tensors_go_on_from_a_state(reach: int | None, length: int) -> None:
+    """No value of theirs is read: there is none."""
+    mixer = Attention(2, 1, 8, reach, Rope(), scale=1.0)
+    config = ModelConfig(31, 16, (Layer(mixer, mlp=24, mlp_bias=False),))
+    with FakeTensorMode():
+        model = Griffin(config)
+        positions = torch.arange(1, length + 1).expand(2, length)
+        logits, cache = model(torch.zeros_like(positions), positions, model.init_cache(2))
+    assert logits.shape == (2, length, 31)
+    assert isinstance(cache["blocks.0"].keys, FakeTensor)

@@ -54,7 +54,7 @@ class Family:
       release: What Kaggle calls the weights of a size.
       sizes: Sizes of axes that the tables split, by letter, from the config and a block's number.
       marks: Parts of tensors' names that tell the family where no config does.
-      other_parts: A pattern for tensors of other parts of a checkpoint, such as one that sees.
+      other_parts: A pattern for tensors of other parts of a checkpoint, such as a vision encoder.
       buffers: A pattern for tensors that are computed from the config.
       level: The key that holds the state dict in a file of PyTorch, if there is one.
       architectures: The values of `general.architecture` in a GGUF.

@@ -38,7 +38,7 @@ class Reader(abc.ABC):
       format: Its format.
       path: The file or folder with the weights.
       tensors: The stored tensors of the model, by name.
-      left_out: The tensors of other parts, such as one that sees.
+      left_out: The tensors of other parts, such as a vision encoder.
       homes: The folders where a tokenizer would be, the nearest first.
       companions: Other files that belong to the checkpoint in its own format.
       special_ids: The special tokens' ids in its config, by their names there.

@@ -23,12 +23,12 @@ _NAME, _DUMMY_PREFIX, _EXTRA_SPACES = 1, 3, 4
 def sentencepiece_model(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """The content of a `tokenizer.model`.
 
-    Two things are mended. A run of spaces is stored as such: sentencepiece writes U+2581 for each.
-    Pieces such as `<start_of_turn>` are marked as control pieces, which no text has; but only those
-    of padding, beginning and end are.
+    Two things are mended. The file stores a run of spaces as spaces; sentencepiece writes U+2581
+    for each. The file marks pieces such as `<start_of_turn>` as control pieces, which a text cannot
+    contain; only padding, BOS and EOS are.
 
     Raises:
-      TokenizerError: The metadata are no sentencepiece model's.
+      TokenizerError: The metadata describe no sentencepiece model.
     """
     kind = metadata.get(f"{_KEY}model")
     lists = [metadata.get(_KEY + name, []) for name in ("tokens", "scores", "token_type")]

@@ -98,7 +98,7 @@ class ModelConfig(Config):
       vocab_size: Number of token embeddings, V.
       width: Width of the residual stream, D.
       layers: The layers.
-      embedding_scale: What token embeddings are multiplied by, once it is rounded to their dtype.
+      embedding_scale: What token embeddings are multiplied by; it is first rounded to their dtype.
       soft_cap: c in `tanh(logits / c) * c`; 0 means no cap.
       scan_type: Which implementation computes a linear recurrence.
 

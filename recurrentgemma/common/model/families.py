@@ -1,4 +1,4 @@
-"""The model families: who imports this module can read the config of any of them."""
+"""The model families. Importing this module makes the configs of all of them known."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ VERSIONS = (1, 2, 3)
 class GemmaConfig(Config):
     """Everything that defines a Gemma: a stack of attention layers without biases.
 
-    Embeddings are multiplied by sqrt(D), which is rounded to the dtype of the table alone.
+    Embeddings are multiplied by sqrt(D), rounded to the dtype of the table.
 
     Attributes:
       version: 1, 2 or 3. From 2 on the outputs of attention and of the MLP pass a norm; from 3 on
