@@ -74,7 +74,7 @@ class GGUFReader(Reader):
     """A `.gguf` file; what is not quantised is a view of the mapped file.
 
     Raises:
-      DamagedError: The file is cut short, or no such file.
+      DamagedError: The file is cut short, or is no GGUF.
       UnknownFormatError: Tensors have an encoding that is not read.
     """
 
