@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import make_batch, make_params, make_tokens, positions
+from comparing import check_gradients
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -76,15 +77,7 @@ def test_padding_and_a_new_document_in_steps(backend: Backend, config: Config) -
 
 def test_gradients_of_the_twins(twins: tuple[Backend, Backend], config: Config) -> None:
     """Their blocks differ in length."""
-    tokens, segment_pos = make_batch(config, 300)
-    dy = np.random.default_rng(0).standard_normal((*tokens.shape, config.vocab_size))
-    dy[segment_pos < 0] = 0
-    models = [backend.griffin(config, make_params(config)) for backend in twins]
-    _, dstate = models[0](tokens, segment_pos)  # as good as other cotangents
-    one, other = (model.grads(tokens, segment_pos, dy=dy, dstate=dstate) for model in models)
-    assert_close(one, other, "gradient", "float64")
-    for path, gradient in one["params"].items():
-        assert np.abs(gradient).max() > 1e-6, f"{path} has no gradient"
+    check_gradients(twins, config, 300)
 
 
 def test_a_growing_state_is_not_changed(backend: Backend, config: Config) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import bfloat16, make_batch, make_params, make_tokens
+from comparing import check_gradients
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -55,15 +56,7 @@ def test_chunks_and_steps(backend: Backend) -> None:
 
 
 def test_gradients_of_the_twins(twins: tuple[Backend, Backend]) -> None:
-    tokens, segment_pos = make_batch(CONFIG, 13)
-    dy = np.random.default_rng(0).standard_normal((*tokens.shape, CONFIG.vocab_size))
-    dy[segment_pos < 0] = 0
-    models = [backend.griffin(CONFIG, make_params(CONFIG)) for backend in twins]
-    _, dstate = models[0](tokens, segment_pos)  # as good as other cotangents
-    one, other = (model.grads(tokens, segment_pos, dy=dy, dstate=dstate) for model in models)
-    assert_close(one, other, "gradient", "float64")
-    for path, gradient in one["params"].items():
-        assert np.abs(gradient).max() > 1e-6, f"{path} has no gradient"
+    check_gradients(twins, CONFIG, 13)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
