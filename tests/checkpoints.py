@@ -8,9 +8,10 @@ import numpy as np
 from cases import make_config, make_params
 
 from recurrentgemma.common.io.arrays import DTYPES
-from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER, load_tokenizer
+from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.vocabulary import SENTENCEPIECE
 from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import layout
@@ -50,7 +51,7 @@ def write_checkpoint(
     with WRITERS[format_](folder, contents) as write:
         for name, tensor in layout(config, format_).encode(lambda spec: params[spec.path]):
             write(name, tensor)
-    (folder / TOKENIZER).write_bytes((BUNDLED / TOKENIZER).read_bytes())
+    (folder / SENTENCEPIECE).write_bytes((BUNDLED / SENTENCEPIECE).read_bytes())
     return folder
 
 

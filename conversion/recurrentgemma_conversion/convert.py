@@ -20,7 +20,6 @@ from recurrentgemma.common.errors import (
     VerificationError,
 )
 from recurrentgemma.common.io.arrays import Stacked, count_nonfinite, float_dtype, same_bits
-from recurrentgemma.common.io.checkpoint import TOKENIZER
 from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.layer_spec import ParamSpec
@@ -29,8 +28,14 @@ from recurrentgemma_conversion.formats import Format, require_utf8
 from recurrentgemma_conversion.names import family_of, layout
 from recurrentgemma_conversion.opening import READERS, detect, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
-from recurrentgemma_conversion.readers.base import Contents, Reader, Writer, require_size
-from recurrentgemma_conversion.readers.huggingface import GENERATION, write_huggingface
+from recurrentgemma_conversion.readers.base import (
+    Contents,
+    Reader,
+    Writer,
+    require_size,
+    write_files,
+)
+from recurrentgemma_conversion.readers.huggingface import write_huggingface
 from recurrentgemma_conversion.readers.kaggle_flax import write_kaggle_flax
 from recurrentgemma_conversion.readers.kaggle_torch import import_torch, write_kaggle_torch
 from recurrentgemma_conversion.readers.native import write_native
@@ -77,8 +82,6 @@ class Summary(NamedTuple):
       seconds: The time it took, verification included.
       verified: Whether the result was read again and compared.
       nonfinite: Values that are NaN or infinite, by parameter, where they are allowed.
-      dropped: Files of the source's tokenizer that the format has no place for, where the result
-        is left without a tokenizer.
       left_out: The source's tensors of other parts, such as a vision encoder.
       notes: How the config as written differs from the published one.
     """
@@ -92,7 +95,6 @@ class Summary(NamedTuple):
     seconds: float
     verified: bool
     nonfinite: dict[str, int]
-    dropped: list[str]
     left_out: list[str]
     notes: list[str]
 
@@ -125,7 +127,7 @@ def convert(
       dtype: The dtype to cast the parameters to, to nearest, ties to even; no cast if None.
       shard_size: Bytes in a safetensors file, at most.
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
-      tokenizer: A sentencepiece model, where there is none beside the weights.
+      tokenizer: A `tokenizer.model` or `tokenizer.json`, where there is none beside the weights.
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
       strict: Whether a checkpoint with other parts than the text model is refused.
@@ -162,22 +164,23 @@ def convert(
         dtypes = (
             dict(reader.dtypes) if dtype is None else {s.path: float_dtype(dtype) for s in specs}
         )
-        pieces, read = find_tokenizer(reader, tokenizer, required=to is Format.RECURRENTGEMMA)
+        needed = tokenizer is not None or to is Format.RECURRENTGEMMA
+        found = find_tokenizer(reader, tokenizer) if needed or reader.tokenizer else None
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
         contents = Contents(
-            reader.config, dtypes, _name(reader), shard_size, read, ocdbt, ids, window_as_published
+            reader.config, dtypes, _name(reader), shard_size, found, ocdbt, ids, window_as_published
         )
         total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, folder, to, contents, progress)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
+            if found is not None:
+                write_files(folder, found.files())
             if kept:
                 for companion in reader.companions:
                     shutil.copyfile(companion, folder / companion.name)
-            if pieces is not None:
-                (folder / TOKENIZER).write_bytes(pieces)
             if verify:
                 with ThreadPoolExecutor(1) as disk:
                     flushed = disk.submit(flush, folder)  # while the values are compared
@@ -193,11 +196,6 @@ def convert(
             seconds=time.perf_counter() - started,
             verified=verify,
             nonfinite=nonfinite,
-            dropped=[
-                companion.name
-                for companion in reader.companions
-                if pieces is None and not kept and companion.name != GENERATION
-            ],
             left_out=reader.left_out,
             notes=_notes(contents) if to is Format.HUGGINGFACE else [],
         )
@@ -261,31 +259,18 @@ class _Meter:
         self._bytes += self._sizes.get(path, 0)
 
 
-def find_tokenizer(
-    reader: Reader, given: str | os.PathLike[str] | None, *, required: bool
-) -> tuple[bytes, Tokenizer] | tuple[None, None]:
-    """The sentencepiece model of a checkpoint: the one given, or else the one beside it.
+def find_tokenizer(reader: Reader, given: str | os.PathLike[str] | None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the one given, or else the one beside it.
 
     Raises:
-      TokenizerError: It is unreadable or has another size than the vocabulary, or there is none
-        and one is required.
+      TokenizerError: There is none, it is unreadable, or it has more pieces than the vocabulary.
     """
-    path = reader.tokenizer if given is None else expanded(given)
-    if path is None:
-        if required:
-            raise TokenizerError(
-                f"no {TOKENIZER} beside {reader.path}: a tokenizer is needed, "
-                "give the model's with --tokenizer"
-            )
-        return None, None
     try:
-        tokenizer = reader.load_tokenizer() if given is None else Tokenizer(path)
+        tokenizer = reader.load_tokenizer() if given is None else Tokenizer(expanded(given))
     except ValueError as error:
-        raise TokenizerError(str(error)) from error
-    require_size(tokenizer, reader.config, path)
-    model = reader.tokenizer_model() if given is None else path.read_bytes()
-    assert model is not None  # it was loaded
-    return model, tokenizer
+        raise error if isinstance(error, TokenizerError) else TokenizerError(str(error)) from error
+    require_size(tokenizer, reader.config, given or reader.tokenizer)
+    return tokenizer
 
 
 def _notes(contents: Contents) -> list[str]:

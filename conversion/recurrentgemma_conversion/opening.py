@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.errors import CheckpointError, UnknownFormatError
-from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG, TOKENIZER
+from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.io.files import expanded, scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.others import require_no_other
@@ -34,6 +36,9 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
 }
 # Levels of folders around a checkpoint, at most: as in the cache of Hugging Face's hub.
 _DEPTH = 3
+_RUN, _RUN_MODEL = "run.toml", "model"
+# A model's name on a site: OWNER/MODEL, perhaps after the site's own name.
+_NAME = re.compile(r"(hf:|kaggle:)?([\w-]+(?:/[\w.-]+)+)")
 
 
 @contextlib.contextmanager
@@ -68,7 +73,7 @@ def open_headers(
     """`open_checkpoint` for callers that can do without the config: nothing is compared yet."""
     source = BUNDLED if path is None else expanded(path)
     if not source.exists():
-        raise UnknownFormatError(f"no checkpoint folder at {source}, nor a file")
+        raise _nothing_at(path, source)
     format_, found = detect(source.absolute())
     if format_ is not None:
         yield READERS[format_](found, overrides)
@@ -91,30 +96,48 @@ def open_headers(
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint of any format, or in a sentencepiece model file.
+    """The tokenizer of a checkpoint of any format, or in a file of its own.
 
     Args:
-      path: The checkpoint, a folder with a `tokenizer.model`, or that file; the bundled model's if
-        None.
+      path: The checkpoint, a folder with a `tokenizer.model` or `tokenizer.json`, or that file; the
+        bundled model's if None.
 
     Raises:
       ValueError: There is none.
     """
     source = BUNDLED if path is None else expanded(path)
-    around = source.is_dir() and not (source / TOKENIZER).is_file()
+    around = source.is_dir() and not any((source / name).is_file() for name in TOKENIZER_FILES)
     if around or (source.is_file() and _kind(source)):
         with open_headers(source) as checkpoint:
             return checkpoint.load_tokenizer()
     return load_tokenizer_here(source)
 
 
+def _nothing_at(path: object, source: Path) -> UnknownFormatError:
+    """The error that a path does not exist; it may have been meant as a name on a site."""
+    hint = ""
+    if known := _NAME.fullmatch(str(path)):
+        site, name = known.groups(default="hf:")
+        hint = f"; to download {name}: recurrentgemma download {site}{name}"
+    return UnknownFormatError(f"no checkpoint folder at {source}, nor a file{hint}")
+
+
 def detect(path: Path) -> tuple[Format | None, Path]:
     """The format of a checkpoint and where its weights are; no format for an archive.
+
+    A training run stands for the model that it ended with.
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       OtherModelError: The checkpoint holds a model that is not read.
     """
+    if (path / _RUN).is_file():
+        if not (path / _RUN_MODEL).is_dir():
+            raise UnknownFormatError(
+                f"{path} is a training run that has not ended: name one of the folders in "
+                f"{path / 'checkpoints'}, or go on with it by recurrentgemma train --resume"
+            )
+        path = path / _RUN_MODEL
     found = _nearest(path)
     if not found:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]

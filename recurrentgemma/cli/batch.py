@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from recurrentgemma.common.io.jsonl import (
     ResultFile,
     read_lines,
 )
+from recurrentgemma.common.messages import encode_messages, read_messages
 
 if TYPE_CHECKING:
     from recurrentgemma.common.generation.sampler import BaseSampler
@@ -57,9 +59,9 @@ def open_batch(source: Path, output: Path, *, force: bool) -> PromptFiles:
     if _is_one_file(source, output):
         raise OutputError(f"--input and --output are one file, {output}: give another --output")
     results = ResultFile(output, force=force)
-    prompts = {line.number: line.prompt for line in lines if not line.error}
+    asked = {line.number: line.asked for line in lines if not line.error}
     for number, result in results.finished.items():
-        if "error" not in result and prompts.get(number) != result.get("prompt"):
+        if "error" not in result and Line(number, result, None).asked != asked.get(number):
             raise OutputError(
                 f"{output} holds the result of another prompt than line {number} of {name}; "
                 "--force replaces it"
@@ -95,7 +97,7 @@ def run_batch(
       seed: The seed of the draws.
       state: The state that each prompt is added to, if any.
       options: The options of the sampler.
-      record: `recorded_options`, written beside each result.
+      record: `recorded_options`, written beside the first result.
 
     Raises:
       LineError: A line is no prompt, and `keep_going` is not set.
@@ -103,6 +105,9 @@ def run_batch(
     """
     lines, results = batch
     _require_same_options(results, record)
+    talks = next((line.number for line in lines if "messages" in line.asked), None)
+    if talks is not None and not sampler.is_it_model:
+        raise LineError(f"line {talks} has messages, which need --chat")
     # A line that had an error before and is a prompt now is done again.
     done = {
         line.number
@@ -110,17 +115,33 @@ def run_batch(
         if (result := results.finished.get(line.number)) and (line.error or "error" not in result)
     }
     left = (line for line in lines if line.number not in done)
+    told = any("options" in result for result in results.finished.values())
+    tokens, started = 0, time.perf_counter()
     with results, _progress(len(lines), len(done), results) as advance:
         while some := list(itertools.islice(left, batch_size)):
             wrong = next((line for line in some if line.error), None)
             if wrong and not keep_going:
                 some = some[: some.index(wrong)]
             for result in _results(sampler, some, seed, state, options):
-                results.write(result if "error" in result else result | {"options": record})
+                if "error" not in result and not told:
+                    result["options"], told = record, True
+                results.write(result)
+                tokens += sum(len(sample["tokens"]) for sample in result.get("samples", ()))
                 advance()
             if wrong and not keep_going:
                 raise LineError(wrong.error)
-    return sum(line.error is not None for line in lines)
+    wrong_lines = sum(line.error is not None for line in lines)
+    _tell(len(lines), len(done), wrong_lines, tokens, time.perf_counter() - started)
+    return wrong_lines
+
+
+def _tell(lines: int, done: int, wrong: int, tokens: int, seconds: float) -> None:
+    """Sums up on stderr what was done."""
+    parts = [f"{lines} line{'' if lines == 1 else 's'}"]
+    parts += [f"{done} done before"] if done else []
+    parts += [f"{wrong} with an error"] if wrong else []
+    speed = f" ({tokens / seconds:.1f} tokens/s)" if tokens else ""
+    sys.stderr.write(f"{', '.join(parts)}: {tokens} tokens in {seconds:.2f} s{speed}\n")
 
 
 def _results(
@@ -132,7 +153,7 @@ def _results(
 ) -> Iterator[dict[str, Any]]:
     prompts = [line for line in lines if line.error is None]
     seeds = None if seed is None else [(seed + line.number) % SEEDS for line in prompts]
-    texts = [line.prompt for line in prompts]
+    texts = [_prompt(sampler, line) for line in prompts]
     if state is None or not texts:
         out = sampler(texts, rng=seeds, **options)
     else:
@@ -143,13 +164,25 @@ def _results(
         if line.error is not None:
             yield {"line": line.number, "error": line.error}
             continue
-        result: dict[str, Any] = {"line": line.number, "prompt": line.prompt}
+        result: dict[str, Any] = {"line": line.number, **line.fields}
         if seeds is not None:
             result["seed"] = seeds[row]
         rows = range(row * samples, (row + 1) * samples)
         result["samples"] = [sample_fields(out, r) for r in rows]
         row += 1
         yield result
+
+
+def _prompt(sampler: BaseSampler[Any], line: Line) -> Any:
+    """What a line asks for: a text, or token ids."""
+    (asked,) = line.asked.values()
+    if "messages" not in line.asked:
+        return asked
+    allowed = sampler.allow_control_tokens
+    turns = encode_messages(
+        read_messages(asked, answered=False), sampler.tokenizer, allow_control_tokens=allowed
+    )
+    return [token for tokens, _ in turns for token in tokens]
 
 
 def sample_fields(out: Any, row: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ import typer
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     Checkpoint,
+    ControlTokens,
     DTypeOption,
     FrameworkOption,
+    TokenizerFile,
     choose_framework,
     find_checkpoint,
     load_sampler,
@@ -51,10 +53,19 @@ Ctrl-C stops an answer.
 def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
         typer.Option(help="Continue a saved conversation.", metavar="FILE", show_default=False),
     ] = None,
+    system: Annotated[
+        str,
+        typer.Option(
+            help="What the model is told before your first words.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
     ] = 1024,
@@ -66,6 +77,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     dtype: DTypeOption = None,
+    allow_control_tokens: ControlTokens = False,
 ) -> None:
     """Talk with an instruction-tuned model. /help lists the commands.
 
@@ -76,10 +88,12 @@ def chat(
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = checked_strings(stop or ())
     framework = choose_framework(framework)
-    path, tokenizer = find_checkpoint(checkpoint)
+    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
     with working(f"Loading {path.name} with {framework}"):
-        loaded = load_sampler(framework, path, tokenizer, sampling, dtype, True)
-    conversation = Conversation(loaded.sampler)
+        loaded = load_sampler(
+            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
+        )
+    conversation = Conversation(loaded.sampler, system)
     if load is not None:
         conversation.load(expanded(load))
     options = {

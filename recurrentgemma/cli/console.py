@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.io.text import text_of
 
 
 @contextlib.contextmanager
@@ -31,11 +32,4 @@ def read_stdin() -> str:
         raise UserError("there is no prompt: give one as an argument or on stdin")
     if sys.stdin.isatty():
         sys.stderr.write("Type the prompt, then Ctrl-D on a line of its own:\n")
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin must be UTF-8 text, got byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from error
-    return text.removesuffix("\n")
+    return text_of(sys.stdin.buffer.read(), "stdin").removesuffix("\n")

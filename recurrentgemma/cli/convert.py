@@ -47,7 +47,9 @@ def convert(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="A sentencepiece model, where none is beside the weights.", show_default=False
+            help="A tokenizer.model or tokenizer.json, where none is beside the weights.",
+            metavar="FILE",
+            show_default=False,
         ),
     ] = None,
     preset: PresetName = None,
@@ -115,11 +117,6 @@ def convert(
             force=force,
             verify=verify,
             progress=progress,
-        )
-    if summary.dropped:
-        sys.stderr.write(
-            f"{destination} has no tokenizer: {to} has no place for {', '.join(summary.dropped)}; "
-            "--tokenizer gives it a sentencepiece model\n"
         )
     sys.stderr.write("".join(f"{note}\n" for note in summary.notes))
     if summary.left_out:

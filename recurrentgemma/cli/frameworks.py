@@ -49,6 +49,22 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        help="A tokenizer.model or tokenizer.json. Default: the checkpoint's.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+ControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--allow-control-tokens",
+        help="Read <end_of_turn> and the like as tokens where your words spell them.",
+    ),
+]
 
 
 class Loaded(NamedTuple):
@@ -71,14 +87,15 @@ def choose_framework(wanted: Framework | None) -> Framework:
     return Framework(installed_framework(wanted))
 
 
-def find_checkpoint(path: Path | None) -> tuple[Path, Tokenizer]:
-    """A checkpoint, or else the bundled one, and its tokenizer."""
+def find_checkpoint(path: Path | None, tokenizer: Path | None = None) -> tuple[Path, Tokenizer]:
+    """A checkpoint, or else the bundled one, and the tokenizer given, or else its own."""
     from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma_conversion import open_checkpoint
+    from recurrentgemma_conversion.convert import find_tokenizer
 
     path = path or BUNDLED
     with open_checkpoint(path) as opened:
-        return path, opened.load_tokenizer()
+        return path, find_tokenizer(opened, tokenizer)
 
 
 def default_dtype(device: str) -> DType:
@@ -93,6 +110,7 @@ def load_sampler(
     sampling: Sampling,
     dtype: DType | None,
     chat: bool,
+    allow_control_tokens: bool = False,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -103,12 +121,19 @@ def load_sampler(
       sampling: How tokens are chosen.
       dtype: The dtype of parameters and computation; see `default_dtype` if None.
       chat: Whether the model is instruction-tuned.
+      allow_control_tokens: Whether a user's words may spell control tokens.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     model = twin.load(path, dtype, device)
-    sampler = twin.sampler(model, tokenizer.vocab, is_it_model=chat, sampling=sampling)
+    sampler = twin.sampler(
+        model,
+        tokenizer,
+        is_it_model=chat,
+        sampling=sampling,
+        allow_control_tokens=allow_control_tokens,
+    )
     return Loaded(sampler, device, dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import typer
 
 from recurrentgemma.common.errors import UserError
@@ -11,6 +13,20 @@ from recurrentgemma.common.io.files import NO_ROOM
 # typer has no public name for it: unknown, missing or malformed options.
 _UsageError = typer.BadParameter.__bases__[0]
 _LONGEST_LINE = 300
+# What the options are called in Python, where an error may speak of them.
+_FLAGS = {
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+    "stop_strings": "--stop",
+    "stop_ids": "--stop-id",
+    "total_generation_steps": "--max-new-tokens",
+    "num_samples": "--num-samples",
+    "num_logprobs": "--logprobs",
+}
+_ARGUMENT = re.compile(rf"^({'|'.join(_FLAGS)})(?= must )")
 
 
 def mistake(error: Exception) -> str | None:
@@ -34,7 +50,9 @@ def mistake(error: Exception) -> str | None:
         if package in EXTRA_OF and not is_installed(package):
             return str(missing(package))
     if isinstance(error, UserError):
-        return _in_a_line(str(error))
+        message = _ARGUMENT.sub(lambda name: _FLAGS[name[0]], str(error))
+        message = message.replace("use Greedy", "use --temperature 0")
+        return _in_a_line(message.replace("pass force=True to replace it", "--force replaces it"))
     return None
 
 

@@ -13,6 +13,7 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.io.text import text_of
 
 if TYPE_CHECKING:
     from recurrentgemma.common.tokenizer import Tokenizer
@@ -189,12 +190,6 @@ def parity(
 
 
 def _tokens(file: Path, tokenizer: Tokenizer | None) -> list[int]:
-    data = file.read_bytes()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
-        ) from error
+    text = text_of(file.read_bytes(), str(file))
     assert tokenizer is not None
     return tokenizer.encode(text)

@@ -21,8 +21,10 @@ from recurrentgemma.cli.batch import (
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
     Checkpoint,
+    ControlTokens,
     DTypeOption,
     FrameworkOption,
+    TokenizerFile,
     choose_framework,
     find_checkpoint,
     load_sampler,
@@ -57,6 +59,7 @@ def sample(
     ] = None,
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
     ] = 100,
@@ -87,6 +90,7 @@ def sample(
             "--chat/--no-chat", help="Put the prompt to an instruction-tuned model as a turn."
         ),
     ] = False,
+    allow_control_tokens: ControlTokens = False,
     echo: Annotated[
         bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")
     ] = True,
@@ -115,8 +119,8 @@ def sample(
         Path | None,
         typer.Option(
             "--input",
-            help="Many prompts instead: each line a JSON string, or an object with a string "
-            '"prompt"; - reads stdin.',
+            help='Many prompts instead: each line a JSON string, or an object with a "prompt" or '
+            'with "messages"; - reads stdin.',
             parser=named_path,
             metavar="FILE",
             show_default=False,
@@ -163,8 +167,8 @@ def sample(
             "--logprobs needs --json, or --input and --output: text has no place for it"
         )
     framework = choose_framework(framework)
-    path, tokenizer = find_checkpoint(checkpoint)
-    if chat and tokenizer.end_of_turn_id is None:
+    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    if chat and vocabulary.end_of_turn_id is None:
         raise UserError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None:
         save_state = expanded(save_state)
@@ -178,7 +182,9 @@ def sample(
     text = "" if batch else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
     with working(f"Loading {path.name} with {framework}"):
-        loaded = load_sampler(framework, path, tokenizer, sampling, dtype, chat)
+        loaded = load_sampler(
+            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens
+        )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
     before = None
@@ -218,7 +224,6 @@ def sample(
             ),
         )
         if errors:
-            sys.stderr.write(f"{errors} line{'' if errors == 1 else 's'} with an error\n")
             raise typer.Exit(1)
         return
     report: dict[str, Any] = {"prompt": text}

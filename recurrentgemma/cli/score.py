@@ -15,13 +15,14 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    TokenizerFile,
     choose_framework,
     find_checkpoint,
     load_sampler,
 )
 from recurrentgemma.cli.paths import named_path, read_source, source_name
-from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.io.text import text_of
 
 
 def score(
@@ -31,6 +32,7 @@ def score(
     ],
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Print a line a token before the summary.")
@@ -44,22 +46,16 @@ def score(
 
     file = expanded(file)
     name = source_name(file)
-    data = read_source(file, "text")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}"
-        ) from error
+    text = text_of(read_source(file, "text"), name)
     framework = choose_framework(framework)
-    path, tokenizer = find_checkpoint(checkpoint)
+    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
     with working(f"Loading {path.name} with {framework}"):
-        loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
+        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False)
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
-    pieces = [tokenizer.vocab.id_to_piece(token) for token in result.tokens]
+    pieces = [vocabulary.piece(token) for token in result.tokens]
     perplexity = None if math.isnan(result.perplexity) else result.perplexity
-    bits = -result.total / math.log(2) / len(data) if data else None
+    bits = -result.total / math.log(2) / len(text.encode()) if text else None
     if as_json:
         report = {
             "file": str(file),

@@ -58,7 +58,7 @@ def _require_match(tokenizer: Tokenizer, config: Config, own: Tokenizer | None =
         )
     for index in range(0 if own is None else min(own.size, tokenizer.size)):
         assert own is not None
-        pieces = [t.vocab.id_to_piece(index) for t in (tokenizer, own)]
+        pieces = [t.piece(index) for t in (tokenizer, own)]
         if pieces[0] != pieces[1]:
             raise TokenizerError(
                 "the tokenizer differs from the checkpoint's: "
@@ -77,8 +77,8 @@ def fingerprints(options: TrainOptions, tokenizer: Tokenizer) -> dict[str, str]:
             checkpoint = stack.enter_context(open_checkpoint(options.checkpoint))
             files |= {str(options.checkpoint / path.name): path for path in checkpoint.weights}
         hashes = {name: fingerprint(path) for name, path in files.items()}
-    model = tokenizer.vocab.serialized_model_proto()
-    return hashes | {"tokenizer": hashlib.sha256(model).hexdigest()}
+    content = b"".join(tokenizer.files().values())
+    return hashes | {"tokenizer": hashlib.sha256(content).hexdigest()}
 
 
 class Data(NamedTuple):
@@ -107,9 +107,8 @@ def read_data(options: TrainOptions, tokenizer: Tokenizer) -> Data:
     from recurrentgemma.common.training.packing import RowStream, TooLong, cut, in_order
 
     def read(paths: Sequence[Path]) -> list[Example]:
-        return [
-            example for path in paths for example in read_examples(path, tokenizer, eos=options.eos)
-        ]
+        how = {"eos": options.eos, "allow_control_tokens": options.allow_control_tokens}
+        return [example for path in paths for example in read_examples(path, tokenizer, **how)]
 
     examples, held_out = read(options.train), read(options.validation)
     if options.validation_share:

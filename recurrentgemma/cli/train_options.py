@@ -90,6 +90,14 @@ class TrainOptions:
     eos: Annotated[
         bool, _option(_DATA, "Whether EOS ends texts and completions.", "--eos/--no-eos")
     ] = True
+    allow_control_tokens: Annotated[
+        bool,
+        _option(
+            _DATA,
+            "Read <end_of_turn> and the like as tokens where a message spells them.",
+            "--allow-control-tokens",
+        ),
+    ] = False
     seed: Annotated[int, _option(_DATA, "Seed of the order and of initial values.", min=0)] = 0
 
     framework: Annotated[
@@ -126,9 +134,13 @@ class TrainOptions:
     ] = None
     tokenizer: Annotated[
         Path | None,
-        _option(_MODEL, "A sentencepiece model. Default: the checkpoint's.", metavar="FILE",
-                show_default=False),
-    ] = None  # fmt: skip
+        _option(
+            _MODEL,
+            "A tokenizer.model or tokenizer.json. Default: the checkpoint's.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None
     dtype: Annotated[
         DType | None,
         _option(
@@ -268,7 +280,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
       OSError: It cannot be read.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        values = tomllib.loads(text_of(path.read_bytes(), str(path)))
     except ValueError as error:
         raise UserError(f"{path} is not TOML: {error}") from error
     files = values.pop(_FILES, {})

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import sentencepiece as spm
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.vocabulary import SENTENCEPIECE, JsonVocabulary, apart, open_vocabulary
 
-UNUSED_ROWS = 128  # 256,000 pieces have a table of 256,128 rows, 262,144 one of 262,208
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+_USER, _MODEL = f"{START_OF_TURN}user\n", f"{END_OF_TURN}\n{START_OF_TURN}model\n"
+# Pieces that control a model, and that a user's words must not be taken for.
+_CONTROLS = (
+    START_OF_TURN,
+    END_OF_TURN,
+    "<start_of_image>",
+    "<end_of_image>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|file_separator|>",
+)
 
 
 def check_text(text: Any, name: str = "text") -> None:
@@ -37,29 +47,47 @@ def apply_it_formatter(input_string: str) -> str:
       ValueError: The input is not a `str`, or holds an unpaired surrogate.
     """
     check_text(input_string)
-    return f"{START_OF_TURN}user\n{input_string}{END_OF_TURN}\n{START_OF_TURN}model\n"
+    return _USER + input_string + _MODEL
 
 
-@runtime_checkable
-class Vocabulary(Protocol):
-    """What a tokenizer is asked for: methods of a `sentencepiece.SentencePieceProcessor`."""
+def token_ids(value: Any, name: str) -> list[int]:
+    """Token ids in a list or in an array of any framework, [T].
 
-    def EncodeAsIds(self, text: str, /) -> list[int]: ...
-    def DecodeIds(self, ids: list[int], /) -> str: ...
-    def GetPieceSize(self) -> int: ...
-    def bos_id(self) -> int: ...
-    def eos_id(self) -> int: ...
-    def pad_id(self) -> int: ...
+    Raises:
+      ValueError: It is empty, no sequence, or holds what is no integer of at least 0.
+    """
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, bytes | bytearray | dict) or not isinstance(values, Iterable):
+        raise UserError(f"{name} must be a str or token ids, got {type(value).__name__}: {value!r}")
+    ids = []
+    for at, token in enumerate(values):
+        try:
+            if isinstance(token, bool) or operator.index(token) < 0:
+                raise TypeError
+        except TypeError:
+            raise UserError(
+                f"{name} must be a str or token ids, got {token!r} as token {at}"
+            ) from None
+        ids.append(operator.index(token))
+    if not ids:
+        raise UserError(f"{name} must have at least one token id, got none; BOS alone is the least")
+    return ids
 
 
-_METHODS = ("EncodeAsIds", "DecodeIds", "GetPieceSize", "bos_id", "eos_id", "pad_id")
+def is_token_ids(value: Any) -> bool:
+    """Whether a value is the token ids of one text: an array [T], or a sequence of integers."""
+    if hasattr(value, "ndim"):
+        return value.ndim == 1 and getattr(value.dtype, "kind", "i") not in "OSU"
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and bool(value) and (
+        hasattr(value[0], "__index__")
+    )  # fmt: skip
 
 
 class Tokenizer:
     """A vocabulary with its special tokens, looked up by piece.
 
     Attributes:
-      vocab: The sentencepiece processor, or an object with its methods.
+      vocab: The vocabulary: a sentencepiece processor, or an object with its methods.
       pad_id: Pads a row.
       bos_id: Starts every prompt.
       eos_id: Ends a text.
@@ -67,33 +95,52 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: Any) -> None:
-        """Wraps a vocabulary, or loads a sentencepiece model.
+        """Wraps a vocabulary.
 
         Args:
-          vocab: A `Vocabulary`, the path of a sentencepiece model, or the content of one.
+          vocab: What `open_vocabulary` takes: the path of a `tokenizer.model` or `tokenizer.json`,
+            a tokenizer of sentencepiece, `tokenizers` or `transformers`, or an object like one.
 
         Raises:
-          ValueError: The file is missing or not a sentencepiece model, the object lacks a method,
-            or BOS or EOS is missing.
+          ValueError: There is no vocabulary, or BOS or EOS is missing.
         """
-        if isinstance(vocab, str | os.PathLike):
-            vocab = _load(Path(vocab))
-        elif isinstance(vocab, bytes):
-            vocab = _parse(vocab, "the tokenizer")
-        if missing := [name for name in _METHODS if not callable(getattr(vocab, name, None))]:
-            raise UserError(
-                f"a vocabulary must have the methods {', '.join(_METHODS)}, got "
-                f"{type(vocab).__name__}, which lacks {', '.join(missing)}"
-            )
-        self.vocab = vocab
+        self.vocab = vocab = open_vocabulary(vocab)
         if vocab.bos_id() < 0 or vocab.eos_id() < 0:
             raise UserError("the tokenizer must have a BOS and an EOS piece, it lacks one")
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
         self.pad_id = max(vocab.pad_id(), 0)
-        self.end_of_turn_id: int | None = None
-        if hasattr(vocab, "PieceToId"):
-            end_of_turn = vocab.PieceToId(END_OF_TURN)
-            self.end_of_turn_id = None if end_of_turn == vocab.unk_id() else end_of_turn
+        self.end_of_turn_id = self._id_of(END_OF_TURN)
+        self._controls = tuple(piece for piece in _CONTROLS if self._id_of(piece) is not None)
+
+    def _id_of(self, piece: str) -> int | None:
+        if not hasattr(self.vocab, "PieceToId"):
+            try:
+                ids = self.vocab.EncodeAsIds(piece)
+                return ids[0] if len(ids) == 1 and self.vocab.DecodeIds(ids) == piece else None
+            except Exception:  # the object may not know these characters
+                return None
+        token = self.vocab.PieceToId(piece)
+        return None if token in (-1, self.vocab.unk_id()) else token
+
+    def piece(self, token: int) -> str:
+        """The piece of a token, as the vocabulary spells it."""
+        named = getattr(self.vocab, "id_to_piece", None) or getattr(self.vocab, "IdToPiece", None)
+        return named(token) if named else self.vocab.DecodeIds([token])
+
+    def files(self) -> dict[str, bytes]:
+        """The files that hold the tokenizer, by name.
+
+        Raises:
+          ValueError: The vocabulary is an object that cannot be written.
+        """
+        if isinstance(self.vocab, JsonVocabulary):
+            return self.vocab.files()
+        if hasattr(self.vocab, "serialized_model_proto"):
+            return {SENTENCEPIECE: self.vocab.serialized_model_proto()}
+        raise UserError(
+            f"a {type(self.vocab).__name__} cannot be written as a file: a checkpoint needs the "
+            f"tokenizer of a {SENTENCEPIECE} or a tokenizer.json"
+        )
 
     def require_end_of_turn(self) -> int:
         """The id that ends a turn.
@@ -113,18 +160,62 @@ class Tokenizer:
     def fits(self, vocab_size: int) -> bool:
         """Whether a model with so many embeddings may have this tokenizer.
 
-        Some formats round the size of the table up, with rows that no piece uses.
+        A table may have rows that no piece uses: its size is often rounded up.
         """
-        return 0 <= vocab_size - self.size <= UNUSED_ROWS
+        return getattr(self.vocab, "least_rows", self.size) <= vocab_size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, allow_control_tokens: bool = True) -> list[int]:
         """BOS and the tokens of a text; the empty text is BOS alone.
+
+        Args:
+          text: The text. A BOS that it spells at its start is not doubled.
+          allow_control_tokens: Whether `<start_of_turn>` and the like are tokens where the text
+            spells them, or text.
 
         Raises:
           ValueError: The text is not a `str`, or holds an unpaired surrogate.
         """
         check_text(text)
-        return [self.bos_id, *self.vocab.EncodeAsIds(text)]
+        if not allow_control_tokens:
+            return [self.bos_id, *self._encode(apart(text, self._controls))]
+        return [self.bos_id, *self.vocab.EncodeAsIds(self._without_bos(text))]
+
+    def encode_turn(
+        self, message: str | Sequence[int], before: str = "", *, allow_control_tokens: bool = False
+    ) -> list[int]:
+        """The tokens of a user's turn, up to the model's answer; without BOS.
+
+        Args:
+          message: The user's words, or their token ids.
+          before: What stands before the turn: the end of the turn before.
+          allow_control_tokens: Whether `<end_of_turn>` and the like are tokens where the words
+            spell them. Then a message that is in the template already stays as it is.
+
+        Raises:
+          ValueError: The words are no Unicode text, or are in the template already.
+        """
+        if not isinstance(message, str):
+            ids = token_ids(message, "a message")
+            return [*self._encode([before + _USER]), *ids, *self._encode([_MODEL])]
+        check_text(message)
+        words = self._without_bos(message)
+        if words.startswith(_USER) and words.rstrip("\n").endswith(_MODEL.rstrip("\n")):
+            if allow_control_tokens:
+                return self._encode([before + words])
+            raise UserError(
+                "the message is in the chat template already: give the user's words alone, or "
+                f"allow control tokens; got {message[:60]!r}"
+            )
+        parts = [message] if allow_control_tokens else apart(message, self._controls)
+        parts[0] = before + _USER + parts[0]
+        parts[-1] += _MODEL
+        return self._encode(parts)
+
+    def _encode(self, parts: Iterable[str]) -> list[int]:
+        return [token for part in parts for token in self.vocab.EncodeAsIds(part)]
+
+    def _without_bos(self, text: str) -> str:
+        return text.removeprefix(self.piece(self.bos_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens are skipped."""
@@ -136,31 +227,13 @@ class Tokenizer:
         return [int(t) for t in tokens if t not in special and t < self.size]
 
 
-def _load(path: Path) -> spm.SentencePieceProcessor:
-    if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: a sentencepiece model file is expected")
-    try:
-        return _parse(path.read_bytes(), str(path))  # a path would have to be UTF-8
-    except OSError as error:
-        raise UserError(f"{path} is not a sentencepiece model: {error}") from error
-
-
-def _parse(proto: bytes, name: str) -> spm.SentencePieceProcessor:
-    vocab = spm.SentencePieceProcessor()
-    try:
-        vocab.load_from_serialized_proto(proto)
-    except RuntimeError as error:
-        raise UserError(f"{name} is not a sentencepiece model: {error}") from error
-    return vocab
-
-
 class StreamDecoder:
     """Turns tokens into text one by one, and never prints half a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the last printed token, and at most three after it
-        self._printed = 0  # a token's text may depend on the one before it
+        self._tokens: list[int] = []  # those printed last, and at most three after them
+        self._printed = 0  # a token's text may depend on the ones before it
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain; possibly empty."""
@@ -181,8 +254,8 @@ class StreamDecoder:
 
     def _advance(self, end: int) -> str:
         text = self._text(end)[len(self._text(self._printed)) :]
-        self._tokens = self._tokens[max(end - 1, 0) :]
-        self._printed = min(end, 1)
+        if end > self._printed:
+            self._tokens, self._printed = self._tokens[self._printed :], end - self._printed
         return text
 
 

@@ -12,7 +12,6 @@ from jax import Array
 from recurrentgemma.common.generation.results import SamplerOutput
 from recurrentgemma.common.generation.sampler import BaseSampler
 from recurrentgemma.common.generation.strategies import Sampling
-from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary
 from recurrentgemma.jax.engine import ModelEngine
 from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.trees import Params
@@ -28,19 +27,21 @@ class Sampler(BaseSampler[Array]):
     def __init__(
         self,
         model: Griffin,
-        vocab: Vocabulary | Tokenizer,
+        vocab: Any,
         params: Params,
         jit_compile: bool = True,
         deterministic_sampling: bool = True,
         is_it_model: bool = False,
         *,
         sampling: Sampling | None = None,
+        allow_control_tokens: bool = False,
     ) -> None:
         """Prepares to sample.
 
         Args:
           model: The model.
-          vocab: Its vocabulary.
+          vocab: Its tokenizer: a `Tokenizer`, or what that class takes: a path, or a tokenizer of
+            sentencepiece, `tokenizers` or `transformers`.
           params: Its parameters, with or without a `params` level; NumPy arrays go to the device
             once.
           jit_compile: Whether to compile; False helps with debugging.
@@ -49,6 +50,8 @@ class Sampler(BaseSampler[Array]):
           is_it_model: Whether the model is instruction-tuned: prompts are put into the chat
             template, and `<end_of_turn>` ends a row.
           sampling: How tokens are chosen.
+          allow_control_tokens: Whether `<end_of_turn>` and the like, spelled in a user's words,
+            are tokens; they are text if not.
 
         Raises:
           ValueError: The parameters do not match the model's config, and the message names every
@@ -56,7 +59,9 @@ class Sampler(BaseSampler[Array]):
             `<end_of_turn>`.
         """
         engine = ModelEngine(model, params, jit_compile)
-        super().__init__(engine, vocab, sampling, deterministic_sampling, is_it_model)
+        super().__init__(
+            engine, vocab, sampling, deterministic_sampling, is_it_model, allow_control_tokens
+        )
 
     @property
     def model(self) -> Griffin:

@@ -33,7 +33,7 @@ from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.lora import adapt, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.jax.runtime.compiler import platform_of
-from recurrentgemma.jax.runtime.train_step import compiled, divisor, total, tree_of
+from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
 
 Metrics = dict[str, Any]
@@ -128,7 +128,8 @@ def loss_fn(
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
     """
-    tokens = jnp.asarray(batch.weights).sum()
+    batch = _on_host(batch)
+    tokens = as_weights(batch.weights).sum()
     loss = total(model, params, batch, adapters, lora) / divisor(tokens)
     return loss, {"loss": loss, "tokens": tokens}
 
@@ -145,7 +146,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       and "learning_rate". Arrays among them may still be computed.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+    stacked = Batch(*map(_stacked, zip(*map(_on_host, batches), strict=True)))
     rate = learning_rate(state.optimizer, state.step)
     parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
         state.model,
@@ -168,10 +169,10 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     function = compiled(platform_of(state.parameters)).total
     summed, tokens = 0.0, 0.0
-    for batch in batches:
+    for batch in map(_on_host, batches):
         args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
         summed += float(function(*args))
-        tokens += float(np.sum(batch.weights))
+        tokens += float(np.asarray(batch.weights).sum(dtype=np.float64))
     loss = summed / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -252,6 +253,17 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
     dtype = get_path(base, "embedder.input_embedding").dtype
     adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
     return merge(model.config, base, adapters, options, dtype)
+
+
+def _on_host(batch: Batch) -> Batch:
+    """A batch of arrays that JAX takes: its own, or else NumPy's."""
+    return Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
+
+
+def _stacked(arrays: Sequence[Any]) -> Any:
+    """Arrays of several batches as one, where they are: on the host or on devices."""
+    on_devices = any(isinstance(array, jax.Array) for array in arrays)
+    return (jnp if on_devices else np).stack(arrays)
 
 
 def _placed(tree: Any, beside: Any) -> Any:

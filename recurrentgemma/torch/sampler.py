@@ -10,7 +10,6 @@ from torch import Tensor
 from recurrentgemma.common.generation.results import SamplerOutput
 from recurrentgemma.common.generation.sampler import BaseSampler
 from recurrentgemma.common.generation.strategies import Sampling
-from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary
 from recurrentgemma.torch.engine import ModelEngine
 from recurrentgemma.torch.griffin import Griffin
 
@@ -25,23 +24,27 @@ class Sampler(BaseSampler[Tensor]):
     def __init__(
         self,
         model: Griffin,
-        vocab: Vocabulary | Tokenizer,
+        vocab: Any,
         greedy_sampling: bool = True,
         is_it_model: bool = False,
         *,
         sampling: Sampling | None = None,
+        allow_control_tokens: bool = False,
         jit_compile: bool = False,
     ) -> None:
         """Prepares to sample.
 
         Args:
           model: The model, with its parameters.
-          vocab: Its vocabulary.
+          vocab: Its tokenizer: a `Tokenizer`, or what that class takes: a path, or a tokenizer of
+            sentencepiece, `tokenizers` or `transformers`.
           greedy_sampling: Whether to take the most likely token, else draw one; `sampling` says
             more.
           is_it_model: Whether the model is instruction-tuned: prompts are put into the chat
             template, and `<end_of_turn>` ends a row.
           sampling: How tokens are chosen.
+          allow_control_tokens: Whether `<end_of_turn>` and the like, spelled in a user's words,
+            are tokens; they are text if not.
           jit_compile: Whether to compile the decode step with `torch.compile`: the first token of a
             batch size takes long, every later one less.
 
@@ -49,7 +52,9 @@ class Sampler(BaseSampler[Tensor]):
           ValueError: The model is instruction-tuned and its vocabulary has no `<end_of_turn>`.
         """
         engine = ModelEngine(model, jit_compile)
-        super().__init__(engine, vocab, sampling, greedy_sampling, is_it_model)
+        super().__init__(
+            engine, vocab, sampling, greedy_sampling, is_it_model, allow_control_tokens
+        )
 
     @property
     def model(self) -> Griffin:

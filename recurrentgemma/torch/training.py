@@ -114,7 +114,7 @@ def loss_fn(model: Griffin, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
     """
-    tokens = float(np.sum(batch.weights))
+    tokens = _weight(batch)
     loss = _total(model, batch) / _divisor(tokens)
     return loss, {"loss": loss.detach(), "tokens": tokens}
 
@@ -131,7 +131,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       "learning_rate".
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    tokens = float(sum(np.sum(batch.weights) for batch in batches))
+    tokens = sum(map(_weight, batches))
     rate = learning_rate(state.optimizer, state.step)
     loss = torch.zeros(())
     for batch in batches:
@@ -161,7 +161,7 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     total, tokens = 0.0, 0.0
     for batch in batches:
         total += float(_total(state.model, batch))
-        tokens += float(np.sum(batch.weights))
+        tokens += _weight(batch)
     loss = total / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -247,10 +247,17 @@ def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
     embedding = model.embedder.input_embedding
     tokens, segment_pos, targets, weights = (
-        torch.tensor(np.asarray(z)).to(embedding.device) for z in batch
+        (z if isinstance(z, Tensor) else torch.tensor(np.asarray(z))).to(embedding.device)
+        for z in batch
     )
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     hidden, _ = model.hidden(tokens, segment_pos)
     return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
+
+
+def _weight(batch: Batch) -> float:
+    """The sum of a batch's weights."""
+    return float(torch.as_tensor(batch.weights).sum(dtype=torch.float64))
 
 
 def _divisor(tokens: float) -> float:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from recurrentgemma.cli import main
-from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import sample_params
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
+from recurrentgemma.common.vocabulary import SENTENCEPIECE
 from recurrentgemma_conversion.readers.native import save_folder
 
 CONFIG = GriffinConfig(
@@ -40,7 +41,7 @@ def _terminal(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(BUNDLED / TOKENIZER)
+    return Tokenizer(BUNDLED / SENTENCEPIECE)
 
 
 def write(path: Path, params: dict[str, np.ndarray], tokenizer: Tokenizer) -> Path:

@@ -1,7 +1,9 @@
 """`recurrentgemma sample --input`: JSON lines in and out, whatever goes wrong on the way."""
 
+import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +16,14 @@ import recurrentgemma.common.generation.prefill
 from recurrentgemma.common.io.jsonl import OutputError, ResultFile
 
 PROMPTS = ["It was", "", "And he said", "“É”", "In the", "x", "Emma"]
+
+
+SUMMARY = re.compile(r"(\d+ lines?(?:, .*)?): \d+ tokens in [\d.]+ s(?: \([\d.]+ tokens/s\))?\n")
+
+
+def without_summary(done):
+    """A command's outcome without the line of times and speeds at its end."""
+    return done._replace(err=SUMMARY.sub("", done.err))
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def batch(cli, checkpoint, prompts, tmp_path):
         done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "6", "--input",
                    prompts, "--output", path, *args)  # fmt: skip
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return done, [json.loads(line) for line in lines if line.startswith("{")]
+        return without_summary(done), [json.loads(line) for line in lines if line.startswith("{")]
 
     return run
 
@@ -93,9 +103,8 @@ def test_malformed_lines(batch, prompts):
     assert [result["line"] for result in results] == [1, 2]
     done, results = batch("--keep-going", "--batch-size", "4")
     assert done.code == 1
-    assert done.err == "3 lines with an error\n"
     assert [result["line"] for result in results] == [1, 2, 3, 4, 5, 6]
-    assert "line 4: a string or an object with a string" in results[3]["error"]
+    assert 'line 4: a string, or an object with a "prompt"' in results[3]["error"]
     assert "line 6: not UTF-8: byte 0xe9" in results[5]["error"]
     assert results[4]["samples"][0]["tokens"]
 
@@ -190,10 +199,10 @@ def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path
     path = tmp_path / "piped.jsonl"
     done = cli(*args, "--input", f"/dev/fd/{read}", "--output", path)
     os.close(read)
-    assert done == (0, "", "")
+    assert without_summary(done) == (0, "", "")
     assert [json.loads(line) for line in path.read_text().splitlines()] == whole
     done = cli(*args, "--input", "-", "--output", "-", stdin=prompts.read_bytes())
-    assert (done.code, done.err) == (0, "")
+    assert without_summary(done)._replace(out="") == (0, "", "")
     assert [json.loads(line) for line in done.out.splitlines()] == whole
     done = cli(*args, "--input", "-", "--output", "-", stdin=b'"a"\n\n \n[\n')
     assert done.code == 2
@@ -204,7 +213,8 @@ def test_prompts_from_a_pipe_and_stdin(cli, batch, checkpoint, prompts, tmp_path
     (tmp_path / "-").write_text('"a"\n')
     assert cli(*args, "--input", "./-", "--output", "-").out == done.out
     (tmp_path / "-").unlink()
-    assert cli(*args, "--input", "-", "--output", "./-", stdin=b'"a"\n') == (0, "", "")
+    done_again = cli(*args, "--input", "-", "--output", "./-", stdin=b'"a"\n')
+    assert without_summary(done_again) == (0, "", "")
     assert (tmp_path / "-").read_text() == done.out
 
 
@@ -213,7 +223,7 @@ def test_outputs_that_are_no_files(cli, checkpoint, prompts, tmp_path):
         return cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
                    "--input", prompts, "--output", output)  # fmt: skip
 
-    assert to("/dev/null") == (0, "", "")
+    assert without_summary(to("/dev/null")) == (0, "", "")
     for output, reason in (
         ("/dev/full", "No space left on device"),  # which gives zeros without end
         (tmp_path, "Is a directory"),
@@ -232,7 +242,7 @@ def test_a_pipe_with_a_name(cli, checkpoint, prompts, tmp_path):
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
     done = cli("sample", "--checkpoint", checkpoint, "--max-new-tokens", "1",
                "--input", prompts, "--output", pipe)  # fmt: skip
-    assert done == (0, "", "")
+    assert without_summary(done) == (0, "", "")
     out, _ = reader.communicate(timeout=300)
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == PROMPTS
 
@@ -289,13 +299,13 @@ def test_a_file_that_another_process_writes(tmp_path):
 def test_a_corrected_line_is_done(batch, prompts, tmp_path):
     prompts.write_text('"a"\nno\n"b"\nwrong\n')
     done, results = batch("--keep-going")
-    assert (done.code, done.err) == (1, "2 lines with an error\n")
+    assert (done.code, done.err) == (1, "")
     # As long as it is wrong it counts, and nothing is written again.
     for args in ((), ("--keep-going",)):
         assert batch(*args) == (done, results)
     prompts.write_text('"a"\n"fixed"\n"b"\nwrong\n')
     done, more = batch()
-    assert (done.code, done.err) == (1, "1 line with an error\n")
+    assert (done.code, done.err) == (1, "")
     assert more[:4] == results  # what was finished stays where it is
     assert [(result["line"], result["prompt"]) for result in more[4:]] == [(2, "fixed")]
     prompts.write_text('"a"\n"fixed"\n"b"\n"right"\n')
@@ -324,8 +334,7 @@ def test_results_of_other_options_are_not_mixed(batch, prompts, tmp_path):
     assert batch("--max-new-tokens", "5", "--force")[0].code == 0
     # Earlier versions wrote no options.
     olds = [json.loads(line) for line in lines[:2]]
-    for old in olds:
-        del old["options"]
+    del olds[0]["options"]
     path.write_text("".join(json.dumps(old) + "\n" for old in olds))
     done, results = batch("--max-new-tokens", "5")
     assert (done.code, results[:2]) == (0, olds)
@@ -400,10 +409,10 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
         ("prompt --logprobs 2", "--logprobs needs --json, or --input and --output"),
         ("prompt --save-state x -n 2", "--num-samples must be 1"),
         ("prompt --load-state x --chat", "recurrentgemma chat --load"),
-        ("prompt --stop ", "stop_strings must be strings that are not empty"),
-        ("prompt --stop-id 99999", "stop_ids must be tokens of the vocabulary of 2048, got 99999"),
-        ("prompt --min-p 2", "min_p must be in [0, 1], got 2.0"),
-        ("prompt --repetition-penalty 0", "repetition_penalty must be above 0"),
+        ("prompt --stop ", "--stop must be strings that are not empty"),
+        ("prompt --stop-id 99999", "--stop-id must be tokens of the vocabulary of 2048, got 99999"),
+        ("prompt --min-p 2", "--min-p must be in [0, 1], got 2.0"),
+        ("prompt --repetition-penalty 0", "--repetition-penalty must be above 0"),
         ("prompt --num-samples 0", "--num-samples"),
         ("prompt --logprobs -1", "--logprobs"),
         ("prompt --load-state /nowhere", "/nowhere: No such file"),
@@ -415,3 +424,73 @@ def test_mistakes(cli, args, words, tmp_path, monkeypatch):
     assert (done.code, done.out) == (2, "")
     assert words in done.err
     assert done.err.count("\n") == 1
+
+
+def test_fields_of_a_line_are_kept(batch, prompts):
+    lines = [
+        {"id": "a", "prompt": "It was", "label": {"x": [1, None]}},
+        {"prompt": [2, 300, 5], "id": 7},
+        {"id": "m", "messages": [{"role": "system", "content": "Be brief."},
+                                 {"role": "user", "content": "Who?<end_of_turn>"}]},
+        {"prompt": "x", "samples": 1},
+        {"prompt": [2, -1]},
+        {"prompt": "x", "messages": []},
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+    ]  # fmt: skip
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done, results = batch("--keep-going")
+    assert "line 3 has messages, which need --chat" in done.err
+    done, results = batch("--keep-going", "--chat")
+    assert done.code == 1
+    for line, result in zip(lines[:3], results, strict=False):
+        assert line.items() <= result.items()
+        assert result["samples"][0]["tokens"]
+    for result, words in zip(
+        results[3:],
+        ("rename samples", "got -1 as token 1", "is expected", "the last user"),
+        strict=True,
+    ):
+        assert words in result["error"]
+    assert ["options" in result for result in results] == [True] + [False] * 6
+
+
+def test_token_ids_are_read_as_they_stand(cli, batch, prompts, tokenizer):
+    texts = ["It was", "“É”"]
+    prompts.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    _, whole = batch()
+    prompts.write_text("".join(f"{tokenizer.encode(text)}\n" for text in texts))
+    _, ids = batch(output="ids.jsonl")
+    assert [r["samples"] for r in ids] == [r["samples"] for r in whole]
+
+
+def test_compressed_files(batch, prompts, tmp_path):
+    _, whole = batch()
+    packed = prompts.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(prompts.read_bytes()))
+    out = tmp_path / "out.jsonl.gz"
+    done, _ = batch("--input", packed, "--output", out)
+    assert done == (0, "", "")
+    assert [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()] == whole
+    before = out.read_bytes()
+    # Killed within a line: that line and those after it are done again.
+    for cut in (1, 30, len(before) // 2):
+        out.write_bytes(before[:-cut])
+        batch("--input", packed, "--output", out)
+        lines = gzip.decompress(out.read_bytes()).splitlines()
+        assert [json.loads(line) for line in lines] == whole
+    out.write_bytes(b"my notes")
+    done, _ = batch("--input", packed, "--output", out)
+    assert "its line 1 is no result; --force replaces it" in done.err
+    assert out.read_bytes() == b"my notes"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert "is a damaged gzip file" in batch("--input", packed, "--output", out, "--force")[0].err
+
+
+def test_the_summary(cli, checkpoint, prompts, tmp_path):
+    args = ("sample", "--checkpoint", checkpoint, "--max-new-tokens", "2", "--input", prompts,
+            "--output", tmp_path / "out", "--keep-going")  # fmt: skip
+    prompts.write_text('"a"\nno\n"b"\n')
+    for parts in ("3 lines, 1 with an error", "3 lines, 3 done before, 1 with an error"):
+        done = cli(*args)
+        (summary,) = SUMMARY.fullmatch(done.err).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        assert (done.code, summary) == (1, parts)

@@ -76,16 +76,16 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch):
 def test_ctrl_c_before_an_answer_begins(chat, monkeypatch):
     from recurrentgemma.common.tokenizer import Tokenizer
 
-    encode = Tokenizer.encode
+    encode = Tokenizer.encode_turn
     calls = []
 
-    def interrupted(tokenizer, text):
-        calls.append(text)
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return encode(tokenizer, text)
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    monkeypatch.setattr(Tokenizer, "encode_turn", interrupted)
     done = chat("Hello", "And?", "/undo", "/undo")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(" [stopped]\n")

@@ -8,12 +8,13 @@ import pytest
 
 import recurrentgemma_conversion
 from recurrentgemma.common.io.arrays import BFLOAT16
-from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.io.shards import WEIGHTS
 from recurrentgemma.common.model import presets
 from recurrentgemma.common.model.families import config_from_dict, config_from_preset
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.vocabulary import SENTENCEPIECE
 from recurrentgemma_conversion.readers.native import NativeReader
 
 
@@ -54,12 +55,12 @@ def test_bundled_model(cli, bundled):
 
 def test_the_tokenizer_is_named_or_said_to_be_missing(cli, checkpoint, tmp_path):
     report = cli("inspect", checkpoint, "--json").json
-    assert report["tokenizer"] == str(checkpoint / TOKENIZER)
-    assert ["tokenizer", TOKENIZER] in [
+    assert report["tokenizer"] == str(checkpoint / SENTENCEPIECE)
+    assert ["tokenizer", SENTENCEPIECE] in [
         line.split() for line in cli("inspect", checkpoint).out.splitlines()
     ]
     bare = shutil.copytree(checkpoint, tmp_path / "bare")
-    (bare / TOKENIZER).unlink()
+    (bare / SENTENCEPIECE).unlink()
     assert cli("inspect", bare, "--json").json["tokenizer"] is None
     assert "none beside the weights" in cli("inspect", bare).out
     assert "tokenizer" not in cli("inspect", "--preset", "HAWK_PAPER_7B", "--json").json

@@ -10,8 +10,9 @@ import pytest
 import recurrentgemma
 from recurrentgemma.cli import main
 from recurrentgemma.cli.mistakes import mistake
-from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER
+from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.shards import WEIGHTS
+from recurrentgemma.common.vocabulary import SENTENCEPIECE
 
 ABSENT = {"jax": ("jax", "jaxlib", "flax", "orbax"), "torch": ("torch",)}
 
@@ -49,11 +50,11 @@ def assert_one_line(done, *words: str) -> None:
         ("sample a --dtype float8", ["--dtype", "float8", "bfloat16"]),
         ("sample a --max-new-tokens -1", ["--max-new-tokens", "recurrentgemma sample --help"]),
         ("sample a --max-new-tokens many", ["--max-new-tokens", "integer"]),
-        ("sample a --temperature -1", ["temperature must be above 0 and finite, got -1.0"]),
-        ("sample a --temperature nan", ["temperature must be", "nan"]),
+        ("sample a --temperature -1", ["--temperature must be above 0 and finite, got -1.0"]),
+        ("sample a --temperature nan", ["--temperature must be", "nan"]),
         ("sample a --top-k 0", ["top_k must be a positive integer, got 0"]),
-        ("sample a --top-p 1.5", ["top_p must be in (0, 1], got 1.5"]),
-        ("sample a --top-p 0 --temperature 0", ["top_p must be in (0, 1], got 0"]),
+        ("sample a --top-p 1.5", ["--top-p must be in (0, 1], got 1.5"]),
+        ("sample a --top-p 0 --temperature 0", ["--top-p must be in (0, 1], got 0"]),
         ("sample a --seed -1", ["--seed", "-1"]),
         ("sample a --seed 4294967296", ["--seed", "4294967296"]),
         ("sample a --checkpoint /nowhere", ["no checkpoint folder at /nowhere"]),
@@ -103,8 +104,8 @@ def test_broken_checkpoints(cli, checkpoint, tmp_path):
     weights = broken("weights") / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-9])
     assert_one_line(cli("sample", "a", "--checkpoint", tmp_path / "weights"), WEIGHTS)
-    (broken("tokenizer") / TOKENIZER).write_bytes(b"no model")
-    assert_one_line(cli("sample", "a", "--checkpoint", tmp_path / "tokenizer"), TOKENIZER)
+    (broken("tokenizer") / SENTENCEPIECE).write_bytes(b"no model")
+    assert_one_line(cli("sample", "a", "--checkpoint", tmp_path / "tokenizer"), SENTENCEPIECE)
     # A long list of differences stays a list, under a line that says what it is.
     config = broken("other") / CONFIG
     config.write_text(config.read_text().replace('"width": 32', '"width": 64'))

@@ -74,7 +74,9 @@ def test_accepts_a_processor(tokenizer: Tokenizer) -> None:
 
 
 def test_bad_files(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer at .*: a sentencepiece model file is exp"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer at .*: tokenizer\.model or tokenizer\.json is exp"
+    ):
         Tokenizer(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.model").write_bytes(b"no model at all")
     with pytest.raises(ValueError, match=r"tokenizer\.model is not a sentencepiece model"):

@@ -11,11 +11,14 @@ from checkpoints import CONFIGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recurrentgemma.common.io.checkpoint import BUNDLED, TOKENIZER
+from recurrentgemma.common.io.checkpoint import BUNDLED
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
+from recurrentgemma.common.vocabulary import SENTENCEPIECE
 from recurrentgemma_conversion import Format, convert
+from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.names.griffin import as_published, from_fields, to_fields
+from recurrentgemma_conversion.opening import load_tokenizer
 from recurrentgemma_conversion.readers.huggingface import SPECIAL
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 
@@ -106,7 +109,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory):
     @functools.cache
     def make(kind: str):
         folder = tmp_path_factory.mktemp(kind)
-        path = BUNDLED / TOKENIZER if kind == "unigram" else bpe_tokenizer(folder / "tokenizer")
+        path = BUNDLED / SENTENCEPIECE if kind == "unigram" else bpe_tokenizer(folder / "tokenizer")
         ours = Tokenizer(path)
         (folder / "out").mkdir()
         write_tokenizer_files(folder / "out", ours)
@@ -240,7 +243,7 @@ def test_files_of_another_tokenizer_are_not_kept(tmp_path: Path, make) -> None:
     source = make("source", Format.HUGGINGFACE)
     (source / "tokenizer_config.json").write_text('{"mine": true}')
     convert(source, tmp_path / "kept", Format.HUGGINGFACE)
-    convert(source, tmp_path / "new", Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
+    convert(source, tmp_path / "new", Format.HUGGINGFACE, tokenizer=BUNDLED / SENTENCEPIECE)
     for name, mine in (("kept", True), ("new", False)):
         fields = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
         assert ("mine" in fields) == mine
@@ -250,7 +253,7 @@ def test_files_of_another_tokenizer_are_not_kept(tmp_path: Path, make) -> None:
 def without_pieces(make) -> Path:
     """A folder with `tokenizer.json` alone and ids of its own."""
     source = make("source", Format.HUGGINGFACE)
-    (source / TOKENIZER).unlink()
+    (source / SENTENCEPIECE).unlink()
     (source / "generation_config.json").unlink()
     fields = json.loads((source / "config.json").read_text()) | OWN
     (source / "config.json").write_text(json.dumps(fields))
@@ -267,9 +270,9 @@ def special(folder: Path, name: str) -> dict[str, int]:
 
 def test_a_copy_keeps_the_special_ids_with_the_tokenizer(tmp_path: Path, without_pieces) -> None:
     out, replaced = tmp_path / "out", tmp_path / "replaced"
-    assert convert(without_pieces, out, Format.HUGGINGFACE).dropped == []
-    convert(without_pieces, replaced, Format.HUGGINGFACE, tokenizer=BUNDLED / TOKENIZER)
-    ours = Tokenizer(BUNDLED / TOKENIZER)
+    convert(without_pieces, out, Format.HUGGINGFACE)
+    convert(without_pieces, replaced, Format.HUGGINGFACE, tokenizer=BUNDLED / SENTENCEPIECE)
+    ours = Tokenizer(BUNDLED / SENTENCEPIECE)
     ids = {"bos_token_id": ours.bos_id, "eos_token_id": ours.eos_id, "pad_token_id": ours.pad_id}
     ends = {"eos_token_id": [ours.eos_id, ours.end_of_turn_id]}
     for name, expected in (("config.json", ids), ("generation_config.json", ids | ends)):
@@ -279,15 +282,15 @@ def test_a_copy_keeps_the_special_ids_with_the_tokenizer(tmp_path: Path, without
     assert (out / name).read_bytes() == (without_pieces / name).read_bytes()
 
 
-def test_what_a_format_has_no_place_for_is_told(tmp_path: Path, without_pieces) -> None:
-    (without_pieces / "generation_config.json").write_text("{}")
-    files = ["tokenizer.json", "tokenizer_config.json"]
-    for to in (Format.KAGGLE_TORCH, Format.KAGGLE_FLAX):
-        assert convert(without_pieces, tmp_path / to, to).dropped == files
-        given = convert(
-            without_pieces, tmp_path / to, to, tokenizer=BUNDLED / TOKENIZER, force=True
-        )
-        assert given.dropped == []
+@pytest.mark.parametrize("to", [*WRITERS])
+def test_a_tokenizer_json_goes_along(tmp_path: Path, without_pieces, to: Format) -> None:
+    """A folder saved by `transformers` 5 has no sentencepiece model."""
+    convert(without_pieces, tmp_path / "out", to)
+    text = "In the beginning <end_of_turn>, 日本"
+    tokenizers = [load_tokenizer(path) for path in (tmp_path / "out", without_pieces, BUNDLED)]
+    assert len({tuple(tokenizer.encode(text)) for tokenizer in tokenizers}) == 1
+    again = tmp_path / "out" / "tokenizer.json"
+    assert again.read_bytes() == (without_pieces / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_that_changes_text_is_left_to_sentencepiece(tmp_path: Path) -> None:

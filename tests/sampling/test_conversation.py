@@ -282,8 +282,8 @@ def test_an_answer_that_was_not_begun_says_nothing(sampler) -> None:
 def test_what_is_said_must_be_text(sampler) -> None:
     conversation = Conversation(sampler)
     for text, message in (
-        (None, "text must be a str, got NoneType: None"),
-        (b"x", "text must be a str, got bytes: b'x'"),
+        (None, "a message must be a str or token ids, got NoneType: None"),
+        (b"x", "a message must be a str or token ids, got bytes: b'x'"),
         ("a\ud800", r"text must be Unicode text, got an unpaired surrogate, '\\ud800', at 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -64,7 +64,7 @@ def test_what_lacks_a_method_is_no_vocabulary() -> None:
         EncodeAsIds = WordVocabulary.EncodeAsIds
         bos_id = eos_id = pad_id = WordVocabulary.pad_id
 
-    message = "a vocabulary must have the methods .*, got Half, which lacks DecodeIds, GetPieceSize"
+    message = "an object with the methods .*, got Half, which lacks DecodeIds, GetPieceSize"
     with pytest.raises(ValueError, match=message):
         Tokenizer(Half())
     with pytest.raises(ValueError, match="got int, which lacks EncodeAsIds"):

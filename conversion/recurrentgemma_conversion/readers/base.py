@@ -15,11 +15,12 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
-from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, no_tokenizer, read_config
+from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer, read_config
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import family_named, family_of, layout, other_parts
 from recurrentgemma_conversion.names.family import Family
@@ -158,13 +159,9 @@ class Reader(abc.ABC):
 
     @property
     def tokenizer(self) -> Path | None:
-        """The file with the sentencepiece model, if there is one: beside the weights."""
-        found = (home / TOKENIZER for home in self.homes)
+        """The file with the tokenizer, if there is one: beside the weights."""
+        found = (home / name for home in self.homes for name in TOKENIZER_FILES)
         return next((file for file in found if file.is_file()), None)
-
-    def tokenizer_model(self) -> bytes | None:
-        """The content of that sentencepiece model, if there is one."""
-        return None if self.tokenizer is None else self.tokenizer.read_bytes()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -217,7 +214,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
@@ -263,3 +260,9 @@ def require_size(tokenizer: Tokenizer, config: Config, name: object) -> None:
         raise TokenizerError(
             f"{name} has {tokenizer.size} pieces, and the vocabulary {config.vocab_size} entries"
         )
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by name: a tokenizer's."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

@@ -119,7 +119,7 @@ class GGUFReader(Reader):
             from gguf import GGMLQuantizationType, dequantize
         except ImportError as error:
             what = f"reading {encoding.name} from a GGUF"
-            raise MissingExtraError(what, "gguf", "gguf") from error
+            raise MissingExtraError(what, "gguf", "'recurrentgemma[gguf]'") from error
         rows = data.reshape(math.prod(shape[:-1]), -1)
         return dequantize(rows, GGMLQuantizationType[encoding.name]).reshape(shape)
 
@@ -127,14 +127,10 @@ class GGUFReader(Reader):
     def tokenizer(self) -> Path | None:
         return self.path if "tokenizer.ggml.tokens" in self._metadata else super().tokenizer
 
-    def tokenizer_model(self) -> bytes | None:
-        if "tokenizer.ggml.tokens" not in self._metadata:
-            return super().tokenizer_model()
-        return sentencepiece_model(self.path, self._metadata)
-
     def load_tokenizer(self) -> Tokenizer:
-        model = self.tokenizer_model()
-        return super().load_tokenizer() if model is None else Tokenizer(model)
+        if "tokenizer.ggml.tokens" not in self._metadata:
+            return super().load_tokenizer()
+        return Tokenizer(sentencepiece_model(self.path, self._metadata))
 
 
 class _Header:

@@ -31,14 +31,17 @@ _CHAT_TEMPLATE = (
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`: the same ids for any text.
+    """Writes `tokenizer.json` and `tokenizer_config.json` of a sentencepiece model: the same ids.
 
     Where there are pieces for turns, a chat template is written, too: it gives the text of
     `apply_it_formatter`, turn after turn.
 
     A text that spells a special token has that token's id in `transformers`, and is text in
-    sentencepiece. Nothing is written for a model that normalises text; no published one does.
+    sentencepiece. Nothing is written for a model that normalises text; no published one does; nor
+    for any other tokenizer, whose own files are these.
     """
+    if not hasattr(tokenizer.vocab, "serialized_model_proto"):
+        return
     model = _parse(tokenizer.vocab.serialized_model_proto())
     if model.normalizes or model.kind not in (_UNIGRAM, _BPE):
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError
-from recurrentgemma.common.io.checkpoint import CONFIG, TOKENIZER, metadata, read_config
+from recurrentgemma.common.io.checkpoint import CONFIG, metadata, read_config
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
 from recurrentgemma.common.model.config import Config
@@ -19,7 +19,13 @@ from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import layout
-from recurrentgemma_conversion.readers.base import Contents, Reader, Write, require_size
+from recurrentgemma_conversion.readers.base import (
+    Contents,
+    Reader,
+    Write,
+    require_size,
+    write_files,
+)
 
 
 class SafetensorsReader(Reader):
@@ -89,10 +95,11 @@ def save_folder(
         tokenizer is of another size than the vocabulary.
     """
     require_size(tokenizer, config, "the tokenizer")
+    files = tokenizer.files()
     stored = layout(config, Format.RECURRENTGEMMA)
     size = sum(spec.size * dtypes[spec.path].itemsize for spec in stored.specs)
     with whole_folder(path, force=force, size=size) as folder:
         with write_native(folder, Contents(config, dtypes)) as write:
             for name, tensor in stored.encode(parameter):
                 write(name, tensor)
-        (folder / TOKENIZER).write_bytes(tokenizer.vocab.serialized_model_proto())
+        write_files(folder, files)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_ids
+from recurrentgemma.common.messages import with_system
 from recurrentgemma.common.model.state import State, StateError, empty_state
-from recurrentgemma.common.tokenizer import END_OF_TURN, apply_it_formatter
+from recurrentgemma.common.tokenizer import END_OF_TURN, check_text, token_ids
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from recurrentgemma.common.generation.sampler import BaseSampler
+    from recurrentgemma.common.generation.sampler import BaseSampler, Prompt
 
 _NOTE = "conversation"
 _KEPT = 8  # states from before a turn; undoing more turns than this reads the text again
@@ -50,25 +51,31 @@ class Conversation:
 
     Attributes:
       sampler: The sampler that answers; `sampler.sampling` says how.
+      system: What the model is told before the user's first words.
       turns: The turns so far.
       state: The model's state after them; None before the first.
     """
 
-    def __init__(self, sampler: BaseSampler[Any]) -> None:
+    def __init__(self, sampler: BaseSampler[Any], system: str = "") -> None:
         """Begins a conversation.
+
+        Args:
+          sampler: The sampler that answers.
+          system: What the model is told before the user's first words; see `read_messages`.
 
         Raises:
           ValueError: The tokenizer has no `<end_of_turn>`: the model was not tuned to chat.
         """
         sampler.tokenizer.require_end_of_turn()
-        self.sampler = sampler
+        check_text(system, "system")
+        self.sampler, self.system = sampler, system
         # Weak reference: dropping the iterator ends the answer.
         self._answering: weakref.ref[Generator[str]] | None = None
         self.reset()
 
     def __copy__(self) -> Conversation:
         """Another conversation with the same model, which goes on from here."""
-        fork = Conversation(self.sampler)
+        fork = Conversation(self.sampler, self.system)
         fork.turns, fork.state, fork._earlier = [*self.turns], self.state, [*self._earlier]
         return fork
 
@@ -83,30 +90,36 @@ class Conversation:
         self.state: State | None = None
         self._earlier: list[State | None] = []  # before each turn; None: to be read again
 
-    def send(self, text: str, total_generation_steps: int = 1024, **options: Any) -> Generator[str]:
+    def send(
+        self, text: Prompt, total_generation_steps: int = 1024, **options: Any
+    ) -> Generator[str]:
         """Says something; yields the answer as it comes.
 
         Args:
-          text: The user's words.
+          text: The user's words, or their token ids. What words spell is text, `<end_of_turn>` too,
+            unless `sampler.allow_control_tokens` is set.
           total_generation_steps: At most this many tokens in the answer.
           **options: The options of `Sampler.stream`.
 
         Raises:
-          ValueError: The text is no `str`, or an option is out of range; no turn is added then.
+          ValueError: The text is no `str`, is in the chat template already, or an option is out of
+            range; no turn is added then.
         """
         self._end_answer()
-        tokens = self._opening(text)
+        tokens, words = self._opening(text), text
+        if not isinstance(words, str):
+            words = self.sampler.tokenizer.decode(token_ids(words, "a message"))
         start = self._extended(tokens)
         end = self.sampler.tokenizer.require_end_of_turn()
         stop_ids = checked_ids(options.pop("stop_ids", ()), self.sampler.config.vocab_size)
         stream = self.sampler.stream(
             start, total_generation_steps, stop_ids={end, *stop_ids}, **options
         )
-        answer = self._answer(text, tokens, stream)
+        answer = self._answer(words, tokens, stream)
         self._answering = weakref.ref(answer)
         return answer
 
-    def ask(self, text: str, total_generation_steps: int = 1024, **options: Any) -> str:
+    def ask(self, text: Prompt, total_generation_steps: int = 1024, **options: Any) -> str:
         """The whole answer of `send`."""
         return "".join(self.send(text, total_generation_steps, **options))
 
@@ -150,14 +163,18 @@ class Conversation:
             raise StateError(f"{path} is no whole conversation: {error}") from error
         self.turns, self.state, self._earlier = turns, state, [None] * len(turns)
 
-    def _opening(self, text: str) -> list[int]:
+    def _opening(self, text: Prompt) -> list[int]:
         """The tokens from where the conversation stands to where the model speaks."""
-        tokenizer, opening = self.sampler.tokenizer, apply_it_formatter(text)
+        sampler = self.sampler
         if self.state is None:
-            return self.sampler._encode([opening], as_prompts=False)[0]
-        closed = self.state.pending[0][-1] == tokenizer.end_of_turn_id
-        between = "\n" if closed else f"{END_OF_TURN}\n"
-        return self.sampler._encode([between + opening], as_prompts=False)[0][1:]
+            if isinstance(text, str):
+                text = with_system(self.system, text)
+            elif self.system:
+                told = sampler.tokenizer.encode(with_system(self.system, ""))[1:]
+                text = [*told, *token_ids(text, "a message")]
+            return [sampler.tokenizer.bos_id, *sampler.encode_turn(text)]
+        closed = self.state.pending[0][-1] == sampler.tokenizer.end_of_turn_id
+        return sampler.encode_turn(text, before="\n" if closed else f"{END_OF_TURN}\n")
 
     def _extended(self, tokens: list[int], anew: bool = False) -> State:
         state = None if anew else self.state

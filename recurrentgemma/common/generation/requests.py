@@ -10,6 +10,7 @@ import numpy as np
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import Stops, checked_ids, checked_strings
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling
+from recurrentgemma.common.scalars import plain
 
 Steps = int | Sequence[int]
 Samplings = Sampling | Sequence[Sampling] | None
@@ -70,7 +71,8 @@ def row_requests(
     Raises:
       ValueError: An argument is out of range.
     """
-    several = isinstance(steps, list | tuple | np.ndarray)
+    steps = plain(steps)
+    several = isinstance(steps, list | tuple) or hasattr(steps, "shape")
     all_steps = _each("total_generation_steps", steps, num_texts, several)
     samplings = _each("sampling", sampling, num_texts, isinstance(sampling, list | tuple))
     all_ids = _each("stop_ids", stop_ids, num_texts, _is_nested(stop_ids))
@@ -95,11 +97,12 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None) 
       ValueError: It is no integer, or out of bounds.
     """
     within = f"of at least {least}" if most is None else f"from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least or (
-        most is not None and value > most
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < least or (
+        most is not None and number > most
     ):  # fmt: skip
         raise UserError(f"{name} must be an integer {within}, got {value!r}")
-    return int(value)
+    return number
 
 
 def _each(name: str, value: Any, num_texts: int, several: bool) -> list[Any]:

@@ -37,8 +37,9 @@ from recurrentgemma.common.io.state_files import (
 )
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import State, StateError, empty_state
-from recurrentgemma.common.tokenizer import Tokenizer, Vocabulary, apply_it_formatter, check_text
+from recurrentgemma.common.tokenizer import Tokenizer, check_text, is_token_ids, token_ids
 
+Prompt = str | Sequence[int]  # a text, or its token ids (also as an array) from BOS on
 _Array = TypeVar("_Array")
 
 
@@ -50,6 +51,8 @@ class BaseSampler(Generic[_Array]):
       tokenizer: The vocabulary with its special tokens.
       sampling: How tokens are chosen.
       is_it_model: Whether prompts are put into the chat template and `<end_of_turn>` ends a row.
+      allow_control_tokens: Whether `<end_of_turn>` and the like, spelled in a user's words, are
+        tokens; they are text if not. Texts that get no template may always spell them.
     """
 
     engine: Engine
@@ -57,15 +60,16 @@ class BaseSampler(Generic[_Array]):
     def __init__(
         self,
         engine: Engine,
-        vocab: Vocabulary | Tokenizer,
+        vocab: Any,
         sampling: Sampling | None,
         greedy: bool,
         is_it_model: bool,
+        allow_control_tokens: bool,
     ) -> None:
         self.engine = engine
         self.tokenizer = vocab if isinstance(vocab, Tokenizer) else Tokenizer(vocab)
         self.sampling: Sampling = sampling or (Greedy() if greedy else Categorical())
-        self.is_it_model = is_it_model
+        self.is_it_model, self.allow_control_tokens = is_it_model, allow_control_tokens
         if is_it_model:
             self.tokenizer.require_end_of_turn()
 
@@ -79,7 +83,7 @@ class BaseSampler(Generic[_Array]):
 
     def __call__(
         self,
-        input_strings: Sequence[str],
+        input_strings: Sequence[Prompt],
         total_generation_steps: Steps,
         *,
         rng: Any = None,
@@ -95,7 +99,8 @@ class BaseSampler(Generic[_Array]):
         """Continues each prompt.
 
         Args:
-          input_strings: Prompts; they may differ in length and be empty.
+          input_strings: Prompts: texts, which may be empty, or token ids, which are read as they
+            stand, without a BOS or a template; they may differ in length.
           total_generation_steps: At most this many tokens a row; a number, or one a prompt.
           rng: Seed of the draws: an integer; one a prompt, in a sequence or an array of any
             framework; or the framework's own, a key (also JAX's old uint32 ones), keys, one a
@@ -117,8 +122,8 @@ class BaseSampler(Generic[_Array]):
             beside the chosen one's; None reports none.
 
         Raises:
-          ValueError: The prompts are no sequence of strings, hold tokens outside the vocabulary, or
-            another argument is out of range.
+          ValueError: The prompts are no sequence of texts and token ids, hold tokens outside the
+            vocabulary, or another argument is out of range.
         """
         prompts = self._encode(input_strings)
         state = empty_state(self.config, len(prompts)).extended(prompts)
@@ -177,7 +182,7 @@ class BaseSampler(Generic[_Array]):
 
     def stream(
         self,
-        input_string: str | State,
+        input_string: Prompt | State,
         total_generation_steps: int,
         **options: Unpack[Options],
     ) -> TokenStream:
@@ -210,42 +215,46 @@ class BaseSampler(Generic[_Array]):
         """
         return self._generation(require_own(self.engine, state), total_generation_steps, **options)
 
-    def prefill(self, text: str | Sequence[str], state: State | None = None) -> State:
+    def prefill(self, text: Prompt | Sequence[Prompt], state: State | None = None) -> State:
         """Reads text, to be continued any number of times.
 
         Args:
-          text: One text, or several for a state of so many rows.
+          text: One text, or several for a state of so many rows; token ids are a text, too.
           state: What the texts are added to, as they stand: each to its row or, where there is
             only one row, all of them to that. If None they are prompts.
 
         Raises:
           StateError: The state is of another model or framework, or has another number of rows.
-          ValueError: There is no text, one is no string, or it has tokens outside the vocabulary.
+          ValueError: There is no text, one is neither a string nor token ids, or it has tokens
+            outside the vocabulary.
         """
-        texts = [text] if isinstance(text, str) else text
+        texts: Any = [text] if isinstance(text, str) or is_token_ids(text) else text
         if state is None:
             tokens = self._encode(texts)
             if not tokens:
                 raise UserError("at least one text is expected, got none")
             state = empty_state(self.config, len(tokens))
         else:
-            tokens = [row[1:] for row in self._encode(texts, as_prompts=False)]
+            tokens = self._encode(texts, template=False, bos=False)
             if tokens and require_own(self.engine, state).num_rows == 1:
                 state = repeated(self.engine, state, len(tokens))
             if len(tokens) != state.num_rows:
                 raise StateError(f"{len(tokens)} texts cannot go on {state.num_rows} rows")
         return read_pending(self.engine, state.extended(tokens))
 
-    def score(self, texts: Sequence[str]) -> list[Score]:
+    def score(self, texts: Sequence[Prompt]) -> list[Score]:
         """The log-probability of every token of each text; no template is put around it.
 
+        Token ids are scored from the second on.
+
         Raises:
-          ValueError: The texts are no sequence of strings, or hold tokens outside the vocabulary.
+          ValueError: The texts are no sequence of texts and token ids, or hold tokens outside the
+            vocabulary.
         """
         none = np.zeros(0, np.float32)
         return [
             Score(tokens[1:], np.concatenate([none, *(s for _, s in scored(self.engine, tokens))]))
-            for tokens in self._encode(texts, as_prompts=False)
+            for tokens in self._encode(texts, template=False)
         ]
 
     def save_state(
@@ -291,22 +300,53 @@ class BaseSampler(Generic[_Array]):
         state = State(self.config, cache, stored.lengths, stored.pending, stored.seen)
         return state, stored.notes
 
-    def _encode(self, input_strings: Sequence[str], as_prompts: bool = True) -> list[list[int]]:
-        if isinstance(input_strings, str | bytes) or not isinstance(input_strings, Iterable):
-            raise UserError(f"input_strings must be a sequence of strings, got {input_strings!r}")
-        strings = list(input_strings)
-        for row, string in enumerate(strings):
-            check_text(string, f"prompt {row}")
-        texts = map(apply_it_formatter, strings) if self.is_it_model and as_prompts else strings
-        prompts = [self.tokenizer.encode(text) for text in texts]
-        for row, prompt in enumerate(prompts):
-            outside = [token for token in prompt if token >= self.config.vocab_size]
-            if outside:
-                raise UserError(
-                    f"prompt {row} has tokens outside the model's vocabulary of "
-                    f"{self.config.vocab_size}: {outside[:5]}; is this the model's tokenizer?"
-                )
-        return prompts
+    def _encode(
+        self, prompts: Sequence[Prompt], *, template: bool = True, bos: bool = True
+    ) -> list[list[int]]:
+        """The tokens of each prompt.
+
+        Args:
+          prompts: Texts and token ids.
+          template: Whether texts are put into an instruction-tuned model's template.
+          bos: Whether texts begin with BOS.
+        """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise UserError(
+                "input_strings must be a sequence of texts, or of lists of token ids, got "
+                f"{prompts!r}"
+            )
+        rows = [self._tokens(f"prompt {i}", prompt, template) for i, prompt in enumerate(prompts)]
+        if not bos:
+            rows = [
+                row[1:] if isinstance(prompt, str) else row
+                for prompt, row in zip(prompts, rows, strict=True)
+            ]
+        return rows
+
+    def _tokens(self, name: str, prompt: Any, template: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return self._within(name, token_ids(prompt, name))
+        check_text(prompt, name)
+        if template and self.is_it_model:
+            return [self.tokenizer.bos_id, *self.encode_turn(prompt, name=name)]
+        return self._within(name, self.tokenizer.encode(prompt))
+
+    def encode_turn(
+        self, message: Prompt, before: str = "", name: str = "the message"
+    ) -> list[int]:
+        """`Tokenizer.encode_turn`, as `allow_control_tokens` says; errors say `name`."""
+        allowed = self.allow_control_tokens
+        tokens = self.tokenizer.encode_turn(message, before, allow_control_tokens=allowed)
+        return self._within(name, tokens)
+
+    def _within(self, name: str, tokens: list[int]) -> list[int]:
+        outside = [token for token in tokens if token >= self.config.vocab_size]
+        if outside:
+            raise UserError(
+                f"{name} has tokens outside the model's vocabulary of "
+                f"{self.config.vocab_size}: {outside[:5]}; is this the model's tokenizer?"
+            )
+        return tokens
 
     def _prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """The logits after each token of a prompt, [T, V]."""

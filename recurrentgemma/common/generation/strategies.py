@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.scalars import make_plain
 
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
@@ -32,6 +33,7 @@ class Greedy:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_normal("repetition_penalty", self.repetition_penalty)
 
 
@@ -61,6 +63,7 @@ class Categorical:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_normal("temperature", self.temperature, "; for the most likely token use Greedy")
         if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
             raise UserError(f"top_k must be a positive integer, got {self.top_k}")
@@ -119,8 +122,7 @@ def uniform(
 
 
 def _check_normal(name: str, value: Any, advice: str = "") -> None:
-    number = float(value) if isinstance(value, np.floating) else value
-    if not _is_number(value) or not _LEAST <= number <= _MOST:
+    if not _is_number(value) or not _LEAST <= value <= _MOST:
         raise UserError(
             f"{name} must be above 0 and finite, got {value} "
             f"(in float32: from 1.18e-38 to 3.4e+38{advice})"
@@ -133,8 +135,8 @@ def _plain(value: Any) -> Any:
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float | np.floating)
+    return _is_integer(value) or isinstance(value, float)

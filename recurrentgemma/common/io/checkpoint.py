@@ -1,7 +1,8 @@
 """What a checkpoint folder of ours holds beside its weights.
 
 A folder holds `config.json`, `model.safetensors` (or shards with an index; the tensors have the
-names and axes of a PyTorch state dict) and `tokenizer.model`, which is read only when asked for.
+names and axes of a PyTorch state dict) and `tokenizer.model` or `tokenizer.json`, which is read
+only when asked for.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model import families  # noqa: F401  # makes their configs known
 from recurrentgemma.common.model.config import Config, config_from_json
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+CONFIG = "config.json"
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 
 
 def read_config(path: Path) -> Config:
     """The config in a file of ours; `ConfigError` when it holds none."""
     try:
-        return config_from_json(path.read_text(encoding="utf-8"))
+        return config_from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer in a checkpoint folder, or in a sentencepiece model file.
+    """The tokenizer in a checkpoint folder, or in a file of its own.
 
     Args:
       path: The folder or file; the bundled model's if None.
@@ -37,15 +39,15 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     Raises:
       ValueError: There is none.
     """
-    found = BUNDLED if path is None else expanded(path)
-    return Tokenizer(found / TOKENIZER if found.is_dir() else found)
+    return Tokenizer(BUNDLED if path is None else expanded(path))
 
 
 def no_tokenizer(path: Path) -> TokenizerError:
     """The error that a checkpoint has no tokenizer, with what to do."""
     return TokenizerError(
-        f"there is no {TOKENIZER} beside the weights in {path}: put the model's there, or write a "
-        "checkpoint with it by recurrentgemma convert --tokenizer"
+        f"there is no {' or '.join(TOKENIZER_FILES)} beside the weights in {path}: put the model's "
+        "there, give it with --tokenizer, or write a checkpoint with it by recurrentgemma convert "
+        "--tokenizer"
     )
 
 

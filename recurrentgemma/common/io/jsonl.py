@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import os
 import sys
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import locked
+from recurrentgemma.common.io.text import as_utf8
+from recurrentgemma.common.messages import read_messages
+from recurrentgemma.common.tokenizer import token_ids
 
 STDIO = Path("-")  # stdin or stdout
 _OPENING = b'{"line": '  # the first bytes of every result
+_PACKED = ".gz"
+_ASKED = ("prompt", "messages")
+# What a result adds to the fields of its line.
+RESULT_FIELDS = ("line", "seed", "samples", "error", "options")
 
 
 class LineError(UserError):
@@ -31,25 +41,33 @@ class Line(NamedTuple):
 
     Attributes:
       number: Its number, from 1.
-      prompt: The prompt.
+      fields: What it holds: a "prompt" or "messages", and what else the user keeps there.
       error: The reason why there is no prompt, or None.
     """
 
     number: int
-    prompt: str
+    fields: dict[str, Any]
     error: str | None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The field that is continued."""
+        return {name: self.fields[name] for name in _ASKED if name in self.fields}
 
 
 def read_lines(data: bytes, name: str) -> list[Line]:
-    """The lines of a file: each is a JSON string, or an object with a string "prompt".
+    """The lines of a file: each is a prompt, or an object with a "prompt" or with "messages".
 
-    Empty lines are skipped, but counted.
+    A prompt is a string or a list of token ids. Empty lines are skipped, but counted.
 
     Args:
       data: The contents of the file.
       name: Its name in errors.
+
+    Raises:
+      ValueError: The file is damaged as a whole; a damaged line has its error.
     """
-    lines = enumerate(io.BytesIO(data), 1)
+    lines = enumerate(as_utf8(io.BytesIO(data), name), 1)
     return [_line(number, line, name) for number, line in lines if line.strip()]
 
 
@@ -67,22 +85,36 @@ def json_value(data: bytes) -> Any:
 
 def _line(number: int, data: bytes, name: str) -> Line:
     try:
-        return Line(number, _prompt(data), None)
+        return Line(number, _fields(data), None)
     except ValueError as error:
-        return Line(number, "", f"{name}, line {number}: {error}")
+        return Line(number, {}, f"{name}, line {number}: {error}")
 
 
-def _prompt(data: bytes) -> str:
+def _fields(data: bytes) -> dict[str, Any]:
     value = json_value(data)
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise UserError('a string or an object with a string "prompt" is expected')
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        code = ord(prompt[error.start])
-        raise UserError(f"not Unicode text: an unpaired surrogate \\u{code:04x}") from error
-    return prompt
+    fields = value if isinstance(value, dict) else {"prompt": value}
+    asked = [name for name in _ASKED if name in fields]
+    if asked == ["messages"]:
+        texts = [turn.content for turn in read_messages(fields["messages"], answered=False)]
+    elif asked == ["prompt"] and isinstance(fields["prompt"], str):
+        texts = [fields["prompt"]]
+    elif asked == ["prompt"] and isinstance(fields["prompt"], list):
+        token_ids(fields["prompt"], "'prompt'")
+        texts = []
+    else:
+        raise UserError(
+            'a string, or an object with a "prompt" (a string or token ids) or with "messages", is '
+            "expected"
+        )
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise UserError(f"not Unicode text: an unpaired surrogate \\u{code:04x}") from error
+    if taken := [name for name in RESULT_FIELDS if name in fields]:
+        raise UserError(f"the result has fields of these names: rename {', '.join(taken)}")
+    return fields
 
 
 def require_writable(path: Path, *, replaced: bool = False) -> None:
@@ -109,7 +141,8 @@ class ResultFile:
 
     An existing file is continued: its complete lines are results, and an incomplete last line is
     removed. It does not change before the first result is written or the block succeeds. stdout,
-    a pipe and the like are never read.
+    a pipe and the like are never read. A name that ends in .gz makes a gzip file, whose every line
+    is compressed on its own.
 
     Attributes:
       path: The file.
@@ -128,7 +161,7 @@ class ResultFile:
         """
         self.path = path
         self.finished: dict[int, dict[str, Any]] = {}
-        self._file: TextIO | None = None
+        self._file: BinaryIO | TextIO | None = None
         self._held = contextlib.ExitStack()  # the file and its lock
         self._force, self._regular = force, False
         self._whole = self._size = 0  # bytes of complete lines, and of the file
@@ -147,8 +180,9 @@ class ResultFile:
         except OSError as error:
             raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
         with file:
-            for number, data in enumerate(file, 1):
-                self._size += len(data)
+            self._size = os.fstat(file.fileno()).st_size
+            lines = _members(file.read()) if self.path.suffix == _PACKED else _ends(file)
+            for number, (data, end) in enumerate(lines, 1):
                 if _is_cut_short(data):
                     break
                 result = _result(data)
@@ -158,20 +192,19 @@ class ResultFile:
                         "--force replaces it"
                     )
                 self.finished[result["line"]] = result
-                self._whole += len(data)
+                self._whole = end
 
-    def _opened(self) -> TextIO:
+    def _opened(self) -> BinaryIO | TextIO:
         if self._file is None:
             with contextlib.ExitStack() as stack:
-                mode = "a" if self._regular else "w"
-                file = stack.enter_context(self.path.open(mode, encoding="ascii", newline="\n"))
+                file = stack.enter_context(self.path.open("ab" if self._regular else "wb"))
                 if self._regular:
                     self._require_own(stack.enter_context(locked(self.path)), file)
                     file.truncate(self._whole)
                 self._file, self._held = file, stack.pop_all()
         return self._file
 
-    def _require_own(self, free: bool | None, file: TextIO) -> None:
+    def _require_own(self, free: bool | None, file: BinaryIO) -> None:
         """Raises `OutputError` if another process writes the file, or wrote it after our read."""
         size = os.fstat(file.fileno()).st_size
         if free is False or (not self._force and size != self._size):
@@ -190,8 +223,11 @@ class ResultFile:
 
     def _write(self, text: str) -> None:
         try:
-            file = self._opened()
-            file.write(text)
+            file, data = self._opened(), text.encode("ascii")
+            if isinstance(file, io.TextIOBase):
+                file.write(text)
+            else:
+                file.write(gzip.compress(data) if data and self.path.suffix == _PACKED else data)
             file.flush()
             if self._regular:
                 os.fsync(file.fileno())
@@ -214,6 +250,29 @@ class ResultFile:
         finally:
             with contextlib.suppress(OSError):  # a failed write has raised its error before
                 self._held.close()
+
+
+def _ends(file: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Lines, each with the place in the file where it ends."""
+    end = 0
+    for data in file:
+        end += len(data)
+        yield data, end
+
+
+def _members(packed: bytes) -> Iterator[tuple[bytes, int]]:
+    """The lines of a gzip file, as `_ends`; one that is not whole is cut short."""
+    end = 0
+    while end < len(packed):
+        member = zlib.decompressobj(wbits=31)
+        try:
+            data = member.decompress(packed[end:])
+        except zlib.error:
+            data = b"\0"  # no result
+        if data and not member.eof:
+            data = data.rstrip(b"\n")
+        end = len(packed) - len(member.unused_data)
+        yield from ((line, end) for line in data.splitlines(keepends=True) or [b""])
 
 
 def _is_cut_short(data: bytes) -> bool:

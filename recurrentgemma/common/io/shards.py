@@ -73,7 +73,7 @@ class Shards:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
                 raise TypeError(f"the file of {name} must be a name in this folder, got {file!r}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from jaxtyping import Float, Int
 
 
 class Batch(NamedTuple):
     """Rows of tokens, each token with a target and the weight of that target.
+
+    Arrays are NumPy's or the framework's, on any device.
 
     Attributes:
       tokens: The tokens that the model reads.
@@ -20,7 +21,7 @@ class Batch(NamedTuple):
         and within prompts.
     """
 
-    tokens: Int[np.ndarray, "b t"]
-    segment_pos: Int[np.ndarray, "b t"]
-    targets: Int[np.ndarray, "b t"]
-    weights: Float[np.ndarray, "b t"]
+    tokens: Int[Any, "b t"]
+    segment_pos: Int[Any, "b t"]
+    targets: Int[Any, "b t"]
+    weights: Float[Any, "b t"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ from jaxtyping import Bool, Int
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.jsonl import json_value
-from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer, apply_it_formatter
+from recurrentgemma.common.io.text import as_utf8
+from recurrentgemma.common.messages import encode_messages, read_messages
+from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 
 _KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 _EXPECTED = 'an object with "text", with "prompt" and "completion", or with "messages"'
@@ -43,20 +45,24 @@ class Example(NamedTuple):
         return len(self.tokens) - 1
 
 
-def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list[Example]:
-    """The examples of a file, one on each line; empty lines are skipped.
+def read_examples(
+    path: Path, tokenizer: Tokenizer, *, eos: bool = True, allow_control_tokens: bool = False
+) -> list[Example]:
+    """The examples of a file, one on each line; empty lines are skipped, and gzip is read.
 
     - `{"text": ...}`: BOS, the text, EOS. All but BOS counts.
     - `{"prompt": ..., "completion": ...}`: BOS, the prompt, the completion, EOS. Tokens after the
       prompt count; the prompt is tokenized on its own.
     - `{"messages": [{"role": "user", "content": ...}, {"role": "model", ...}, ...]}`: turns in the
-      template of instruction-tuned models; "assistant" also means "model". The model's turns count,
-      each with its `<end_of_turn>`; the last one ends the example.
+      template of instruction-tuned models, as `read_messages` takes them. The model's turns count,
+      each with its `<end_of_turn>`; the last one ends the example. What the words of a message
+      spell is text, `<end_of_turn>` too.
 
     Args:
       path: The file.
       tokenizer: The model's tokenizer.
       eos: Whether EOS ends texts and completions.
+      allow_control_tokens: Whether `<end_of_turn>` and the like, spelled in a message, are tokens.
 
     Raises:
       DataError: There are no examples, or some lines hold none; the message has the first few.
@@ -64,10 +70,12 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list
     """
     examples, problems = [], []
     with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
+        for number, data in enumerate(as_utf8(file, str(path)), 1):
             try:
                 if data.strip():
-                    examples.append(_example(json_value(data), tokenizer, eos))
+                    examples.append(
+                        _example(json_value(data), tokenizer, eos, allow_control_tokens)
+                    )
             except ValueError as error:
                 problems.append(f"line {number}: {error}")
     if problems:
@@ -79,13 +87,14 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, eos: bool = True) -> list
     return examples
 
 
-def _example(value: Any, tokenizer: Tokenizer, eos: bool) -> Example:
+def _example(value: Any, tokenizer: Tokenizer, eos: bool, allowed: bool) -> Example:
     kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
     if len(kinds) != 1:
         raise UserError(f"{_EXPECTED} is expected")
     if kinds == ["messages"]:
-        turns = list(_turns(value["messages"], tokenizer))
-        return _joined(turns, apply_it_formatter(value["messages"][0]["content"]))
+        messages = read_messages(value["messages"], answered=True)
+        turns = list(encode_messages(messages, tokenizer, allow_control_tokens=allowed))
+        return _joined(turns, apply_it_formatter(messages[0].content))
     *before, last = (_string(value, name) for name in _KINDS[kinds[0]])
     if not last:
         raise UserError(f"{_KINDS[kinds[0]][-1]!r} is empty")
@@ -100,24 +109,6 @@ def _string(value: Mapping[str, Any], name: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{name!r} must be a string, got {type(text).__name__}")
     return text
-
-
-def _turns(messages: Any, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    if tokenizer.end_of_turn_id is None:
-        raise UserError(f"the tokenizer has no {END_OF_TURN}, which messages need")
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise UserError("'messages' must be a list of objects")
-    roles = ["model" if turn.get("role") == "assistant" else turn.get("role") for turn in messages]
-    if not roles or roles != ["user", "model"] * (len(roles) // 2):
-        raise UserError(f"the roles must be user, model, user, model, ..., got {roles}")
-    for number, turn in enumerate(messages):
-        content = _string(turn, "content")
-        if roles[number] == "model":
-            yield [*tokenizer.encode(content)[1:], tokenizer.end_of_turn_id], True
-        elif number:
-            yield tokenizer.encode("\n" + apply_it_formatter(content))[1:], False
-        else:
-            yield tokenizer.encode(apply_it_formatter(content)), False
 
 
 def _joined(parts: Sequence[tuple[list[int], bool]], prompt: str) -> Example:

@@ -19,6 +19,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.quantization import dequantize, quantize
+from recurrentgemma.common.scalars import make_plain
 
 TARGETS = ("attention", "recurrent", "mlp", "gates")
 
@@ -44,6 +45,7 @@ class LoraOptions:
     quantize: bool = False
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.rank < 1:
             raise UserError(f"rank must be at least 1, got {self.rank}")
         if not 0 < self.alpha < math.inf:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.scalars import make_plain
 
 if TYPE_CHECKING:  # NumPy is slow to import
     import numpy as np
@@ -68,6 +69,7 @@ class OptimizerOptions:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.name not in OPTIMIZERS:
             raise UserError(f"name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
         for field in ("learning_rate", "eps", "clip_norm", "total_steps"):

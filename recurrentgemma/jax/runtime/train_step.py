@@ -55,7 +55,14 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     embedding = get_path(params, "embedder.input_embedding")
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
     soft_cap = model.config.model.soft_cap
-    return cross_entropy(hidden, embedding, batch.targets, batch.weights, soft_cap)
+    targets, weights = jnp.asarray(batch.targets), as_weights(batch.weights)
+    return cross_entropy(hidden, embedding, targets, weights, soft_cap)
+
+
+def as_weights(weights: Any) -> Array:
+    """Weights, also integers and truth values, in float32 or wider, in which they are summed."""
+    weights = jnp.asarray(weights)
+    return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
 
 
 def divisor(tokens: Array) -> Array:
@@ -79,7 +86,7 @@ def _trained_total(model, lora, dtype, parameters, base, batch):
 
 
 def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
-    tokens = batches.weights.sum()
+    tokens = as_weights(batches.weights).sum()
 
     def share(parameters, batch):
         return _trained_total(model, lora, dtype, parameters, base, batch) / divisor(tokens)
