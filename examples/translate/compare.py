@@ -57,7 +57,7 @@ def translations(runs: dict[str, RunFolder]) -> list[str]:
 
 
 def losses(path: Path) -> np.ndarray:
-    return np.array([(entry["step"], entry["loss"]) for entry in read_log(path)])
+    return np.array([(entry["step"], entry["loss"]) for entry in read_log(path) if entry["loss"]])
 
 
 def difference(runs: dict[str, RunFolder], steps: int) -> float:

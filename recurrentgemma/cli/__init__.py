@@ -58,7 +58,7 @@ def exit_code(name: str, program: Callable[[], int | None]) -> int:
     except Exception as error:
         from recurrentgemma.cli.mistakes import mistake
 
-        message = mistake(error)
+        message = mistake(error, named_as_flags=name == "recurrentgemma")
         if message is None:
             raise
         sys.stderr.write(f"{name}: error: {message}\n")

@@ -16,7 +16,6 @@ import typer
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     Checkpoint,
-    DType,
     DTypeOption,
     Framework,
     FrameworkOption,
@@ -66,6 +65,7 @@ def bench(
     The times are those of a second run, after one in which everything was compiled.
     """
     from recurrentgemma.common.generation.strategies import Greedy
+    from recurrentgemma.common.io.arrays import DTYPES
     from recurrentgemma.common.model.layer_spec import layer_spec
 
     if random != (preset is not None):
@@ -92,7 +92,7 @@ def bench(
         report |= measure(loaded.sampler, batch_size, prompt_tokens, new_tokens)
     report["peak_memory_bytes"] = find_twin(framework).memory() or 0
     specs = layer_spec(loaded.sampler.config)
-    size = sum(spec.size for spec in specs) * {DType.FLOAT32: 4, DType.BFLOAT16: 2}[loaded.dtype]
+    size = sum(spec.size for spec in specs) * DTYPES[loaded.dtype].itemsize
     report["weight_bytes"] = size
     report["weight_bytes_per_second"] = size * report["decode_tokens_per_second"] / batch_size
     with working("Reading memory"):

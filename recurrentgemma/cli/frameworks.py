@@ -31,6 +31,7 @@ class DType(enum.StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 FrameworkOption = Annotated[

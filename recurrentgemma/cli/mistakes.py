@@ -29,11 +29,12 @@ _FLAGS = {
 _ARGUMENT = re.compile(rf"^({'|'.join(_FLAGS)})(?= must )")
 
 
-def mistake(error: Exception) -> str | None:
+def mistake(error: Exception, *, named_as_flags: bool = True) -> str | None:
     """The message for a user's mistake, or None if the error is a defect.
 
-    Mistakes are wrong usage, files that cannot be read or written, packages of an extra that are
-    not installed, and every `UserError`.
+    Arguments of Python are named as the flags of `recurrentgemma`. Mistakes are wrong usage, files
+    that cannot be read or written, packages of an extra that are not installed, and every
+    `UserError`.
     """
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
@@ -50,10 +51,14 @@ def mistake(error: Exception) -> str | None:
         if package in EXTRA_OF and not is_installed(package):
             return str(missing(package))
     if isinstance(error, UserError):
-        message = _ARGUMENT.sub(lambda name: _FLAGS[name[0]], str(error))
-        message = message.replace("use Greedy", "use --temperature 0")
-        return _in_a_line(message.replace("pass force=True to replace it", "--force replaces it"))
+        return _in_a_line(_with_flags(str(error)) if named_as_flags else str(error))
     return None
+
+
+def _with_flags(message: str) -> str:
+    message = _ARGUMENT.sub(lambda name: _FLAGS[name[0]], message)
+    message = message.replace("use Greedy", "use --temperature 0")
+    return message.replace("pass force=True to replace it", "--force replaces it")
 
 
 def _in_a_line(message: str) -> str:

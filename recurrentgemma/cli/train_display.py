@@ -88,7 +88,8 @@ class TensorBoard(Observer):
 
     def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
         for entry in entries:
-            for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
+            names = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+            for name in names if "skipped" not in entry else ():
                 self._writer.add_scalar(f"train/{name}", entry[name], entry["step"])
 
     def validated(self, entry: Mapping[str, Any]) -> None:
@@ -134,7 +135,12 @@ class Terminal(Observer):
             self._task = self._bar.add_task("compiling", total=steps, completed=done)
 
     def stepped(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            if "skipped" in entry:
+                self._say(f"step {entry['step']} skipped: {entry['skipped']}")
         entry = entries[-1]
+        if entry["loss"] is None:
+            return
         step = entry["step"]
         now = time.monotonic()
         left = (now - self._begun) / max(step - self._first, 1) * (self._steps - step)

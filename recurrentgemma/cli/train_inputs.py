@@ -148,6 +148,7 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
         keep=options.keep,
         prompts=(options.sample_prompt or data.prompts) if options.sample_tokens else (),
         sample_tokens=options.sample_tokens,
+        skip_nonfinite=options.on_nonfinite == "skip",
     )
 
 
@@ -159,6 +160,11 @@ def make_setup(
     from recurrentgemma.common.training.optimization import OptimizerOptions
     from recurrentgemma.common.training.trainer import Setup
 
+    if "float16" in (options.dtype, options.state_dtype):
+        raise UserError(
+            "float16 cannot be trained in: small gradients become 0 without a scaled loss; "
+            "use bfloat16 or float32"
+        )
     optimizer = OptimizerOptions(
         name=options.optimizer,
         learning_rate=options.learning_rate,
@@ -171,6 +177,7 @@ def make_setup(
         warmup_steps=options.warmup_steps,
         total_steps=steps,
         final_fraction=options.final_fraction,
+        skip_nonfinite=options.on_nonfinite == "skip",
     )
     lora = None
     if options.lora_rank is not None:

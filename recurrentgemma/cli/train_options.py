@@ -17,6 +17,7 @@ import typer
 from recurrentgemma.cli.frameworks import DType, Framework
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
+from recurrentgemma.common.io.text import text_of
 from recurrentgemma.common.model.presets import Preset
 
 _FILES = "files"  # the table of hashes in a run's own file
@@ -24,6 +25,13 @@ _FILES = "files"  # the table of hashes in a run's own file
 
 def _option(panel: str, help: str, *names: str, metavar: str | None = None, **limits: Any) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **limits)
+
+
+class OnNonFinite(enum.StrEnum):
+    """What becomes of a step whose loss or gradient is NaN or infinite."""
+
+    STOP = "stop"
+    SKIP = "skip"
 
 
 _DATA, _MODEL, _OPTIMIZER, _RUN = "Data", "Model", "Optimiser", "Run"
@@ -234,6 +242,10 @@ class TrainOptions:
     log_every: Annotated[
         int, _option(_RUN, "Steps between looks at the loss.", min=1, metavar="N")
     ] = 10
+    on_nonfinite: Annotated[
+        OnNonFinite,
+        _option(_RUN, "At a loss that is NaN or infinite: end, or leave out that step."),
+    ] = OnNonFinite.STOP
     sample_prompt: Annotated[
         list[str],
         _option(_RUN, "A prompt to continue at evaluations. Repeatable. Default: from the data.",

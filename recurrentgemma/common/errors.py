@@ -77,6 +77,10 @@ class MissingFrameworkError(MissingExtraError, ImportError):
     """A twin was imported without its framework."""
 
 
+class NonFiniteLogitsError(UserError):
+    """No token can be chosen: logits are NaN or infinite; the message says where that begins."""
+
+
 class VerificationError(CheckpointError):
     """The output differs when read back; it was removed."""
 

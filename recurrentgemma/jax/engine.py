@@ -63,6 +63,10 @@ class ModelEngine(Engine):
         return self.model.config
 
     @property
+    def dtype(self) -> str:
+        return jnp.dtype(self._compute_dtype()).name
+
+    @property
     def num_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
@@ -143,6 +147,27 @@ class ModelEngine(Engine):
         logprobs = sampled.logprobs and LogProbs(*(np.asarray(z)[None] for z in sampled.logprobs))
         logits = logits[None] if variant.logits else None
         return Sampled(np.asarray(sampled.tokens)[None], logprobs, logits), cache, seen
+
+    def watch(
+        self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray
+    ) -> tuple[dict[str, bool], Cache]:
+        (logits, cache), kept = self.model.clone(gradient_checkpointing=False).apply(
+            {"params": self.params},
+            tokens,
+            segment_pos,
+            cache,
+            capture_intermediates=lambda module, method: method in ("encode", "__call__"),
+            mutable=["intermediates"],
+        )
+        outputs, read = kept["intermediates"], segment_pos >= 0
+        blocks = (f"blocks.{i}" for i in range(self.config.num_layers))
+        given = {"embedder": outputs["embedder"]["encode"]}
+        given |= {name: outputs[name]["__call__"] for name in (*blocks, "final_norm")}
+        firsts = {name: jax.tree.leaves(output)[0] for name, output in given.items()}
+        return {
+            name: bool(np.isfinite(np.asarray(x, np.float64)[read]).all())
+            for name, x in {**firsts, "logits": logits}.items()
+        }, cache
 
     def take(self, cache: Any, rows: np.ndarray) -> Any:
         return self._functions.take(cache, rows)

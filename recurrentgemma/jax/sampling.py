@@ -20,8 +20,12 @@ def choose(
     numbers: Float[Array, " b"],
     seen: Bool[Array, "b v"] | None = None,
 ) -> Sampled:
-    """A token a row, and the log-probabilities that the variant asks for."""
+    """A token a row, and the log-probabilities that the variant asks for.
+
+    The token is -1 where no token can be chosen: where a logit is NaN or the largest is infinite.
+    """
     tokens = draw(variant, settings, logits, numbers, seen)
+    tokens = jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1)
     if variant.num_logprobs is None:
         return Sampled(tokens)
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))

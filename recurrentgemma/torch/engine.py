@@ -58,6 +58,10 @@ class ModelEngine(Engine):
         return self.model.config
 
     @property
+    def dtype(self) -> str:
+        return str(self.model.embedder.input_embedding.dtype).removeprefix("torch.")
+
+    @property
     def num_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
@@ -126,7 +130,7 @@ class ModelEngine(Engine):
             sampled, seen = self.choose(variant, settings, logits, number, seen, fed)
             ended = (sampled.tokens[:, None] == settings.stop_ids).any(-1)
             left_ = torch.where(ended, 0, left_ - 1).clamp(min=0)
-            fed = torch.where(left_ > 0, sampled.tokens, 0).to(fed.dtype)
+            fed = torch.where(left_ > 0, sampled.tokens, 0).clamp(min=0).to(fed.dtype)
             position = torch.where(left_ > 0, position + 1, -1)
             steps.append(sampled._replace(logits=logits if variant.logits else None))
         tokens_, logprobs, logits = zip(*steps, strict=True)
@@ -139,6 +143,33 @@ class ModelEngine(Engine):
             cache,
             seen,
         )
+
+    @torch.no_grad()
+    def watch(
+        self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray
+    ) -> tuple[dict[str, bool], Cache]:
+        read = self.on_device(segment_pos >= 0)
+        finite: dict[str, bool] = {}
+
+        def note(name: str, x: Tensor) -> None:
+            finite[name] = bool(torch.isfinite(x[read]).all())
+
+        def noting(name: str) -> Callable[..., None]:
+            return lambda module, inputs, outputs: note(
+                name, outputs[0] if isinstance(outputs, tuple) else outputs
+            )
+
+        parts = {f"blocks.{i}": block for i, block in enumerate(self.model.blocks)}
+        parts["final_norm"] = self.model.final_norm
+        note("embedder", self.model.embedder.encode(self.on_device(tokens)))
+        hooks = [part.register_forward_hook(noting(name)) for name, part in parts.items()]
+        try:
+            logits, cache = self.model(tokens=tokens, segment_pos=segment_pos, cache=cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        note("logits", logits)
+        return finite, cache
 
     def take(self, cache: Any, rows: np.ndarray) -> Any:
         index = self.on_device(rows)

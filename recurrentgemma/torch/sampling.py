@@ -20,13 +20,17 @@ def choose(
     numbers: Float[Tensor, " b"],
     seen: Bool[Tensor, "b v"] | None = None,
 ) -> Sampled:
-    """A token a row, and the log-probabilities that the variant asks for."""
+    """A token a row, and the log-probabilities that the variant asks for.
+
+    The token is -1 where no token can be chosen: where a logit is NaN or the largest is infinite.
+    """
     tokens = draw(variant, settings, logits, numbers, seen)
+    tokens = torch.where(torch.isfinite(logits.amax(-1)), tokens, -1)
     if variant.num_logprobs is None:
         return Sampled(tokens)
     logprobs = logits.float().log_softmax(-1)
     top_logprobs, top_tokens = top(logprobs, variant.num_logprobs)
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+    chosen = logprobs.gather(-1, tokens[:, None].clamp(min=0))[:, 0]
     return Sampled(tokens, LogProbs(chosen, top_tokens, top_logprobs))
 
 

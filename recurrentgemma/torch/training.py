@@ -148,7 +148,8 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
             grad.mul_(scale)
     for group in state.optimizer_state.param_groups:
         group["lr"] = rate
-    state.optimizer_state.step()
+    if not state.optimizer.skip_nonfinite or bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        state.optimizer_state.step()
     state.optimizer_state.zero_grad()
     _copy_parameters(state)
     state.step += 1

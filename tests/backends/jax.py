@@ -110,7 +110,7 @@ class JaxBackend(Backend):
                 function = compiled.__wrapped__  # `second` compiles all of it
                 return function(*arrays, segment_pos, h0, cotangents, **kwargs)[1]
 
-            @functools.partial(jax.jit, compiler_options=QUICKLY_COMPILED)
+            @jax.jit
             def second(inputs, directions):
                 return jax.vjp(gradients, *inputs)[1](directions)
 
@@ -139,10 +139,6 @@ def jax_implementation(label: str = "auto"):
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with pallas_target(target, interpret=params if target == "tpu" else True):
         yield name
-
-
-# A scan is compiled in seconds, the more where a kernel is interpreted, and runs in milliseconds.
-QUICKLY_COMPILED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache
@@ -198,10 +194,9 @@ def _jax_functions():
         return outputs, pullback(cotangents)
 
     of_modules = [jax.jit(function, static_argnums=0) for function in (apply, grads)]
-    jit = functools.partial(jax.jit, compiler_options=QUICKLY_COMPILED)
     static = ("reverse", "implementation")
-    scans = [jit(function, static_argnames=static) for function in (scan, scan_vjp)]
-    rg_lrus = [jit(function, static_argnames=static[1]) for function in (rg_lru, rg_lru_vjp)]
+    scans = [jax.jit(function, static_argnames=static) for function in (scan, scan_vjp)]
+    rg_lrus = [jax.jit(function, static_argnames=static[1]) for function in (rg_lru, rg_lru_vjp)]
     return *of_modules, *scans, *rg_lrus
 
 

@@ -52,7 +52,7 @@ def assert_one_line(done, *words: str) -> None:
         ("sample a --max-new-tokens many", ["--max-new-tokens", "integer"]),
         ("sample a --temperature -1", ["--temperature must be above 0 and finite, got -1.0"]),
         ("sample a --temperature nan", ["--temperature must be", "nan"]),
-        ("sample a --top-k 0", ["top_k must be a positive integer, got 0"]),
+        ("sample a --top-k 0", ["--top-k must be a positive integer, got 0"]),
         ("sample a --top-p 1.5", ["--top-p must be in (0, 1], got 1.5"]),
         ("sample a --top-p 0 --temperature 0", ["--top-p must be in (0, 1], got 0"]),
         ("sample a --seed -1", ["--seed", "-1"]),
@@ -68,7 +68,7 @@ def test_mistakes(cli, args, words):
 
 def test_prompts_that_are_no_text(cli, checkpoint):
     args = ("sample", "--checkpoint", checkpoint)
-    assert_one_line(cli(*args, stdin=b"caf\xe9"), "UTF-8", "0xe9 at offset 3")
+    assert_one_line(cli(*args, stdin=b"caf\xe9"), "UTF-8", "0xe9 at 3")
     assert_one_line(cli(*args, "caf\udce9"), "the prompt must be UTF-8")
 
 

@@ -216,7 +216,9 @@ def test_what_a_gemma_lacks_is_named(tmp_path: Path, refused, kind: str, message
 def test_tokenizers(tmp_path: Path, make, refused) -> None:
     source = make("source", Format.KAGGLE_TORCH, CONFIGS["griffin"])
     (source / "tokenizer.model").rename(tmp_path / "pieces")
-    refused(source, errors.TokenizerError, "a tokenizer is needed")
+    refused(
+        source, errors.TokenizerError, "no tokenizer.model or tokenizer.json beside the weights"
+    )
     (tmp_path / "text").write_text("not a tokenizer")
     refused(source, errors.TokenizerError, "not a sentencepiece", tokenizer=tmp_path / "text")
     refused(source, errors.TokenizerError, "no tokenizer at", tokenizer=tmp_path / "absent")

@@ -169,7 +169,7 @@ def assert_one_line(message: str, name: str, *words: str) -> None:
         ("sampling_jax.py", "--total_sampling_steps=x", ["--total_sampling_steps", "int", "'x'"]),
         ("sampling_torch.py", "--total_sampling_steps=-1", ["total_generation_steps", "-1"]),
         ("sampling_jax.py", "--path_checkpoint=x", ["no checkpoint folder at x, nor a file"]),
-        ("sampling_torch.py", "--path_tokenizer=x", ["no tokenizer at x", "sentencepiece model"]),
+        ("sampling_torch.py", "--path_tokenizer=x", ["no tokenizer at x", "tokenizer.model"]),
         ("simple_run_jax.py", "--verbose", ["--verbose", "simple_run_jax.py --help"]),
         ("simple_run_torch.py", "--verbose", ["--verbose", "simple_run_torch.py --help"]),
         ("convert_checkpoint.py", "--to=gguf", ["--to", "gguf", "kaggle-flax", "huggingface"]),

@@ -149,6 +149,19 @@ def test_a_loss_that_is_no_number(tmp_path, value):
     assert not told.steps
 
 
+def test_a_loss_that_is_no_number_is_skipped(tmp_path):
+    plan = PLAN._replace(skip_nonfinite=True)
+    run, folder, told = make(tmp_path / "run", Counter({2: math.nan, 7: math.inf}), plan=plan)
+    run()
+    assert folder.steps()[-1] == 10
+    skipped = {entry["step"]: entry for entry in told.steps if "skipped" in entry}
+    assert {step: entry["skipped"] for step, entry in skipped.items()} == {
+        2: "the loss is nan",
+        7: "the loss is inf",
+    }
+    assert all(entry["loss"] is None for entry in skipped.values())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_after_the_step(tmp_path, number):
     before = signal.getsignal(number)

@@ -233,3 +233,22 @@ def test_the_hidden_state_gives_the_logits(trainer: Trainer) -> None:
     assert set(cache) == {f"blocks.{i}" for i in range(CONFIG.num_layers)}
     assert_close(hidden @ embedding.T, logits, "logits", "float32")
     np.testing.assert_array_equal(hidden[:, -1:], last)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_a_step_that_is_not_finite_is_skipped(trainer: Trainer, name: str) -> None:
+    """It changes nothing, and the next step is as if it had not been."""
+    optimizer = OptimizerOptions(name, learning_rate=1e-2, momentum=0.9, skip_nonfinite=True)
+    good, bad = batches(2)
+    bad = bad._replace(weights=np.where(bad.weights > 0, np.inf, 0).astype(np.float32))
+    skipped, metrics = trainer.steps(
+        trainer.state(CONFIG, make_params(CONFIG), optimizer=optimizer), [good, bad, good]
+    )
+    plain, _ = trainer.steps(
+        trainer.state(CONFIG, make_params(CONFIG), optimizer=optimizer), [good, good]
+    )
+    assert not math.isfinite(metrics["loss"][1])
+    one, other = map(trainer.module.state_arrays, (skipped, plain))
+    assert (one.pop("step"), other.pop("step")) == (3, 2)
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)

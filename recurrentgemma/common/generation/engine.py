@@ -32,7 +32,7 @@ class Sampled(NamedTuple):
     """A token a row, or k of them.
 
     Attributes:
-      tokens: Token ids, [B] or [k, B].
+      tokens: Token ids, [B] or [k, B]; -1 where the logits are not finite.
       logprobs: Their log-probabilities, each array with the axes of `tokens` first; None if they
         were not asked for.
       logits: What the tokens were chosen from, [k, B, V]; None if they were not asked for.
@@ -71,6 +71,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def config(self) -> Config:
         """The model's configuration."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> str:
+        """The dtype that the model computes in."""
 
     @property
     @abc.abstractmethod
@@ -155,6 +160,17 @@ class Engine(abc.ABC):
 
         Returns:
           k tokens a row, the cache after all but the last of them, and `seen` with those fed.
+        """
+
+    @abc.abstractmethod
+    def watch(
+        self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray
+    ) -> tuple[dict[str, bool], Any]:
+        """Reads a chunk, [B, T], to find where values stop being finite; slow.
+
+        Returns:
+          Whether what each part gives is finite, in their order ("embedder", "blocks.N",
+          "final_norm", "logits"), and the cache.
         """
 
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
-from recurrentgemma.common.generation.prefill import PAD, read
+from recurrentgemma.common.generation.prefill import PAD, nonfinite_logits, read
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import row_settings, variant_of
 from recurrentgemma.common.generation.stops import RowText
@@ -93,6 +93,8 @@ class Generation:
                 uniform(keys, position + 1, burst),
             )
             new_tokens, logprobs = _on_host(engine, sampled)
+            if new_tokens.min() < 0:
+                self._require_finite(new_tokens, left)
             fed = np.zeros_like(left)
             for place, tokens in enumerate(new_tokens):
                 active = left > 0
@@ -121,6 +123,18 @@ class Generation:
                     break
             position = position + fed
             burst = engine.burst if left.max() >= engine.burst else 1
+
+    def _require_finite(self, tokens: np.ndarray, left: np.ndarray) -> None:
+        """Raises `NonFiniteLogitsError` for a row that is still going on and has no token."""
+        for row in np.flatnonzero(left).tolist():
+            new = tokens[: left[row], row].tolist()
+            ends = (i + 1 for i, t in enumerate(new) if t in self._rows[row].stops.ids)
+            new = new[: next(ends, len(new))]
+            if -1 in new:
+                generated = [list(tokens) for tokens in self.generated]
+                generated[row] += new[: new.index(-1)]
+                state = self._origin.extended(generated)
+                raise nonfinite_logits(self.engine, state, row)
 
     def _add(self, row: int, token: int, last: bool) -> str:
         self.generated[row].append(token)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from recurrentgemma.common.errors import NonFiniteLogitsError
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.model.state import State, StateError
@@ -42,6 +43,34 @@ def read(engine: Engine, state: State, steps: int = 0) -> tuple[Any, np.ndarray,
         start += length
     last = np.array([row[-1] for row in state.pending], np.int32)
     return cache, last, np.array(state.num_tokens, np.int32) - 1
+
+
+def nonfinite_logits(engine: Engine, state: State, row: int) -> NonFiniteLogitsError:
+    """The error for logits after a row's tokens, with the part of the model where it begins."""
+    tokens = state.pending[row]
+    cache = engine.begin(1, engine.capacity_for(state.num_tokens[row]))
+    if state.cache is not None:
+        rows = engine.take(state.cache, np.array([row]))
+        cache = engine.grow(rows, engine.capacity_for(state.num_tokens[row]))
+    found, start = None, 0
+    for length in chunk_lengths(len(tokens), engine.score_chunks, pad=False):
+        chunk = np.array([tokens[start : start + length]], np.int32)
+        places = state.lengths[row] + np.arange(start, start + length, dtype=np.int32)[None]
+        finite, cache = engine.watch(cache, chunk, places)
+        found = next((name for name, is_finite in finite.items() if not is_finite), None)
+        if found is not None:
+            break
+        start += length
+    where = "the logits" if found in (None, "logits") else found
+    advice = (
+        "float16 ends at 65504: load the model in bfloat16 or float32"
+        if engine.dtype == "float16"
+        else f"its weights or the state may hold them already; the model computes in {engine.dtype}"
+    )
+    return NonFiniteLogitsError(
+        f"no token can be chosen for row {row}: NaN or infinity begins in {where}, by token "
+        f"{state.lengths[row] + min(start, len(tokens) - 1)}; {advice}"
+    )
 
 
 def require_own(engine: Engine, state: Any) -> State:

@@ -13,6 +13,7 @@ from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.generation.loop import Generation, TokenStream
 from recurrentgemma.common.generation.prefill import (
     PAD,
+    nonfinite_logits,
     read_pending,
     repeated,
     require_own,
@@ -252,10 +253,14 @@ class BaseSampler(Generic[_Array]):
             vocabulary.
         """
         none = np.zeros(0, np.float32)
-        return [
-            Score(tokens[1:], np.concatenate([none, *(s for _, s in scored(self.engine, tokens))]))
-            for tokens in self._encode(texts, template=False)
-        ]
+        scores = []
+        for tokens in self._encode(texts, template=False):
+            logprobs = np.concatenate([none, *(s for _, s in scored(self.engine, tokens))])
+            if np.isnan(logprobs).any():
+                state = empty_state(self.config, 1).extended([tokens])
+                raise nonfinite_logits(self.engine, state, 0)
+            scores.append(Score(tokens[1:], logprobs))
+        return scores
 
     def save_state(
         self,

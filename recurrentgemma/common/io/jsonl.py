@@ -227,7 +227,9 @@ class ResultFile:
             if isinstance(file, io.TextIOBase):
                 file.write(text)
             else:
-                file.write(gzip.compress(data, mtime=0) if data and self.path.suffix == _PACKED else data)
+                file.write(
+                    gzip.compress(data, mtime=0) if data and self.path.suffix == _PACKED else data
+                )
             file.flush()
             if self._regular:
                 os.fsync(file.fileno())

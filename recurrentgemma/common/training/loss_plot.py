@@ -47,7 +47,7 @@ def draw(path: Path, runs: Mapping[str, RunFolder]) -> None:
             (run.train_log, "training", "", 0.5),
             (run.validation_log, "validation", marker, 1.0),
         ):
-            entries = read_log(file)
+            entries = [entry for entry in read_log(file) if entry["loss"] is not None]
             if entries:
                 steps, losses = zip(*((e["step"], e["loss"]) for e in entries), strict=True)
                 axes.plot(

@@ -51,6 +51,8 @@ class OptimizerOptions:
       total_steps: The step at which the learning rate, after half a cosine, reaches its floor. None
         keeps it constant after the warm-up.
       final_fraction: The floor, as a share of `learning_rate`.
+      skip_nonfinite: Whether a step whose loss or gradient is NaN or infinite changes nothing but
+        the number of steps.
 
     Raises:
       ValueError: An option is out of range; the message names it.
@@ -67,6 +69,7 @@ class OptimizerOptions:
     warmup_steps: int = 0
     total_steps: int | None = None
     final_fraction: float = 0.1
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         make_plain(self)

@@ -67,6 +67,8 @@ class Plan(NamedTuple):
       keep: How many of the last checkpoints to keep beside the best.
       prompts: The prompts that the model continues at each evaluation.
       sample_tokens: How many tokens to continue each prompt with.
+      skip_nonfinite: Whether the run goes on after a step whose loss or gradient is NaN or
+        infinite, which the trainer then skips; the run ends if not.
     """
 
     steps: int
@@ -78,6 +80,7 @@ class Plan(NamedTuple):
     keep: int
     prompts: Sequence[str]
     sample_tokens: int
+    skip_nonfinite: bool = False
 
 
 class TrainingRun:
@@ -166,9 +169,13 @@ class TrainingRun:
         rate = sum(entry["read"] for entry in entries) / max(now - self._logged, 1e-9)
         self._pending, self._logged = [], now
         for entry in entries:
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(entry[name]):
-                    raise self._non_finite(f"the {name} is {entry[name]} at step {entry['step']}")
+            wrong = [n for n in ("loss", "grad_norm") if not math.isfinite(entry[n])]
+            if wrong and not self._plan.skip_nonfinite:
+                name = wrong[0]
+                raise self._non_finite(f"the {name} is {entry[name]} at step {entry['step']}")
+            if wrong:
+                skipped = {"skipped": f"the {wrong[0]} is {entry[wrong[0]]}"}
+                entry.update(skipped, **dict.fromkeys(wrong))  # JSON has no NaN
         times = {"tokens_per_second": round(rate, 1), "seconds": round(now - self._begun, 3)}
         for observer in self._observers:
             observer.stepped([entry | times for entry in entries])

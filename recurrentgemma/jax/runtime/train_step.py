@@ -102,7 +102,11 @@ def _update(model, options, lora, dtype, parameters, optimizer_state, base, batc
         grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
     decay = decay_mask(trainable_specs(model.config, lora))
     optimizer = make_optimizer(options, decay, rate)
+    before = parameters, optimizer_state
     updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
     parameters = optax.apply_updates(parameters, updates)
+    if options.skip_nonfinite:
+        keep = functools.partial(jnp.where, jnp.isfinite(loss) & jnp.isfinite(norm))
+        parameters, optimizer_state = jax.tree.map(keep, (parameters, optimizer_state), before)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}
     return parameters, optimizer_state, metrics
