@@ -13,11 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
+from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
+from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
@@ -151,22 +153,13 @@ class ModelEngine(Engine):
     def watch(
         self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray
     ) -> tuple[dict[str, bool], Cache]:
-        (logits, cache), kept = self.model.clone(gradient_checkpointing=False).apply(
-            {"params": self.params},
-            tokens,
-            segment_pos,
-            cache,
-            capture_intermediates=lambda module, method: method in ("encode", "__call__"),
-            mutable=["intermediates"],
+        places, names = jnp.asarray(segment_pos), activation_names(self.config, inside=True)
+        outputs, logits, cache = activations(
+            self.model, self.params, jnp.asarray(tokens), places, cache, names=names
         )
-        outputs, read = kept["intermediates"], segment_pos >= 0
-        blocks = (f"blocks.{i}" for i in range(self.config.num_layers))
-        given = {"embedder": outputs["embedder"]["encode"]}
-        given |= {name: outputs[name]["__call__"] for name in (*blocks, "final_norm")}
-        firsts = {name: jax.tree.leaves(output)[0] for name, output in given.items()}
         return {
-            name: bool(np.isfinite(np.asarray(x, np.float64)[read]).all())
-            for name, x in {**firsts, "logits": logits}.items()
+            name: bool(jnp.isfinite(output).all())
+            for name, output in (outputs | {"logits": logits}).items()
         }, cache
 
     def take(self, cache: Any, rows: np.ndarray) -> Any:

@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.inputs import check_inputs
 from recurrentgemma.common.model.layer_spec import num_parameters, sample_params
 from recurrentgemma.common.model.state import check_state
 from recurrentgemma.jax import modules as modules  # published code reads griffin.modules
 from recurrentgemma.jax.blocks import Block
 from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, require_available, set_path
 from recurrentgemma.jax.sharding import ShardingSpec
 
@@ -76,7 +78,8 @@ class Griffin(nn.Module):
         Args:
           tokens: Token ids, [B, T].
           segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
-            is padding, which may only come before a row's tokens. Values are not checked.
+            is padding, which may only come before a row's tokens. Values are checked where the
+            arrays are NumPy's; see `check`.
           cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
           return_logits: Whether to compute logits.
           return_cache: Whether to return the state.
@@ -95,6 +98,7 @@ class Griffin(nn.Module):
         return logits, new_cache if return_cache else None
 
     @nn.compact
+    @default_promotion
     def hidden(
         self,
         tokens: Integer[Array, "b t"] | np.ndarray,
@@ -106,6 +110,7 @@ class Griffin(nn.Module):
 
         Arguments and errors are those of `__call__`; `last_only` gives the last place, [B, 1, D].
         """
+        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
         tokens = jnp.asarray(tokens)
         segment_pos = jnp.asarray(segment_pos)
         if not all(jnp.issubdtype(z.dtype, jnp.integer) for z in (tokens, segment_pos)):
@@ -136,6 +141,14 @@ class Griffin(nn.Module):
         if last_only:
             x = x[:, -1:]
         return RMSNorm(value.width, **settings, name="final_norm")(x), new_cache
+
+    def check(self, tokens: Any, segment_pos: Any) -> None:
+        """Checks values as the model does those of NumPy: on a device nothing is checked.
+
+        Raises:
+          ValueError: A token is outside the vocabulary, or padding comes behind a token.
+        """
+        check_inputs(*map(np.asarray, (tokens, segment_pos)), self.config.model.vocab_size)
 
     def init_cache(
         self, batch_size: int, dtype: Dtype | None = None, capacity: int | None = None

@@ -19,12 +19,14 @@ from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.common.published import JAX_LAYERS, elsewhere
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 MANY_STEPS = 64
+_METHODS = {"__call__", "encode", "decode"}
 _SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec")
 _M = TypeVar("_M", bound="SpecModule")
 
@@ -48,6 +50,11 @@ class SpecModule(nn.Module, kw_only=True):
     param_dtype: Dtype = jnp.float32
     scan_type: ScanType = ScanType.AUTO
     scan_sharding_spec: ShardingSpec | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        for name in _METHODS & vars(cls).keys():
+            setattr(cls, name, default_promotion(vars(cls)[name]))
+        super().__init_subclass__(**kwargs)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
 from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
 
@@ -46,6 +47,7 @@ def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[Non
         yield
 
 
+@default_promotion
 def adapt(
     config: Config, params: Params, options: LoraOptions, dtype: Dtype, seed: int
 ) -> tuple[Params, dict[str, Array]]:
@@ -66,6 +68,7 @@ def adapt(
     return quantize_matrices(config, params) if options.quantize else params, adapters
 
 
+@default_promotion
 def merge(
     config: Config,
     base: Params,

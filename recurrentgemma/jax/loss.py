@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.generation.chunks import loss_chunk
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan.gates import wide_dtype
 
 
@@ -43,6 +44,7 @@ def _forward(hidden, embedding, targets, weights, soft_cap, chunk_size):
     return _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients=True)
 
 
+@default_promotion
 def _backward(soft_cap, chunk_size, gradients, dloss):
     del soft_cap, chunk_size
     dhidden, dembedding, dweights = gradients
@@ -54,6 +56,7 @@ def _backward(soft_cap, chunk_size, gradients, dloss):
 cross_entropy.defvjp(_forward, _backward)
 
 
+@default_promotion
 def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, gradients):
     """The loss, and its gradients for `hidden`, `embedding` and `weights` (or None)."""
     wide, length = wide_dtype(hidden.dtype), targets.size

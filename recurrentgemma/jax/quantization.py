@@ -13,9 +13,11 @@ import numpy as np
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.quantization import Quantized, dequantize, quantize
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
 
+@default_promotion
 def quantize_matrices(config: Config, params: Params) -> Params:
     """The parameters with each matrix as `Quantized`; the others are shared."""
     result: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -128,7 +128,7 @@ def loss_fn(
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
     """
-    batch = _on_host(batch)
+    batch = _on_host(model, batch)
     tokens = as_weights(batch.weights).sum()
     loss = total(model, params, batch, adapters, lora) / divisor(tokens)
     return loss, {"loss": loss, "tokens": tokens}
@@ -146,7 +146,9 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       and "learning_rate". Arrays among them may still be computed.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    stacked = Batch(*map(_stacked, zip(*map(_on_host, batches), strict=True)))
+    stacked = Batch(
+        *map(_stacked, zip(*(_on_host(state.model, batch) for batch in batches), strict=True))
+    )
     rate = learning_rate(state.optimizer, state.step)
     parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
         state.model,
@@ -169,7 +171,7 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     function = compiled(platform_of(state.parameters)).total
     summed, tokens = 0.0, 0.0
-    for batch in map(_on_host, batches):
+    for batch in (_on_host(state.model, batch) for batch in batches):
         args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
         summed += float(function(*args))
         tokens += float(np.asarray(batch.weights).sum(dtype=np.float64))
@@ -255,9 +257,11 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
     return merge(model.config, base, adapters, options, dtype)
 
 
-def _on_host(batch: Batch) -> Batch:
-    """A batch of arrays that JAX takes: its own, or else NumPy's."""
-    return Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
+def _on_host(model: Griffin, batch: Batch) -> Batch:
+    """A batch of arrays that JAX takes, its own or else NumPy's, and these checked."""
+    batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
+    check_batch(batch, model.config.model.vocab_size)
+    return batch
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:

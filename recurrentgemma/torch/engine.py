@@ -11,9 +11,11 @@ from torch import Tensor
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
+from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
+from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
@@ -148,28 +150,14 @@ class ModelEngine(Engine):
     def watch(
         self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray
     ) -> tuple[dict[str, bool], Cache]:
-        read = self.on_device(segment_pos >= 0)
-        finite: dict[str, bool] = {}
-
-        def note(name: str, x: Tensor) -> None:
-            finite[name] = bool(torch.isfinite(x[read]).all())
-
-        def noting(name: str) -> Callable[..., None]:
-            return lambda module, inputs, outputs: note(
-                name, outputs[0] if isinstance(outputs, tuple) else outputs
-            )
-
-        parts = {f"blocks.{i}": block for i, block in enumerate(self.model.blocks)}
-        parts["final_norm"] = self.model.final_norm
-        note("embedder", self.model.embedder.encode(self.on_device(tokens)))
-        hooks = [part.register_forward_hook(noting(name)) for name, part in parts.items()]
-        try:
-            logits, cache = self.model(tokens=tokens, segment_pos=segment_pos, cache=cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        note("logits", logits)
-        return finite, cache
+        places, names = self.on_device(segment_pos), activation_names(self.config, inside=True)
+        outputs, logits, cache = activations(
+            self.model, self.on_device(tokens), places, cache, names=names
+        )
+        return {
+            name: bool(torch.isfinite(output).all())
+            for name, output in (outputs | {"logits": logits}).items()
+        }, cache
 
     def take(self, cache: Any, rows: np.ndarray) -> Any:
         index = self.on_device(rows)

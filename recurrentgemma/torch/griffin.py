@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.inputs import check_inputs
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import check_state
@@ -74,7 +75,8 @@ class Griffin(SpecModule):
         Args:
           tokens: Token ids, [B, T].
           segment_pos: Position of each token in its document, [B, T]: 0 starts a document, and -1
-            is padding, which may only come before a row's tokens. Values are not checked.
+            is padding, which may only come before a row's tokens. Values are checked where the
+            arrays are NumPy's; see `check`.
           cache: State to continue from, from an earlier call or `init_cache`. It is not changed.
           return_logits: Whether to compute logits.
           return_cache: Whether to return the state.
@@ -103,6 +105,7 @@ class Griffin(SpecModule):
 
         Arguments and errors are those of `forward`; `last_only` gives the last place, [B, 1, D].
         """
+        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
         embedding = self.embedder.input_embedding
         # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
         tokens, segment_pos = (
@@ -135,6 +138,20 @@ class Griffin(SpecModule):
         if last_only:
             x = x[:, -1:]
         return self.final_norm(x), new_cache
+
+    def check(self, tokens: Any, segment_pos: Any) -> None:
+        """Checks values as the model does those of NumPy: on a device nothing is checked.
+
+        Raises:
+          ValueError: A token is outside the vocabulary, or padding comes behind a token.
+        """
+        check_inputs(
+            *(
+                z.cpu().numpy() if isinstance(z, Tensor) else np.asarray(z)
+                for z in (tokens, segment_pos)
+            ),
+            self.config.model.vocab_size,
+        )
 
     def _recomputes(self) -> bool:
         return (

@@ -235,7 +235,8 @@ class Embedder(SpecModule):
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
         x = nn.functional.embedding(tokens, self.input_embedding)
-        return x * torch.tensor(self.scale, dtype=x.dtype)  # a plain number is not rounded
+        # A plain number is not rounded; a scalar of the CPU goes with any device.
+        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""

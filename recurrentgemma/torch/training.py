@@ -17,7 +17,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -133,7 +133,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     tokens = sum(map(_weight, batches))
     rate = learning_rate(state.optimizer, state.step)
-    loss = torch.zeros(())
+    loss = torch.zeros((), device="cpu")
     for batch in batches:
         share = _total(state.model, batch) / _divisor(tokens)
         share.backward()
@@ -247,8 +247,10 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
 def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
     embedding = model.embedder.input_embedding
+    device = embedding.device
+    check_batch(batch, model.config.model.vocab_size)
     tokens, segment_pos, targets, weights = (
-        (z if isinstance(z, Tensor) else torch.tensor(np.asarray(z))).to(embedding.device)
+        z.to(device) if isinstance(z, Tensor) else torch.tensor(np.asarray(z), device=device)
         for z in batch
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
@@ -258,7 +260,9 @@ def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
 
 def _weight(batch: Batch) -> float:
     """The sum of a batch's weights."""
-    return float(torch.as_tensor(batch.weights).sum(dtype=torch.float64))
+    if isinstance(batch.weights, Tensor):
+        return float(batch.weights.sum(dtype=torch.float64))
+    return float(np.asarray(batch.weights).sum(dtype=np.float64))
 
 
 def _divisor(tokens: float) -> float:

@@ -194,7 +194,7 @@ def test_the_published_switch_draws() -> None:
 
 def test_bad_requests(twin: str) -> None:
     sampler = make_sampler(twin)
-    with pytest.raises(ValueError, match="sequence of strings, got 'one prompt'"):
+    with pytest.raises(ValueError, match=r"sequence of texts, .* got 'one prompt'"):
         sampler("one prompt", 3)
     with pytest.raises(ValueError, match="total_generation_steps must be an integer of at least 0"):
         sampler(PROMPTS, -1)

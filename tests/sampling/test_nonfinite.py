@@ -44,14 +44,17 @@ def spoiled(twin: str, path: str, value: float = np.nan, **settings):
 def test_the_error_says_where_it_begins(twin: str, call) -> None:
     sampler = spoiled(twin, "blocks.1.channel_pre_norm.scale")
     with pytest.raises(
-        NonFiniteLogitsError, match=r"NaN or infinity begins in blocks\.1, by token "
+        NonFiniteLogitsError, match=r"begins in blocks\.1\.channel_pre_norm, by token "
     ):
         call(sampler)
 
 
 @pytest.mark.parametrize(
     ("path", "part"),
-    [("final_norm.scale", "final_norm"), ("blocks.0.temporal_pre_norm.scale", "blocks.0")],
+    [
+        ("final_norm.scale", "final_norm"),
+        ("blocks.0.temporal_pre_norm.scale", "blocks.0.temporal_pre_norm"),
+    ],
 )
 def test_parts_are_named(twin: str, path: str, part: str) -> None:
     with pytest.raises(NonFiniteLogitsError, match=re.escape(f"begins in {part}, by")):

@@ -166,11 +166,11 @@ class Engine(abc.ABC):
     def watch(
         self, cache: Any, tokens: np.ndarray, segment_pos: np.ndarray
     ) -> tuple[dict[str, bool], Any]:
-        """Reads a chunk, [B, T], to find where values stop being finite; slow.
+        """Reads a chunk without padding, [B, T], to find where values stop being finite; slow.
 
         Returns:
-          Whether what each part gives is finite, in their order ("embedder", "blocks.N",
-          "final_norm", "logits"), and the cache.
+          Whether what each module puts out is finite, by the names of `activation_names` in the
+          order of the forward pass, then "logits"; and the cache.
         """
 
     @abc.abstractmethod

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 
+from recurrentgemma.common.model.inputs import check_inputs, check_targets
+
 
 class Batch(NamedTuple):
     """Rows of tokens, each token with a target and the weight of that target.
@@ -25,3 +27,9 @@ class Batch(NamedTuple):
     segment_pos: Int[Any, "b t"]
     targets: Int[Any, "b t"]
     weights: Float[Any, "b t"]
+
+
+def check_batch(batch: Batch, vocab_size: int) -> None:
+    """Raises `ValueError` for values that give no meaning, where arrays are NumPy's."""
+    check_inputs(batch.tokens, batch.segment_pos, vocab_size)
+    check_targets(batch.targets, batch.weights, vocab_size)

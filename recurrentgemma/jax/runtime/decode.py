@@ -14,6 +14,7 @@ from recurrentgemma.common.generation.engine import Sampled
 from recurrentgemma.jax.cache import Cache
 from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sampling import choose
 
@@ -60,11 +61,13 @@ def functions(model: Griffin) -> DecodeFunctions:
         )
         return logits[:, 0], cache
 
+    @default_promotion
     def score(params, cache, tokens, segment_pos, targets):
         logits, cache = apply(params, tokens=tokens, segment_pos=segment_pos, cache=cache)
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
         return logits, jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], cache
 
+    @default_promotion
     def burst(variant, params, settings, cache, seen, tokens, segment_pos, left, numbers):
         def step(carry, number):
             cache, seen, tokens, segment_pos, left = carry
@@ -105,15 +108,18 @@ def _compiled(model: Griffin, platform: str) -> DecodeFunctions:
     )
 
 
+@default_promotion
 def _choose(variant, settings, logits, numbers, seen, fed):
     if seen is not None:
         seen = seen.at[jnp.arange(len(fed)), fed].set(True)
     return choose(variant, settings, logits, jnp.asarray(numbers), seen), seen
 
 
+@default_promotion
 def _take(cache, rows):
     return jax.tree.map(lambda value: value[rows], cache)
 
 
+@default_promotion
 def _put(cache, rows, others):
     return jax.tree.map(lambda value, other: value.at[rows].set(other), cache, others)

@@ -20,6 +20,7 @@ from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
 from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
 
@@ -46,6 +47,7 @@ def compiled(platform: str) -> Functions:
     )
 
 
+@default_promotion
 def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     """The weighted sum of -log p(target)."""
     with adapted(adapters, lora) if lora else contextlib.nullcontext():
@@ -59,12 +61,14 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     return cross_entropy(hidden, embedding, targets, weights, soft_cap)
 
 
+@default_promotion
 def as_weights(weights: Any) -> Array:
     """Weights, also integers and truth values, in float32 or wider, in which they are summed."""
     weights = jnp.asarray(weights)
     return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
 
 
+@default_promotion
 def divisor(tokens: Array) -> Array:
     """The divisor that turns a sum over tokens into their mean, which is 0 for no tokens."""
     return jnp.where(tokens > 0, tokens, 1)
@@ -78,6 +82,7 @@ def tree_of(parameters: Mapping[str, Array], dtype: Dtype, copy: bool = False) -
     return tree
 
 
+@default_promotion
 def _trained_total(model, lora, dtype, parameters, base, batch):
     """`total` of the trained parameters, or of trained adapters on a base."""
     if lora is None:
@@ -85,6 +90,7 @@ def _trained_total(model, lora, dtype, parameters, base, batch):
     return total(model, base, batch, parameters, lora)
 
 
+@default_promotion
 def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
     tokens = as_weights(batches.weights).sum()
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.numerics import RG_LRU_C
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
+from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec, split
@@ -71,6 +72,7 @@ def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
         _target.reset(token)
 
 
+@default_promotion
 def linear_scan(
     x: Float[Array, "b t d"] | np.ndarray,
     a: Float[Array, "b t d"] | np.ndarray,
@@ -119,6 +121,7 @@ def linear_scan(
     return _run(LINEAR, inputs, h0, reverse, implementation, sharding_spec)
 
 
+@default_promotion
 def rg_lru_scan(
     x: Float[Array, "b t d"] | np.ndarray,
     input_gate: Float[Array, "b t d"] | np.ndarray,
@@ -207,6 +210,7 @@ def _scan_forward(scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: A
     return (y, last), (kept, h0, y)
 
 
+@default_promotion
 def _scan_backward(scan: Scan, gates: Gates, reverse: bool, residuals: Any, gradients: Any):
     inputs, h0, y = residuals
     dy, dlast = gradients

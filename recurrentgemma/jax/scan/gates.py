@@ -16,8 +16,10 @@ from flax.typing import Dtype
 from jaxtyping import Array
 
 from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT
+from recurrentgemma.jax.runtime.promotion import default_promotion
 
 
+@default_promotion
 def wide_dtype(dtype: Dtype) -> Dtype:
     """The dtype of states and of sensitive arithmetic: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
