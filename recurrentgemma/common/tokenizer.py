@@ -104,7 +104,8 @@ class Tokenizer:
         Raises:
           ValueError: There is no vocabulary, or BOS or EOS is missing.
         """
-        self.vocab = vocab = open_vocabulary(vocab)
+        self.vocab: Any = open_vocabulary(vocab)
+        vocab = self.vocab
         if vocab.bos_id() < 0 or vocab.eos_id() < 0:
             raise UserError("the tokenizer must have a BOS and an EOS piece, it lacks one")
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()

@@ -148,7 +148,8 @@ class Griffin(nn.Module):
         Raises:
           ValueError: A token is outside the vocabulary, or padding comes behind a token.
         """
-        check_inputs(*map(np.asarray, (tokens, segment_pos)), self.config.model.vocab_size)
+        tokens, segment_pos = np.asarray(tokens), np.asarray(segment_pos)
+        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
 
     def init_cache(
         self, batch_size: int, dtype: Dtype | None = None, capacity: int | None = None

@@ -145,13 +145,11 @@ class Griffin(SpecModule):
         Raises:
           ValueError: A token is outside the vocabulary, or padding comes behind a token.
         """
-        check_inputs(
-            *(
-                z.cpu().numpy() if isinstance(z, Tensor) else np.asarray(z)
-                for z in (tokens, segment_pos)
-            ),
-            self.config.model.vocab_size,
+        tokens, segment_pos = (
+            z.cpu().numpy() if isinstance(z, Tensor) else np.asarray(z)
+            for z in (tokens, segment_pos)
         )
+        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
 
     def _recomputes(self) -> bool:
         return (

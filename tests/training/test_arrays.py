@@ -1,5 +1,8 @@
 """Whatever a user holds in a framework goes in: batches of any arrays, numbers of any kind."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 from cases import CONFIGS, make_params
@@ -33,8 +36,8 @@ def in_form(trainer: Trainer, batch: Batch, form: str) -> Batch:
             torch = pytest.importorskip("torch")
             return Batch(*map(torch.tensor, batch))
     weights = "bfloat16" if form == "own bfloat16" else "float32"
-    ids = (array(z, "int32") for z in batch[:3])
-    return Batch(*ids, array(batch.weights, weights))
+    tokens, segment_pos, targets = (array(z, "int32") for z in batch[:3])
+    return Batch(tokens, segment_pos, targets, array(batch.weights, weights))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -64,7 +67,7 @@ def test_any_arrays_have_a_loss(trainer: Trainer, form: str) -> None:
     assert float(metrics["tokens"]) == float(others["tokens"]) == batch.weights.sum()
 
 
-def numbers(trainer: Trainer, value: float | int):
+def numbers(trainer: Trainer, value: float | int) -> Iterator[Any]:
     """A number in all that it comes in."""
     kind = "int32" if isinstance(value, int) else "float32"
     yield np.dtype(kind).type(value)
@@ -85,7 +88,8 @@ def test_scalars_are_numbers(trainer: Trainer) -> None:
         assert LoraOptions(rank=five) == LoraOptions(rank=5)
         assert checked_integer("n", five, 0) == 5
         assert type(checked_integer("n", five, 0)) is int
-    for value in (np.bool_(True), np.array([1, 2]), "1", None):
+    wrong: list[Any] = [np.bool_(True), np.array([1, 2]), "1", None]
+    for value in wrong:
         with pytest.raises(ValueError, match="n must be an integer"):
             checked_integer("n", value, 0)
         with pytest.raises(ValueError, match="must be above 0"):

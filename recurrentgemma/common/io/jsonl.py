@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import locked
@@ -161,7 +161,7 @@ class ResultFile:
         """
         self.path = path
         self.finished: dict[int, dict[str, Any]] = {}
-        self._file: BinaryIO | TextIO | None = None
+        self._file: Any = None  # of bytes; stdout is one of text
         self._held = contextlib.ExitStack()  # the file and its lock
         self._force, self._regular = force, False
         self._whole = self._size = 0  # bytes of complete lines, and of the file
@@ -194,7 +194,7 @@ class ResultFile:
                 self.finished[result["line"]] = result
                 self._whole = end
 
-    def _opened(self) -> BinaryIO | TextIO:
+    def _opened(self) -> Any:
         if self._file is None:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(self.path.open("ab" if self._regular else "wb"))
@@ -224,7 +224,7 @@ class ResultFile:
     def _write(self, text: str) -> None:
         try:
             file, data = self._opened(), text.encode("ascii")
-            if isinstance(file, io.TextIOBase):
+            if self.path == STDIO:
                 file.write(text)
             else:
                 file.write(

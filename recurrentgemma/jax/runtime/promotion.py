@@ -8,7 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def default_promotion(function: Callable[_P, _R]) -> Callable[_P, _R]:
