@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece as spm
+import tokenizers
 
 from recurrentgemma.common.errors import MismatchError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES
@@ -45,15 +45,14 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of another model."""
-    prefix = str(tmp_path_factory.mktemp("pieces") / "small")
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a tokenizer of few pieces and of no more than that"] * 20),
-        model_prefix=prefix, vocab_size=60, byte_fallback=False, hard_vocab_limit=False,
-        minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer(f"{prefix}.model")
+def large() -> Tokenizer:
+    """A tokenizer with more pieces than the model has rows."""
+    pieces = ["<bos>", "<eos>", *map(str, range(2047))]
+    return Tokenizer(
+        tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "0")
+        )
+    )
 
 
 def save(twin: str, path: Path, tokenizer: Tokenizer, dtype: str = "float32", **kwargs) -> None:
@@ -195,12 +194,12 @@ def test_parameters_that_are_not_the_configs_are_not_written(
 
 
 def test_another_models_tokenizer_is_not_written(
-    twin: str, tmp_path: Path, small: Tokenizer
+    twin: str, tmp_path: Path, large: Tokenizer
 ) -> None:
     with pytest.raises(
-        TokenizerError, match=f"has {small.size} pieces, and the vocabulary 2048 entries"
+        TokenizerError, match=f"has {large.size} pieces, and the vocabulary 2048 entries"
     ):
-        save(twin, tmp_path / "model", small)
+        save(twin, tmp_path / "model", large)
     assert not (tmp_path / "model").exists()
 
 
