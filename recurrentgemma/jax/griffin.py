@@ -143,7 +143,7 @@ class Griffin(nn.Module):
         return RMSNorm(value.width, **settings, name="final_norm")(x), new_cache
 
     def check(self, tokens: Any, segment_pos: Any) -> None:
-        """Checks values as the model does those of NumPy: on a device nothing is checked.
+        """Checks the values of the inputs. The model itself checks only NumPy arrays.
 
         Raises:
           ValueError: A token is outside the vocabulary, or padding comes behind a token.

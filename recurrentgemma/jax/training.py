@@ -258,14 +258,14 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
 
 
 def _on_host(model: Griffin, batch: Batch) -> Batch:
-    """A batch of arrays that JAX takes, its own or else NumPy's, and these checked."""
+    """The batch as arrays of JAX or NumPy, its values checked."""
     batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
     check_batch(batch, model.config.model.vocab_size)
     return batch
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:
-    """Arrays of several batches as one, where they are: on the host or on devices."""
+    """One array for several batches, on the host or on the devices that they are on."""
     on_devices = any(isinstance(array, jax.Array) for array in arrays)
     return (jnp if on_devices else np).stack(arrays)
 

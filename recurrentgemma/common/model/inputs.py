@@ -1,4 +1,4 @@
-"""The values of a model's inputs, checked on the host: on a device nothing is."""
+"""Checks of a model's inputs. Only arrays on the host are checked."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from recurrentgemma.common.errors import UserError
 
 
 def check_inputs(tokens: Any, segment_pos: Any, vocab_size: int) -> None:
-    """Raises `ValueError` for values that give no meaning, where they are NumPy's.
+    """Raises `ValueError` for wrong values in NumPy arrays; other arrays are not checked.
 
     Args:
-      tokens: Token ids, [B, T]; of any framework's other arrays nothing is checked.
+      tokens: Token ids, [B, T].
       segment_pos: Their positions, [B, T].
       vocab_size: Number of tokens.
     """
@@ -41,6 +41,6 @@ def check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
 
 
 def check_targets(targets: Any, weights: Any, vocab_size: int) -> None:
-    """Raises `ValueError` for a target that counts and is none, where both are NumPy's."""
+    """Raises `ValueError` for a target outside the vocabulary whose weight is not 0."""
     if isinstance(targets, np.ndarray) and isinstance(weights, np.ndarray):
         check_ids("targets", np.where(weights != 0, targets, 0), vocab_size)

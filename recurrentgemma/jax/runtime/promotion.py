@@ -1,4 +1,4 @@
-"""JAX's default rules for ranks and dtypes, by which this package is written."""
+"""This package relies on JAX's default rules for ranks and dtypes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _R = TypeVar("_R")
 
 
 def default_promotion(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function under the default rules, where the user may have set strict ones.
+    """Runs a function under the default rules, even if the user has set strict ones.
 
-    `jax_numpy_rank_promotion="raise"` and `jax_numpy_dtype_promotion="strict"` are about the user's
-    own code. A custom derivative's backward pass is traced on its own, and needs this, too.
+    `jax_numpy_rank_promotion="raise"` and `jax_numpy_dtype_promotion="strict"` are meant for the
+    user's own code. JAX traces the backward pass of a custom derivative on its own: decorate it,
+    too.
     """
 
     @functools.wraps(function)

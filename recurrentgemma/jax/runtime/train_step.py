@@ -63,7 +63,7 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
 
 @default_promotion
 def as_weights(weights: Any) -> Array:
-    """Weights, also integers and truth values, in float32 or wider, in which they are summed."""
+    """Weights of any dtype in float32 or wider."""
     weights = jnp.asarray(weights)
     return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
 
