@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer.main
 import recurrentgemma
 from recurrentgemma.cli.bench import bench
 from recurrentgemma.cli.chat import chat
+from recurrentgemma.cli.compilation_cache import use_compilation_cache
 from recurrentgemma.cli.convert import convert
 from recurrentgemma.cli.download import download
 from recurrentgemma.cli.inspect import inspect
@@ -20,11 +22,12 @@ from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
 from recurrentgemma.cli.train import train
 
+_COMPLETE = "_RECURRENTGEMMA_COMPLETE"
+
 app = typer.Typer(
     name="recurrentgemma",
     help="RecurrentGemma and Griffin language models in JAX and in PyTorch.",
     epilog="Try: recurrentgemma sample 'It was a truth'",
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -55,8 +58,17 @@ def _program(
             "--version", help="Print the version and exit.", callback=_version, is_eager=True
         ),
     ] = False,
+    compilation_cache: Annotated[
+        bool,
+        typer.Option(
+            "--compilation-cache/--no-compilation-cache",
+            help="Keep what JAX compiled for the next command, in the user's cache folder.",
+        ),
+    ] = True,
 ) -> None:
     del version
+    if compilation_cache:
+        use_compilation_cache()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -66,6 +78,8 @@ def run(args: Sequence[str]) -> int:
 
     `app(args)` would report errors in its own ways.
     """
+    if _COMPLETE in os.environ:  # the shell asks for completions
+        app(prog_name="recurrentgemma")
     command = typer.main.get_command(app)
     try:
         with command.make_context("recurrentgemma", list(args)) as context:

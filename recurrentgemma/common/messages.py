@@ -28,7 +28,7 @@ def read_messages(value: Any, *, answered: bool) -> list[Message]:
       value: A list of objects with a "role" and a "content"; "assistant" also means "model". A
         first message of the role "system" is put before the user's first words, with an empty line
         between, as in the template of Gemma 3; earlier models were trained without one.
-      answered: Whether the model's turn is the last, or the user's.
+      answered: Whether the last turn is the model's; it must be the user's if not.
 
     Raises:
       ValueError: It is no such list.

@@ -169,7 +169,7 @@ class Tokenizer:
         """BOS and the tokens of a text; the empty text is BOS alone.
 
         Args:
-          text: The text. A BOS that it spells at its start is not doubled.
+          text: The text. If it begins with the name of BOS, BOS still comes once.
           allow_control_tokens: Whether `<start_of_turn>` and the like are tokens where the text
             spells them, or text.
 

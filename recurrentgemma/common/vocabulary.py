@@ -1,4 +1,4 @@
-"""Vocabularies: what people have as a tokenizer, with the methods of a sentencepiece processor."""
+"""Tokenizers of any kind, with the methods of a sentencepiece processor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _METHODS = ("EncodeAsIds", "DecodeIds", "GetPieceSize", "bos_id", "eos_id", "pad
 
 
 def open_vocabulary(source: Any) -> Vocabulary:
-    """The vocabulary in what a user has.
+    """Gives what a user has as a tokenizer the methods of a `Vocabulary`.
 
     Args:
       source: A `tokenizer.model`, a `tokenizer.json`, or a folder with one of them, by path; the
@@ -236,30 +236,30 @@ class _TransformersVocabulary:
         return len(self._tokenizer)
 
     def bos_id(self) -> int:
-        return _or_none(self._tokenizer.bos_token_id)
+        return _id(self._tokenizer.bos_token_id)
 
     def eos_id(self) -> int:
-        return _or_none(self._tokenizer.eos_token_id)
+        return _id(self._tokenizer.eos_token_id)
 
     def pad_id(self) -> int:
-        return _or_none(self._tokenizer.pad_token_id)
+        return _id(self._tokenizer.pad_token_id)
 
     def unk_id(self) -> int:
-        return _or_none(self._tokenizer.unk_token_id)
+        return _id(self._tokenizer.unk_token_id)
 
     def PieceToId(self, piece: str) -> int:
-        return _or_none(self._tokenizer.convert_tokens_to_ids(piece))
+        return _id(self._tokenizer.convert_tokens_to_ids(piece))
 
     def id_to_piece(self, token: int) -> str:
         return self._tokenizer.convert_ids_to_tokens(token) or ""
 
 
-def _or_none(token: int | None) -> int:
+def _id(token: int | None) -> int:
     return -1 if token is None else token
 
 
 def apart(text: str, pieces: Iterable[str]) -> list[str]:
-    """A text in parts, none of which has any of the pieces in it, to be encoded one by one."""
+    """Cuts a text so that no part holds any of the pieces. Encode each part on its own."""
     spelled = "|".join(re.escape(piece) for piece in pieces if len(piece) > 1)
     cuts = [m.start() + 1 for m in re.finditer(f"(?={spelled})", text)] if spelled else []
     return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -274,5 +274,5 @@ codecs.register_error("recurrentgemma.each_byte", _each_byte)
 
 
 def _text(values: Iterable[int]) -> str:
-    """Bytes as text; each byte of no character is U+FFFD, as in sentencepiece."""
+    """Decodes bytes. A byte that belongs to no character becomes U+FFFD, as in sentencepiece."""
     return bytes(values).decode(errors="recurrentgemma.each_byte")

@@ -100,8 +100,8 @@ class BaseSampler(Generic[_Array]):
         """Continues each prompt.
 
         Args:
-          input_strings: Prompts: texts, which may be empty, or token ids, which are read as they
-            stand, without a BOS or a template; they may differ in length.
+          input_strings: Prompts: texts or token ids. They may differ in length, and a text may be
+            empty. Token ids are read without adding BOS or a template.
           total_generation_steps: At most this many tokens a row; a number, or one a prompt.
           rng: Seed of the draws: an integer; one a prompt, in a sequence or an array of any
             framework; or the framework's own, a key (also JAX's old uint32 ones), keys, one a

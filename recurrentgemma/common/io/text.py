@@ -16,7 +16,7 @@ _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def as_utf8(file: BinaryIO, name: str) -> BinaryIO:
-    """A text file as UTF-8 without a byte order mark, which need not be valid.
+    """A text file as UTF-8 without a byte order mark. The UTF-8 itself is not checked.
 
     Args:
       file: UTF-8 or UTF-16 with a byte order mark, perhaps compressed by gzip.
