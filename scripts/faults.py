@@ -60,7 +60,7 @@ FAULTS = (
     Fault(
         "embedding: scale not rounded",
         _L,
-        "x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")",
+        'x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")',
         "x * x.shape[-1] ** 0.5",
     ),
     Fault("soft cap: logits not divided by it", _L, "x = x / cap if cap else x", "x = x"),
