@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from recurrentgemma.common.errors import CheckpointError, UnknownFormatError
+from recurrentgemma.common.errors import CheckpointError, DamagedError, UnknownFormatError
 from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.io.files import expanded, scratch_folder
@@ -36,7 +36,9 @@ READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
 }
 # Levels of folders around a checkpoint, at most: as in the cache of Hugging Face's hub.
 _DEPTH = 3
-_RUN, _RUN_MODEL = "run.toml", "model"
+_RUN, _RUN_MODEL, _BEST = "run.toml", "model", "best"
+_LONGEST_PATH = 1000  # bytes
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack")
 # A model's name on a site: OWNER/MODEL, perhaps after the site's own name.
 _NAME = re.compile(r"(hf:|kaggle:)?([\w-]+(?:/[\w.-]+)+)")
 
@@ -131,6 +133,7 @@ def detect(path: Path) -> tuple[Format | None, Path]:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       OtherModelError: The checkpoint holds a model that is not read.
     """
+    path = _named_by(path)
     if (path / _RUN).is_file():
         if not (path / _RUN_MODEL).is_dir():
             raise UnknownFormatError(
@@ -149,6 +152,15 @@ def detect(path: Path) -> tuple[Format | None, Path]:
         several = ", ".join(f"{where} ({_format(where) or 'an archive'})" for where in found)
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
     return _format(found[0]), found[0]
+
+
+def _named_by(path: Path) -> Path:
+    """The checkpoint whose path is in a run's file `best`: file systems may lack links."""
+    if path.name == _BEST and path.is_file() and path.stat().st_size < _LONGEST_PATH:
+        named = path.parent / path.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+    return path
 
 
 def _nearest(path: Path) -> list[Path]:
@@ -187,6 +199,9 @@ def _weights_at(path: Path) -> list[Path]:
     if _is_orbax(path):
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    for file in files:
+        if file.suffix in _WEIGHTS_SUFFIXES:
+            _kind(file)
     others = [file for file in files if file.suffix != ".safetensors" and file.name != INDEX]
     found = [path] if len(others) < len(files) else []
     if found and (path / CONFIG).is_file():
@@ -197,7 +212,9 @@ def _weights_at(path: Path) -> list[Path]:
 def _kind(path: Path) -> str | None:
     """The kind of a file by its first bytes: safetensors, pickle, GGUF, archive, or None."""
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(64)
+    if path.suffix in _WEIGHTS_SUFFIXES:
+        _require_weights(path, start)
     if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
         return "pickle"
     if start[:4] == MAGIC:
@@ -205,6 +222,17 @@ def _kind(path: Path) -> str | None:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors"
     return "archive" if path.stat().st_size and is_archive(path) else None
+
+
+def _require_weights(path: Path, start: bytes) -> None:
+    """Raises `DamagedError` for what a failed download leaves in place of weights."""
+    if start.startswith(b"version https://git-lfs"):
+        what = "a git-lfs pointer: run `git lfs pull` in its folder"
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "a web page: the download needs a login or a licence"
+    else:
+        return
+    raise DamagedError(f"{path} is {what}, or download the checkpoint again")
 
 
 def _is_orbax(path: Path) -> bool:

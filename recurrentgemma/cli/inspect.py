@@ -27,6 +27,10 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    named: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="The same, named as for other commands.", hidden=True),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +63,7 @@ def inspect(
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma_conversion import open_checkpoint
 
+    checkpoint = checkpoint or named
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if checkpoint is not None and checkpoint.suffix == ".json":
         source, config = {"file": str(checkpoint)}, read_config(checkpoint)

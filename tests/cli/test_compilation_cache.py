@@ -55,7 +55,8 @@ def test_old_programs_go(alone: Path, monkeypatch) -> None:
     old, new = alone / "old", alone / "new"
     for entry, days in ((old, 31), (new, 29)):
         entry.write_bytes(b"x")
-        os.utime(entry, (time.time() - days * 24 * 3600,) * 2)
+        made = time.time() - days * 24 * 3600
+        os.utime(entry, (made, made))
     compilation_cache.use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(alone)
     assert [entry.name for entry in alone.iterdir()] == ["new"]

@@ -683,3 +683,28 @@ def test_weights_named_from_within_and_by_a_link(tmp_path: Path, make, monkeypat
         with open_checkpoint(name) as checkpoint:
             assert checkpoint.config == CONFIG
             assert checkpoint.tokenizer is not None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5368709120\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, r"is a git-lfs pointer: run `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>Sign in", "is a web page: the download needs a login"),
+        (b"\n  <html>Sign in", "is a web page: the download needs a login"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(
+    tmp_path: Path, make, refused, content: bytes, message: str
+) -> None:
+    source = make("source", Format.HUGGINGFACE)
+    (source / "model.safetensors").write_bytes(content)
+    refused(source, errors.DamagedError, message)
+    refused(source / "model.safetensors", errors.DamagedError, message)
+    for name in ("2b.pt", "pytorch_model.bin", "model.gguf"):
+        alone = tmp_path / name.replace(".", "-")
+        alone.mkdir()
+        (alone / name).write_bytes(content)
+        refused(alone, errors.DamagedError, message)

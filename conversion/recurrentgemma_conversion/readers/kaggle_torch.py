@@ -22,9 +22,10 @@ import numpy as np
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked
 from recurrentgemma.common.io.checkpoint import CONFIG
+from recurrentgemma.common.io.shards import unwrapped
 from recurrentgemma.common.io.tensor_files import write_array
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
-from recurrentgemma_conversion.names import FAMILIES, family_of, layout
+from recurrentgemma_conversion.names import family_of, layout
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
 
@@ -37,6 +38,8 @@ _STORAGES = {
     "float32": "FloatStorage",
     "float64": "DoubleStorage",
 }
+# The levels above a state dict in what trainers save.
+_LEVELS = ("model_state_dict", "state_dict", "model", "module")
 _ALIGNMENT = 64  # each record's, as torch.save does it
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same file
 
@@ -97,8 +100,11 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         raise DamagedError(f"{path} cannot be read: {reason}") from error
     if not isinstance(state, Mapping) or not state:
         raise UnsafePickleError(f"{path} must hold a state dict, got {type(state).__name__}")
-    levels = [state[f.level] for f in FAMILIES if f.level in state]
-    state = next((level for level in levels if isinstance(level, Mapping)), state)
+    while True:
+        levels = [state[level] for level in _LEVELS if isinstance(state.get(level), Mapping)]
+        if not levels:
+            break
+        state = levels[0]
     require_no_other(path, map(str, state))
     others = [
         str(name)
@@ -107,7 +113,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     ]
     if others:
         raise UnsafePickleError(f"{path} must hold named tensors alone, got {', '.join(others)}")
-    return state
+    return {name: state[stored] for name, stored in unwrapped(state).items()}
 
 
 def _is_stored(path: Path) -> bool:

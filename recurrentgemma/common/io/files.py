@@ -18,6 +18,16 @@ try:
 except ImportError:  # Windows: the leftovers of a killed process stay there
     fcntl = None
 
+# What a file system says that lacks an operation: a network drive, exFAT, FUSE.
+_LACKING = {
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EPERM,
+}
 _SPARE = 16 << 20  # bytes for everything that is not a tensor
 _PARTIAL, _OLD = ".partial", ".replaced"  # suffixes of what is being written and being replaced
 # What happened to a disk, by the number of the error.
@@ -66,7 +76,8 @@ def whole_folder(
         try:
             yield temporary
             flush(temporary)
-            temporary.chmod(0o777 & ~_umask())
+            with where_supported():
+                temporary.chmod(0o777 & ~_umask())
             _rename(temporary, folder, force)
         except OSError as error:
             if error.errno in NO_ROOM:
@@ -212,13 +223,25 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk, where folders can be opened."""
-    with contextlib.suppress(PermissionError):
+    """Flushes a file, or the names in a folder, to the disk, where the file system does that."""
+    with where_supported():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def where_supported() -> Iterator[None]:
+    """Leaves out an operation that not every file system has: modes, links, flushing."""
+    try:
+        yield
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
 
 
 @contextlib.contextmanager
@@ -298,9 +321,9 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
         temporary = folder / target.name
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            with where_supported():
+                temporary.chmod(0o666 & ~_umask())
             _require_free(target, force)
             temporary.replace(target)
         except OSError as error:

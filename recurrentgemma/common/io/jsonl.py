@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.io.files import locked
+from recurrentgemma.common.io.files import locked, where_supported
 from recurrentgemma.common.io.text import as_utf8
 from recurrentgemma.common.messages import read_messages
 from recurrentgemma.common.tokenizer import token_ids
@@ -232,7 +232,8 @@ class ResultFile:
                 )
             file.flush()
             if self._regular:
-                os.fsync(file.fileno())
+                with where_supported():
+                    os.fsync(file.fileno())
         except BrokenPipeError:  # the reader has stopped
             raise
         except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from recurrentgemma.common.io.tensor_files import TensorFile, TensorFileWriter, 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 5_000_000_000
+
+# What PyTorch's wrappers of modules put into names, and how the names of models begin.
+_WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ROOTS = ("embedder.", "blocks.", "final_norm.", "model.", "lm_head.")
 
 Tensors = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -65,10 +70,29 @@ class Shards:
                 raise MismatchError(f"{path} holds tensors twice", twice)
             self.files |= dict.fromkeys(file.tensors, file)
             self.tensors |= file.tensors
+        self._stored = unwrapped(self.tensors)
+        self.files = {name: self.files[stored] for name, stored in self._stored.items()}
+        self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, as a view of its file."""
-        return self.files[name].read(name)
+        return self.files[name].read(self._stored[name])
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """The tensors' own names, each with its stored name.
+
+    Stored names may have parts that `torch.compile`, data parallelism and the like put in, and a
+    first part that all of them share, such as "module" or a Lightning module's attribute.
+    """
+    stored = {_WRAPPERS.sub(r"\1", name): name for name in names}
+    while True:
+        pairs = [name.partition(".")[::2] for name in stored]
+        firsts = {first for first, _ in pairs}
+        known = all(rest.startswith(_ROOTS) for _, rest in pairs)
+        if len(firsts) != 1 or not known or firsts == {"language_model"}:
+            return stored
+        stored = {name.partition(".")[2]: old for name, old in stored.items()}
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -5,7 +5,8 @@ train_log.jsonl           a line a step
 validation_log.jsonl      a line an evaluation
 loss.png                  both
 checkpoints/step-0000100  a checkpoint folder; its training/ holds the state to resume from
-best                      a link to the checkpoint with the lowest validation loss
+best                      a link to the checkpoint with the lowest validation loss; a file with its
+                          path where the file system has no links
 model                     the final checkpoint folder
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, DestinationError
-from recurrentgemma.common.io.files import remove_partial, whole_folder
+from recurrentgemma.common.io.files import remove_partial, where_supported, whole_folder
 from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.packing import Position
@@ -132,7 +133,10 @@ class RunFolder:
         return progress, {name: file.read(name) for name in file.tensors}
 
     def keep(self, last: int, best: Best | None) -> None:
-        """Links the best checkpoint and removes all others but the `last`."""
+        """Links the best checkpoint and removes all others but the `last`.
+
+        Where the file system has no links, `best` is a file with the checkpoint's path.
+        """
         steps = self.steps()
         kept = set(steps[-last:])
         if best is not None:
@@ -150,7 +154,10 @@ class RunFolder:
             return
         temporary = self.path / ".best.partial"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target, target_is_directory=True)
+        with where_supported():
+            temporary.symlink_to(target, target_is_directory=True)
+        if not temporary.is_symlink():
+            temporary.write_text(target + "\n", encoding="utf-8")
         temporary.replace(self.best)
 
     def require_free(self, *, force: bool) -> None:
