@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Generator
 from pathlib import Path
 
@@ -360,3 +361,23 @@ def test_display(sampler) -> None:
     text = console.export_text()
     assert "<b>[bold]1 & 2" in text
     assert answer.split("\n")[0].strip()[:20] in text
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_survives_at_any_moment(sampler, again) -> None:
+    """Before the first word, after an answer, within one, and after undoing."""
+    conversation = Conversation(sampler)
+
+    def check(answered: Conversation) -> None:
+        copied = again(answered)
+        assert copied.turns == answered.turns
+        assert copied.ask("And then?", 4) == copy.copy(answered).ask("And then?", 4)
+
+    check(conversation)
+    conversation.ask("One", 4)
+    check(conversation)
+    within = conversation.send("Two", 8)
+    next(within)
+    check(conversation)
+    conversation.undo()
+    check(conversation)

@@ -73,6 +73,11 @@ class Conversation:
         self._answering: weakref.ref[Generator[str]] | None = None
         self.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the answer that is still running: what was said of it is kept."""
+        self._end_answer()
+        return vars(self) | {"_answering": None}
+
     def __copy__(self) -> Conversation:
         """Another conversation with the same model, which goes on from here."""
         fork = Conversation(self.sampler, self.system)
