@@ -127,7 +127,7 @@ def convert(
       dtype: The dtype to cast the parameters to, to nearest, ties to even; no cast if None.
       shard_size: Bytes in a safetensors file, at most.
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
-      tokenizer: A `tokenizer.model` or `tokenizer.json`, where there is none beside the weights.
+      tokenizer: A `tokenizer.model` or `tokenizer.json`, if none is beside the weights.
       overrides: What the caller says of the model.
       allow_nonfinite: Whether NaN and infinity are accepted.
       strict: Whether a checkpoint with other parts than the text model is refused.
@@ -263,7 +263,7 @@ def find_tokenizer(reader: Reader, given: str | os.PathLike[str] | None) -> Toke
     """The tokenizer of a checkpoint: the one given, or else the one beside it.
 
     Raises:
-      TokenizerError: There is none, it is unreadable, or it has more pieces than the vocabulary.
+      TokenizerError: The tokenizer is missing, unreadable, or larger than the vocabulary.
     """
     try:
         tokenizer = reader.load_tokenizer() if given is None else Tokenizer(expanded(given))

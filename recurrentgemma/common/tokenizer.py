@@ -13,7 +13,7 @@ from recurrentgemma.common.vocabulary import SENTENCEPIECE, JsonVocabulary, apar
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 _USER, _MODEL = f"{START_OF_TURN}user\n", f"{END_OF_TURN}\n{START_OF_TURN}model\n"
-# Pieces that control a model, and that a user's words must not be taken for.
+# Pieces that control a model. A user's words must not become one of them.
 _CONTROLS = (
     START_OF_TURN,
     END_OF_TURN,

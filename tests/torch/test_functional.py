@@ -224,7 +224,7 @@ def test_exported_models(grad: bool) -> None:
 @pytest.mark.parametrize("length", [5, 1])
 @pytest.mark.parametrize("reach", [4, None], ids=["window", "all keys"])
 def test_fake_tensors_go_on_from_a_state(reach: int | None, length: int) -> None:
-    """No value of theirs is read: there is none."""
+    """Fake tensors have no values, so nothing reads one."""
     mixer = Attention(2, 1, 8, reach, Rope(), scale=1.0)
     config = ModelConfig(31, 16, (Layer(mixer, mlp=24, mlp_bias=False),))
     with FakeTensorMode():

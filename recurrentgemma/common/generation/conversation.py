@@ -74,7 +74,7 @@ class Conversation:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the answer that is still running: what was said of it is kept."""
+        """Ends an answer that is still running, and keeps what was said."""
         self._end_answer()
         return vars(self) | {"_answering": None}
 

@@ -93,8 +93,6 @@ class Generation:
                 uniform(keys, position + 1, burst),
             )
             new_tokens, logprobs = _on_host(engine, sampled)
-            if new_tokens.min() < 0:
-                self._require_finite(new_tokens, left)
             fed = np.zeros_like(left)
             for place, tokens in enumerate(new_tokens):
                 active = left > 0
@@ -124,19 +122,9 @@ class Generation:
             position = position + fed
             burst = engine.burst if left.max() >= engine.burst else 1
 
-    def _require_finite(self, tokens: np.ndarray, left: np.ndarray) -> None:
-        """Raises `NonFiniteLogitsError` for a row that is still going on and has no token."""
-        for row in np.flatnonzero(left).tolist():
-            new = tokens[: left[row], row].tolist()
-            ends = (i + 1 for i, t in enumerate(new) if t in self._rows[row].stops.ids)
-            new = new[: next(ends, len(new))]
-            if -1 in new:
-                generated = [list(tokens) for tokens in self.generated]
-                generated[row] += new[: new.index(-1)]
-                state = self._origin.extended(generated)
-                raise nonfinite_logits(self.engine, state, row)
-
     def _add(self, row: int, token: int, last: bool) -> str:
+        if token < 0:
+            raise nonfinite_logits(self.engine, self._origin.extended(self.generated), row)
         self.generated[row].append(token)
         return self.texts[row].add(token, last)
 
