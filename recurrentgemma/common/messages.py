@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer
+from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer, with_system
 
 
 class Message(NamedTuple):
@@ -52,11 +52,6 @@ def read_messages(value: Any, *, answered: bool) -> list[Message]:
     if system:
         contents[:2] = [with_system(*contents[:2])]
     return [Message(role, content) for role, content in zip(spoken, contents, strict=True)]
-
-
-def with_system(system: str, words: str) -> str:
-    """The user's first words, with what the model is told before them."""
-    return f"{system}\n\n{words}" if system else words
 
 
 def encode_messages(

@@ -50,6 +50,11 @@ def apply_it_formatter(input_string: str) -> str:
     return _USER + input_string + _MODEL
 
 
+def with_system(system: str, words: str) -> str:
+    """The user's first words, after what the model is told before them."""
+    return f"{system}\n\n{words}" if system else words
+
+
 def token_ids(value: Any, name: str) -> list[int]:
     """Token ids in a list or in an array of any framework, [T].
 
@@ -182,33 +187,41 @@ class Tokenizer:
         return [self.bos_id, *self.vocab.EncodeAsIds(self._without_bos(text))]
 
     def encode_turn(
-        self, message: str | Sequence[int], before: str = "", *, allow_control_tokens: bool = False
+        self,
+        message: str | Sequence[int],
+        before: str = "",
+        system: str = "",
+        *,
+        allow_control_tokens: bool = False,
     ) -> list[int]:
         """The tokens of a user's turn, up to the model's answer; without BOS.
 
         Args:
           message: The user's words, or their token ids.
           before: What stands before the turn: the end of the turn before.
+          system: What the model is told before the words.
           allow_control_tokens: Whether `<end_of_turn>` and the like are tokens where the words
             spell them. Then a message that is in the template already stays as it is.
 
         Raises:
           ValueError: The words are no Unicode text, or are in the template already.
         """
-        if not isinstance(message, str):
-            ids = token_ids(message, "a message")
-            return [*self._encode([before + _USER]), *ids, *self._encode([_MODEL])]
-        check_text(message)
-        words = self._without_bos(message)
-        if words.startswith(_USER) and words.rstrip("\n").endswith(_MODEL.rstrip("\n")):
+        ids = [] if isinstance(message, str) else token_ids(message, "a message")
+        words = message if isinstance(message, str) else ""
+        check_text(words)
+        rendered = self._without_bos(words)
+        if rendered.startswith(_USER) and rendered.rstrip("\n").endswith(_MODEL.rstrip("\n")):
             if allow_control_tokens:
-                return self._encode([before + words])
+                return self._encode([before + rendered])
             raise UserError(
                 "the message is in the chat template already: give the user's words alone, or "
-                f"allow control tokens; got {message[:60]!r}"
+                f"allow control tokens; got {words[:60]!r}"
             )
-        parts = [message] if allow_control_tokens else apart(message, self._controls)
+        said = with_system(system, words)
+        parts = [said] if allow_control_tokens else apart(said, self._controls)
         parts[0] = before + _USER + parts[0]
+        if ids:
+            return [*self._encode(parts), *ids, *self._encode([_MODEL])]
         parts[-1] += _MODEL
         return self._encode(parts)
 

@@ -121,7 +121,11 @@ def test_a_users_words_are_no_control(twin: str) -> None:
 def test_a_prompt_that_is_in_the_template(twin: str) -> None:
     rendered = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
     sampler = make_sampler(twin, is_it_model=True)
-    for use in (lambda: sampler([rendered], 1), lambda: Conversation(sampler).ask(rendered, 1)):
+    for use in (
+        lambda: sampler([rendered], 1),
+        lambda: Conversation(sampler).ask(rendered, 1),
+        lambda: Conversation(sampler, "Be brief.").ask(rendered, 1),
+    ):
         with pytest.raises(ValueError, match="is in the chat template already: give the user's"):
             use()
     allowing = make_sampler(twin, is_it_model=True, allow_control_tokens=True)

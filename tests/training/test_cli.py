@@ -314,6 +314,21 @@ def test_a_loss_that_is_no_number(corpus, train):
     assert "Traceback" not in done.err
 
 
+def test_a_loss_that_is_no_number_is_skipped(corpus, train, losses):
+    pytest.importorskip("torch.nn")
+    options = {"optimizer": "sgd", "learning_rate": 1e30, "clip_norm": 0, "log_every": 1}
+    done = train(steps=4, on_nonfinite="skip", validation=None, **options)
+    assert done.code == 0, done.err
+    assert re.search(r"step \d skipped: the (loss|grad_norm) is (nan|inf)", done.err)
+    assert [step for step, _ in losses()] == [1, 2, 3, 4]
+
+
+def test_float16_is_not_trained_in(train):
+    done = train(dtype="float16")
+    assert done.code == 2
+    assert "float16 cannot be trained in" in done.err
+
+
 @pytest.mark.parametrize(
     ("option", "package"), [({"plot": True}, "matplotlib"), ({"tensorboard": True}, "tensorboardX")]
 )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_ids
-from recurrentgemma.common.messages import with_system
 from recurrentgemma.common.model.state import State, StateError, empty_state
 from recurrentgemma.common.tokenizer import END_OF_TURN, check_text, token_ids
 
@@ -172,12 +171,7 @@ class Conversation:
         """The tokens from where the conversation stands to where the model speaks."""
         sampler = self.sampler
         if self.state is None:
-            if isinstance(text, str):
-                text = with_system(self.system, text)
-            elif self.system:
-                told = sampler.tokenizer.encode(with_system(self.system, ""))[1:]
-                text = [*told, *token_ids(text, "a message")]
-            return [sampler.tokenizer.bos_id, *sampler.encode_turn(text)]
+            return [sampler.tokenizer.bos_id, *sampler.encode_turn(text, system=self.system)]
         closed = self.state.pending[0][-1] == sampler.tokenizer.end_of_turn_id
         return sampler.encode_turn(text, before="\n" if closed else f"{END_OF_TURN}\n")
 

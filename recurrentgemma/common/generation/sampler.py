@@ -337,11 +337,11 @@ class BaseSampler(Generic[_Array]):
         return self._within(name, self.tokenizer.encode(prompt))
 
     def encode_turn(
-        self, message: Prompt, before: str = "", name: str = "the message"
+        self, message: Prompt, before: str = "", system: str = "", name: str = "the message"
     ) -> list[int]:
-        """`Tokenizer.encode_turn`, as `allow_control_tokens` says; errors say `name`."""
+        """`Tokenizer.encode_turn` with this sampler's `allow_control_tokens`; errors say `name`."""
         allowed = self.allow_control_tokens
-        tokens = self.tokenizer.encode_turn(message, before, allow_control_tokens=allowed)
+        tokens = self.tokenizer.encode_turn(message, before, system, allow_control_tokens=allowed)
         return self._within(name, tokens)
 
     def _within(self, name: str, tokens: list[int]) -> list[int]:
