@@ -24,6 +24,7 @@ from recurrentgemma.cli.frameworks import (
 )
 from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.cli.sampling_options import (
+    END,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -56,7 +57,12 @@ def chat(
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
-        typer.Option(help="Continue a saved conversation.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Continue a saved conversation.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel="Prompt",
+        ),
     ] = None,
     system: Annotated[
         str,
@@ -64,10 +70,12 @@ def chat(
             help="What the model is told before your first words.",
             metavar="TEXT",
             show_default=False,
+            rich_help_panel="Prompt",
         ),
     ] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
+        int,
+        typer.Option(min=1, help="End an answer after N tokens.", metavar="N", rich_help_panel=END),
     ] = 1024,
     temperature: Temperature = None,
     top_k: TopK = None,

@@ -32,6 +32,7 @@ from recurrentgemma.cli.frameworks import (
 from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
+    END,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -47,7 +48,7 @@ from recurrentgemma.common.generation.stops import checked_strings
 from recurrentgemma.common.io.files import expanded, require_replaceable
 from recurrentgemma.common.io.jsonl import require_writable
 
-_STATES, _BATCHES = "States", "Many prompts"
+_OUTPUT, _STATES, _BATCHES = "Output", "States", "Many prompts"
 
 
 def sample(
@@ -61,7 +62,8 @@ def sample(
     checkpoint: Checkpoint = None,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
+        int,
+        typer.Option(min=0, help="Stop after N tokens.", metavar="N", rich_help_panel=END),
     ] = 100,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -72,7 +74,15 @@ def sample(
     stop: Stop = None,
     stop_id: StopId = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", "-n", min=1, help="Continue N times.", metavar="N")
+        int,
+        typer.Option(
+            "--num-samples",
+            "-n",
+            min=1,
+            help="Continue N times.",
+            metavar="N",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = 1,
     logprobs: Annotated[
         int | None,
@@ -81,21 +91,32 @@ def sample(
             help="With --json or --output: log-probabilities of each token and of the N likeliest.",
             metavar="N",
             show_default=False,
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     dtype: DTypeOption = None,
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat/--no-chat", help="Put the prompt to an instruction-tuned model as a turn."
+            "--chat/--no-chat",
+            help="Put the prompt to an instruction-tuned model as a turn.",
+            rich_help_panel="Prompt",
         ),
     ] = False,
     allow_control_tokens: ControlTokens = False,
     echo: Annotated[
-        bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")
+        bool,
+        typer.Option(
+            "--echo/--no-echo",
+            help="Print the prompt before its continuation.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = True,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object instead of text.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     load_state: Annotated[
         Path | None,
@@ -149,7 +170,10 @@ def sample(
             rich_help_panel=_BATCHES,
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace files that are there.", rich_help_panel=_OUTPUT),
+    ] = False,
 ) -> None:
     """Continue a prompt, token by token.
 
