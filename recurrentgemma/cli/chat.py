@@ -23,6 +23,7 @@ from recurrentgemma.cli.frameworks import (
     choose_framework,
     find_checkpoint,
     load_sampler,
+    loading,
 )
 from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.cli.sampling_options import (
@@ -102,19 +103,19 @@ def chat(
 
     The conversation is kept in the model's state: each turn reads only what is new.
     """
-    from recurrentgemma.common.generation.conversation import Conversation
-    from recurrentgemma.common.io.checkpoint import BUNDLED
-
-    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = checked_strings(stop or ())
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-    if vocabulary.end_of_turn_id is None:
-        raise UserError(
-            f"{path} has no <end_of_turn>, so it was not tuned to chat; "
-            f"{_DOWNLOAD!r} gets a model that was"
-        )
-    with working(f"Loading {path.name} with {framework}"):
+    with working(loading(checkpoint, framework)):
+        from recurrentgemma.common.generation.conversation import Conversation  # slow, as the rest
+        from recurrentgemma.common.io.checkpoint import BUNDLED
+
+        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+        if vocabulary.end_of_turn_id is None:
+            raise UserError(
+                f"{path} has no <end_of_turn>, so it was not tuned to chat; "
+                f"{_DOWNLOAD!r} gets a model that was"
+            )
         loaded = load_sampler(
             framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
         )

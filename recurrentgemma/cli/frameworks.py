@@ -109,6 +109,11 @@ def choose_framework(wanted: Framework | None) -> Framework:
     return Framework(installed_framework(wanted))
 
 
+def loading(checkpoint: Path | None, framework: Framework) -> str:
+    """What to show while a checkpoint is found and loaded."""
+    return f"Loading {checkpoint.name if checkpoint else 'the bundled model'} with {framework}"
+
+
 def find_checkpoint(path: Path | None, tokenizer: Path | None = None) -> tuple[Path, Tokenizer]:
     """A checkpoint, or else the bundled one, and the tokenizer given, or else its own."""
     from recurrentgemma.common.io.checkpoint import BUNDLED
@@ -156,6 +161,7 @@ def load_sampler(
         sampling=sampling,
         allow_control_tokens=allow_control_tokens,
     )
+    sampler.engine.prepares = False
     return Loaded(sampler, device, dtype)
 
 

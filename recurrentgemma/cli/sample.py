@@ -28,6 +28,7 @@ from recurrentgemma.cli.frameworks import (
     choose_framework,
     find_checkpoint,
     load_sampler,
+    loading,
 )
 from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.paths import named_path
@@ -179,19 +180,20 @@ def sample(
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.generation.strategies import Greedy
-
     asked_seed, stop_strings = seed, checked_strings(stop or ())
-    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
-    if num_samples > 1 and isinstance(sampling, Greedy):
-        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if logprobs is not None and not as_json and output is None:
         raise UserError(
             "--logprobs needs --json, or --input and --output: text has no place for it"
         )
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    with working(loading(checkpoint, framework)):
+        from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
+
+        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    if num_samples > 1 and isinstance(sampling, Greedy):
+        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if chat and vocabulary.end_of_turn_id is None:
         raise UserError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None:
@@ -205,7 +207,7 @@ def sample(
         batch = open_batch(input_, output, force=force)
     text = "" if batch else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
-    with working(f"Loading {path.name} with {framework}"):
+    with working(loading(checkpoint, framework)):
         loaded = load_sampler(
             framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens
         )
