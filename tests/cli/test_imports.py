@@ -18,10 +18,28 @@ sys.exit(code)
 """
 
 
-def imported(*args: str) -> set[str]:
+SPINNERS = """
+import importlib, json, sys
+from recurrentgemma.cli import main
+def working(message):
+    raise SystemExit
+for name in ("sample", "chat", "score"):
+    importlib.import_module(f"recurrentgemma.cli.{name}").working = working
+    try:
+        main([name, *["-"] * (name != "chat")])
+    except SystemExit:
+        continue
+    raise AssertionError(f"{name} shows no spinner")
+print(json.dumps(sorted(sys.modules)))
+"""
+SLOW = FRAMEWORKS | {"numpy", "sentencepiece", "tokenizers", "jaxtyping"}
+
+
+def imported(*args: str, code: str = CODE) -> set[str]:
     """The modules that a command imports, in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *args],
+        [sys.executable, "-c", code, *args],
+        input="",
         env={**os.environ, "COLUMNS": "80"},
         capture_output=True,
         text=True,
@@ -34,11 +52,15 @@ def imported(*args: str) -> set[str]:
 @pytest.mark.parametrize("args", [("--version",), ("sample", "--help"), ("--help",)])
 def test_help_imports_nothing_that_is_slow(args):
     modules = imported(*args)
-    assert not modules & (FRAMEWORKS | {"numpy", "sentencepiece", "tokenizers", "jaxtyping"})
+    assert not modules & SLOW
     commands = {name for name in modules if name.startswith("recurrentgemma.cli.")}
     if args != ("--help",):
         assert not commands & {f"recurrentgemma.cli.{name}" for name in ("train", "parity")}
     assert not any(name.startswith("recurrentgemma_conversion") for name in modules)
+
+
+def test_the_spinner_comes_before_anything_slow():
+    assert not imported(code=SPINNERS) & SLOW
 
 
 @pytest.mark.parametrize(("framework", "other"), [("jax", "torch"), ("torch", "jax")])
