@@ -1,4 +1,4 @@
-"""Writes the documentation's tables that follow from the layer spec; `make docs` runs it.
+"""Writes the parts of the documentation that follow from the code; `make docs` runs it.
 
     python scripts/write_docs.py
 
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from recurrentgemma.cli import help as cli_help
+from recurrentgemma.cli.app import NAME, program
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
 from recurrentgemma.common.model.families import config_from_preset
@@ -70,13 +72,23 @@ def memory() -> Iterator[str]:
         yield ""
 
 
+def commands() -> Iterator[str]:
+    """What `recurrentgemma --help` and each command's `--help` print."""
+    pages = {NAME: program()} | {f"{NAME} {name}": c for name, c in program().commands.items()}
+    for path, command in pages.items():
+        yield ""
+        yield f"## {path}"
+        yield ""
+        yield from cli_help.as_markdown(cli_help.described(command, path))
+
+
 def _numbered(name: str) -> str:
     return re.sub(r"(blocks|layers)\.\d+", r"\1.N", name)
 
 
 def written(text: str) -> str:
     """A page with its generated parts up to date."""
-    functions = {"names": names, "memory": memory}
+    functions = {"names": names, "memory": memory, "commands": commands}
     return _GENERATED.sub(
         lambda match: match[1] + "\n".join(functions[match[2]]()) + "\n" + match[3], text
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import DType
+from recurrentgemma.cli.frameworks import DType, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 
@@ -26,7 +26,11 @@ def merge(
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     dtype: Annotated[
-        DType | None, typer.Option(help="The dtype of the merged parameters. Default: the base's.")
+        DType | None,
+        typer.Option(
+            help="Dtype of the merged parameters. Default: the base's.",
+            metavar=choices(DType),
+        ),
     ] = None,
     peft: Annotated[
         bool,

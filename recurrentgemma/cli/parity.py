@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
@@ -36,6 +37,7 @@ class ParityDType(enum.StrEnum):
 
 
 BEYOND_BUDGET = 1
+_SIDES, _TOKENS, _REPORT = "The two sides", "What they read", "Report"
 
 
 def parity(
@@ -43,7 +45,7 @@ def parity(
         Path | None,
         typer.Argument(
             help="Checkpoint of any format. Default: the bundled model.",
-            metavar="[A]",
+            metavar="A",
             show_default=False,
         ),
     ] = None,
@@ -51,35 +53,55 @@ def parity(
         Path | None,
         typer.Argument(
             help="Another checkpoint with the same config. Default: A.",
-            metavar="[B]",
+            metavar="B",
             show_default=False,
         ),
     ] = None,
     framework: Annotated[
         Implementation,
-        typer.Option(help="The implementation that runs A."),
+        typer.Option(
+            help="The implementation that runs A.",
+            metavar=choices(Implementation),
+            rich_help_panel=_SIDES,
+        ),
     ] = Implementation.JAX,
     against: Annotated[
         Implementation,
-        typer.Option(help="The implementation that runs B."),
+        typer.Option(
+            help="The implementation that runs B.",
+            metavar=choices(Implementation),
+            rich_help_panel=_SIDES,
+        ),
     ] = Implementation.TORCH,
     dtype: Annotated[
-        ParityDType, typer.Option(help="Dtype of parameters and computation.")
+        ParityDType,
+        typer.Option(
+            help="Dtype of parameters and computation.",
+            metavar=choices(ParityDType),
+            rich_help_panel=_SIDES,
+        ),
     ] = ParityDType.FLOAT32,
     as_stored: Annotated[
         bool,
         typer.Option(
             "--as-stored",
             help="Let transformers read B by itself, a huggingface folder, as its config says.",
+            rich_help_panel=_SIDES,
         ),
     ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Read a UTF-8 text instead of random tokens.", metavar="FILE", show_default=False
+            help="Read a UTF-8 text instead of random tokens.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_TOKENS,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens.", metavar="N")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Seed of random tokens.", metavar="N", rich_help_panel=_TOKENS),
+    ] = 0,
     length: Annotated[
         int | None,
         typer.Option(
@@ -87,23 +109,46 @@ def parity(
             help="Tokens a row. Default: 64 more than the attention window, at most 512.",
             metavar="N",
             show_default=False,
+            rich_help_panel=_TOKENS,
         ),
     ] = None,
     greedy: Annotated[
-        int, typer.Option(min=0, help="Tokens to continue each row with.", metavar="N")
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens to continue each row with.",
+            metavar="N",
+            rich_help_panel=_TOKENS,
+        ),
     ] = 32,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Compare every parameter's gradient, too.")
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Compare every parameter's gradient, too.",
+            rich_help_panel=_REPORT,
+        ),
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="List every tensor, inside of blocks too.")
+        bool,
+        typer.Option(
+            "--all", help="List every tensor, inside of blocks too.", rich_help_panel=_REPORT
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, with every tensor.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object, with every tensor.", rich_help_panel=_REPORT
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the error by depth.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Draw the error by depth.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
     ] = None,
     preset: PresetName = None,
     attention_window_size: Window = None,

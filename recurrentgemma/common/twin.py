@@ -48,11 +48,14 @@ class Twin(Protocol):
 
     Attributes:
       name: "jax" or "torch".
-      training: Its module of training functions; both twins' have the same.
     """
 
     name: str
-    training: ModuleType
+
+    @property
+    def training(self) -> ModuleType:
+        """Its module of training functions; both twins' have the same."""
+        ...
 
     def default_device(self) -> str:
         """The accelerator if there is one, or else "cpu"."""

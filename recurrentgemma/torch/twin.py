@@ -13,7 +13,6 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
-from recurrentgemma.torch import training
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
@@ -26,7 +25,12 @@ class TorchTwin(Twin):
     """PyTorch; its models are a `Griffin` each."""
 
     name = "torch"
-    training = training
+
+    @property
+    def training(self):
+        from recurrentgemma.torch import training  # slow to import, and sampling needs none of it
+
+        return training
 
     def default_device(self):
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,10 +107,10 @@ class TorchTwin(Twin):
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         model.gradient_checkpointing = gradient_checkpointing
         state_dtype = getattr(torch, state_dtype)
-        return training.create_train_state(model, state_dtype=state_dtype, **options)
+        return self.training.create_train_state(model, state_dtype=state_dtype, **options)
 
     def trained(self, state):
-        return training.parameters(state)
+        return self.training.parameters(state)
 
 
 TWIN = TorchTwin()
