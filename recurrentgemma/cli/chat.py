@@ -13,6 +13,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -53,6 +54,7 @@ Ctrl-C stops an answer.
 def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -91,7 +93,7 @@ def chat(
     path, vocabulary = find_checkpoint(checkpoint, tokenizer)
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens, adapter
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

@@ -20,6 +20,7 @@ from recurrentgemma.cli.batch import (
 )
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -59,6 +60,7 @@ def sample(
     ] = None,
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
@@ -183,7 +185,7 @@ def sample(
     started = time.perf_counter()
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
@@ -211,6 +213,7 @@ def sample(
             record=recorded_options(
                 sampling,
                 checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
+                adapter=None if adapter is None else os.path.abspath(expanded(adapter)),
                 framework=framework,
                 dtype=loaded.dtype,
                 chat=chat,

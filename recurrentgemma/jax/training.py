@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.model.layer_spec import require_match
-from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -34,7 +35,8 @@ from recurrentgemma.jax.lora import adapt, merge
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
-from recurrentgemma.jax.runtime.trees import Params, get_path
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+from recurrentgemma_conversion.adapters import open_adapters
 
 Metrics = dict[str, Any]
 
@@ -245,16 +247,26 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 
 def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
-    """A model's parameters with the adapters in a file merged into them, in its dtype.
+    """A model's parameters with the adapters in a file merged into them.
+
+    Args:
+      path: A file of ours or its folder, or a folder of PEFT's.
+      model: The model.
+      params: Its parameters. They do not change; those without adapters are shared.
 
     Raises:
-      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
+      CheckpointError: There are no adapters, they are damaged, or belong to another model.
     """
-    _, options, arrays = read_adapters(path, model.config)
-    base, _ = adapt(model.config, params, options, jnp.float32, 0)
-    dtype = get_path(base, "embedder.input_embedding").dtype
-    adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return merge(model.config, base, adapters, options, dtype)
+    _, options, arrays = open_adapters(path, model.config)
+    result: Params = {}
+    for spec in layer_spec(model.config):
+        value = get_path(params.get("params", params), spec.path)
+        on_host = np.asarray(value)
+        merged = merge_on_host(spec, on_host, arrays, options)
+        if merged is not on_host:
+            value = jax.device_put(merged.astype(on_host.dtype), value.sharding)
+        set_path(result, spec.path, value)
+    return result
 
 
 def _on_host(model: Griffin, batch: Batch) -> Batch:

@@ -67,7 +67,7 @@ def adapt(
         spec.path: nn.Parameter(torch.from_numpy(sample_param(spec, seed)).to(device, dtype))
         for spec in specs
     }
-    result = _sharing(model.state_dict(), model)
+    result = sharing(model.state_dict(), model)
     result.requires_grad_(False)
     if options.quantize:
         quantize_matrices(result)
@@ -94,10 +94,10 @@ def merge(
             )
             value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
         state[torch_name(spec.path)] = value.to(dtype)
-    return _sharing(state, model)
+    return sharing(state, model)
 
 
-def _sharing(state: Mapping[str, Tensor], model: Griffin) -> Griffin:
+def sharing(state: Mapping[str, Tensor], model: Griffin) -> Griffin:
     """A model like another, with these tensors."""
     result = Griffin(model.config, model.gradient_checkpointing, device="meta")
     result.load_state_dict(state, assign=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -28,11 +29,12 @@ from recurrentgemma.common.training.optimization import (
     state_shapes,
 )
 from recurrentgemma.torch.griffin import Griffin
-from recurrentgemma.torch.lora import adapt, merge
+from recurrentgemma.torch.lora import adapt, merge, sharing
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma_conversion.adapters import open_adapters
 
 Metrics = dict[str, Any]
 
@@ -232,16 +234,25 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 
 def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
-    """A model with the adapters in a file merged into its parameters, in its dtype.
+    """A model with the adapters in a file merged into its parameters.
+
+    Args:
+      path: A file of ours or its folder, or a folder of PEFT's.
+      model: The model. It does not change; tensors without adapters are shared.
 
     Raises:
-      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
+      CheckpointError: There are no adapters, they are damaged, or belong to another model.
     """
-    _, options, arrays = read_adapters(path, model.config)
-    base, _ = adapt(model, options, torch.float32, 0)
-    embedding = model.embedder.input_embedding
-    adapters = {name: to_tensor(array).to(embedding.device) for name, array in arrays.items()}
-    return merge(base, adapters, options, embedding.dtype)
+    _, options, arrays = open_adapters(path, model.config)
+    result = model.state_dict()
+    for spec in layer_spec(model.config):
+        value = result[torch_name(spec.path)]
+        on_host = to_torch(spec.path, to_array(value))
+        merged = merge_on_host(spec, on_host, arrays, options)
+        if merged is not on_host:
+            tensor = to_tensor(to_torch(spec.path, merged)).to(value)
+            result[torch_name(spec.path)] = tensor
+    return sharing(result, model)
 
 
 def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
