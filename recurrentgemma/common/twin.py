@@ -82,7 +82,7 @@ class Twin(Protocol):
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
     ) -> Any:
-        """The model in a checkpoint of any format, the bundled one if None; see `load_checkpoint`."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
         ...
 
     def make(
