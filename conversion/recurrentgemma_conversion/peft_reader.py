@@ -87,8 +87,8 @@ def read_peft(path: str | os.PathLike[str], config: Config) -> Adapters:
     ]
     problems += [
         f"{name} of shape {shapes[f'{name}.weight']}, {linear[name][1].shape} is expected"
-        for name in modules.keys() & linear.keys()
-        if shapes[f"{name}.weight"] != linear[name][1].shape
+        for name in modules
+        if name in linear and shapes[f"{name}.weight"] != linear[name][1].shape
     ]
     if problems:
         raise MismatchError(f"{folder}: adapters that are not the model's", problems)

@@ -116,7 +116,7 @@ def parity(
 
     Compares activations, logits, states and gradients. Differences must stay within a budget that
     is measured from the dtype's rounding, and within 1e-10 in float64. Exits with 0 if all do, or
-    else with 1.
+    else with 1. Adapters go to A, and to B unless you name a B.
     """
     from recurrentgemma.cli.parity_table import render, title_of
     from recurrentgemma.common.io.checkpoint import BUNDLED
