@@ -49,7 +49,7 @@ Metrics = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """A model in training.
+    """A model in training. Arrays may be NumPy's, as `flax.serialization` restores them.
 
     Attributes:
       step: The number of steps done.
@@ -63,7 +63,7 @@ class TrainState:
     """
 
     step: int
-    parameters: dict[str, Array]
+    parameters: dict[str, Any]
     optimizer_state: optax.OptState
     base: Params | None
     model: Griffin = flax.struct.field(pytree_node=False)
@@ -286,4 +286,8 @@ def _placed(tree: Any, beside: Any) -> Any:
 
 def _placed_like(new: Any, old: Any) -> Any:
     """The arrays of a tree, placed where another tree's are."""
-    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if y.committed else x, new, old)
+
+    def placed(x: Array, y: Any) -> Array:
+        return jax.device_put(x, y.sharding) if getattr(y, "committed", False) else x
+
+    return jax.tree.map(placed, new, old)
