@@ -102,19 +102,19 @@ def test_a_mask_by_path(trainer: Trainer) -> None:
     if trainer.name == "jax":
         import optax
 
-        optimizer = optax.masked(optax.sgd(0.0), decays)
-        state = trainer.state(CONFIG, make_params(CONFIG), optimizer=optimizer)
+        masked = optax.masked(optax.sgd(0.0), decays)
+        state = trainer.state(CONFIG, make_params(CONFIG), optimizer=masked)
         assert list(state.parameters) == list(decays)
         return
     import torch
 
     seen = []
 
-    def optimizer(tensors):
+    def made(tensors):
         seen.extend(tensors)
         return torch.optim.SGD(tensors, 0.0)
 
-    state = trainer.state(CONFIG, make_params(CONFIG), optimizer=optimizer)
+    state = trainer.state(CONFIG, make_params(CONFIG), optimizer=made)
     assert list(state.parameters) == list(decays)
     assert all(one is other for one, other in zip(seen, state.parameters.values(), strict=True))
 
