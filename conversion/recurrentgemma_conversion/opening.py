@@ -16,6 +16,7 @@ from recurrentgemma.common.io.files import expanded, scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
+from recurrentgemma_conversion.adapters import open_adapters
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.others import require_no_other
@@ -48,6 +49,7 @@ def open_checkpoint(
     path: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     scratch: Path | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Iterator[Reader]:
     """Opens a checkpoint of any format, its config known and its tensors checked against it.
 
@@ -57,12 +59,17 @@ def open_checkpoint(
       overrides: What the caller says of the model.
       scratch: An archive is unpacked beside this path for as long as the checkpoint is open; in
         the system's folder for temporary files if None.
+      adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
+        its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is none, more than one, or it cannot be served.
+      CheckpointError: There is none, more than one, or it cannot be served; or the adapters cannot
+        be, or belong to another model.
     """
     with open_headers(path, overrides, scratch) as reader:
         reader.require()
+        if adapter is not None:
+            reader.adapters = open_adapters(adapter, reader.config)
         yield reader
 
 

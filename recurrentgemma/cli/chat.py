@@ -15,6 +15,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -66,6 +67,7 @@ _YOU, _MODEL = "you> ", "model> "
 def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -117,7 +119,7 @@ def chat(
                 f"{_DOWNLOAD!r} gets a model that was"
             )
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens, adapter
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

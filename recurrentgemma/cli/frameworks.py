@@ -79,6 +79,16 @@ TokenizerFile = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="LoRA adapters to add to the checkpoint: a training run's, or a folder of PEFT's.",
+        metavar="PATH",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
 ControlTokens = Annotated[
     bool,
     typer.Option(
@@ -138,6 +148,7 @@ def load_sampler(
     dtype: DType | None,
     chat: bool,
     allow_control_tokens: bool = False,
+    adapter: Path | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -149,11 +160,12 @@ def load_sampler(
       dtype: The dtype of parameters and computation; see `default_dtype` if None.
       chat: Whether the model is instruction-tuned.
       allow_control_tokens: Whether a user's words may spell control tokens.
+      adapter: LoRA adapters to add to its parameters, if any.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device)
+    model = twin.load(path, dtype, device, adapter=adapter)
     sampler = twin.sampler(
         model,
         tokenizer,

@@ -20,6 +20,7 @@ from recurrentgemma.cli.batch import (
 )
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -61,6 +62,7 @@ def sample(
     ] = None,
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int,
@@ -209,7 +211,7 @@ def sample(
     started = time.perf_counter()
     with working(loading(checkpoint, framework)):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
@@ -237,6 +239,7 @@ def sample(
             record=recorded_options(
                 sampling,
                 checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
+                adapter=None if adapter is None else os.path.abspath(expanded(adapter)),
                 framework=framework,
                 dtype=loaded.dtype,
                 chat=chat,

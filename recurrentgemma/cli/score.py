@@ -12,6 +12,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     DTypeOption,
     FrameworkOption,
@@ -33,6 +34,7 @@ def score(
     ],
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
     per_token: Annotated[
@@ -51,7 +53,7 @@ def score(
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
         path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False)
+        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
     pieces = [vocabulary.piece(token) for token in result.tokens]

@@ -249,7 +249,7 @@ class StreamDecoder:
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain; possibly empty."""
-        self._tokens += self._tokenizer.spoken([token])
+        self._tokens = [*self._tokens, *self._tokenizer.spoken([token])]  # a copy may hold the old
         certain = len(self._tokens)
         # An unfinished character, three bytes at most, decodes to U+FFFD: wait for the rest.
         least = max(self._printed, certain - 3)

@@ -83,8 +83,9 @@ class Twin(Protocol):
         dtype: str,
         device: str | None = None,
         overrides: Overrides | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Any:
-        """The model in a checkpoint of any format; the bundled model if None."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
         ...
 
     def make(

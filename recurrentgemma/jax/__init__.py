@@ -26,6 +26,7 @@ from recurrentgemma.jax.checkpoint import (
 )
 from recurrentgemma.jax.griffin import Griffin, init_params
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.jax.lora import load_adapters
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.modules import (
     AttentionBlockCache,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
         TrainState,
         create_train_state,
         evaluate,
-        load_adapters,
         load_state_arrays,
         loss_fn,
         parameters,

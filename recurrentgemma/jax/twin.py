@@ -62,10 +62,14 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None):
+    def load(self, path, dtype, device=None, overrides=None, adapter=None):
         with self.precision(dtype):
             model, params = load_checkpoint(
-                path, dtype=dtype, device=_device(device), overrides=overrides or NO_OVERRIDES
+                path,
+                dtype=dtype,
+                device=_device(device),
+                overrides=overrides or NO_OVERRIDES,
+                adapter=adapter,
             )
         return Model(model, params)
 

@@ -21,6 +21,7 @@ if not is_installed("torch"):
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.torch.lora import load_adapters
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.modules import (
     AttentionBlockCache,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
         TrainState,
         create_train_state,
         evaluate,
-        load_adapters,
         load_state_arrays,
         loss_fn,
         parameters,

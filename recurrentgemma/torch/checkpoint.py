@@ -35,6 +35,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     sharding: DeviceMesh | None = None,
     overrides: Overrides = NO_OVERRIDES,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Griffin:
     """The model in a checkpoint of any format.
 
@@ -51,16 +52,19 @@ def load_checkpoint(
       sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
         process then reads the whole checkpoint and keeps its part, a tensor at a time.
       overrides: What the caller says of the model.
+      adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
+        its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
+      CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
+        `open_checkpoint`.
       ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
         is to be split has several.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and sharding is not None:
         raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
-    with open_checkpoint(path, overrides) as checkpoint:
+    with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
         if sharding is not None and dtype is None and len(stored) > 1:
             raise UserError(

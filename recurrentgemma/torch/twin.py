@@ -47,10 +47,13 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None):
-        dtype = getattr(torch, dtype)
+    def load(self, path, dtype, device=None, overrides=None, adapter=None):
         return load_checkpoint(
-            path, dtype=dtype, device=device, overrides=overrides or NO_OVERRIDES
+            path,
+            dtype=getattr(torch, dtype),
+            device=device,
+            overrides=overrides or NO_OVERRIDES,
+            adapter=adapter,
         )
 
     def make(self, config, params, dtype, device=None):

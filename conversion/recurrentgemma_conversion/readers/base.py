@@ -20,6 +20,8 @@ from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.adapters import Adapters
+from recurrentgemma.common.training.lora import merge
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import family_named, family_of, layout, other_parts
@@ -44,6 +46,7 @@ class Reader(abc.ABC):
       companions: Other files that belong to the checkpoint in its own format.
       special_ids: The special tokens' ids in its config, by their names there.
       named: What the user calls a path in it: in an archive, the archive's name.
+      adapters: Adapters that are added to the parameters as they are read, if any.
     """
 
     format: Format
@@ -52,6 +55,7 @@ class Reader(abc.ABC):
     companions: Sequence[Path] = ()
     special_ids: Mapping[str, Any] = MappingProxyType({})
     named: Callable[[Path], str] = staticmethod(str)
+    adapters: Adapters | None = None
 
     def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
         self.path, self._overrides = path, overrides
@@ -139,12 +143,15 @@ class Reader(abc.ABC):
         _ = self.config, self.dtypes
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        """A parameter in the Flax layout, in its stored dtype."""
+        """A parameter in the Flax layout, in its stored dtype; float32 or wider if adapted."""
         return np.asarray(self.read_parts(spec))
 
     def read_parts(self, spec: ParamSpec) -> np.ndarray | Stacked:
         """`read`, not put together where it is stored in parts."""
-        return self.layout.decode(spec, self.fetch)
+        value = self.layout.decode(spec, self.fetch)
+        if self.adapters is None:
+            return value
+        return merge(spec, np.asarray(value), self.adapters.arrays, self.adapters.options)
 
     @property
     def stored_bytes(self) -> int:

@@ -55,17 +55,13 @@ class KaggleTorchReader(Reader):
     format = Format.KAGGLE_TORCH
 
     def _open(self) -> None:
-        self._state = _load(self.path)
+        state = load_state_dict(self.path)
+        self._state = {name: state[stored] for name, stored in unwrapped(state).items()}
         self.tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
         self.homes = [*around(self.path), self.path.parent.parent]
 
     def fetch(self, name: str) -> np.ndarray:
-        import torch
-
-        tensor = self._state[name].detach().resolve_neg()
-        if tensor.dtype == torch.bfloat16:  # `tensor.numpy` does not know it
-            return tensor.view(torch.int16).numpy().view(BFLOAT16)
-        return tensor.numpy()
+        return as_array(self._state[name])
 
 
 def import_torch(what: str = "reading a .pt file") -> Any:
@@ -77,7 +73,24 @@ def import_torch(what: str = "reading a .pt file") -> Any:
     return torch
 
 
-def _load(path: Path) -> Mapping[str, torch.Tensor]:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A view of a tensor on the CPU."""
+    import torch
+
+    tensor = tensor.detach().resolve_neg()
+    if tensor.dtype == torch.bfloat16:  # `tensor.numpy` does not know it
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def load_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors in a file that `torch.save` wrote, by their stored names.
+
+    Raises:
+      MissingExtraError: PyTorch is not installed.
+      UnsafePickleError: The pickle wants to run code, or holds more than tensors.
+      DamagedError: The file cannot be read.
+    """
     torch = import_torch()
     name = require_utf8(path, "PyTorch")
     zipped = zipfile.is_zipfile(path)
@@ -113,7 +126,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     ]
     if others:
         raise UnsafePickleError(f"{path} must hold named tensors alone, got {', '.join(others)}")
-    return {name: state[stored] for name, stored in unwrapped(state).items()}
+    return state
 
 
 def _is_stored(path: Path) -> bool:

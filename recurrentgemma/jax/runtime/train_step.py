@@ -15,7 +15,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.training.lora import trainable_specs
-from recurrentgemma.common.training.optimization import decay_mask
+from recurrentgemma.common.training.optimization import decay_mask, step_settings
 from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
@@ -100,18 +100,24 @@ def _update(model, options, lora, dtype, parameters, optimizer_state, base, batc
     def accumulate(sums, batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(parameters, batch)), None
 
+    def value(parameters):
+        return jax.lax.map(functools.partial(share, parameters), batches).sum()
+
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
     (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
-    if options.clip_norm is not None:
-        scale = jnp.minimum(1.0, options.clip_norm / norm)
+    settings = step_settings(options)
+    if settings.clip_norm is not None:
+        scale = jnp.minimum(1.0, settings.clip_norm / norm)
         grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
     decay = decay_mask(trainable_specs(model.config, lora))
     optimizer = make_optimizer(options, decay, rate)
     before = parameters, optimizer_state
-    updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
+    updates, optimizer_state = optimizer.update(
+        grads, optimizer_state, parameters, value=loss, grad=grads, value_fn=value
+    )
     parameters = optax.apply_updates(parameters, updates)
-    if options.skip_nonfinite:
+    if settings.skip_nonfinite:
         keep = functools.partial(jnp.where, jnp.isfinite(loss) & jnp.isfinite(norm))
         parameters, optimizer_state = jax.tree.map(keep, (parameters, optimizer_state), before)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}
