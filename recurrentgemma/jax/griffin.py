@@ -190,9 +190,7 @@ def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
             return PartitionSpec()
         return PartitionSpec(*partition(tokens)[:shared])
 
-    return automatic(
-        function, lambda results: jax.tree.map(split, results), first, *args, **kwargs
-    )
+    return automatic(function, lambda results: jax.tree.map(split, results), first, *args, **kwargs)
 
 
 def init_params(config: Config, seed: int, dtype: Dtype = jnp.float32) -> Params:

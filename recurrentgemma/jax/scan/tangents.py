@@ -52,9 +52,7 @@ def _flat(function: Linear, tree: Any) -> Linear:
 
 def _bind(function: Linear, transpose: Linear, count: int, leaves: Sequence[Any]) -> list[Any]:
     types = tuple(jax.make_jaxpr(function.like)(*leaves).out_avals)
-    return _linear_p.bind(
-        *leaves, function=function, transpose=transpose, count=count, types=types
-    )
+    return _linear_p.bind(*leaves, function=function, transpose=transpose, count=count, types=types)
 
 
 _linear_p = Primitive("linear")
