@@ -11,6 +11,7 @@ class Overrides(NamedTuple):
     """Fields of a config that win over what a checkpoint says.
 
     Attributes:
+      config: The whole config, in place of a `config.json`.
       preset: The published model that it is.
       embeddings_scale_by_sqrt_dim: See `GriffinConfig`, as for the next two.
       attention_window_size: W, as published.
@@ -19,6 +20,7 @@ class Overrides(NamedTuple):
         own key, as in `transformers`; else it is as published.
     """
 
+    config: Any = None
     preset: Preset | None = None
     embeddings_scale_by_sqrt_dim: bool | None = None
     attention_window_size: int | None = None
@@ -29,7 +31,7 @@ class Overrides(NamedTuple):
     def fields(self) -> dict[str, Any]:
         """The fields that are given one by one."""
         given = self._asdict()
-        del given["preset"], given["trained_in_transformers"]
+        del given["config"], given["preset"], given["trained_in_transformers"]
         return {name: value for name, value in given.items() if value is not None}
 
 
