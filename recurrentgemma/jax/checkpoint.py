@@ -36,6 +36,7 @@ def load_checkpoint(
     dtype: Dtype | None = None,
     device: Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # it is a class
     sharding: str | Sharding | Mapping[str, Any] = "single_device",
+    config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Griffin, Params]:
@@ -52,7 +53,8 @@ def load_checkpoint(
         float32 or wider, and float64 becomes float32 where JAX has it turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
-      overrides: What the caller says of the model.
+      config: What the model is, for weights without a `config.json`; it wins over one.
+      overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
         its folder, or a folder of PEFT's.
 
@@ -67,6 +69,8 @@ def load_checkpoint(
         if sharding != "single_device":
             raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
         sharding = SingleDeviceSharding(device)
+    if config is not None:
+        overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
     param_dtype = get_path(params, "embedder.input_embedding").dtype

@@ -178,8 +178,11 @@ def _adafactor(learning_rate: float | Array) -> optax.GradientTransformation:
         matrices = {path: p for path, p in params.items() if p.ndim > 1}
         return _AdafactorState(
             jnp.zeros((), jnp.int32),
-            {path: jnp.zeros_like(p[..., :1]) for path, p in matrices.items()},
-            {path: jnp.zeros_like(p[..., :1, :]) for path, p in matrices.items()},
+            {path: jnp.zeros((*p.shape[:-1], 1), p.dtype) for path, p in matrices.items()},
+            {
+                path: jnp.zeros((*p.shape[:-2], 1, p.shape[-1]), p.dtype)
+                for path, p in matrices.items()
+            },
             {path: jnp.zeros_like(p) for path, p in params.items() if p.ndim == 1},
         )
 

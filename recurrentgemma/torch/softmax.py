@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.model.mixers import Attention
-from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.scan import forward_levels, wide_dtype
 
 BLOCK = 256  # queries that share an array of scores
 
@@ -52,7 +52,8 @@ def attend_masked(
     """softmax(soft_cap(scale * q @ k^T)) @ v in float32; R query heads share a key head."""
     function = nn.functional.scaled_dot_product_attention
     k_zksh, v_zksh = k_zskh.transpose(1, 2), v_zskh.transpose(1, 2)
-    if not mixer.soft_cap and q_zcnh.shape[1] > 1:
+    plain = bool(mixer.soft_cap) or forward_levels() > 0  # PyTorch's kernels know neither
+    if not plain and q_zcnh.shape[1] > 1:
         group = mixer.heads // mixer.kv_heads
         shared = q_zcnh.device.type == "cpu"  # elsewhere the kernels that take a mask lack it
         if not shared:  # without a copy where there is one key head
@@ -64,10 +65,11 @@ def attend_masked(
     # Heads that share a key head stand beside queries, so both products are plain matrix products.
     q_zkcrh = q_zcnh.unflatten(2, (mixer.kv_heads, -1)).transpose(1, 2)
     q_zkmh, sizes = q_zkcrh.flatten(2, 3), q_zkcrh.shape[2:4]
-    if mixer.soft_cap:
+    if plain:
         wide = wide_dtype(q_zcnh.dtype)
         scores_zkms = (q_zkmh.to(wide) * mixer.scale) @ k_zksh.to(wide).transpose(-1, -2)
-        scores_zkms = torch.tanh(scores_zkms / mixer.soft_cap) * mixer.soft_cap
+        if mixer.soft_cap:
+            scores_zkms = torch.tanh(scores_zkms / mixer.soft_cap) * mixer.soft_cap
         scores_zkcrs, hidden_z1c1s = scores_zkms.unflatten(2, sizes), ~mask_zcs[:, None, :, None]
         weights_zkcrs = scores_zkcrs.masked_fill(hidden_z1c1s, torch.finfo(wide).min).softmax(-1)
         out_zkmh = (weights_zkcrs.flatten(2, 3) @ v_zksh.to(wide)).to(q_zcnh.dtype)

@@ -30,6 +30,8 @@ from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
+GIVE_CONFIG = ": put it there, or give load_checkpoint a config"
+
 
 class Reader(abc.ABC):
     """An opened checkpoint: what it is, known from its headers, and its parameters one at a time.
@@ -71,11 +73,15 @@ class Reader(abc.ABC):
 
     @functools.cached_property
     def stated(self) -> Any:
-        """The config that it states, None if it states none: here ours, beside the weights.
+        """The config that the caller or the checkpoint states, None if neither states one.
 
         Raises:
           ConfigError: There is a `config.json` that cannot be read.
         """
+        return self._overrides.config or self._stated()
+
+    def _stated(self) -> Any:
+        """The config that the checkpoint states, or None: here ours, beside the weights."""
         for path in (folder / CONFIG for folder in around(self.path)):
             fields = read_fields(path) if path.is_file() else {"model_type": None}
             if "model_type" not in fields:  # or else Hugging Face's
@@ -99,7 +105,7 @@ class Reader(abc.ABC):
         """
         if self.family is not None:
             return self._told(self.family.resolve, self.tensors, self.stated, self._overrides)
-        if self._overrides != NO_OVERRIDES:
+        if self._overrides._replace(config=None) != NO_OVERRIDES:
             raise ConfigError(f"{self.path} states its whole config: nothing overrides it")
         return self.stated
 
@@ -219,7 +225,7 @@ def read_fields(path: Path) -> dict[str, Any]:
       ConfigError: It is missing, or no JSON object.
     """
     if not path.is_file():
-        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}")
+        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}{GIVE_CONFIG}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

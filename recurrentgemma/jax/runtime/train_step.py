@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.training.lora import trainable_specs
@@ -19,6 +20,7 @@ from recurrentgemma.common.training.optimization import decay_mask, step_setting
 from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
+from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -47,9 +49,17 @@ def compiled(platform: str) -> Functions:
     )
 
 
-@default_promotion
 def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     """The weighted sum of -log p(target)."""
+
+    def function(params, batch, adapters):
+        return _total(model, params, batch, adapters, lora)
+
+    return automatic(function, lambda _: PartitionSpec(), params, batch, adapters)
+
+
+@default_promotion
+def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     with adapted(adapters, lora) if lora else contextlib.nullcontext():
         hidden, _ = model.apply(
             {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
@@ -90,8 +100,19 @@ def _trained_total(model, lora, dtype, parameters, base, batch):
     return total(model, base, batch, parameters, lora)
 
 
-@default_promotion
 def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
+    def function(*args):
+        return _updated(model, options, lora, dtype, *args)
+
+    def split(results):
+        return *jax.tree.map(partition, state), dict.fromkeys(results[-1], PartitionSpec())
+
+    state = parameters, optimizer_state
+    return automatic(function, split, *state, base, batches, rate)
+
+
+@default_promotion
+def _updated(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
     tokens = as_weights(batches.weights).sum()
 
     def share(parameters, batch):
