@@ -20,10 +20,9 @@
 # same. It needs `pip install ".[full,train]"` and runs on the bundled model.
 
 # %%
-# %xmode Minimal
-
 from recurrentgemma.common.extras import require
 
+get_ipython().InteractiveTB.set_mode("Minimal")  # an error is one line
 require("jax", "flax", "torch", "matplotlib")
 
 # %%
@@ -152,7 +151,7 @@ for height, color, text in (
 ):
     axes.text(0, height, text, color=color)
 axes.set_xticks(places, [row.name.removeprefix("blocks.") for row in rows], rotation=90)
-axes.set(ylabel="RMS difference / RMS", ylim=(1e-17, 1e-4))
+axes.set(ylabel="difference, as a share of the values", ylim=(1e-17, 1e-4))
 axes.set_title("Every activation, from the embeddings to the logits", loc="left")
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()

@@ -22,10 +22,9 @@
 # [examples/translate](../examples/translate/README.md).
 
 # %%
-# %xmode Minimal
-
 from recurrentgemma.common.extras import require
 
+get_ipython().InteractiveTB.set_mode("Minimal")  # an error is one line
 require("jax", "flax", "optax", "matplotlib")
 
 # %%
@@ -155,7 +154,7 @@ validation.append((STEPS, recurrentgemma.evaluate(state, held_out)["loss"]))
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
 axes.plot(range(1, STEPS + 1), losses, color="#9bbcc8", label="training")
 axes.plot(*zip(*validation, strict=True), "o-", color="#1f6f8b", markersize=4, label="held out")
-axes.set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
+axes.set(xlabel="step", ylabel="loss (lower is better)", ylim=(0, None))
 axes.set_title("English to French", loc="left")
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False)

@@ -117,7 +117,7 @@ def failing(name: str, source: str, replacement: str, before: str = "") -> str:
         if cell.cell_type == "code":
             cell.source = cell.source.replace(source, replacement)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code[0].source = code[0].source.replace("%xmode Minimal", f"%xmode Minimal\n{before}")
+    code[0].source = f"{before}\n{code[0].source}"
     with pytest.raises(nbclient.exceptions.CellExecutionError):
         builder.execute(notebook)
     (shown,) = [out for cell in code for out in cell.get("outputs", []) if "traceback" in out]
