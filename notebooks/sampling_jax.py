@@ -15,9 +15,9 @@
 # # Sampling in JAX
 #
 # Load a checkpoint, continue prompts, choose how to draw tokens, stream them, and keep a state. The
-# notebook needs `pip install ".[jax,train]"` (`train` for the plots), and takes less than a minute on
-# two CPU cores with the bundled model: a small Griffin that has read only the World English Bible
-# and Jane Austen.
+# notebook needs `pip install ".[jax,train]"` (`train` for the plots). It takes less than a minute
+# on two CPU cores with the bundled model: a small Griffin that has read only the World English
+# Bible and Jane Austen.
 
 # %%
 from recurrentgemma.common.extras import require
