@@ -102,7 +102,7 @@ def _notebook(source: Path) -> tuple[str, dict[str, bytes]]:
 def _script(source: Path) -> tuple[str, dict[str, bytes]]:
     """An example as a page: what its docstring says, how to run it, its code."""
     code = source.read_text(encoding="utf-8")
-    says, runs = (ast.get_docstring(ast.parse(code)) or "").split("\n\n", 1)
+    says, _, runs = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")
     body = code.split('"""\n', 2)[-1].strip()
     text = f"# {source.name}\n\n{says}\n\n```sh\n{runs}\n```\n\n```python\n{body}\n```"
     return text, {}

@@ -162,11 +162,15 @@ def conversion() -> Iterator[str]:
     yield '<div class="bars" markdown>'
     for source in dict.fromkeys(row["source"] for row in results["rows"]):
         rows = [
-            (f"to `{row['to']}`", *(_scaled(row[rate], 1e-6) for rate in ("write", "total")))
+            (
+                f"to `{row['to']}`",
+                *(_scaled(row[rate], 1e-6) for rate in ("write", "total")),
+                _scaled(row["peak"], 1e-9),
+            )
             for row in results["rows"]
             if row["source"] == source
         ]
-        yield from _bars([f"`{source}`", "write, MB/s", "and verify, MB/s"], rows)
+        yield from _bars([f"`{source}`", "write, MB/s", "and verify, MB/s", "peak, GB"], rows)
     yield "</div>"
 
 
@@ -222,7 +226,6 @@ def _bars(
     header: Sequence[str], rows: Sequence[Sequence[Any]], least_first: bool = False
 ) -> Iterator[str]:
     """A table of medians; a bar over each is its share of its column's largest."""
-    names = [CONTENDERS.get(row[0], row[0]) for row in rows]
     medians = [[statistics.median(values) for values in row[1:]] for row in rows]
     largest = [max(column) for column in zip(*medians, strict=True)]
     yield ""
@@ -230,7 +233,7 @@ def _bars(
     yield "|---" * len(header) + "|"
     order = range(len(rows))
     for i in sorted(order, key=lambda i: medians[i][0]) if least_first else order:
-        texts = [names[i]]
+        texts = [CONTENDERS.get(rows[i][0], str(rows[i][0]))]
         for values, middle, most in zip(rows[i][1:], medians[i], largest, strict=True):
             ends = f" ({_short(min(values))} to {_short(max(values))})"
             text = _short(middle) + (ends if len(header) == 2 and len(values) > 1 else "")
