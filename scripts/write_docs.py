@@ -163,14 +163,14 @@ def conversion() -> Iterator[str]:
     for source in dict.fromkeys(row["source"] for row in results["rows"]):
         rows = [
             (
-                f"to `{row['to']}`",
+                f"to {row['to']}",
                 *(_scaled(row[rate], 1e-6) for rate in ("write", "total")),
                 _scaled(row["peak"], 1e-9),
             )
             for row in results["rows"]
             if row["source"] == source
         ]
-        yield from _bars([f"`{source}`", "write, MB/s", "and verify, MB/s", "peak, GB"], rows)
+        yield from _bars([source, "write, MB/s", "and verify, MB/s", "peak, GB"], rows)
     yield "</div>"
 
 
@@ -179,7 +179,7 @@ def conversion_beside_cp() -> Iterator[str]:
     results = _results("conversion-safetensors-cpu")
     rates = ("write", "cp", "total", "cp flushed")
     rows = [
-        (f"`{row['source']}` to `{row['to']}`", *(_scaled(row[rate], 1e-6) for rate in rates))
+        (f"{row['source']} to {row['to']}", *(_scaled(row[rate], 1e-6) for rate in rates))
         for row in results["rows"]
     ]
     yield from _made(results, "conversion-safetensors-cpu")
