@@ -18,7 +18,8 @@ NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
 SWITCH = "SOURCE = None"
 # The sizes that it runs at here, in place of those that it is stored with.
 SMALLER = {
-    "STEPS = 120": "STEPS = 6",
+    "STEPS = 120": "STEPS = 4",
+    "warmup_steps=10": "warmup_steps=1",
     "held_out = pairs[:100]": "held_out = pairs[:8]",
     "for _ in range(8):": "for _ in range(2):",
     "total_generation_steps=200": "total_generation_steps=20",
