@@ -16,7 +16,7 @@ API = re.compile(r"^(?:twins|both|jax|torch): ([\w.]+)(?: \| ([\w.]+))?$", re.MU
 # What layers have for the package itself, and what Flax gives a dataclass.
 INTERNAL = {
     *("build", "child", "declare", "extra_repr", "linear", "materialise", "reset_parameters"),
-    *("replace", "setup"),
+    *("init_with_output", "replace", "setup"),
 }
 
 
