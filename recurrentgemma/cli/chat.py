@@ -84,11 +84,12 @@ def chat(
     The conversation is kept in the model's state: each turn reads only what is new.
     """
     from recurrentgemma.common.generation.conversation import Conversation
+    from recurrentgemma.common.io.checkpoint import BUNDLED
 
     sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = checked_strings(stop or ())
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
     with working(f"Loading {path.name} with {framework}"):
         loaded = load_sampler(
             framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
@@ -101,8 +102,8 @@ def chat(
         "stop_strings": stop_strings,
         "rng": seed,
     }
-    if checkpoint is None:
-        sys.stderr.write("the bundled model was not tuned to chat; --checkpoint names another\n")
+    if path.resolve() == BUNDLED.resolve():
+        sys.stderr.write("the bundled model was not tuned to chat; tiny-chat was\n")
     about = f"{framework}, {loaded.dtype} on {loaded.device}"
     about += f", seed {seed}" if seed is not None else ""
     if sys.stdin.isatty():

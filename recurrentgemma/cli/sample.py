@@ -167,7 +167,7 @@ def sample(
             "--logprobs needs --json, or --input and --output: text has no place for it"
         )
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat)
     if chat and vocabulary.end_of_turn_id is None:
         raise UserError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None:

@@ -169,9 +169,16 @@ def test_chat_without_turns(cli, checkpoint, monkeypatch):
 
 
 def test_the_bundled_model_was_not_tuned_to_chat(cli):
-    done = cli("chat")
+    done = cli("chat", "--checkpoint", "tiny")
     assert (done.code, done.out) == (0, "")
-    assert done.err == "the bundled model was not tuned to chat; --checkpoint names another\n"
+    assert done.err == "the bundled model was not tuned to chat; tiny-chat was\n"
+
+
+def test_the_default_model_answers(cli, framework):
+    done = cli("chat", "--framework", framework, stdin=b"Who wrote Emma?\n")
+    assert done == (0, "Jane Austen wrote Emma.\n", "")
+    args = ("--framework", framework, "--chat", "--no-echo")
+    assert cli("sample", "Who wrote Emma?", *args).out == done.out
 
 
 def test_states(cli, checkpoint, framework, tmp_path):
