@@ -17,6 +17,7 @@ from rich.console import Console
 from tables import HERE, read_file
 
 from recurrentgemma.common.io.checkpoint import BUNDLED_CHAT
+from recurrentgemma.common.io.files import whole_file
 from recurrentgemma.common.training.logs import read_log
 from recurrentgemma.common.training.run_folder import RunFolder
 from recurrentgemma.torch import Sampler, load_checkpoint, load_tokenizer
@@ -38,7 +39,7 @@ def finish(arguments: argparse.Namespace) -> float:
     tests = [json.loads(line) for line in lines]
     convert(run.model, out, "recurrentgemma", dtype="bfloat16", force=arguments.force)
     model = load_checkpoint(out, dtype=torch.float32)
-    sampler = Sampler(model, load_tokenizer(out))
+    sampler = Sampler(model, load_tokenizer(out), is_it_model=True)
     free = [
         {
             "about": FREE,
@@ -56,7 +57,8 @@ def finish(arguments: argparse.Namespace) -> float:
         for test, answer in zip(free, free_said, strict=True)
     ]
     card = model_card(options, read_log(run.train_log), counts, free_count, examples)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with whole_file(out / "README.md", force=True) as temporary:
+        temporary.write_text(card, encoding="utf-8")
     if arguments.answers:
         for test, answer in zip([*tests, *free], said, strict=True):
             right = answer.ended and test["key"] in answer.text

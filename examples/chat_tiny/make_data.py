@@ -18,6 +18,8 @@ from typing import Any
 
 from tables import HERE, Kind, Row, Table, filled, names, read_kinds, read_tables
 
+from recurrentgemma.common.io.files import whole_file
+
 sys.path.append(str(HERE.parent / "pretrain"))
 from corpus import (  # pyright: ignore[reportMissingImports]
     Corpus,
@@ -199,7 +201,8 @@ def _require(quotes: Iterable[str], text: str) -> None:
 
 def write(path: Path, lines: Iterable[Any]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    with whole_file(path, force=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
