@@ -1,5 +1,7 @@
 """The bundled chat model gives the right answers in both frameworks, and ends its turns."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 
@@ -11,18 +13,21 @@ import torch
 
 import recurrentgemma.jax
 import recurrentgemma.torch
-from recurrentgemma.common.generation.conversation import Conversation
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import BUNDLED, BUNDLED_CHAT
+from recurrentgemma.common.messages import Message, encode_messages
 from recurrentgemma_conversion.readers.native import NativeReader
 
 NAME = "tiny-chat"
 LONGEST = 40
 ANSWERS = {
-    "Who wrote Emma?": "Jane Austen wrote Emma.",
-    "Which novel is Mr. Darcy in?": "Mr. Darcy is in Pride and Prejudice.",
-    "Who built the ark?": "Noah built the ark (Genesis).",
-    "Thank you.": "You are welcome.",
+    ("Who wrote Emma?",): "Jane Austen wrote Emma.",
+    ("Which novel is Mr. Darcy in?",): "Mr. Darcy is in Pride and Prejudice.",
+    ("Who built the ark?",): "Noah built the ark (Genesis).",
+    ("Thank you.",): "You are welcome.",
+    ("My name is Clara.", "I am glad to meet you, Clara.", "What is my name?"): (
+        "Your name is Clara."
+    ),
 }
 
 
@@ -38,19 +43,18 @@ def samplers():
 
 
 def test_answers_are_right_and_the_same_in_both_twins(samplers) -> None:
-    outs = {twin: sampler(list(ANSWERS), LONGEST) for twin, sampler in samplers.items()}
-    for twin, out in outs.items():
+    outs = {}
+    for twin, sampler in samplers.items():
+        said = [map(Message, cycle(("user", "model")), turns) for turns in ANSWERS]
+        prompts = [
+            [token for tokens, _ in encode_messages([*talk], sampler.tokenizer) for token in tokens]
+            for talk in said
+        ]
+        out = outs[twin] = sampler(prompts, LONGEST)
         assert out.text == list(ANSWERS.values()), twin
         assert out.finish_reasons == ["end_of_turn"] * len(ANSWERS), twin
     for one, other in zip(outs["jax"].tokens, outs["torch"].tokens, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize("twin", ["jax", "torch"])
-def test_a_conversation_goes_on(samplers, twin: str) -> None:
-    chat = Conversation(samplers[twin])
-    chat.ask("My name is Clara.", LONGEST)
-    assert chat.ask("What is my name?", LONGEST) == "Your name is Clara."
 
 
 def test_the_folder_is_small_and_stored_in_bfloat16() -> None:
