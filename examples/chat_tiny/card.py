@@ -77,7 +77,8 @@ The answers to the first {shown} free questions, right or wrong.
 
 - It knows only what its tables say. Asked in another way, or about anything else, it often gives a
   wrong answer in the same sure voice. It declines what is far from its corpus, but not always.
-- It does not reason, count or compare, and it follows no instruction but to be brief.
+- It does not reason, count or compare. It follows no instruction but to be brief.
+- It repeats names that training had; a name that is new to it, it replaces by one of those.
 - It half remembers verses: do not take its quotations for the text.
 - It speaks in the voice of its sources, with their views of women, servants, strangers and war.
 """

@@ -49,7 +49,7 @@ def finish(arguments: argparse.Namespace) -> float:
         for row in read_file(HERE / "questions.toml")["free"].rows
     ]
     said = answers(sampler, [test["messages"] for test in [*tests, *free]])
-    counts, free_said = shares(tests, said), said[len(tests) :]
+    counts, free_said = shares(tests, said[: len(tests)]), said[len(tests) :]
     free_count = shares(free, free_said)[FREE]
     options = tomllib.loads(run.options.read_text(encoding="utf-8"))
     examples = [
