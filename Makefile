@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs notebooks mutation tpu gemma tiny lock clean
+.PHONY: help demo test lint docs notebooks mutation tpu gemma tiny tiny-chat lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ tiny: $(STAMP)-full ## train the bundled model anew
 	$(BIN)/python examples/pretrain/prepare.py
 	$(BIN)/recurrentgemma train --options examples/pretrain/options.toml --out runs/pretrain/run --resume
 	$(BIN)/python examples/pretrain/finish.py runs/pretrain/run --force
+
+tiny-chat: $(STAMP)-full ## train the bundled chat model anew
+	$(BIN)/python examples/chat_tiny/make_data.py
+	$(BIN)/recurrentgemma train --options examples/chat_tiny/options.toml --out runs/chat_tiny/run --resume
+	$(BIN)/python examples/chat_tiny/finish.py runs/chat_tiny/run --force
 
 lock: $(POETRY_VENV)/.installed ## write poetry.lock and constraints.txt from pyproject.toml
 	$(LOCK)

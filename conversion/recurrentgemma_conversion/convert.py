@@ -20,6 +20,7 @@ from recurrentgemma.common.errors import (
     VerificationError,
 )
 from recurrentgemma.common.io.arrays import Stacked, count_nonfinite, float_dtype, same_bits
+from recurrentgemma.common.io.checkpoint import checkpoint_path
 from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.layer_spec import ParamSpec
@@ -307,7 +308,7 @@ def _require_folder_name(target: Path, force: bool) -> None:
 
 def _require_apart(target: Path, source: str | os.PathLike[str], reader: Reader) -> None:
     """Neither may hold the other, under any name; `reader` may have opened an unpacked archive."""
-    for path in (expanded(source), reader.path, *reader.weights):
+    for path in (checkpoint_path(source), reader.path, *reader.weights):
         if Path(os.path.realpath(path)).is_relative_to(target):
             raise DestinationError(f"the destination {target} must not hold the source {path}")
     if reader.path.is_dir() and target.is_relative_to(os.path.realpath(reader.path)):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.errors import CheckpointError, DamagedError, UnknownFormatError
-from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG
+from recurrentgemma.common.io.checkpoint import CONFIG, checkpoint_path
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
-from recurrentgemma.common.io.files import expanded, scratch_folder
+from recurrentgemma.common.io.files import scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
@@ -63,8 +63,8 @@ def open_checkpoint(
     """Opens a checkpoint of any format, its config known and its tensors checked against it.
 
     Args:
-      path: A folder, one that holds a single checkpoint, a file of weights, or an archive; the
-        bundled model if None.
+      path: A folder, one that holds a single checkpoint, a file of weights, or an archive; or a
+        bundled model, see `checkpoint_path`.
       overrides: What the caller says of the model.
       scratch: An archive is unpacked beside this path for as long as the checkpoint is open; in
         the system's folder for temporary files if None.
@@ -89,7 +89,7 @@ def open_headers(
     scratch: Path | None = None,
 ) -> Iterator[Reader]:
     """`open_checkpoint` for callers that can do without the config: nothing is compared yet."""
-    source = BUNDLED if path is None else expanded(path)
+    source = checkpoint_path(path)
     if not source.exists():
         raise _nothing_at(path, source)
     format_, found = detect(source.absolute())
@@ -117,13 +117,13 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint of any format, or in a file of its own.
 
     Args:
-      path: The checkpoint, a folder with a `tokenizer.model` or `tokenizer.json`, or that file; the
-        bundled model's if None.
+      path: The checkpoint, a folder with a `tokenizer.model` or `tokenizer.json`, or that file; or
+        a bundled model, see `checkpoint_path`.
 
     Raises:
       ValueError: There is none.
     """
-    source = BUNDLED if path is None else expanded(path)
+    source = checkpoint_path(path)
     around = source.is_dir() and not any((source / name).is_file() for name in TOKENIZER_FILES)
     if around or (source.is_file() and _kind(source)):
         with open_headers(source) as checkpoint:

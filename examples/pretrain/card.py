@@ -80,7 +80,8 @@ The first is greedy, the others are drawn at temperature 0.7, none is chosen. Th
 
 - It has read 8 MB of text, none of it about today's world, and drifts from its subject within a few
   sentences. Facts and arithmetic are beyond it.
-- It follows no instructions. The chat marks are in the vocabulary but not in the training text.
+- It follows no instructions. The chat marks are in the vocabulary but not in the training text;
+  [tiny-chat](../tiny-chat/README.md) is this model, fine-tuned to answer questions.
 - It speaks in the voice of its sources, with their views of women, servants, strangers and war.
 - It half remembers verses and phrases: do not take its quotations for the text.
 """

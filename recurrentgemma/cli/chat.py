@@ -57,9 +57,10 @@ Ctrl-C stops an answer.
 """
 _DOWNLOAD = "recurrentgemma download hf:google/recurrentgemma-2b-it"
 _NOT_TUNED = f"""\
-The bundled model was not tuned to chat: it only continues texts. One that was:
+The model tiny was not tuned to chat: it only continues texts. Two that were, the
+first of them bundled:
+  recurrentgemma chat --checkpoint tiny-chat
   {_DOWNLOAD}
-  recurrentgemma chat --checkpoint recurrentgemma-2b-it
 """
 _YOU, _MODEL = "you> ", "model> "
 
@@ -112,7 +113,7 @@ def chat(
         from recurrentgemma.common.io.checkpoint import BUNDLED
 
         sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
         if vocabulary.end_of_turn_id is None:
             raise UserError(
                 f"{path} has no <end_of_turn>, so it was not tuned to chat; "

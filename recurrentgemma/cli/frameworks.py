@@ -63,7 +63,7 @@ DTypeOption = Annotated[
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="Checkpoint of any format. Default: the bundled model, not tuned to chat.",
+        help="Checkpoint of any format. Default: the bundled model tiny, or tiny-chat for a chat.",
         metavar="PATH",
         show_default=False,
         rich_help_panel=MODEL,
@@ -124,13 +124,15 @@ def loading(checkpoint: Path | None, framework: Framework) -> str:
     return f"Loading {checkpoint.name if checkpoint else 'the bundled model'} with {framework}"
 
 
-def find_checkpoint(path: Path | None, tokenizer: Path | None = None) -> tuple[Path, Tokenizer]:
-    """A checkpoint, or else the bundled one, and the tokenizer given, or else its own."""
-    from recurrentgemma.common.io.checkpoint import BUNDLED
+def find_checkpoint(
+    path: Path | None, tokenizer: Path | None = None, chat: bool = False
+) -> tuple[Path, Tokenizer]:
+    """A checkpoint, or else a bundled one, and the tokenizer given, or else its own."""
+    from recurrentgemma.common.io.checkpoint import BUNDLED_CHAT, checkpoint_path
     from recurrentgemma_conversion import open_checkpoint
     from recurrentgemma_conversion.convert import find_tokenizer
 
-    path = path or BUNDLED
+    path = BUNDLED_CHAT if path is None and chat else checkpoint_path(path)
     with open_checkpoint(path) as opened:
         return path, find_tokenizer(opened, tokenizer)
 

@@ -193,7 +193,7 @@ def sample(
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
         sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat)
     if num_samples > 1 and isinstance(sampling, Greedy):
         sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if chat and vocabulary.end_of_turn_id is None:

@@ -46,7 +46,8 @@ def load_checkpoint(
     `save_checkpoint` does, does not.
 
     Args:
-      path: A folder, file or archive; the bundled model if None.
+      path: A folder, file or archive, or the name of a bundled model: "tiny", which None means too,
+        or "tiny-chat".
       dtype: The dtype of the parameters and the computation. If None each parameter keeps its
         stored dtype; but where the factors of matrix products are stored in several, these are
         float32 or wider.

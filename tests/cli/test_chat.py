@@ -161,6 +161,13 @@ def test_seeds_of_a_chat(chat):
     assert again == first
 
 
+def test_the_default_model_answers(cli, framework):
+    done = cli("chat", "--framework", framework, stdin=b"Who wrote Emma?\n")
+    assert done == (0, "Jane Austen wrote Emma.\n", "")
+    args = ("--framework", framework, "--chat", "--no-echo")
+    assert cli("sample", "Who wrote Emma?", *args).out == done.out
+
+
 def test_states(cli, checkpoint, framework, tmp_path):
     def sample(*args: str):
         return cli("sample", "--checkpoint", checkpoint, "--framework", framework, *args)

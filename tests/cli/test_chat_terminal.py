@@ -105,16 +105,16 @@ def test_help_fits_80_columns():
 
 
 def test_a_model_that_was_not_tuned_to_chat_says_how_to_get_one(cli, checkpoint, monkeypatch):
-    for args in ((), ("--checkpoint", BUNDLED)):
-        done = cli("chat", *args)
+    for name in ("tiny", BUNDLED):
+        done = cli("chat", "--checkpoint", name)
         assert (done.code, done.out) == (0, "")
-        first, *how = done.err.splitlines()
-        assert first.startswith("The bundled model was not tuned to chat")
+        first, _, *how = done.err.splitlines()
+        assert first.startswith("The model tiny was not tuned to chat")
         assert [line.split()[:2] for line in how] == [
-            ["recurrentgemma", "download"],
             ["recurrentgemma", "chat"],
+            ["recurrentgemma", "download"],
         ]
-        assert max(map(len, (first, *how))) <= 80
+        assert max(map(len, done.err.splitlines())) <= 80
     monkeypatch.setattr("recurrentgemma.common.tokenizer.END_OF_TURN", "<no such piece>")
     monkeypatch.setattr("recurrentgemma.cli.chat.load_sampler", None)
     done = cli("chat", "--checkpoint", checkpoint)

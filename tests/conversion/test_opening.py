@@ -7,9 +7,10 @@ from checkpoints import CONFIGS
 
 from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.io import tensor_files
+from recurrentgemma.common.io.checkpoint import BUNDLED, BUNDLED_CHAT, checkpoint_path
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset
-from recurrentgemma_conversion import Format, Overrides, open_checkpoint
+from recurrentgemma_conversion import Format, Overrides, convert, open_checkpoint
 from recurrentgemma_conversion.formats import Tensor
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.names.griffin import resolve
@@ -64,3 +65,16 @@ def test_parameters_and_tokenizer_without_a_config(make, format_: Format) -> Non
         with pytest.raises(ConfigError, match="shapes do not tell"):
             _ = reader.config
     assert load_tokenizer(source).size == config.vocab_size
+
+
+def test_short_names_of_the_bundled_models(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_path() == BUNDLED
+    for name, bundled in {"tiny": BUNDLED, "tiny-chat": BUNDLED_CHAT}.items():
+        assert checkpoint_path(name) == bundled
+        with open_checkpoint(name) as opened:
+            assert opened.path == bundled
+        assert load_tokenizer(name).size == 2048
+    convert("tiny-chat", "tiny", Format.RECURRENTGEMMA)
+    with open_checkpoint("tiny") as opened:  # a folder of that name comes first
+        assert opened.path.samefile(tmp_path / "tiny")

@@ -19,7 +19,23 @@ from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 
 CONFIG = "config.json"
-BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
+_ASSETS = Path(__file__).resolve().parents[2] / "assets"
+BUNDLED = _ASSETS / "tiny"
+BUNDLED_CHAT = _ASSETS / "tiny-chat"
+
+
+def checkpoint_path(path: str | os.PathLike[str] | None = None) -> Path:
+    """Where a checkpoint is.
+
+    Args:
+      path: The bundled model if None. "tiny" and "tiny-chat" name the bundled models, unless there
+        is a file or folder of that name.
+    """
+    if path is None:
+        return BUNDLED
+    found = expanded(path)
+    by_name = {bundled.name: bundled for bundled in (BUNDLED, BUNDLED_CHAT)}
+    return found if os.path.lexists(found) else by_name.get(str(found), found)
 
 
 def read_config(path: Path) -> Config:
@@ -34,12 +50,12 @@ def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
     """The tokenizer in a checkpoint folder, or in a file of its own.
 
     Args:
-      path: The folder or file; the bundled model's if None.
+      path: The folder or file; see `checkpoint_path`.
 
     Raises:
       ValueError: There is none.
     """
-    return Tokenizer(BUNDLED if path is None else expanded(path))
+    return Tokenizer(checkpoint_path(path))
 
 
 def no_tokenizer(path: Path) -> TokenizerError:
