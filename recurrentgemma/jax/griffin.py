@@ -181,7 +181,7 @@ class Griffin(nn.Module):
 
 def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
     """A method of Linen on automatic axes, its results split as the tokens are."""
-    tokens = args[0] if args else kwargs.get("tokens")
+    tokens: Any = args[0] if args else kwargs.get("tokens")
 
     def split(result: Array) -> PartitionSpec:
         shape = np.shape(tokens)

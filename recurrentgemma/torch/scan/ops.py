@@ -91,8 +91,8 @@ def linear_scan(
     x: Tensor, a: Tensor, h0: Tensor, reset: Tensor | None, reverse: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """See `scan.linear_scan`."""
-    differentiable = torch.is_grad_enabled() or forward_levels()
-    run = _LinearScan.apply if differentiable else _linear_scan
+    run = _LinearScan.apply if torch.is_grad_enabled() else _linear_scan
+    run = _LinearScanWithTangents.apply if forward_levels() else run
     return run(x, a, h0, reset, reverse, implementation)  # pyright: ignore[reportReturnType]
 
 
@@ -126,7 +126,6 @@ class _LinearScan(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, a, h0, reset, ctx.reverse, ctx.implementation = inputs
         ctx.save_for_backward(a, h0, reset, output[0])
-        ctx.save_for_forward(a, h0, reset, output[0])
 
     @staticmethod
     def backward(ctx, dy, dlast):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -134,6 +133,16 @@ class _LinearScan(torch.autograd.Function):
         a, h0, reset, y = ctx.saved_tensors
         gradients = scan(dy, dlast, a, h0, reset, y, ctx.reverse, ctx.implementation)
         return *gradients, None, None, None
+
+
+class _LinearScanWithTangents(_LinearScan):
+    """It stands apart since `torch.compile` takes no function with a rule for forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _LinearScan.setup_context(ctx, inputs, output)
+        _, a, h0, reset, *_ = inputs
+        ctx.save_for_forward(a, h0, reset, output[0])
 
     @staticmethod
     def jvp(ctx, dx, da, dh0, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
