@@ -57,8 +57,8 @@ Ctrl-C stops an answer.
 """
 _DOWNLOAD = "recurrentgemma download hf:google/recurrentgemma-2b-it"
 _NOT_TUNED = f"""\
-The model tiny was not tuned to chat: it only continues texts. Two that were, the
-first of them bundled:
+The model tiny was not tuned to chat: it only continues texts. Two that were,
+one of them bundled:
   recurrentgemma chat --checkpoint tiny-chat
   {_DOWNLOAD}
 """
