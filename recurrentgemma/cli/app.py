@@ -26,7 +26,7 @@ _COMPLETE = "_RECURRENTGEMMA_COMPLETE"
 
 app = typer.Typer(
     name="recurrentgemma",
-    help="RecurrentGemma and Griffin language models in JAX and in PyTorch.",
+    help="RecurrentGemma, Griffin and Gemma in JAX and in PyTorch.",
     epilog="Try: recurrentgemma sample 'It was a truth'",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

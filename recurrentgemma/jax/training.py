@@ -29,8 +29,8 @@ from recurrentgemma.common.training.optimization import (
     moment_shapes,
     state_shapes,
 )
-from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.lora import adapt, merge
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
@@ -58,14 +58,14 @@ class TrainState:
     parameters: dict[str, Array]
     optimizer_state: optax.OptState
     base: Params | None
-    model: Griffin = flax.struct.field(pytree_node=False)
+    model: Model = flax.struct.field(pytree_node=False)
     optimizer: OptimizerOptions = flax.struct.field(pytree_node=False)
     lora: LoraOptions | None = flax.struct.field(pytree_node=False)
     dtype: Dtype = flax.struct.field(pytree_node=False)
 
 
 def create_train_state(
-    model: Griffin,
+    model: Model,
     params: Params,
     *,
     optimizer: OptimizerOptions | None = None,
@@ -110,7 +110,7 @@ def create_train_state(
 
 
 def loss_fn(
-    model: Griffin,
+    model: Model,
     params: Params,
     batch: Batch,
     adapters: Mapping[str, Array] | None = None,
@@ -244,7 +244,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
-def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
+def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) -> Params:
     """A model's parameters with the adapters in a file merged into them, in its dtype.
 
     Raises:
@@ -257,7 +257,7 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) 
     return merge(model.config, base, adapters, options, dtype)
 
 
-def _on_host(model: Griffin, batch: Batch) -> Batch:
+def _on_host(model: Model, batch: Batch) -> Batch:
     """The batch as arrays of JAX or NumPy, its values checked."""
     batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
     check_batch(batch, model.config.model.vocab_size)

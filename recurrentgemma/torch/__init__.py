@@ -19,6 +19,7 @@ from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.torch.loss import cross_entropy
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.modules import (
     AttentionBlockCache,
     LocalAttentionBlock,
@@ -61,6 +62,7 @@ __all__ = [
     "LocalAttentionBlock",
     "LoraOptions",
     "MLPBlock",
+    "Model",
     "OptimizerOptions",
     "Preset",
     "RMSNorm",

@@ -15,7 +15,7 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
@@ -35,7 +35,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     sharding: DeviceMesh | None = None,
     overrides: Overrides = NO_OVERRIDES,
-) -> Griffin:
+) -> Model:
     """The model in a checkpoint of any format.
 
     On the CPU its parameters are views of the mapped file where they can be: stored as PyTorch has
@@ -66,7 +66,7 @@ def load_checkpoint(
             raise UserError(
                 f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
             )
-        model = Griffin(checkpoint.config, device="meta")
+        model = Model(checkpoint.config, device="meta")
         if sharding is not None:
             shard(model, sharding)
         places = model.state_dict()
@@ -81,7 +81,7 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: Griffin, tokenizer: Tokenizer, *, force: bool = False
+    path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer, *, force: bool = False
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 

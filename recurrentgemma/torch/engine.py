@@ -1,4 +1,4 @@
-"""Griffin as an engine of text generation: eager or compiled steps, CUDA graphs on a GPU."""
+"""A model as an engine of text generation: eager or compiled steps, CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.torch.capture import activations
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.sampling import choose
@@ -25,7 +25,7 @@ from recurrentgemma.torch.sampling import choose
 class _Prepared(NamedTuple):
     """A model with its decode step, maybe compiled, and that step as captured by shapes."""
 
-    model: Griffin
+    model: Model
     step: Callable[..., Any]
     captured: dict[Any, CapturedStep]
 
@@ -39,7 +39,7 @@ class ModelEngine(Engine):
 
     pads_chunks = False
 
-    def __init__(self, model: Griffin, jit_compile: bool = False) -> None:
+    def __init__(self, model: Model, jit_compile: bool = False) -> None:
         """Prepares the steps.
 
         Args:

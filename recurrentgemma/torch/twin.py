@@ -16,14 +16,14 @@ from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.torch import training
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
 class TorchTwin(Twin):
-    """PyTorch; its models are a `Griffin` each."""
+    """PyTorch; its models are a `Model` each."""
 
     name = "torch"
     training = training
@@ -50,7 +50,7 @@ class TorchTwin(Twin):
         )
 
     def make(self, config, params, dtype, device=None):
-        model = Griffin(config, device="meta")
+        model = Model(config, device="meta")
         state = {
             torch_name(path): self.from_numpy(to_torch(path, value), dtype, device)
             for path, value in params
@@ -59,7 +59,7 @@ class TorchTwin(Twin):
         return model
 
     def init(self, config, seed, dtype, device=None):
-        model = Griffin(config, device=device, dtype=getattr(torch, dtype))
+        model = Model(config, device=device, dtype=getattr(torch, dtype))
         model.reset_parameters(seed=seed)
         return model
 

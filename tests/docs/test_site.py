@@ -24,7 +24,7 @@ def test_builds(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api/index.html").read_text()
-    for name in ("recurrentgemma.jax.griffin.Griffin", "recurrentgemma.torch.griffin.Griffin"):
+    for name in ("recurrentgemma.jax.model.Model", "recurrentgemma.torch.model.Model"):
         assert f'id="{name}"' in api
 
 
