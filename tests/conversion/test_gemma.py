@@ -365,7 +365,7 @@ def test_the_text_part_is_taken_and_the_rest_named(tmp_path: Path, prefix: str) 
 
 
 def test_other_parts_in_every_format() -> None:
-    """As the published 4B has them: Hugging Face, Kaggle's Flax, the library `gemma`, its PyTorch."""
+    """As the published 4B has them."""
     seeing = [
         "model.vision_tower.vision_model.embeddings.position_embedding.weight",
         "model.multi_modal_projector.mm_soft_emb_norm.weight",
