@@ -19,6 +19,7 @@ from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
+from recurrentgemma.torch.runtime.steps import giving_up
 from recurrentgemma.torch.sampling import choose
 
 
@@ -96,7 +97,8 @@ class ModelEngine(Engine):
             if key not in captured:
                 captured[key] = CapturedStep(step, cache)
             return captured[key](cache, tokens, segment_pos)
-        logits, cache = step(tokens=tokens, segment_pos=segment_pos, cache=cache)
+        with giving_up():
+            logits, cache = step(tokens=tokens, segment_pos=segment_pos, cache=cache)
         return logits[:, 0], cache
 
     @torch.no_grad()
