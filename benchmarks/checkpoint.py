@@ -161,7 +161,7 @@ class LlamaCpp(Contender):
 
     def __init__(self, path: Path, flags: argparse.Namespace) -> None:
         super().__init__(path, flags)
-        import xllamacpp
+        import xllamacpp  # pyright: ignore[reportMissingImports]
 
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)

@@ -125,11 +125,8 @@ def about() -> dict[str, Any]:
     model, flags = platform.processor() or platform.machine(), list[str]()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        fields = dict(
-            map(str.strip, line.split(":", 1))
-            for line in info.read_text().splitlines()
-            if ":" in line
-        )
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
         model = fields.get("model name", model)
         flags = [flag for flag in fields.get("flags", "").split() if flag in INSTRUCTIONS]
     versions = {}
