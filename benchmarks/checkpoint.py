@@ -317,7 +317,7 @@ def report(flags: argparse.Namespace, memory: dict[str, Any], seconds: dict[str,
     for name in [name for name in middle if PEER in middle and name != PEER]:
         ratios = (f"{middle[PEER][task] / middle[name][task]:.2f} x" for task in tasks)
         share = f"{memory[PEER]['peak'] / memory[name]['peak']:.2f} x less"
-        table.add_row(f"{name}, {PEER} = 1", *ratios, "", share)
+        table.add_row(f"{name} against {PEER}", *ratios, "", share)
     table.add_section()
     for name, times in seconds.items():
         held = read.get(name, read["float32"])
