@@ -33,7 +33,7 @@ lint: $(STAMP)-dev ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(STAMP)-test ## write the documentation's tables, and build it into site/
+docs: $(STAMP)-dev ## write the documentation's tables, and build it into site/
 	$(BIN)/python scripts/write_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -7,7 +7,7 @@ python examples/simple_run_jax.py --debug    # a tiny random model; NaN is an er
 import argparse
 
 from recurrentgemma.cli.script import Script
-from recurrentgemma.common.tokenizer import pad_left
+from recurrentgemma.common.padding import pad_left
 
 PROMPTS = ["In the beginning", "It is a truth universally acknowledged, that"]
 

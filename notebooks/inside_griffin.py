@@ -19,22 +19,22 @@
 # whose size does not depend on the length of the text: a **window**, the keys and values of the
 # last $W$ tokens, and a **recurrent state**, one number per channel that each token moves a little:
 #
-# $$h_t = a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot i_t \odot x_t, \qquad
-#   a_t = \exp(-8\, r_t \odot \mathrm{softplus}(\Lambda))$$
+# $$h_t = a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot i_t \odot x_t$$
+#
+# $$a_t = \exp(-8\, r_t \odot \mathrm{softplus}(\Lambda))$$
 #
 # with $r_t$ and $i_t$ two sigmoid gates of the input. This notebook looks at both in a trained
 # model: how long each channel remembers, what the gates do to a text, how far back each block and
 # the whole model see, and what each memory is worth in bits.
 #
-# It needs `pip install ".[torch,train]"` and runs in seconds on the bundled model, six blocks
-# trained on the World English Bible and Jane Austen. It reads two chapters that the model has never
-# seen.
+# It needs `pip install ".[torch,train]"` and takes one to two minutes on two CPU cores with the
+# bundled model, six blocks trained on the World English Bible and Jane Austen. It reads two
+# chapters that the model has never seen.
 
 # %%
-# %xmode Minimal
-
 from recurrentgemma.common.extras import require
 
+get_ipython().InteractiveTB.set_mode("Minimal")  # an error is one line
 require("torch", "matplotlib")
 
 # %%
@@ -59,6 +59,13 @@ plt.rcParams |= {
     "axes.titlelocation": "left",
 }
 RECURRENT, ATTENTION, BOTH = "#1f6f8b", "#d1603d", "#3a3a3a"
+
+
+def plain_ticks(axes):
+    """Logarithmic axes with numbers as people write them."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.6f}".rstrip("0").rstrip("."))
+
 
 # %% [markdown]
 # ## Which model
@@ -105,7 +112,7 @@ print({name: f"{len(tokens)} tokens" for name, tokens in texts.items()})
 # The memory of a transformer of the same shape grows with every token, even if its heads share one
 # key and value as here. Griffin's memory stops growing at the window.
 
-# %%
+# %% picture="memory"
 big = recurrentgemma.GriffinConfig.from_preset("RECURRENT_GEMMA_2B_V1")
 lengths = np.geomspace(256, 131_072, 100)
 num_attention = sum(kind.value == "attention" for kind in big.block_types)
@@ -124,9 +131,10 @@ axes.text(131_072, 21, "Griffin: windows and states", ha="right", color=ATTENTIO
 axes.text(131_072, 0.55, "of these the recurrent states", ha="right", color=RECURRENT)
 axes.set(
     xlabel="tokens read",
-    ylabel="MB a sequence",
+    ylabel="megabytes for one text",
     title="What the 2B model keeps of a text, in bfloat16",
 )
+plain_ticks(axes)
 plt.show()
 
 # %% [markdown]
@@ -138,7 +146,7 @@ plt.show()
 # slow.
 
 
-# %%
+# %% picture="half_lives"
 def gates_of(tokens):
     """By recurrent block: a_t and the gated input, each [T, L], and all states h_t [T, L]."""
     captured = {}
@@ -180,8 +188,9 @@ for axis, i in zip(axes, recurrent, strict=True):
     axis.semilogy(share, np.sort(floor), color=BOTH, linestyle="--", linewidth=1)
     axis.axhline(window, color=ATTENTION, linewidth=1)
     axis.axhspan(*half_life(np.array([0.9, 0.999])), color="black", alpha=0.06, linewidth=0)
-    axis.set(title=f"block {i}", xlabel="channels, %")
-axes[0].set_ylabel("half-life, tokens")
+    axis.set(title=f"block {i}", xlabel="% of the channels")
+    plain_ticks(axis)
+axes[0].set_ylabel("tokens until half is forgotten")
 axes[0].text(2, window * 1.2, "attention window", color=ATTENTION)
 axes[0].text(2, 8, "where channels start,\nbefore training", color="gray", va="bottom")
 axes[1].text(40, 0.7, "gate fully open", color=BOTH, ha="left")
@@ -202,7 +211,7 @@ for i in recurrent:
 # The same half-lives, now token by token: each cell is the median over a block's channels. At a red
 # cell the block forgets; at a blue one it remembers.
 
-# %%
+# %% picture="gates"
 span = slice(30, 78)
 tokens = texts["emma_22"][span]
 pieces = [vocab.vocab.id_to_piece(token).replace("\u2581", "\u00b7") for token in tokens]
@@ -214,7 +223,7 @@ figure, axes = plt.subplots(figsize=(11, 2.4))
 image = axes.imshow(relative, cmap="RdBu", vmin=-1.2, vmax=1.2, aspect="auto")
 axes.set_yticks(range(len(recurrent)), [f"block {i}" for i in recurrent])
 axes.set_xticks(range(len(pieces)), pieces, rotation=90, family="monospace")
-axes.set_title("Half-life at each token, against the block's own median")
+axes.set_title("How long a block remembers, token by token: against its own median")
 axes.tick_params(length=0)
 bar = figure.colorbar(image, ticks=[-1, 0, 1], pad=0.01)
 bar.ax.set_yticklabels(["half", "same", "twice"])
@@ -232,7 +241,7 @@ plt.show()
 # fades away; the model stacks them, so it sees further than either.
 
 
-# %%
+# %% picture="influence"
 def receptive_field(function, x, positions, rng):
     """Root mean square of the gradient of y_t by x_(t-k), for k from 0."""
     x = x.detach().requires_grad_()
@@ -284,11 +293,12 @@ axes.text(1.6, 0.02, "blocks of attention", color=ATTENTION)
 axes.text(18, 0.003, "recurrent blocks", color=RECURRENT)
 axes.text(window * 1.6, 0.01, "the whole model", color=BOTH, weight="bold")
 axes.set(
-    xlabel="distance k, tokens",
-    ylabel="gradient, against that of the token itself",
-    title="What an output depends on",
+    xlabel="how many tokens back",
+    ylabel="influence (the token itself: 1)",
+    title="How much an earlier token changes an output",
     ylim=(1e-5, 3),
 )
+plain_ticks(axes)
 plt.show()
 
 # %% [markdown]
@@ -303,7 +313,7 @@ plt.show()
 # this is the softmax. The recurrence, unrolled, is $h_t = \sum_s \big(\prod_{s < j \le t}
 # a_j\big)\, \tilde x_s$; the matrix shows the size of each term over the channels.
 
-# %%
+# %% picture="matrices"
 length = 3 * window
 attention_block, recurrent_block = attention[-1], recurrent[-1]
 block = model.blocks[attention_block].attention_block
@@ -330,20 +340,21 @@ with torch.no_grad():
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
 for axis, matrix, title in (
     (axes[0], softmax, f"block {attention_block}: local attention, mean of the heads"),
-    (axes[1], summands, f"block {recurrent_block}: recurrence, norm of each summand"),
+    (axes[1], summands, f"block {recurrent_block}: recurrence"),
 ):
     image = axis.imshow(np.where(matrix > 0, matrix, np.nan), norm=LogNorm(1e-4, 1), cmap="magma_r")
-    axis.set(title=title, xlabel="from token s")
+    axis.set(title=title, xlabel="the earlier token s")
     axis.set_xticks(range(0, length + 1, window))
     axis.set_yticks(range(0, length + 1, window))
-axes[0].set_ylabel("at token t")
-figure.colorbar(image, ax=axes, label="share of row t", pad=0.01)
+axes[0].set_ylabel("the token t that is read")
+bar = figure.colorbar(image, ax=axes, label="how much of t comes from s", pad=0.01)
+bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
 plt.show()
 
 # %% [markdown]
 # Attention is a band with vertical streaks: every later query looks up these tokens until they
-# leave the window at the lower left edge. The recurrence is a bright diagonal that fades without an
-# edge, with faint stripes: tokens written with more weight last longer.
+# leave the window at the lower left edge. The recurrence is strongest on the diagonal and fades
+# without an edge, with faint stripes: tokens written with more weight last longer.
 #
 # ## State norms over a text
 #
@@ -377,12 +388,12 @@ for shade, (number, states) in zip(shades, captured.items(), strict=True):
     axes[1].plot(np.arange(32 + 8, 32 + 8 + len(smooth)), smooth, color=shade, linewidth=0.8)
 for axis in axes:
     axis.axvline(len(one), color="gray", linewidth=1)
-axes[0].set(ylabel="norm of the state", title="The states of the recurrent blocks while reading")
+axes[0].set(ylabel="size of the state", title="The states of the recurrent blocks while reading")
 axes[0].set_ylim(0, 28)
 axes[0].legend(ncols=4, frameon=False, loc="lower right")
 axes[0].text(len(one) - 8, 25, "Genesis 21", ha="right", color="gray")
 axes[0].text(len(one) + 8, 25, "Emma, Chapter 22", color="gray")
-axes[1].set(ylabel="cosine with the state\n32 tokens before", xlabel="token")
+axes[1].set(ylabel="likeness to the state\n32 tokens before", xlabel="tokens read")
 plt.show()
 
 # %% [markdown]
@@ -449,8 +460,8 @@ axes.text(8, -0.12, "recurrent states alone", color=RECURRENT)
 axes.axhline(0, color=BOTH, linewidth=1)
 axes.text(chunk, -0.12, "both", ha="right", color=BOTH)
 axes.set(
-    xlabel="place in the chunk",
-    ylabel="extra bits a token",
+    xlabel="tokens since the cut",
+    ylabel="extra cost, bits a token",
     title="What a token costs when less goes on from chunk to chunk",
     xlim=(0, chunk),
     ylim=(-0.2, None),

@@ -201,8 +201,8 @@ FAULTS = (
     Fault(
         "RoPE: turns the other way",
         _A,
-        "x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)",
-        "x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)",
+        "x1 * cos - x2 * sin, torch.addcmul(x2 * cos, x1, sin)",
+        "x1 * cos + x2 * sin, torch.addcmul(x2 * cos, x1, -sin)",
     ),
     Fault("RoPE: base 1,000", _A, "rope.base**-exponent", "(rope.base / 10) ** -exponent"),
     Fault(

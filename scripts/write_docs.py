@@ -1,4 +1,4 @@
-"""Writes the documentation's tables that follow from the layer spec; `make docs` runs it.
+"""Writes the parts of the documentation that follow from the code; `make docs` runs it.
 
     python scripts/write_docs.py
 
@@ -7,11 +7,16 @@ Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds the output of
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from recurrentgemma.cli import help as cli_help
+from recurrentgemma.cli.app import NAME, program
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
 from recurrentgemma.common.model.families import config_from_preset
@@ -23,6 +28,25 @@ from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.names.table import Piece
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS = DOCS.parent / "benchmarks/results"
+CONTENDERS = {
+    "jax": "**JAX**",
+    "torch": "**PyTorch**",
+    "torch, step compiled": "**PyTorch**, step compiled",
+    "jax remat": "**JAX**, checkpointing",
+    "torch remat": "**PyTorch**, checkpointing",
+    "transformers": "`transformers`",
+    "published jax": "published, JAX",
+    "published torch": "published, PyTorch",
+    "published tutorial, associative": "published tutorial",
+    "bound": "the weights read once",
+    "jax xla": "**JAX**, `xla`",
+    "jax associative": "**JAX**, `associative`",
+    "torch native": "**PyTorch**, `native`",
+    "torch loop": "a loop in PyTorch",
+    "C": "C, new output",
+    "C, same output": "C",
+}
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,10 +88,174 @@ def memory() -> Iterator[str]:
         start = next(i for i, line in enumerate(lines) if "size" in line and "float32" in line)
         yield f"## {preset.name}"
         yield ""
-        yield "```text"
-        yield from (re.sub(r"\x1b\[\d+m", "", line) for line in lines[start:])
-        yield "```"
+        yield '<div class="bars wide" markdown>'
+        above = ""
+        for line in (re.sub(r"\x1b\[\d+m", "", line) for line in lines[start:]):
+            cells = re.split(r" {2,}", line.strip())
+            yield f"| {' | '.join(cells)} |" if line else ""
+            if line and not above:
+                yield "|---" * len(cells) + "|"
+            above = line
         yield ""
+        yield "</div>"
+        yield ""
+
+
+def model_speed() -> Iterator[str]:
+    """A table with bars for each task of `benchmarks/model.py`."""
+    results = _results("model-cpu")
+    seconds = results["seconds"]
+    tasks = {
+        "forward": "Forward, 1,024 tokens",
+        "prefill": "Prefill, 1,024 tokens",
+        "long prefill": "Prefill, 8,192 tokens",
+        "decode": "Decoding, a token",
+        "train": "A training step",
+    }
+    yield from _made(results, "model-cpu")
+    yield '<div class="bars" markdown>'
+    for task, title in tasks.items():
+        rows = [(name, _scaled(of[task], 1e3)) for name, of in seconds.items()]
+        if task == "decode":
+            rows.append(("bound", [results["bound"] * 1e3]))
+        yield from _bars([title, "ms"], rows, least_first=True)
+    rows = [(name, [results["peak_bytes"][name] / 1e9]) for name in seconds]
+    yield from _bars(["Peak memory", "GB"], rows, least_first=True)
+    rows = [(name, results["first"][name]["train"]) for name in seconds]
+    yield from _bars(["The first training step", "s"], rows, least_first=True)
+    yield "</div>"
+
+
+def fine_tuning() -> Iterator[str]:
+    """The time of a training step, and its memory with a large vocabulary."""
+    results, memory = _results("training-time-cpu"), _results("training-memory-cpu")
+    yield from _made(results, "training-time-cpu")
+    yield '<div class="bars" markdown>'
+    rows = [(name, _scaled(of["step"], 1e3)) for name, of in results["seconds"].items()]
+    yield from _bars(["A step", "ms"], rows, least_first=True)
+    rows = [(name, [of["peak"] / 1e9]) for name, of in memory["bytes"].items()]
+    yield from _bars(["Peak memory, large vocabulary", "GB"], rows, least_first=True)
+    yield "</div>"
+
+
+def long_stream() -> Iterator[str]:
+    """What a token costs after so many."""
+    results = _results("long-stream-cpu")
+    yield from _made(results, "long-stream-cpu")
+    yield '<div class="bars" markdown>'
+    for name in ("jax", "torch"):
+        rows = [
+            (
+                f"{row['tokens']:,}",
+                [row["memory_bytes"] / 1e6],
+                [row["us_a_token_read"]],
+                [row["ms_a_token_generated"]],
+            )
+            for row in results[name]
+        ]
+        yield from _bars([f"{CONTENDERS[name]}: tokens", "memory, MB", "read, µs", "new, ms"], rows)
+    yield "</div>"
+
+
+def conversion() -> Iterator[str]:
+    """The rates from every format to every other."""
+    results = _results("conversion-cpu")
+    yield from _made(results, "conversion-cpu")
+    yield '<div class="bars" markdown>'
+    for source in dict.fromkeys(row["source"] for row in results["rows"]):
+        rows = [
+            (
+                f"to {row['to']}",
+                *(_scaled(row[rate], 1e-6) for rate in ("write", "total")),
+                _scaled(row["peak"], 1e-9),
+            )
+            for row in results["rows"]
+            if row["source"] == source
+        ]
+        yield from _bars([source, "write, MB/s", "and verify, MB/s", "peak, GB"], rows)
+    yield "</div>"
+
+
+def conversion_beside_cp() -> Iterator[str]:
+    """The rates between safetensors formats, beside `cp`."""
+    results = _results("conversion-safetensors-cpu")
+    rates = ("write", "cp", "total", "cp flushed")
+    rows = [
+        (f"{row['source']} to {row['to']}", *(_scaled(row[rate], 1e-6) for rate in rates))
+        for row in results["rows"]
+    ]
+    yield from _made(results, "conversion-safetensors-cpu")
+    yield '<div class="bars wide" markdown>'
+    yield from _bars(["MB/s", "write", "`cp`", "and verify", "`cp`, flushed"], rows)
+    yield "</div>"
+
+
+def scans() -> Iterator[str]:
+    """A table for each pass of the recurrence, a column for each shape."""
+    results = _results("scan-cpu")
+    shapes = results["seconds"]
+    yield from _made(results, "scan-cpu")
+    yield '<div class="bars wide" markdown>'
+    for title in ("scan forward", "scan backward", "fused forward", "fused backward"):
+        keys = [key for key in next(iter(shapes.values())) if key.startswith(f"{title}|")]
+        rows = [
+            (key.split("|")[1], *(_scaled(of[key], 1e3) for of in shapes.values())) for key in keys
+        ]
+        header = [f"{title}, ms", *(shape.replace("x", " x ") for shape in shapes)]
+        yield from _bars(header, rows, least_first=True)
+    yield "</div>"
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _scaled(values: Sequence[float], factor: float) -> list[float]:
+    return [value * factor for value in values]
+
+
+def _made(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Where the figures come from."""
+    versions = ", ".join(
+        f"{package} {results['versions'][package]}" for package in ("jax", "torch", "transformers")
+    )
+    yield f"{results['cpu']}; Python {results['python']}, {versions}"
+    yield f"([every run](../benchmarks/results/{name}.json)):"
+    yield ""
+
+
+def _bars(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], least_first: bool = False
+) -> Iterator[str]:
+    """A table of medians; a bar over each is its share of its column's largest."""
+    medians = [[statistics.median(values) for values in row[1:]] for row in rows]
+    largest = [max(column) for column in zip(*medians, strict=True)]
+    yield ""
+    yield f"| {' | '.join(header)} |"
+    yield "|---" * len(header) + "|"
+    order = range(len(rows))
+    for i in sorted(order, key=lambda i: medians[i][0]) if least_first else order:
+        texts = [CONTENDERS.get(rows[i][0], str(rows[i][0]))]
+        for values, middle, most in zip(rows[i][1:], medians[i], largest, strict=True):
+            ends = f" ({_short(min(values))} to {_short(max(values))})"
+            text = _short(middle) + (ends if len(header) == 2 and len(values) > 1 else "")
+            texts.append(f'<i style="--share: {middle / most:.0%}"></i>{text}')
+        yield f"| {' | '.join(texts)} |"
+
+
+def _short(value: float) -> str:
+    """Three digits, without exponents."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def commands() -> Iterator[str]:
+    """What `recurrentgemma --help` and each command's `--help` print."""
+    pages = {NAME: program()} | {f"{NAME} {name}": c for name, c in program().commands.items()}
+    for path, command in pages.items():
+        yield ""
+        yield f"## {path}"
+        yield ""
+        yield from cli_help.as_markdown(cli_help.described(command, path))
 
 
 def _numbered(name: str) -> str:
@@ -76,9 +264,8 @@ def _numbered(name: str) -> str:
 
 def written(text: str) -> str:
     """A page with its generated parts up to date."""
-    functions = {"names": names, "memory": memory}
     return _GENERATED.sub(
-        lambda match: match[1] + "\n".join(functions[match[2]]()) + "\n" + match[3], text
+        lambda match: match[1] + "\n".join(globals()[match[2]]()) + "\n" + match[3], text
     )
 
 

@@ -13,7 +13,6 @@ from backends import BACKENDS, Backend
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
-from recurrentgemma.common.training.optimization import OptimizerOptions
 
 Params = Mapping[str, np.ndarray]
 
@@ -61,7 +60,7 @@ class Trainer(abc.ABC):
         dtype: str = "float32",
         state_dtype: str = "float32",
         gradient_checkpointing: bool = True,
-        optimizer: OptimizerOptions | None = None,
+        optimizer: Any = None,
         lora: LoraOptions | None = None,
     ) -> Any:
         """A training state of a model with these parameters."""

@@ -13,19 +13,24 @@ from recurrentgemma.common.errors import CheckpointError, DamagedError, UnknownF
 from recurrentgemma.common.io.checkpoint import BUNDLED, CONFIG
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.io.files import expanded, scratch_folder
-from recurrentgemma.common.io.shards import INDEX, WEIGHTS, Shards
+from recurrentgemma.common.io.shards import INDEX, WEIGHTS
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
+from recurrentgemma_conversion.adapters import open_adapters
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.readers.base import Reader, read_fields
 from recurrentgemma_conversion.readers.gguf import MAGIC, GGUFReader
-from recurrentgemma_conversion.readers.huggingface import HuggingFaceReader
+from recurrentgemma_conversion.readers.huggingface import EMBEDDING, HuggingFaceReader
 from recurrentgemma_conversion.readers.kaggle_flax import DATABASE, KaggleFlaxReader
-from recurrentgemma_conversion.readers.kaggle_torch import KaggleTorchReader
-from recurrentgemma_conversion.readers.native import NativeReader
+from recurrentgemma_conversion.readers.kaggle_torch import (
+    PICKLE_INDEX,
+    KaggleTorchReader,
+    is_pickle,
+)
+from recurrentgemma_conversion.readers.native import NativeReader, open_tensors
 
 READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
     Format.KAGGLE_FLAX: KaggleFlaxReader,
@@ -39,6 +44,11 @@ _DEPTH = 3
 _RUN, _RUN_MODEL, _BEST = "run.toml", "model", "best"
 _LONGEST_PATH = 1000  # bytes
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack")
+# What trainers write beside weights: Accelerate, Lightning and the Trainer of `transformers`.
+_OF_TRAINERS = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|custom_checkpoint|"
+    r"training_args|dl_state_dict)[\w-]*\.(bin|pt|pth|pkl|safetensors)$"
+)
 # A model's name on a site: OWNER/MODEL, perhaps after the site's own name.
 _NAME = re.compile(r"(hf:|kaggle:)?([\w-]+(?:/[\w.-]+)+)")
 
@@ -48,6 +58,7 @@ def open_checkpoint(
     path: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
     scratch: Path | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Iterator[Reader]:
     """Opens a checkpoint of any format, its config known and its tensors checked against it.
 
@@ -57,12 +68,17 @@ def open_checkpoint(
       overrides: What the caller says of the model.
       scratch: An archive is unpacked beside this path for as long as the checkpoint is open; in
         the system's folder for temporary files if None.
+      adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
+        its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is none, more than one, or it cannot be served.
+      CheckpointError: There is none, more than one, or it cannot be served; or the adapters cannot
+        be, or belong to another model.
     """
     with open_headers(path, overrides, scratch) as reader:
         reader.require()
+        if adapter is not None:
+            reader.adapters = open_adapters(adapter, reader.config)
         yield reader
 
 
@@ -198,7 +214,11 @@ def _weights_at(path: Path) -> list[Path]:
         return []  # a pipe or a device
     if _is_orbax(path):
         return [path]
-    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    files = [
+        file
+        for file in sorted(path.iterdir())
+        if file.is_file() and not _OF_TRAINERS.match(file.name)
+    ]
     for file in files:
         if file.suffix in _WEIGHTS_SUFFIXES:
             _kind(file)
@@ -206,6 +226,8 @@ def _weights_at(path: Path) -> list[Path]:
     found = [path] if len(others) < len(files) else []
     if found and (path / CONFIG).is_file():
         return found  # what else is there may be an optimiser's
+    if (path / PICKLE_INDEX).is_file():
+        return [path]
     return found + [file for file in others if not file.name.startswith(".") and _kind(file)]
 
 
@@ -215,7 +237,7 @@ def _kind(path: Path) -> str | None:
         start = file.read(64)
     if path.suffix in _WEIGHTS_SUFFIXES:
         _require_weights(path, start)
-    if start[:4] == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05":
+    if is_pickle(path):
         return "pickle"
     if start[:4] == MAGIC:
         return "gguf"
@@ -248,14 +270,17 @@ def _format(path: Path) -> Format | None:
     """
     if path.is_dir() and _is_orbax(path):
         return Format.KAGGLE_FLAX
-    kind = "safetensors" if path.is_dir() else _kind(path)
-    if kind != "safetensors":
-        return {"pickle": Format.KAGGLE_TORCH, "gguf": Format.GGUF}.get(kind or "")
+    kind = None if path.is_dir() else _kind(path)
+    if kind in ("gguf", "archive"):
+        return Format.GGUF if kind == "gguf" else None
+    tensors = open_tensors(path).tensors if kind == "pickle" else None
+    if tensors is not None and not any(name.endswith(EMBEDDING) for name in tensors):
+        return Format.KAGGLE_TORCH
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file():
         fields = read_fields(config)
         return Format.HUGGINGFACE if "model_type" in fields else Format.RECURRENTGEMMA
-    names = list(Shards(path).tensors)
+    names = list(open_tensors(path).tensors if tensors is None else tensors)
     require_no_other(path, names)
     ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
     return Format.RECURRENTGEMMA if ours else Format.HUGGINGFACE

@@ -17,6 +17,7 @@ class Overrides(NamedTuple):
       logits_soft_cap: c.
       trained_in_transformers: The window that a folder of Hugging Face's states counts the query's
         own key, as in `transformers`; else it is as published.
+      config: The whole config, in place of a `config.json`.
     """
 
     preset: Preset | None = None
@@ -24,12 +25,13 @@ class Overrides(NamedTuple):
     attention_window_size: int | None = None
     logits_soft_cap: float | None = None
     trained_in_transformers: bool = False
+    config: Any = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that are given one by one."""
         given = self._asdict()
-        del given["preset"], given["trained_in_transformers"]
+        del given["preset"], given["trained_in_transformers"], given["config"]
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -15,6 +15,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    MODEL,
     Checkpoint,
     DTypeOption,
     Framework,
@@ -42,10 +43,16 @@ def bench(
             help=f"With --random, a published size: {', '.join(p.name for p in Preset)}.",
             metavar="NAME",
             show_default=False,
+            rich_help_panel=MODEL,
         ),
     ] = None,
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights, for which no checkpoint is needed.")
+        bool,
+        typer.Option(
+            "--random",
+            help="Random weights, for which no checkpoint is needed.",
+            rich_help_panel=MODEL,
+        ),
     ] = False,
     framework: FrameworkOption = None,
     dtype: DTypeOption = None,

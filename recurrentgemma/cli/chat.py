@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -21,9 +24,11 @@ from recurrentgemma.cli.frameworks import (
     choose_framework,
     find_checkpoint,
     load_sampler,
+    loading,
 )
 from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.cli.sampling_options import (
+    END,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -33,6 +38,7 @@ from recurrentgemma.cli.sampling_options import (
     TopP,
     strategy,
 )
+from recurrentgemma.cli.wrapping import WrappedText
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.stops import checked_strings
 from recurrentgemma.common.io.files import expanded
@@ -41,22 +47,36 @@ if TYPE_CHECKING:
     from recurrentgemma.common.generation.conversation import Conversation
 
 COMMANDS = """\
-/save FILE   keep the conversation in a file; /save! FILE replaces one that is there
-/load FILE   continue one that was kept
+/save FILE   keep the conversation in a file
+/save! FILE  the same, in place of a file that is there
+/load FILE   continue a conversation that was kept
 /undo        take back the last turn
-/reset       begin anew
+/reset       forget all turns
 /quit        end, as Ctrl-D does
 Ctrl-C stops an answer.
 """
+_DOWNLOAD = "recurrentgemma download hf:google/recurrentgemma-2b-it"
+_NOT_TUNED = f"""\
+The bundled model was not tuned to chat: it only continues texts. One that was:
+  {_DOWNLOAD}
+  recurrentgemma chat --checkpoint recurrentgemma-2b-it
+"""
+_YOU, _MODEL = "you> ", "model> "
 
 
 def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
-        typer.Option(help="Continue a saved conversation.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Continue a saved conversation.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel="Prompt",
+        ),
     ] = None,
     system: Annotated[
         str,
@@ -64,10 +84,12 @@ def chat(
             help="What the model is told before your first words.",
             metavar="TEXT",
             show_default=False,
+            rich_help_panel="Prompt",
         ),
     ] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="End an answer after N tokens.", metavar="N")
+        int,
+        typer.Option(min=1, help="End an answer after N tokens.", metavar="N", rich_help_panel=END),
     ] = 1024,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -83,15 +105,21 @@ def chat(
 
     The conversation is kept in the model's state: each turn reads only what is new.
     """
-    from recurrentgemma.common.generation.conversation import Conversation
-
-    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = checked_strings(stop or ())
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-    with working(f"Loading {path.name} with {framework}"):
+    with working(loading(checkpoint, framework)):
+        from recurrentgemma.common.generation.conversation import Conversation  # slow, as the rest
+        from recurrentgemma.common.io.checkpoint import BUNDLED
+
+        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+        if vocabulary.end_of_turn_id is None:
+            raise UserError(
+                f"{path} has no <end_of_turn>, so it was not tuned to chat; "
+                f"{_DOWNLOAD!r} gets a model that was"
+            )
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens, adapter
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:
@@ -101,8 +129,8 @@ def chat(
         "stop_strings": stop_strings,
         "rng": seed,
     }
-    if checkpoint is None:
-        sys.stderr.write("the bundled model was not tuned to chat; --checkpoint names another\n")
+    if path.resolve() == BUNDLED.resolve():
+        sys.stderr.write(_NOT_TUNED)
     about = f"{framework}, {loaded.dtype} on {loaded.device}"
     about += f", seed {seed}" if seed is not None else ""
     if sys.stdin.isatty():
@@ -128,7 +156,7 @@ def _lines() -> Any:
             sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text end no chat
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input(_YOU if sys.stdin.isatty() else "")
         except EOFError:
             return
         except KeyboardInterrupt:  # clears the line, as a shell does
@@ -139,17 +167,29 @@ def _lines() -> Any:
 
 def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
     """Says something and prints the answer; after a mistake's message the chat goes on."""
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    shown, empty = WrappedText(sys.stdout.write, width), True
     try:
         _require_text(text)
         with contextlib.closing(conversation.send(text, **options)) as answer:
-            for piece in answer:
-                sys.stdout.write(piece)
+            with working("Reading"):
+                first = next(answer, "")
+            if in_terminal:
+                sys.stdout.write(typer.style(_MODEL, fg="green", bold=True))
+                shown = WrappedText(sys.stdout.write, width, len(_MODEL))
+            for piece in itertools.chain([first], answer):
+                empty = empty and not piece.strip()
+                shown.add(piece)
                 sys.stdout.flush()
+        if empty:
+            sys.stderr.write("[empty answer]" + "\n" * (not in_terminal))
     except KeyboardInterrupt:
-        sys.stdout.write(" [stopped]")
+        shown.add(" [stopped]")
     except Exception as error:
-        sys.stdout.write(_told(error))
-    sys.stdout.write("\n")
+        shown.add(_told(error))
+    shown.flush()
+    sys.stdout.write("\n\n" if in_terminal else "\n")
     sys.stdout.flush()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recurrentgemma.cli.frameworks import DType
+from recurrentgemma.cli.frameworks import DType, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recurrentgemma_conversion import Progress, Summary
 
 FORMATS = ("kaggle-flax", "kaggle-torch", "huggingface", "recurrentgemma")
+_WINDOW = "Windows of huggingface"  # a panel of options
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -31,11 +32,14 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
     to: Annotated[
         str,
-        typer.Option(help=f"One of {', '.join(FORMATS)}.", metavar="FORMAT", show_default=False),
+        typer.Option(help="The format to write.", metavar=choices(FORMATS), show_default=False),
     ],
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Cast to this dtype, to nearest, ties to even. Default: no cast."),
+        typer.Option(
+            help="Cast to this dtype, to nearest, ties to even. Default: no cast.",
+            metavar=choices(DType),
+        ),
     ] = None,
     shard_size: Annotated[
         str, typer.Option(help="Largest safetensors file, such as 500MB or 2GiB.", metavar="SIZE")
@@ -66,6 +70,7 @@ def convert(
         bool,
         typer.Option(
             "--window-as-published",
+            rich_help_panel=_WINDOW,
             help="To huggingface: state the window W; transformers then sees one key fewer.",
         ),
     ] = False,
@@ -73,6 +78,7 @@ def convert(
         bool,
         typer.Option(
             "--trained-in-transformers",
+            rich_help_panel=_WINDOW,
             help="From huggingface: the window counts the query's own key.",
         ),
     ] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -34,13 +35,30 @@ class DType(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+def choices(kind: Iterable[str]) -> str:
+    """How help shows an option with these values."""
+    return "|".join(kind)
+
+
+MODEL = "Model"  # the panel of these options
+
 FrameworkOption = Annotated[
     Framework | None,
-    typer.Option(help="Default: torch if it is installed, or else jax.", show_default=False),
+    typer.Option(
+        help="The framework that runs the model. Default: torch if it is installed, or else jax.",
+        metavar=choices(Framework),
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 DTypeOption = Annotated[
     DType | None,
-    typer.Option(help="Default: float32 on CPU, or else bfloat16.", show_default=False),
+    typer.Option(
+        help="Dtype of parameters and computation. Default: float32 on CPU, or else bfloat16.",
+        metavar=choices(DType),
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,
@@ -48,6 +66,7 @@ Checkpoint = Annotated[
         help="Checkpoint of any format. Default: the bundled model, not tuned to chat.",
         metavar="PATH",
         show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 TokenizerFile = Annotated[
@@ -57,6 +76,17 @@ TokenizerFile = Annotated[
         help="A tokenizer.model or tokenizer.json. Default: the checkpoint's.",
         metavar="FILE",
         show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="LoRA adapters to add to the checkpoint: a training run's, or a folder of PEFT's.",
+        metavar="PATH",
+        show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 ControlTokens = Annotated[
@@ -64,6 +94,7 @@ ControlTokens = Annotated[
     typer.Option(
         "--allow-control-tokens",
         help="Read <end_of_turn> and the like as tokens where your words spell them.",
+        rich_help_panel="Prompt",
     ),
 ]
 
@@ -86,6 +117,11 @@ def choose_framework(wanted: Framework | None) -> Framework:
       MissingExtraError: It is not installed; the message has the pip command.
     """
     return Framework(installed_framework(wanted))
+
+
+def loading(checkpoint: Path | None, framework: Framework) -> str:
+    """What to show while a checkpoint is found and loaded."""
+    return f"Loading {checkpoint.name if checkpoint else 'the bundled model'} with {framework}"
 
 
 def find_checkpoint(path: Path | None, tokenizer: Path | None = None) -> tuple[Path, Tokenizer]:
@@ -112,6 +148,7 @@ def load_sampler(
     dtype: DType | None,
     chat: bool,
     allow_control_tokens: bool = False,
+    adapter: Path | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -123,11 +160,12 @@ def load_sampler(
       dtype: The dtype of parameters and computation; see `default_dtype` if None.
       chat: Whether the model is instruction-tuned.
       allow_control_tokens: Whether a user's words may spell control tokens.
+      adapter: LoRA adapters to add to its parameters, if any.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device)
+    model = twin.load(path, dtype, device, adapter=adapter)
     sampler = twin.sampler(
         model,
         tokenizer,
@@ -135,6 +173,7 @@ def load_sampler(
         sampling=sampling,
         allow_control_tokens=allow_control_tokens,
     )
+    sampler.engine.prepares = False
     return Loaded(sampler, device, dtype)
 
 

@@ -24,6 +24,7 @@ def inspect(
         typer.Argument(
             help="Folder, file or archive of any format, or a config.json of ours alone. Default: "
             "the bundled model.",
+            metavar="PATH",
             show_default=False,
         ),
     ] = None,

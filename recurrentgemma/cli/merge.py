@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import DType
+from recurrentgemma.cli.frameworks import DType, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 
@@ -22,16 +22,30 @@ def merge(
         typer.Argument(help="The checkpoint that was fine-tuned, of any format."),
     ],
     adapters: Annotated[
-        Path, typer.Argument(help="The adapter file, or the folder that a run left.")
+        Path,
+        typer.Argument(help="The adapter file, the folder that a run left, or a folder of PEFT's."),
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     dtype: Annotated[
-        DType | None, typer.Option(help="The dtype of the merged parameters. Default: the base's.")
+        DType | None,
+        typer.Option(
+            help="Dtype of the merged parameters. Default: the base's.",
+            metavar=choices(DType),
+        ),
     ] = None,
     peft: Annotated[
         bool,
         typer.Option("--peft", help="Do not merge: write the adapters in the layout of PEFT."),
     ] = False,
+    base_name: Annotated[
+        str | None,
+        typer.Option(
+            help="With --peft: the folder, or the name on the hub, under which transformers finds "
+            "the base. Default: BASE.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
     preset: PresetName = None,
     attention_window_size: Window = None,
     logits_soft_cap: SoftCap = None,
@@ -46,9 +60,11 @@ def merge(
     """
     if not force and (destination.exists() or destination.is_symlink()):
         raise UserError(f"{destination} exists; pass --force to replace it")
+    if base_name is not None and not peft:
+        raise UserError("--base-name goes with --peft")
     stated = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     with working("Merging"):
-        message = _merge(base, adapters, destination, dtype, peft, stated, force)
+        message = _merge(base, adapters, destination, dtype, peft, base_name, stated, force)
     typer.echo(message)
 
 
@@ -58,33 +74,34 @@ def _merge(
     destination: Path,
     dtype: DType | None,
     peft: bool,
+    base_name: str | None,
     stated: Overrides,
     force: bool,
 ) -> str:
-    import numpy as np
-
     from recurrentgemma.common.io.arrays import DTYPES
-    from recurrentgemma.common.model.layer_spec import ParamSpec
-    from recurrentgemma.common.training.adapters import read_adapters
     from recurrentgemma.common.training.lora import lora_targets
-    from recurrentgemma.common.training.lora import merge as merged
+    from recurrentgemma_conversion.formats import Format
     from recurrentgemma_conversion.opening import open_checkpoint
-    from recurrentgemma_conversion.peft import write_peft
+    from recurrentgemma_conversion.peft import hub_name, write_peft
     from recurrentgemma_conversion.readers.native import save_folder
 
-    with open_checkpoint(base, stated) as checkpoint:
-        adapters = read_adapters(path, checkpoint.config)
-        options = adapters.options
-        count = len(lora_targets(checkpoint.config, options))
-        what = f"{count} adapters of rank {options.rank}"
+    with open_checkpoint(base, stated, adapter=path) as checkpoint:
+        adapters = checkpoint.adapters
+        assert adapters is not None
+        count = len(lora_targets(checkpoint.config, adapters.options))
+        what = f"{count} adapters of rank {adapters.options.rank}"
         if peft:
-            write_peft(destination, adapters, force=force)
-            return f"{destination}: {what} in PEFT's layout"
-
-        def parameter(spec: ParamSpec) -> np.ndarray:
-            return merged(spec, checkpoint.read(spec), adapters.arrays, options)
-
+            where = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+            name = base_name or hub_name(where) or str(where.absolute())
+            write_peft(destination, adapters, name, force=force)
+            note = ""
+            if base_name is None and checkpoint.format is not Format.HUGGINGFACE:
+                note = (
+                    f"; {base} is no checkpoint of transformers: convert it with --to huggingface "
+                    "and name the result with --base-name"
+                )
+            return f"{destination}: {what} in PEFT's layout, for {name}{note}"
         dtypes = {p: d if dtype is None else DTYPES[dtype] for p, d in checkpoint.dtypes.items()}
         tokenizer = checkpoint.load_tokenizer()
-        save_folder(destination, checkpoint.config, dtypes, parameter, tokenizer, force=force)
+        save_folder(destination, checkpoint.config, dtypes, checkpoint.read, tokenizer, force=force)
     return f"{destination}: {what} merged"

@@ -19,6 +19,7 @@ PresetName = Annotated[
         "--preset",
         help=f"The published model that this is: {', '.join(known.name for known in Preset)}.",
         metavar="NAME",
+        rich_help_panel=_PANEL,
         show_default=False,
     ),
 ]

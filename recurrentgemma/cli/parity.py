@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import Adapter, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
@@ -36,6 +37,7 @@ class ParityDType(enum.StrEnum):
 
 
 BEYOND_BUDGET = 1
+_SIDES, _TOKENS, _REPORT = "The two sides", "What they read", "Report"
 
 
 def parity(
@@ -43,7 +45,7 @@ def parity(
         Path | None,
         typer.Argument(
             help="Checkpoint of any format. Default: the bundled model.",
-            metavar="[A]",
+            metavar="A",
             show_default=False,
         ),
     ] = None,
@@ -51,35 +53,56 @@ def parity(
         Path | None,
         typer.Argument(
             help="Another checkpoint with the same config. Default: A.",
-            metavar="[B]",
+            metavar="B",
             show_default=False,
         ),
     ] = None,
     framework: Annotated[
         Implementation,
-        typer.Option(help="The implementation that runs A."),
+        typer.Option(
+            help="The implementation that runs A.",
+            metavar=choices(Implementation),
+            rich_help_panel=_SIDES,
+        ),
     ] = Implementation.JAX,
     against: Annotated[
         Implementation,
-        typer.Option(help="The implementation that runs B."),
+        typer.Option(
+            help="The implementation that runs B.",
+            metavar=choices(Implementation),
+            rich_help_panel=_SIDES,
+        ),
     ] = Implementation.TORCH,
     dtype: Annotated[
-        ParityDType, typer.Option(help="Dtype of parameters and computation.")
+        ParityDType,
+        typer.Option(
+            help="Dtype of parameters and computation.",
+            metavar=choices(ParityDType),
+            rich_help_panel=_SIDES,
+        ),
     ] = ParityDType.FLOAT32,
     as_stored: Annotated[
         bool,
         typer.Option(
             "--as-stored",
             help="Let transformers read B by itself, a huggingface folder, as its config says.",
+            rich_help_panel=_SIDES,
         ),
     ] = False,
+    adapter: Adapter = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Read a UTF-8 text instead of random tokens.", metavar="FILE", show_default=False
+            help="Read a UTF-8 text instead of random tokens.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_TOKENS,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens.", metavar="N")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Seed of random tokens.", metavar="N", rich_help_panel=_TOKENS),
+    ] = 0,
     length: Annotated[
         int | None,
         typer.Option(
@@ -87,23 +110,46 @@ def parity(
             help="Tokens a row. Default: 64 more than the attention window, at most 512.",
             metavar="N",
             show_default=False,
+            rich_help_panel=_TOKENS,
         ),
     ] = None,
     greedy: Annotated[
-        int, typer.Option(min=0, help="Tokens to continue each row with.", metavar="N")
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens to continue each row with.",
+            metavar="N",
+            rich_help_panel=_TOKENS,
+        ),
     ] = 32,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Compare every parameter's gradient, too.")
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Compare every parameter's gradient, too.",
+            rich_help_panel=_REPORT,
+        ),
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="List every tensor, inside of blocks too.")
+        bool,
+        typer.Option(
+            "--all", help="List every tensor, inside of blocks too.", rich_help_panel=_REPORT
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, with every tensor.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object, with every tensor.", rich_help_panel=_REPORT
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the error by depth.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="Draw the error by depth.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=_REPORT,
+        ),
     ] = None,
     preset: PresetName = None,
     attention_window_size: Window = None,
@@ -114,7 +160,7 @@ def parity(
 
     Compares activations, logits, states and gradients. Differences must stay within a budget that
     is measured from the dtype's rounding, and within 1e-10 in float64. Exits with 0 if all do, or
-    else with 1.
+    else with 1. Adapters go to A, and to B unless you name a B.
     """
     from recurrentgemma.cli.parity_table import render, title_of
     from recurrentgemma.common.io.checkpoint import BUNDLED
@@ -135,11 +181,14 @@ def parity(
         )
     if as_stored and against is not Implementation.TRANSFORMERS:
         raise UserError(f"--as-stored goes with --against transformers, got {against}")
+    if as_stored and adapter is not None and other is None:
+        raise UserError("--adapter is added to what recurrentgemma reads, not to --as-stored")
     for implementation in (framework, against):
         require_installed(implementation)
     if plot is not None:
         check_plot(plot)
     paths = one or BUNDLED, other or one or BUNDLED
+    adapters = adapter, adapter if other is None else None
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     configs, tokenizers = [], []
     for path in paths:
@@ -156,8 +205,8 @@ def parity(
     )
     with working("Comparing"):
         report = compare(
-            lambda: load_model(framework, paths[0], dtype, said),
-            lambda: load_model(against, paths[1], dtype, said, as_stored),
+            lambda: load_model(framework, paths[0], dtype, said, adapter=adapters[0]),
+            lambda: load_model(against, paths[1], dtype, said, as_stored, adapters[1]),
             batch,
             dtype,
             gradients=gradients,
@@ -165,8 +214,8 @@ def parity(
             inside=every,
         )
     sides = tuple(
-        f"{path.resolve().name} in {implementation}"
-        for path, implementation in zip(paths, (framework, against), strict=True)
+        f"{path.resolve().name}{' with adapters' if added else ''} in {implementation}"
+        for path, added, implementation in zip(paths, adapters, (framework, against), strict=True)
     )
     title = title_of(sides, report.dtype)
     family = family_of(configs[1]) if against is Implementation.TRANSFORMERS else None
@@ -175,8 +224,8 @@ def parity(
         draw(report, title, plot)
     if as_json:
         ends = {
-            "one": {"checkpoint": str(paths[0]), "implementation": framework},
-            "other": {"checkpoint": str(paths[1]), "implementation": against},
+            "one": _end(paths[0], adapters[0], framework),
+            "other": _end(paths[1], adapters[1], against),
             "rows": len(batch.tokens),
             "length": batch.tokens.shape[1],
             "chunks": list(batch.chunks),
@@ -187,6 +236,12 @@ def parity(
         render(report, title, batch, notes, every=every)
     if not report.within:
         raise typer.Exit(BEYOND_BUDGET)
+
+
+def _end(path: Path, adapter: Path | None, implementation: Implementation) -> dict[str, str]:
+    """One side of a comparison as JSON values."""
+    added = {} if adapter is None else {"adapter": str(adapter)}
+    return {"checkpoint": str(path), **added, "implementation": implementation}
 
 
 def _tokens(file: Path, tokenizer: Tokenizer | None) -> list[int]:

@@ -38,16 +38,9 @@ def render(
     for note in notes:
         console.print(escape(note))
     levels = list(dict.fromkeys([report.dtype, report.wide]))
-    rows, length = batch.tokens.shape
-    chunks = " + ".join(str(n) for n in batch.chunks if n > 1)
-    console.print(
-        f"{rows} rows of {length} tokens: in one pass, in chunks ({chunks}), "
-        f"and {batch.num_steps} step by step.\n"
-        "Differences are relative to a tensor's RMS. A dtype's column shows the part that\n"
-        f"they take of their budget in it, which is {_budgets(levels)}.\n"
-    )
+    console.print("\n".join(_legend(batch, report.dtype, levels)) + "\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("worst of all passes", no_wrap=True, overflow="ellipsis")
+    table.add_column("tensor", no_wrap=True, overflow="ellipsis")
     for name in ("max", "RMS", "ulps", *levels):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, lines in groupby(_lines(report.rows, every), lambda line: line[1].kind):
@@ -56,8 +49,8 @@ def render(
         for name, row in lines:
             error = row.error
             cells = (
-                f"{error.largest:.1e}",
-                f"{error.rms:.1e}",
+                _power(error.largest),
+                _power(error.rms),
                 _short(error.ulps(report.dtype)),
                 *(_percent(e.share) for e in (error, row.wide)[: len(levels)]),
             )
@@ -83,7 +76,7 @@ def summary(report: Report) -> Iterable[str]:
             break
     yield (
         f"same most likely token at {report.argmax_agreement:.2%} of places; "
-        f"KL divergence {report.kl_divergence:.1e} nats"
+        f"KL divergence {_power(report.kl_divergence)} nats"
     )
     if report.num_greedy:
         agreed = report.greedy_agreement
@@ -99,9 +92,26 @@ def summary(report: Report) -> Iterable[str]:
         yield f"[bold red]beyond the budget, first in {first.name}{where}[/]"
 
 
-def _budgets(levels: Sequence[str]) -> str:
-    kinds = ("1e-10" if level == "float64" else "measured" for level in levels)
-    return " and ".join(dict.fromkeys(kinds))
+def _legend(batch: ParityBatch, dtype: str, levels: Sequence[str]) -> Iterable[str]:
+    """The lines above the table: what was read, and what the columns mean."""
+    from recurrentgemma.parity.budget import FLOAT64_LIMIT, MARGIN
+
+    rows, length = batch.tokens.shape
+    chunks = " + ".join(str(n) for n in batch.chunks if n > 1)
+    yield f"Both read the same {rows} rows of {length} tokens: in one pass, in chunks ({chunks}),"
+    yield f"and the last {batch.num_steps} step by step. Each line is the worst of these."
+    yield ""
+    yield "max, RMS  the largest difference and the root mean square of all differences,"
+    yield "          as parts of the RMS of the tensor's own values"
+    yield f"ulps      the largest difference in units of {dtype}'s last digit"
+    for level in levels:
+        limit = (
+            f"{FLOAT64_LIMIT:g} of the largest value"
+            if level == "float64"
+            else f"{MARGIN:g} times the rounding error"
+        )
+        yield f"{level:9} the part of what is allowed in {level}: {limit}"
+    yield "Above 100% the two are not the same model."
 
 
 def _lines(rows: Sequence[Row], every: bool) -> Iterable[tuple[str, Row]]:
@@ -123,11 +133,19 @@ def _group(row: Row) -> str:
     return f"{row.kind} of {block}"
 
 
+def _power(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
 def _short(value: float) -> str:
+    if not value:
+        return "0"
     return f"{value:.1f}" if value < 1000 else f"{value:.0e}"
 
 
 def _percent(share: float) -> str:
-    if share == 0 or 0.01 <= share < 100:
-        return f"{share:.0%}"
-    return "inf" if math.isinf(share) else f"{100 * share:.0e}%"
+    if 0 < share < 0.01:
+        return "<1%"
+    if math.isinf(share):
+        return "inf"
+    return f"{share:.0%}" if share < 100 else f"{100 * share:.0e}%"

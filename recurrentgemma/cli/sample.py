@@ -20,6 +20,7 @@ from recurrentgemma.cli.batch import (
 )
 from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     ControlTokens,
     DTypeOption,
@@ -28,10 +29,12 @@ from recurrentgemma.cli.frameworks import (
     choose_framework,
     find_checkpoint,
     load_sampler,
+    loading,
 )
 from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
+    END,
     MinP,
     RepetitionPenalty,
     Seed,
@@ -47,7 +50,7 @@ from recurrentgemma.common.generation.stops import checked_strings
 from recurrentgemma.common.io.files import expanded, require_replaceable
 from recurrentgemma.common.io.jsonl import require_writable
 
-_STATES, _BATCHES = "States", "Many prompts"
+_OUTPUT, _STATES, _BATCHES = "Output", "States", "Many prompts"
 
 
 def sample(
@@ -59,9 +62,11 @@ def sample(
     ] = None,
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Stop after N tokens.", metavar="N")
+        int,
+        typer.Option(min=0, help="Stop after N tokens.", metavar="N", rich_help_panel=END),
     ] = 100,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -72,7 +77,15 @@ def sample(
     stop: Stop = None,
     stop_id: StopId = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", "-n", min=1, help="Continue N times.", metavar="N")
+        int,
+        typer.Option(
+            "--num-samples",
+            "-n",
+            min=1,
+            help="Continue N times.",
+            metavar="N",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = 1,
     logprobs: Annotated[
         int | None,
@@ -81,21 +94,32 @@ def sample(
             help="With --json or --output: log-probabilities of each token and of the N likeliest.",
             metavar="N",
             show_default=False,
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     dtype: DTypeOption = None,
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat/--no-chat", help="Put the prompt to an instruction-tuned model as a turn."
+            "--chat/--no-chat",
+            help="Put the prompt to an instruction-tuned model as a turn.",
+            rich_help_panel="Prompt",
         ),
     ] = False,
     allow_control_tokens: ControlTokens = False,
     echo: Annotated[
-        bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")
+        bool,
+        typer.Option(
+            "--echo/--no-echo",
+            help="Print the prompt before its continuation.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = True,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of text.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object instead of text.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     load_state: Annotated[
         Path | None,
@@ -149,25 +173,29 @@ def sample(
             rich_help_panel=_BATCHES,
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace files that are there.", rich_help_panel=_OUTPUT),
+    ] = False,
 ) -> None:
     """Continue a prompt, token by token.
 
     The text goes to stdout as it is generated, the speed to stderr after it.
     """
-    from recurrentgemma.common.generation.strategies import Greedy
-
     asked_seed, stop_strings = seed, checked_strings(stop or ())
-    sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _require_sense(prompt, chat, input_, output, load_state, save_state, num_samples)
-    if num_samples > 1 and isinstance(sampling, Greedy):
-        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if logprobs is not None and not as_json and output is None:
         raise UserError(
             "--logprobs needs --json, or --input and --output: text has no place for it"
         )
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    with working(loading(checkpoint, framework)):
+        from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
+
+        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+    if num_samples > 1 and isinstance(sampling, Greedy):
+        sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
     if chat and vocabulary.end_of_turn_id is None:
         raise UserError(f"--chat: {path} has no <end_of_turn>, so it was not tuned to chat")
     if save_state is not None:
@@ -181,9 +209,9 @@ def sample(
         batch = open_batch(input_, output, force=force)
     text = "" if batch else _prompt(prompt, needed=load_state is None)
     started = time.perf_counter()
-    with working(f"Loading {path.name} with {framework}"):
+    with working(loading(checkpoint, framework)):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens
+            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
@@ -211,6 +239,7 @@ def sample(
             record=recorded_options(
                 sampling,
                 checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
+                adapter=None if adapter is None else os.path.abspath(expanded(adapter)),
                 framework=framework,
                 dtype=loaded.dtype,
                 chat=chat,

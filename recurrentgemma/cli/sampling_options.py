@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SEEDS = 2**32
 _PANEL = "How tokens are chosen"
+END = "Where the text ends"  # a panel of options, too
 
 Temperature = Annotated[
     float | None,
@@ -72,14 +73,21 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option(
-        help="End the text before this string. Repeatable.", metavar="TEXT", show_default=False
+        help="End the text before this string.",
+        metavar="TEXT",
+        show_default=False,
+        rich_help_panel=END,
     ),
 ]
 StopId = Annotated[
     list[int] | None,
-    typer.Option(help="End the text at this token id. Repeatable.", metavar="ID",
-                 show_default=False),
-]  # fmt: skip
+    typer.Option(
+        help="End the text at this token id.",
+        metavar="ID",
+        show_default=False,
+        rich_help_panel=END,
+    ),
+]
 
 
 def strategy(

@@ -12,6 +12,7 @@ import typer
 
 from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
+    Adapter,
     Checkpoint,
     DTypeOption,
     FrameworkOption,
@@ -19,6 +20,7 @@ from recurrentgemma.cli.frameworks import (
     choose_framework,
     find_checkpoint,
     load_sampler,
+    loading,
 )
 from recurrentgemma.cli.paths import named_path, read_source, source_name
 from recurrentgemma.common.io.files import expanded
@@ -32,6 +34,7 @@ def score(
     ],
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
     per_token: Annotated[
@@ -42,15 +45,15 @@ def score(
     ] = False,
 ) -> None:
     """Print the perplexity of a text and its log-probability (natural logarithm)."""
-    from recurrentgemma.common.generation.strategies import Greedy
-
     file = expanded(file)
     name = source_name(file)
     text = text_of(read_source(file, "text"), name)
     framework = choose_framework(framework)
-    path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-    with working(f"Loading {path.name} with {framework}"):
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False)
+    with working(loading(checkpoint, framework)):
+        from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
+
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer)
+        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
     pieces = [vocabulary.piece(token) for token in result.tokens]

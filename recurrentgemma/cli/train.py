@@ -149,6 +149,8 @@ def _prepared(
         assert options.framework is not None
         setup = make_setup(options, config, tokenizer, plan.steps)
         trainer = Trainer(find_twin(options.framework), setup)
+    trained, total = trainer.num_trainable, trainer.num_parameters
+    sys.stderr.write(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})\n")
     progress = None
     if resume:
         folder.clean()

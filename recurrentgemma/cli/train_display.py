@@ -96,7 +96,7 @@ class TensorBoard(Observer):
         for name in ("loss", "perplexity"):
             self._writer.add_scalar(f"validation/{name}", entry[name], entry["step"])
         for number, sample in enumerate(entry["samples"]):
-            text = f"**{sample['prompt']}**{sample['text']}"
+            text = f"**{sample['prompt']}**{sample['text']}".replace("\n", "  \n")  # Markdown's
             self._writer.add_text(f"sample/{number}", text, entry["step"])
 
     def close(self) -> None:
@@ -162,9 +162,9 @@ class Terminal(Observer):
             f"step {entry['step']}: validation loss {entry['loss']:.4f}, "
             f"perplexity {entry['perplexity']:.2f}"
         )
-        for sample in entry["samples"]:
+        for number, sample in enumerate(entry["samples"], 1):
             text = (sample["prompt"] + sample["text"])[:_SHOWN]
-            self._say("  " + text.replace("\n", " / "))
+            self._say(f"  {number}  " + text.replace("\n", "\n     "))
 
     def close(self) -> None:
         if self._bar is not None:

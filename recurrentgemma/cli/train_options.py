@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurrentgemma.cli.frameworks import DType, Framework
+from recurrentgemma.cli.frameworks import DType, Framework, choices
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.io.text import text_of
@@ -63,13 +63,11 @@ class TrainOptions:
 
     train: Annotated[
         list[Path],
-        _option(_DATA, "A JSONL file to train on. Repeatable.", metavar="FILE", show_default=False),
+        _option(_DATA, "A JSONL file to train on.", metavar="FILE", show_default=False),
     ] = dataclasses.field(default_factory=list)
     validation: Annotated[
         list[Path],
-        _option(
-            _DATA, "A JSONL file to evaluate on. Repeatable.", metavar="FILE", show_default=False
-        ),
+        _option(_DATA, "A JSONL file to evaluate on.", metavar="FILE", show_default=False),
     ] = dataclasses.field(default_factory=list)
     validation_share: Annotated[
         float | None,
@@ -88,8 +86,8 @@ class TrainOptions:
         str,
         _option(
             _DATA,
-            "For examples longer than a row: split, truncate or skip.",
-            metavar="HOW",
+            "What becomes of examples longer than a row.",
+            metavar="split|truncate|skip",
         ),
     ] = "split"
     pack: Annotated[
@@ -106,11 +104,18 @@ class TrainOptions:
             "--allow-control-tokens",
         ),
     ] = False
-    seed: Annotated[int, _option(_DATA, "Seed of the order and of initial values.", min=0)] = 0
+    seed: Annotated[
+        int, _option(_DATA, "Seed of the order and of initial values.", min=0, metavar="N")
+    ] = 0
 
     framework: Annotated[
         Framework | None,
-        _option(_MODEL, "Default: torch if it is installed, or else jax.", show_default=False),
+        _option(
+            _MODEL,
+            "The framework that trains. Default: torch if it is installed, or else jax.",
+            metavar=choices(Framework),
+            show_default=False,
+        ),
     ] = None
     checkpoint: Annotated[
         Path | None,
@@ -154,6 +159,7 @@ class TrainOptions:
         _option(
             _MODEL,
             "Dtype of the parameters. Default: float32 on CPU, or else bfloat16.",
+            metavar=choices(DType),
             show_default=False,
         ),
     ] = None
@@ -173,15 +179,15 @@ class TrainOptions:
     ] = 16.0
     lora_target: Annotated[
         list[str],
-        _option(_MODEL, "attention, recurrent, mlp or gates. Repeatable.", metavar="GROUP"),
+        _option(_MODEL, "The layers that get adapters.", metavar="attention|recurrent|mlp|gates"),
     ] = dataclasses.field(default_factory=lambda: ["attention", "recurrent", "mlp"])
     lora_quantize: Annotated[
         bool, _option(_MODEL, "Keep the weights under the adapters as int8.", "--lora-quantize")
     ] = False
 
-    optimizer: Annotated[str, _option(_OPTIMIZER, "adamw, sgd or adafactor.", metavar="NAME")] = (
-        "adamw"
-    )
+    optimizer: Annotated[
+        str, _option(_OPTIMIZER, "How parameters are updated.", metavar="adamw|sgd|adafactor")
+    ] = "adamw"
     learning_rate: Annotated[float, _option(_OPTIMIZER, "The highest rate.", metavar="X")] = 3e-4
     warmup_steps: Annotated[
         int,
@@ -210,7 +216,11 @@ class TrainOptions:
     ] = 1.0
     state_dtype: Annotated[
         DType,
-        _option(_OPTIMIZER, "Dtype of the optimiser's state and its copy of parameters."),
+        _option(
+            _OPTIMIZER,
+            "Dtype of the optimiser's state and its copy of parameters.",
+            metavar=choices(DType),
+        ),
     ] = DType.FLOAT32
 
     out: Annotated[
@@ -244,11 +254,15 @@ class TrainOptions:
     ] = 10
     on_nonfinite: Annotated[
         OnNonFinite,
-        _option(_RUN, "At a loss that is NaN or infinite: end, or leave out that step."),
+        _option(
+            _RUN,
+            "At a loss that is NaN or infinite: end, or leave out that step.",
+            metavar=choices(OnNonFinite),
+        ),
     ] = OnNonFinite.STOP
     sample_prompt: Annotated[
         list[str],
-        _option(_RUN, "A prompt to continue at evaluations. Repeatable. Default: from the data.",
+        _option(_RUN, "A prompt to continue at evaluations. Default: from the data.",
                 metavar="TEXT", show_default=False),
     ] = dataclasses.field(default_factory=list)  # fmt: skip
     sample_tokens: Annotated[

@@ -48,11 +48,14 @@ class Twin(Protocol):
 
     Attributes:
       name: "jax" or "torch".
-      training: Its module of training functions; both twins' have the same.
     """
 
     name: str
-    training: ModuleType
+
+    @property
+    def training(self) -> ModuleType:
+        """Its module of training functions; both twins' have the same."""
+        ...
 
     def default_device(self) -> str:
         """The accelerator if there is one, or else "cpu"."""
@@ -80,8 +83,9 @@ class Twin(Protocol):
         dtype: str,
         device: str | None = None,
         overrides: Overrides | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Any:
-        """The model in a checkpoint of any format; the bundled model if None."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
         ...
 
     def make(

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import sentencepiece as spm
-
 from recurrentgemma.common.errors import UserError
 
 SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
@@ -102,7 +100,9 @@ def _from_content(content: bytes, name: str, fields: Mapping[str, Any]) -> Vocab
             raise UserError(f"{name}: {error}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not UTF-8: {error}") from error
-    vocab = spm.SentencePieceProcessor()
+    from sentencepiece import SentencePieceProcessor  # slow to import
+
+    vocab = SentencePieceProcessor()
     try:
         vocab.load_from_serialized_proto(content)
     except RuntimeError as error:

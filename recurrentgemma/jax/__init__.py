@@ -1,5 +1,8 @@
 """RecurrentGemma in JAX and Flax."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.generation.conversation import Conversation
@@ -23,6 +26,7 @@ from recurrentgemma.jax.checkpoint import (
 )
 from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.jax.lora import load_adapters
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.modules import (
@@ -39,19 +43,20 @@ from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan
 from recurrentgemma.jax.sharding import ShardingSpec
-from recurrentgemma.jax.training import (
-    TrainState,
-    create_train_state,
-    evaluate,
-    load_adapters,
-    load_state_arrays,
-    loss_fn,
-    parameters,
-    save_adapters,
-    state_arrays,
-    train_step,
-)
 from recurrentgemma_conversion.opening import load_tokenizer
+
+if TYPE_CHECKING:
+    from recurrentgemma.jax.training import (
+        TrainState,
+        create_train_state,
+        evaluate,
+        load_state_arrays,
+        loss_fn,
+        parameters,
+        save_adapters,
+        state_arrays,
+        train_step,
+    )
 
 __all__ = [
     "RGLRU",
@@ -104,3 +109,14 @@ __all__ = [
     "state_arrays",
     "train_step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of training, imported when they are first used: sampling needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.training"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

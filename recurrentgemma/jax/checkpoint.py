@@ -36,7 +36,9 @@ def load_checkpoint(
     dtype: Dtype | None = None,
     device: Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # it is a class
     sharding: str | Sharding | Mapping[str, Any] = "single_device",
+    config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Model, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
@@ -51,10 +53,14 @@ def load_checkpoint(
         float32 or wider, and float64 becomes float32 where JAX has it turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
-      overrides: What the caller says of the model.
+      config: What the model is, for weights without a `config.json`; it wins over one.
+      overrides: What else the caller says of the model.
+      adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
+        its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
+      CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
+        `open_checkpoint`.
       ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
         parameters cannot be of the dtype, or JAX has it turned off.
     """
@@ -63,7 +69,9 @@ def load_checkpoint(
         if sharding != "single_device":
             raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
         sharding = SingleDeviceSharding(device)
-    with open_checkpoint(path, overrides) as checkpoint:
+    if config is not None:
+        overrides = overrides._replace(config=config)
+    with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Model(checkpoint.config, param_dtype=param_dtype), params

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
@@ -15,10 +18,13 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
+from recurrentgemma.common.training.lora import merge as merge_on_host
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
+from recurrentgemma_conversion.adapters import open_adapters
 
 
 @contextlib.contextmanager
@@ -90,6 +96,29 @@ def merge(
             value = value.astype(a.dtype) + options.scale * (a @ b)
         set_path(params, spec.path, value.astype(dtype))
     return params
+
+
+def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) -> Params:
+    """A model's parameters with the adapters in a file merged into them.
+
+    Args:
+      path: A file of ours or its folder, or a folder of PEFT's.
+      model: The model.
+      params: Its parameters. They do not change; those without adapters are shared.
+
+    Raises:
+      CheckpointError: There are no adapters, they are damaged, or belong to another model.
+    """
+    _, options, arrays = open_adapters(path, model.config)
+    result: Params = {}
+    for spec in layer_spec(model.config):
+        value = get_path(params.get("params", params), spec.path)
+        on_host = np.asarray(value)
+        merged = merge_on_host(spec, on_host, arrays, options)
+        if merged is not on_host:
+            value = jax.device_put(merged.astype(on_host.dtype), value.sharding)
+        set_path(result, spec.path, value)
+    return result
 
 
 def _product(x: Float[Array, "b t i"], a: Array, b: Array) -> Array:

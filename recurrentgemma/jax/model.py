@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.errors import UserError
@@ -18,6 +20,7 @@ from recurrentgemma.common.model.state import check_state
 from recurrentgemma.jax.blocks import Block
 from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
+from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, require_available, set_path
 from recurrentgemma.jax.sharding import ShardingSpec
@@ -62,6 +65,16 @@ class Model(nn.Module):
 
     def __repr__(self) -> str:
         return f"Model({self.config!r}, {num_parameters(self.config):,} parameters)"
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's `apply`; outputs are split over explicit axes as the rows of tokens are."""
+        return _on_any_axes(super().apply, variables, *args, **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's `init_with_output`; see `apply`."""
+        return _on_any_axes(super().init_with_output, rngs, *args, **kwargs)
 
     def __call__(
         self,
@@ -163,6 +176,20 @@ class Model(nn.Module):
         """
         dtype = dtype or self.dtype or self.param_dtype
         return init_cache(self.config, batch_size, dtype, capacity)
+
+
+def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method of Linen on automatic axes, its results split as the tokens are."""
+    tokens = args[0] if args else kwargs.get("tokens")
+
+    def split(result: Array) -> PartitionSpec:
+        shape = np.shape(tokens)
+        shared = 2 if result.ndim > 2 and result.shape[:2] == shape else 1
+        if not shape or result.shape[:shared] != shape[:shared]:
+            return PartitionSpec()
+        return PartitionSpec(*partition(tokens)[:shared])
+
+    return automatic(function, lambda results: jax.tree.map(split, results), first, *args, **kwargs)
 
 
 def init_params(config: Config, seed: int, dtype: Dtype = jnp.float32) -> Params:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,18 +94,8 @@ def split(
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     sharded = ShardedScan(scan, spec._replace(mesh=auto))
 
-    def split_run(inputs: Inputs, h0: Array) -> tuple[Array, Array]:
-        y, last = run(sharded, *_padded(inputs, h0, sharded.spec))
-        return y[:batch, :length, :width], last[:batch, :width]
-
-    meshes = [jax.typeof(z).sharding.mesh for z in jax.tree.leaves((inputs, h0))]
-    if not any(m.explicit_axes for m in (jax.sharding.get_abstract_mesh(), *meshes)):
-        return split_run(inputs, h0)
-    rows, steps, channels = jax.typeof(inputs.x).sharding.spec
-    partitions = PartitionSpec(rows, steps, channels), PartitionSpec(rows, channels)
-    out_sharding = tuple(NamedSharding(mesh, partition) for partition in partitions)
-    explicit: Any = jax.sharding.auto_axes(split_run, out_sharding=out_sharding)
-    return explicit(inputs, h0)
+    y, last = run(sharded, *_padded(inputs, h0, sharded.spec))
+    return y[:batch, :length, :width], last[:batch, :width]
 
 
 def _padded(inputs: Inputs, h0: Array, spec: ShardingSpec) -> tuple[Inputs, Array]:

@@ -18,20 +18,28 @@ from jaxtyping import Array, Float
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
-from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
+    given_shapes,
     grouped,
     learning_rate,
-    moment_shapes,
     state_shapes,
+    step_settings,
 )
 from recurrentgemma.jax.lora import adapt, merge
 from recurrentgemma.jax.model import Model
-from recurrentgemma.jax.optimizer import get_moments, make_optimizer, set_moments
+from recurrentgemma.jax.optimizer import (
+    Optimizer,
+    get_moments,
+    init_state,
+    own_learning_rate,
+    require_optimizer,
+    set_moments,
+)
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
@@ -41,7 +49,7 @@ Metrics = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """A model in training.
+    """A model in training. Arrays may be NumPy's, as `flax.serialization` restores them.
 
     Attributes:
       step: The number of steps done.
@@ -49,17 +57,17 @@ class TrainState:
       optimizer_state: The state of optax's optimiser.
       base: With LoRA, the frozen parameters under the adapters.
       model: The model.
-      optimizer: How it is optimised.
+      optimizer: How it is optimised: options, or an Optax transformation.
       lora: Which adapters are trained; the model's own parameters if None.
       dtype: The dtype of the parameters in the forward pass.
     """
 
     step: int
-    parameters: dict[str, Array]
+    parameters: dict[str, Any]
     optimizer_state: optax.OptState
     base: Params | None
     model: Model = flax.struct.field(pytree_node=False)
-    optimizer: OptimizerOptions = flax.struct.field(pytree_node=False)
+    optimizer: Optimizer = flax.struct.field(pytree_node=False)
     lora: LoraOptions | None = flax.struct.field(pytree_node=False)
     dtype: Dtype = flax.struct.field(pytree_node=False)
 
@@ -68,7 +76,7 @@ def create_train_state(
     model: Model,
     params: Params,
     *,
-    optimizer: OptimizerOptions | None = None,
+    optimizer: Optimizer | None = None,
     lora: LoraOptions | None = None,
     state_dtype: Dtype = jnp.float32,
     seed: int = 0,
@@ -78,17 +86,21 @@ def create_train_state(
     Args:
       model: The model.
       params: Its parameters. They are copied, or shared with LoRA; they do not change.
-      optimizer: How to optimise; AdamW if None.
+      optimizer: How to optimise; AdamW if None. An Optax transformation gets the gradients by the
+        layer spec's paths, neither clipped nor scaled, and the keyword arguments `value`, `grad`
+        and `value_fn`; its schedule is its own.
       lora: Train adapters of this kind on frozen parameters; all parameters if None.
       state_dtype: The dtype of the optimiser's state and of the parameters that it updates. If it
         is wider than the model's, the forward pass casts them, so that small updates are not lost.
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: The parameters are not the model's, or LoRA has no targets in it.
+      ValueError: The parameters are not the model's, LoRA has no targets in it, or the optimiser
+        is neither options nor a transformation.
     """
     params = params.get("params", params)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
+    require_optimizer(optimizer)
     specs = trainable_specs(model.config, lora)
     if lora is None:
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
@@ -96,7 +108,7 @@ def create_train_state(
     else:
         base, values = adapt(model.config, params, lora, state_dtype, seed)
     values = _placed(values, (base, values))
-    optimizer_state = make_optimizer(optimizer, decay_mask(specs), 0.0).init(values)
+    optimizer_state = init_state(optimizer, decay_mask(specs), values)
     return TrainState(
         step=0,
         parameters=values,
@@ -143,13 +155,14 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
     Returns:
       The new state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping)
-      and "learning_rate". Arrays among them may still be computed.
+      and "learning_rate", where it is known: a transformation's from `optax.inject_hyperparams`.
+      Arrays among them may still be computed.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     stacked = Batch(
         *map(_stacked, zip(*(_on_host(state.model, batch) for batch in batches), strict=True))
     )
-    rate = learning_rate(state.optimizer, state.step)
+    rate = learning_rate(step_settings(state.optimizer), state.step)
     parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
         state.model,
         state.optimizer,
@@ -164,7 +177,9 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         step=state.step + 1, parameters=parameters, optimizer_state=optimizer_state
     )
-    return state, {**metrics, "learning_rate": rate}
+    if not isinstance(state.optimizer, OptimizerOptions):
+        rate = own_learning_rate(optimizer_state)
+    return state, metrics if rate is None else {**metrics, "learning_rate": rate}
 
 
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
@@ -184,11 +199,11 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
     Names are "step", "parameters.<path>" and the optimiser's, such as "mu.<path>" (see
     `common.training.optimization.moment_shapes`). On a CPU the arrays are views, valid until the
-    next step.
+    next step. The arrays of an Optax transformation, "optimizer.<place in its state>", are for this
+    twin alone.
     """
     specs = trainable_specs(state.model.config, state.lora)
-    shapes = moment_shapes(state.optimizer, specs)
-    moments = get_moments(shapes, state.optimizer_state)
+    moments = get_moments(state.optimizer, specs, state.optimizer_state)
     values = {spec.path: state.parameters[spec.path] for spec in specs}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
@@ -201,20 +216,18 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
     """The state with the arrays that `state_arrays` of either twin returned, cast to its dtypes.
 
+    With an Optax transformation they must be this twin's, and the transformation the same.
+
     Raises:
       ValueError: Names or shapes differ from the state's; the message lists all differences.
     """
     specs = trainable_specs(state.model.config, state.lora)
-    shapes = {name: np.shape(array) for name, array in arrays.items()}
-    require_match(state_shapes(state.optimizer, specs), shapes)
+    require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
     dtype = next(iter(state.parameters.values())).dtype
-    moments = {
-        group: {path: jnp.array(array, dtype) for path, array in part.items()}
-        for group, part in grouped(arrays).items()
-    }
-    parameters, step = moments.pop("parameters"), int(arrays["step"])
-    parameters = {spec.path: parameters[spec.path] for spec in specs}
-    optimizer_state = set_moments(state.optimizer_state, step, moments)
+    moments, step = grouped(arrays), int(arrays["step"])
+    values = moments.pop("parameters")
+    parameters = {spec.path: jnp.array(values[spec.path], dtype) for spec in specs}
+    optimizer_state = set_moments(state.optimizer, state.optimizer_state, step, moments)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         step=step,
         parameters=_placed_like(parameters, state.parameters),
@@ -242,19 +255,6 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     specs = trainable_specs(state.model.config, state.lora)
     arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
-
-
-def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) -> Params:
-    """A model's parameters with the adapters in a file merged into them, in its dtype.
-
-    Raises:
-      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
-    """
-    _, options, arrays = read_adapters(path, model.config)
-    base, _ = adapt(model.config, params, options, jnp.float32, 0)
-    dtype = get_path(base, "embedder.input_embedding").dtype
-    adapters = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return merge(model.config, base, adapters, options, dtype)
 
 
 def _on_host(model: Model, batch: Batch) -> Batch:
@@ -286,4 +286,8 @@ def _placed(tree: Any, beside: Any) -> Any:
 
 def _placed_like(new: Any, old: Any) -> Any:
     """The arrays of a tree, placed where another tree's are."""
-    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if y.committed else x, new, old)
+
+    def placed(x: Array, y: Any) -> Array:
+        return jax.device_put(x, y.sharding) if getattr(y, "committed", False) else x
+
+    return jax.tree.map(placed, new, old)

@@ -12,7 +12,6 @@ import numpy as np
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
-from recurrentgemma.jax import training
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
@@ -40,7 +39,12 @@ class JaxTwin(Twin):
     """JAX; its models are a `ModelAndParams` each."""
 
     name = "jax"
-    training = training
+
+    @property
+    def training(self):
+        from recurrentgemma.jax import training  # slow to import, and sampling needs none of it
+
+        return training
 
     def default_device(self):
         return jax.default_backend()
@@ -58,10 +62,14 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None):
+    def load(self, path, dtype, device=None, overrides=None, adapter=None):
         with self.precision(dtype):
             model, params = load_checkpoint(
-                path, dtype=dtype, device=_device(device), overrides=overrides or NO_OVERRIDES
+                path,
+                dtype=dtype,
+                device=_device(device),
+                overrides=overrides or NO_OVERRIDES,
+                adapter=adapter,
             )
         return ModelAndParams(model, params)
 
@@ -110,10 +118,12 @@ class JaxTwin(Twin):
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         module = model.module.clone(gradient_checkpointing=gradient_checkpointing)
         state_dtype = jnp.dtype(state_dtype)
-        return training.create_train_state(module, model.params, state_dtype=state_dtype, **options)
+        return self.training.create_train_state(
+            module, model.params, state_dtype=state_dtype, **options
+        )
 
     def trained(self, state):
-        return ModelAndParams(state.model, training.parameters(state))
+        return ModelAndParams(state.model, self.training.parameters(state))
 
 
 TWIN = JaxTwin()

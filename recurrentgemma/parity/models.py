@@ -97,6 +97,7 @@ def load_model(
     dtype: str,
     overrides: Overrides = NO_OVERRIDES,
     as_stored: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> ComparedModel:
     """A checkpoint of any format, or the bundled model if None, in an implementation.
 
@@ -106,6 +107,7 @@ def load_model(
       dtype: The dtype of parameters and computation.
       overrides: What the checkpoint does not say of the model.
       as_stored: Whether `transformers` reads the folder by itself, with the config that is there.
+      adapter: LoRA adapters to add to the parameters; see `load_checkpoint`.
 
     Raises:
       CheckpointError: The implementation is not installed, or the checkpoint cannot be loaded.
@@ -114,6 +116,6 @@ def load_model(
     if implementation == "transformers":
         from recurrentgemma.parity.transformers_model import TransformersModel
 
-        return TransformersModel.load(path, dtype, overrides, as_stored)
+        return TransformersModel.load(path, dtype, overrides, as_stored, adapter)
     twin = find_twin(implementation)
-    return TwinModel(twin, twin.load(path, dtype, overrides=overrides))
+    return TwinModel(twin, twin.load(path, dtype, overrides=overrides, adapter=adapter))

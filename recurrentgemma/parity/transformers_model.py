@@ -41,6 +41,7 @@ class TransformersModel(ComparedModel):
         dtype: str,
         overrides: Overrides = NO_OVERRIDES,
         as_stored: bool = False,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> TransformersModel:
         """Loads a checkpoint of any format, or the bundled model if None.
 
@@ -49,13 +50,14 @@ class TransformersModel(ComparedModel):
           dtype: The dtype of parameters and computation.
           overrides: What the checkpoint does not say of the model.
           as_stored: Whether `transformers` reads the folder by itself, as its config says.
+          adapter: LoRA adapters to add to the parameters; not `as_stored`.
 
         Raises:
           ConfigError: `transformers` has no such model, or does not read such a folder.
         """
         from recurrentgemma_conversion.opening import open_checkpoint
 
-        with open_checkpoint(path, overrides) as reader:
+        with open_checkpoint(path, overrides, adapter=adapter) as reader:
             if not as_stored:
                 return cls.make(reader.config, {spec.path: value for spec, value in reader}, dtype)
             if reader.format is not Format.HUGGINGFACE:

@@ -1,5 +1,8 @@
 """RecurrentGemma in PyTorch."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from recurrentgemma.common.errors import MissingFrameworkError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.generation.conversation import Conversation
@@ -18,6 +21,7 @@ if not is_installed("torch"):
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
+from recurrentgemma.torch.lora import load_adapters
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.modules import (
@@ -33,19 +37,20 @@ from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
 from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan, rnn_scan
-from recurrentgemma.torch.training import (
-    TrainState,
-    create_train_state,
-    evaluate,
-    load_adapters,
-    load_state_arrays,
-    loss_fn,
-    parameters,
-    save_adapters,
-    state_arrays,
-    train_step,
-)
 from recurrentgemma_conversion.opening import load_tokenizer
+
+if TYPE_CHECKING:
+    from recurrentgemma.torch.training import (
+        TrainState,
+        create_train_state,
+        evaluate,
+        load_state_arrays,
+        loss_fn,
+        parameters,
+        save_adapters,
+        state_arrays,
+        train_step,
+    )
 
 __all__ = [
     "RGLRU",
@@ -95,3 +100,14 @@ __all__ = [
     "state_arrays",
     "train_step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of training, imported when they are first used: sampling needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.training"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

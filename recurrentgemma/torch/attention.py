@@ -39,7 +39,8 @@ def apply_rope(
     wide = wide_dtype(x.dtype)
     sin, cos = _turns(positions, rope, half, wide)
     x1, x2 = rotated.to(wide).chunk(2, -1)
-    turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
+    # Not addcmul with value=-1: `torch.func.linearize` of it crashes in PyTorch 2.13.
+    turned = x1 * cos - x2 * sin, torch.addcmul(x2 * cos, x1, sin)
     return torch.cat([*(z.to(x.dtype) for z in turned), passed], -1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
@@ -34,7 +35,9 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     sharding: DeviceMesh | None = None,
+    config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Model:
     """The model in a checkpoint of any format.
 
@@ -50,17 +53,23 @@ def load_checkpoint(
       device: Where the parameters go; the CPU if None.
       sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
         process then reads the whole checkpoint and keeps its part, a tensor at a time.
-      overrides: What the caller says of the model.
+      config: What the model is, for weights without a `config.json`; it wins over one.
+      overrides: What else the caller says of the model.
+      adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
+        its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is no checkpoint, or it cannot be served; see `open_checkpoint`.
+      CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
+        `open_checkpoint`.
       ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
         is to be split has several.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and sharding is not None:
         raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
-    with open_checkpoint(path, overrides) as checkpoint:
+    if config is not None:
+        overrides = overrides._replace(config=config)
+    with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
         if sharding is not None and dtype is None and len(stored) > 1:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,12 @@ from recurrentgemma.common.training.lora import (
     lora_targets,
     trainable_specs,
 )
+from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.quantization import quantize_matrices
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma_conversion.adapters import open_adapters
 
 
 class Adapted(nn.Module):
@@ -95,6 +99,28 @@ def merge(
             value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
         state[torch_name(spec.path)] = value.to(dtype)
     return _sharing(state, model)
+
+
+def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
+    """A model with the adapters in a file merged into its parameters.
+
+    Args:
+      path: A file of ours or its folder, or a folder of PEFT's.
+      model: The model. It does not change; tensors without adapters are shared.
+
+    Raises:
+      CheckpointError: There are no adapters, they are damaged, or belong to another model.
+    """
+    _, options, arrays = open_adapters(path, model.config)
+    result = model.state_dict()
+    for spec in layer_spec(model.config):
+        value = result[torch_name(spec.path)]
+        on_host = to_torch(spec.path, to_array(value))
+        merged = merge_on_host(spec, on_host, arrays, options)
+        if merged is not on_host:
+            tensor = to_tensor(to_torch(spec.path, merged)).to(value)
+            result[torch_name(spec.path)] = tensor
+    return _sharing(result, model)
 
 
 def _sharing(state: Mapping[str, Tensor], model: Model) -> Model:

@@ -1,22 +1,30 @@
-"""The optimisers of `common.training.optimization`, built from PyTorch's."""
+"""The optimisers of `common.training.optimization`, built from PyTorch's, and any other of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.model.state_dict import is_kernel, to_torch
 from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
     ADAFACTOR_DECAY,
     ADAFACTOR_EPS,
     ADAFACTOR_MIN_SCALE,
+    OWN,
     OptimizerOptions,
+    moment_shapes,
 )
+from recurrentgemma.torch.runtime.optimizer_state import load_own_tensors, own_tensors
 
 Tensors = Mapping[str, Tensor]
+Optimizer = OptimizerOptions | Callable[[list[Tensor]], torch.optim.Optimizer]
 # PyTorch's names for the moments of `moment_shapes`.
 _KEYS = {
     "adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"},
@@ -27,15 +35,20 @@ _OTHER = {"row_var": "col_var", "col_var": "row_var"}
 
 
 def make_optimizer(
-    options: OptimizerOptions, decay: Mapping[str, bool], parameters: Tensors
+    options: Optimizer, decay: Mapping[str, bool], parameters: Tensors
 ) -> torch.optim.Optimizer:
-    """The optimiser; each step sets its learning rate.
+    """The optimiser; with options, each step sets its learning rate.
 
     Args:
-      options: The optimiser and its settings.
+      options: The optimiser and its settings, or a function that makes one of a list of tensors.
       decay: Whether weight decay applies, by path.
       parameters: The tensors that it changes, by path.
+
+    Raises:
+      ValueError: It is neither, or the function makes no optimiser, or one of other tensors.
     """
+    if not isinstance(options, OptimizerOptions):
+        return _made(options, parameters)
     lr = options.learning_rate
     groups = [
         {
@@ -61,20 +74,47 @@ def make_optimizer(
             )
 
 
+def _made(factory: Any, parameters: Tensors) -> torch.optim.Optimizer:
+    """The optimiser that a user's own function makes."""
+    made = factory(list(parameters.values())) if callable(factory) else None
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UserError(
+            "optimizer must be OptimizerOptions or a function that makes an optimiser of a list of "
+            f"tensors, such as functools.partial(torch.optim.AdamW, lr=1e-3), got {factory!r}"
+        )
+    known = {id(parameter) for parameter in parameters.values()}
+    held = [parameter for group in made.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in known for parameter in held):
+        raise UserError("optimizer must be made of the tensors that the function is given")
+    return made
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    """A step; an optimiser that asks for `loss` computes loss and gradients anew with it."""
+    asked = inspect.signature(optimizer.step).parameters.get("closure")
+    if asked is not None and asked.default is inspect.Parameter.empty:
+        optimizer.step(torch.enable_grad()(loss))  # pyright: ignore[reportCallIssue]
+    else:
+        optimizer.step()
+
+
 def get_moments(
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    options: Optimizer,
+    specs: Sequence[ParamSpec],
     parameters: Tensors,
     optimizer: torch.optim.Optimizer,
-    options: OptimizerOptions,
 ) -> dict[str, dict[str, Tensor]]:
     """The optimiser's moments in the Flax layout, by name and path; zeros before the first step.
 
     Args:
-      shapes: Their shapes (`moment_shapes`).
-      parameters: The tensors that the optimiser changes, by path.
-      optimizer: The optimiser.
-      options: The options that it was made with.
+      options: The options or the function that it was made with.
+      specs: The parameters that it changes.
+      parameters: Their tensors, by path.
+      optimizer: The optimiser. One of a user's own gives what it holds, in its own layout.
     """
+    if not isinstance(options, OptimizerOptions):
+        return {OWN: own_tensors(optimizer, parameters)}
+    shapes = moment_shapes(options, specs)
 
     def moment(name: str, path: str) -> Tensor:
         parameter = parameters[path]
@@ -87,13 +127,20 @@ def get_moments(
 
 
 def set_moments(
+    options: Optimizer,
     step: int,
     moments: Mapping[str, Tensors],
     parameters: Tensors,
     optimizer: torch.optim.Optimizer,
-    options: OptimizerOptions,
 ) -> None:
-    """Gives an optimiser its state after `step` steps, with these moments in the Flax layout."""
+    """Gives an optimiser its state after `step` steps, with these moments in the Flax layout.
+
+    Raises:
+      ValueError: The tensors of an own optimiser are of another one.
+    """
+    if not isinstance(options, OptimizerOptions):
+        load_own_tensors(optimizer, parameters, moments.get(OWN, {}))
+        return
     for path, parameter in parameters.items():
         state = {
             _key(options, name, path): to_torch(path, tensors[path]).to(parameter).contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.model.mixers import Attention
-from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.scan import forward_levels, wide_dtype
 
 BLOCK = 256  # queries that share an array of scores
 
@@ -56,7 +56,8 @@ def attend_masked(
     function = nn.functional.scaled_dot_product_attention
     k_zksh, v_zksh = k_zskh.transpose(1, 2), v_zskh.transpose(1, 2)
     mask_z1cs = None if mask_zcs is None else mask_zcs[:, None]
-    if not mixer.soft_cap and q_zcnh.shape[1] > 1:
+    plain = bool(mixer.soft_cap) or forward_levels() > 0  # PyTorch's kernels know neither
+    if not plain and q_zcnh.shape[1] > 1:
         group = mixer.heads // mixer.kv_heads
         shared = q_zcnh.device.type == "cpu"  # elsewhere the kernels that take a mask lack it
         if not shared:  # without a copy where there is one key head
@@ -68,10 +69,11 @@ def attend_masked(
     # Heads that share a key head stand beside queries, so both products are plain matrix products.
     q_zkcrh = q_zcnh.unflatten(2, (mixer.kv_heads, -1)).transpose(1, 2)
     q_zkmh, sizes = q_zkcrh.flatten(2, 3), q_zkcrh.shape[2:4]
-    if mixer.soft_cap:
+    if plain:
         wide = wide_dtype(q_zcnh.dtype)
         scores_zkms = (q_zkmh.to(wide) * mixer.scale) @ k_zksh.to(wide).transpose(-1, -2)
-        scores_zkms = torch.tanh(scores_zkms / mixer.soft_cap) * mixer.soft_cap
+        if mixer.soft_cap:
+            scores_zkms = torch.tanh(scores_zkms / mixer.soft_cap) * mixer.soft_cap
         if mask_z1cs is not None:
             hidden_z1c1s, least = ~mask_z1cs[..., None, :], torch.finfo(wide).min
             scores_zkcrs = scores_zkms.unflatten(2, sizes).masked_fill(hidden_z1c1s, least)

@@ -16,21 +16,28 @@ from torch import Tensor
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.training.adapters import Adapters, read_adapters, write_adapters
+from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
+    given_shapes,
     grouped,
     learning_rate,
-    moment_shapes,
     state_shapes,
+    step_settings,
 )
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.optimizer import get_moments, make_optimizer, set_moments
+from recurrentgemma.torch.optimizer import (
+    Optimizer,
+    get_moments,
+    make_optimizer,
+    set_moments,
+    step,
+)
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
 
@@ -46,7 +53,7 @@ class TrainState:
       parameters: The trained parameters, by the layer spec's paths, in the optimiser state's dtype.
       optimizer_state: PyTorch's optimiser of these parameters.
       model: The model; with LoRA, it has adapters.
-      optimizer: How it is optimised.
+      optimizer: How it is optimised: options, or the function that made `optimizer_state`.
       lora: Which adapters are trained; the model's own parameters if None.
       dtype: The dtype of the parameters in the forward pass.
     """
@@ -55,7 +62,7 @@ class TrainState:
     parameters: dict[str, Tensor]
     optimizer_state: torch.optim.Optimizer
     model: Model
-    optimizer: OptimizerOptions
+    optimizer: Optimizer
     lora: LoraOptions | None
     dtype: torch.dtype
 
@@ -63,7 +70,7 @@ class TrainState:
 def create_train_state(
     model: Model,
     *,
-    optimizer: OptimizerOptions | None = None,
+    optimizer: Optimizer | None = None,
     lora: LoraOptions | None = None,
     state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -73,14 +80,17 @@ def create_train_state(
     Args:
       model: The model. Training changes it in place; with LoRA it does not change, and the state's
         model shares its tensors.
-      optimizer: How to optimise; AdamW if None.
+      optimizer: How to optimise; AdamW if None. A function, such as a class of `torch.optim`, makes
+        an optimiser of the list of tensors, which are in the order of the layer spec; gradients are
+        not clipped, and its learning rate is its own.
       lora: Train adapters of this kind on frozen parameters; all parameters if None.
       state_dtype: The dtype of the optimiser's state and of the parameters that it updates. If it
         is wider than the model's, it updates a copy of them, so that small updates are not lost.
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: LoRA has no targets in the model.
+      ValueError: LoRA has no targets in the model, or the optimiser is neither options nor a
+        function that makes one of the tensors.
     """
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     specs = trainable_specs(model.config, lora)
@@ -128,31 +138,45 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
     Returns:
       The state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping) and
-      "learning_rate".
+      "learning_rate"; an own optimiser's is its first group's, after the step.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     tokens = sum(map(_weight, batches))
-    rate = learning_rate(state.optimizer, state.step)
-    loss = torch.zeros((), device="cpu")
-    for batch in batches:
-        share = _total(state.model, batch) / _divisor(tokens)
-        share.backward()
-        loss = loss.to(share) + share.detach()
-        _collect_gradients(state)
+    settings = step_settings(state.optimizer)
+    rate = learning_rate(settings, state.step)
+
+    def accumulate() -> Tensor:
+        loss = torch.zeros((), device="cpu")
+        for batch in batches:
+            share = _total(state.model, batch) / _divisor(tokens)
+            share.backward()
+            loss = loss.to(share) + share.detach()
+            _collect_gradients(state)
+        return loss
+
+    def again() -> Tensor:
+        _copy_parameters(state)
+        state.optimizer_state.zero_grad()
+        return accumulate()
+
+    loss = accumulate()
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
     norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    if state.optimizer.clip_norm is not None:
-        scale = (state.optimizer.clip_norm / norm).clamp(max=1.0)
+    if settings.clip_norm is not None:
+        scale = (settings.clip_norm / norm).clamp(max=1.0)
         for grad in grads:
             grad.mul_(scale)
-    for group in state.optimizer_state.param_groups:
-        group["lr"] = rate
-    if not state.optimizer.skip_nonfinite or bool(torch.isfinite(loss) & torch.isfinite(norm)):
-        state.optimizer_state.step()
+    groups = state.optimizer_state.param_groups
+    if isinstance(state.optimizer, OptimizerOptions):
+        for group in groups:
+            group["lr"] = rate
+    if not settings.skip_nonfinite or bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        step(state.optimizer_state, again)
     state.optimizer_state.zero_grad()
     _copy_parameters(state)
     state.step += 1
+    rate = groups[0].get("lr")
     return state, {"loss": loss, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
 
 
@@ -172,11 +196,14 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 
     Names are "step", "parameters.<path>" and the optimiser's, such as "mu.<path>" (see
     `common.training.optimization.moment_shapes`). On a CPU the arrays are views, valid until the
-    next step.
+    next step. The tensors of an own optimiser, "optimizer.<path>.<its name>", are for this twin
+    alone.
+
+    Raises:
+      ValueError: An own optimiser holds more than tensors and numbers, as `LBFGS` does.
     """
     specs = trainable_specs(state.model.config, state.lora)
-    shapes = moment_shapes(state.optimizer, specs)
-    moments = get_moments(shapes, state.parameters, state.optimizer_state, state.optimizer)
+    moments = get_moments(state.optimizer, specs, state.parameters, state.optimizer_state)
     values = {path: to_torch(path, value) for path, value in state.parameters.items()}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
@@ -190,12 +217,13 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
     """The state with the arrays that `state_arrays` of either twin returned, cast to its dtypes.
 
+    With an own optimiser they must be this twin's, and the optimiser the same.
+
     Raises:
       ValueError: Names or shapes differ from the state's; the message lists all differences.
     """
     specs = trainable_specs(state.model.config, state.lora)
-    shapes = {name: np.shape(array) for name, array in arrays.items()}
-    require_match(state_shapes(state.optimizer, specs), shapes)
+    require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
     moments = {
         group: {path: to_tensor(np.array(array)) for path, array in part.items()}
         for group, part in grouped(arrays).items()
@@ -203,7 +231,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     values, state.step = moments.pop("parameters"), int(arrays["step"])
     for path, parameter in state.parameters.items():
         parameter.copy_(to_torch(path, values[path]))
-    set_moments(state.step, moments, state.parameters, state.optimizer_state, state.optimizer)
+    set_moments(state.optimizer, state.step, moments, state.parameters, state.optimizer_state)
     _copy_parameters(state)
     return state
 
@@ -229,19 +257,6 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
         raise UserError("the state has no adapters: it was created without lora")
     arrays = {name: to_array(parameter) for name, parameter in state.parameters.items()}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
-
-
-def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
-    """A model with the adapters in a file merged into its parameters, in its dtype.
-
-    Raises:
-      CheckpointError: The file holds no adapters, is damaged, or belongs to another model.
-    """
-    _, options, arrays = read_adapters(path, model.config)
-    base, _ = adapt(model, options, torch.float32, 0)
-    embedding = model.embedder.input_embedding
-    adapters = {name: to_tensor(array).to(embedding.device) for name, array in arrays.items()}
-    return merge(base, adapters, options, embedding.dtype)
 
 
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:

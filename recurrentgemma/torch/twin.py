@@ -13,7 +13,6 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
-from recurrentgemma.torch import training
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.model import Model
@@ -26,7 +25,12 @@ class TorchTwin(Twin):
     """PyTorch; its models are a `Model` each."""
 
     name = "torch"
-    training = training
+
+    @property
+    def training(self):
+        from recurrentgemma.torch import training  # slow to import, and sampling needs none of it
+
+        return training
 
     def default_device(self):
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,10 +47,13 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None):
-        dtype = getattr(torch, dtype)
+    def load(self, path, dtype, device=None, overrides=None, adapter=None):
         return load_checkpoint(
-            path, dtype=dtype, device=device, overrides=overrides or NO_OVERRIDES
+            path,
+            dtype=getattr(torch, dtype),
+            device=device,
+            overrides=overrides or NO_OVERRIDES,
+            adapter=adapter,
         )
 
     def make(self, config, params, dtype, device=None):
@@ -103,10 +110,10 @@ class TorchTwin(Twin):
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         model.gradient_checkpointing = gradient_checkpointing
         state_dtype = getattr(torch, state_dtype)
-        return training.create_train_state(model, state_dtype=state_dtype, **options)
+        return self.training.create_train_state(model, state_dtype=state_dtype, **options)
 
     def trained(self, state):
-        return training.parameters(state)
+        return self.training.parameters(state)
 
 
 TWIN = TorchTwin()

@@ -161,19 +161,6 @@ def test_seeds_of_a_chat(chat):
     assert again == first
 
 
-def test_chat_without_turns(cli, checkpoint, monkeypatch):
-    monkeypatch.setattr("recurrentgemma.common.tokenizer.END_OF_TURN", "<no such piece>")
-    done = cli("chat", "--checkpoint", checkpoint)
-    assert (done.code, done.out) == (2, "")
-    assert "was not tuned to chat" in done.err
-
-
-def test_the_bundled_model_was_not_tuned_to_chat(cli):
-    done = cli("chat")
-    assert (done.code, done.out) == (0, "")
-    assert done.err == "the bundled model was not tuned to chat; --checkpoint names another\n"
-
-
 def test_states(cli, checkpoint, framework, tmp_path):
     def sample(*args: str):
         return cli("sample", "--checkpoint", checkpoint, "--framework", framework, *args)

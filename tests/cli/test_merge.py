@@ -1,5 +1,6 @@
 """`recurrentgemma merge`: a base and its adapters in one folder."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,13 +60,36 @@ def test_another_models_tokenizer_is_not_merged_in(cli, tmp_path: Path) -> None:
 
 
 def test_writes_for_peft(cli, tmp_path: Path) -> None:
+    """The base's name is the one given, or its folder; a note says if transformers has no such."""
     write(tmp_path / "adapters.safetensors", LoraOptions(rank=2))
-    done = cli("merge", BUNDLED, tmp_path, tmp_path / "peft", "--peft")
-    assert done.code == 0, done.err
-    assert {file.name for file in (tmp_path / "peft").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    exported = tmp_path / "exported"
+    assert cli("convert", BUNDLED, exported, "--to", "huggingface").code == 0
+    for base, words, name, noted in (
+        (BUNDLED, (), str(BUNDLED), True),
+        (BUNDLED, ("--base-name", "me/tiny"), "me/tiny", False),
+        (exported, (), str(exported), False),
+    ):
+        done = cli("merge", base, tmp_path, tmp_path / "peft", "--peft", "--force", *words)
+        assert done.code == 0, done.err
+        assert f"in PEFT's layout, for {name}" in done.out
+        assert ("is no checkpoint of transformers" in done.out) == noted
+        assert {file.name for file in (tmp_path / "peft").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+        assert fields["base_model_name_or_path"] == name
+
+
+def test_merges_what_peft_wrote(cli, tmp_path: Path) -> None:
+    """The adapters come back from PEFT's layout as they went."""
+    write(tmp_path / "adapters.safetensors", LoraOptions(rank=2))
+    assert cli("merge", BUNDLED, tmp_path, tmp_path / "peft", "--peft").code == 0
+    done = cli("merge", BUNDLED, tmp_path / "peft", tmp_path / "two")
+    assert done.out.strip() == f"{tmp_path / 'two'}: 32 adapters of rank 2 merged"
+    assert cli("merge", BUNDLED, tmp_path, tmp_path / "one").code == 0
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_mistakes(cli, tmp_path: Path) -> None:
@@ -83,6 +107,7 @@ def test_mistakes(cli, tmp_path: Path) -> None:
     fails("adapters of another model: logits_soft_cap is 30.0, the model has 7.0",
           BUNDLED, file, merged, "--logits-soft-cap", "7")  # fmt: skip
     fails("train without the target gates", BUNDLED, file, merged, "--peft")
+    fails("--base-name goes with --peft", BUNDLED, file, merged, "--base-name", "me/tiny")
     assert not merged.exists()
     merged.mkdir()
     fails("exists; pass --force", BUNDLED, file, merged)

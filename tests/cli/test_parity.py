@@ -1,6 +1,7 @@
 """`recurrentgemma parity`."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def test_the_table_fits_80_columns(cli, folders: Path) -> None:
     lines = done.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "one in jax against one in torch, float32"
+    legend = dict(re.findall(r"^(max, RMS|\w+)  +(.*)$", done.out.partition("tensor  ")[0], re.M))
+    assert legend["float32"] == "the part of what is allowed in float32: 4 times the rounding error"
+    assert legend["float64"].endswith("in float64: 1e-10 of the largest value")
+    columns = re.split("  +", next(line for line in lines if line.startswith("tensor  ")))
+    assert columns == ["tensor", "max", "RMS", *list(legend)[1:]]
+    # Both look up the same rows: what does not differ takes no part of what is allowed.
+    row = next(line for line in lines if line.startswith("embedder  "))
+    assert row.split() == ["embedder", "0", "0", "0", "0%", "0%"]
     assert lines[-1] == "within the budget"
     starts = {line.split("  ")[0] for line in lines}
     for name in ("embedder", "blocks.2.attention_block", "blocks.4.mlp_block", "logits"):

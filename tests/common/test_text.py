@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
-from recurrentgemma.common.tokenizer import StreamDecoder, Tokenizer, apply_it_formatter, pad_left
+from recurrentgemma.common.padding import pad_left
+from recurrentgemma.common.tokenizer import StreamDecoder, Tokenizer, apply_it_formatter
 
 TEXTS = [
     "In the beginning God created the heavens and the earth.",

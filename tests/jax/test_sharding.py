@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
 EVERY_AXIS = """
-mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("one", "two"))
+mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("one", "two"))
 specs = [
     ShardingSpec(mesh, batch_axis_name="one", activations_axis_name="two"),
     ShardingSpec(mesh, batch_axis_name="one", sequence_axis_name="two"),
@@ -42,13 +42,13 @@ for spec in specs:
     model = Griffin(config, scan_sharding_spec=spec)
     split, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
     np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-5)
-assert len(jax.devices()) == 4
+assert len(jax.devices()) == 8
 """
 # All in one process of their own: the number of devices is fixed when JAX starts.
 RUNNER = """
 import json, sys, traceback
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 failures = {}
 programs = json.load(sys.stdin)
@@ -192,12 +192,83 @@ for platform, target, mesh in targets:
         traced.lower(lowering_platforms=(platform,))
 """
 
+MODELS = """
+import dataclasses
+
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.optimization import OptimizerOptions
+from recurrentgemma.jax import linear_scan
+from recurrentgemma.jax.training import create_train_state, loss_fn, train_step
+from samplers import make_sampler
+
+config = dataclasses.replace(config, width=16, mlp_expanded_width=16, num_heads=4,
+                             vocab_size=2048, logits_soft_cap=30.0)
+sampler = make_sampler("jax", config=config, dtype="float64")
+model, params = sampler.model, sampler.params
+tokens, positions = rng.integers(2048, size=(4, 8)), np.tile(np.arange(8), (4, 1))
+batch = Batch(tokens, positions, np.roll(tokens, -1, 1), np.ones((4, 8)))
+
+@jax.jit
+def run(params, batch):
+    tokens, positions = batch[:2]
+    whole, _ = model.apply({"params": params}, tokens, positions)
+    _, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7])
+    step, cache = model.apply({"params": params}, tokens[:, 7:], positions[:, 7:], cache)
+    return whole, step, cache, loss_fn(model, params, batch)[0]
+
+def train(params, batch, name):
+    options = OptimizerOptions(name=name)
+    state = create_train_state(model, params, optimizer=options, state_dtype="float64")
+    state, metrics = train_step(state, batch)
+    return state.parameters, metrics["loss"], metrics["grad_norm"]
+
+def partition(z):
+    "Tensor parallel in the last axis that four divide, and fully sharded in one before it."
+    axes = [None] * z.ndim
+    for name, devices in (("tensor", 4), ("fsdp", 2)):
+        free = [i for i, n in enumerate(z.shape) if n % devices == 0 and axes[i] is None]
+        if free:
+            axes[free[-1]] = name
+    return PartitionSpec(*axes)
+
+def close(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+expected, trained = run(params, batch), train(params, batch, "adamw")
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    placed = jax.tree.map(lambda z: jax.device_put(z, NamedSharding(mesh, partition(z))), params)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    split = Batch(*(jax.device_put(z, rows) for z in batch))
+    actual = run(placed, split)
+    close(actual, expected)
+    new, *metrics = train(placed, split, "adamw")
+    close((new, *metrics), trained)
+    if kind is AxisType.Explicit:
+        assert actual[0].sharding.spec == PartitionSpec("fsdp", None, None)
+        table = new["embedder.input_embedding"]
+        assert table.sharding.spec == placed["embedder"]["input_embedding"].sharding.spec
+        x = jax.device_put(rng.normal(size=(4, 20, 3)), rows)
+        close(linear_scan(x, x), linear_scan(*[np.asarray(x)] * 2))
+
+greedy = dict(total_generation_steps=2, end_sampling_at_eos_token=False)
+words = sampler([[2, 5, 7], [2, 9]], **greedy).tokens
+sampler.params = placed
+close(sampler([[2, 5, 7], [2, 9]], **greedy).tokens, words)
+close(model.init(jax.random.key(0), *split[:2])["params"], model.init(
+    jax.random.key(0), *batch[:2])["params"])
+create_train_state(model, placed, optimizer=OptimizerOptions(name="adafactor"))
+"""
+
 
 PROGRAMS = {
     "every axis": EVERY_AXIS,
     "any size": ANY_SIZE,
     "explicit axes": EXPLICIT_AXES,
     "inside shard_map": INSIDE_SHARD_MAP,
+    "models": "jax.config.update('jax_enable_x64', True)" + MODELS,
 }
 
 

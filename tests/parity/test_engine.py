@@ -127,7 +127,8 @@ def test_nan_is_beyond_any_budget() -> None:
     for dtype in ("float64", "float32"):
         assert compare_tensors(good, bad, good, dtype).share == np.inf
         assert compare_tensors(bad, good, good, dtype).share == np.inf
-        assert compare_tensors(good, good, good, dtype).share == 0
+        assert compare_tensors(good, good, bad, dtype).share == np.inf
+        assert compare_tensors(good, good, good + 1e-9, dtype).share == 0
 
 
 def test_the_budget_is_that_of_the_better_model() -> None:

@@ -94,3 +94,30 @@ def test_scalars_are_numbers(trainer: Trainer) -> None:
             checked_integer("n", value, 0)
         with pytest.raises(ValueError, match="must be above 0"):
             Greedy(value)
+
+
+@pytest.mark.parametrize("form", ["numpy", "lists", "own"])
+def test_a_batch_from_labels(trainer: Trainer, form: str) -> None:
+    """Labels move by one place; padding on the left has position -1, on the right no weight."""
+    ids = np.array([[0, 0, 5, 6, 7], [5, 6, 7, 0, 0]])
+    labels = np.array([[-100, -100, -100, 6, 7], [-100, 6, 7, -100, -100]])
+    mask, places = (ids > 0).astype(int), np.array([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]])
+
+    def formed(array: np.ndarray) -> Any:
+        own = trainer.backend.array(array, "int32") if form == "own" else array
+        return own.tolist() if form == "lists" else own
+
+    def values(*args: Any, **kwargs: Any) -> list[Any]:
+        return [np.asarray(z).tolist() for z in Batch.from_labels(*args, **kwargs)]
+
+    tokens, positions, targets, weights = values(*map(formed, (ids, labels, mask)))
+    assert tokens == ids[:, :-1].tolist()
+    assert positions == [[-1, -1, 0, 1], [0, 1, 2, 3]]
+    assert targets == labels[:, 1:].tolist()
+    assert weights == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert values(formed(ids))[1:3] == [[[0, 1, 2, 3]] * 2, ids[:, 1:].tolist()]
+    assert values(formed(ids), position_ids=formed(places))[1] == places[:, :-1].tolist()
+    with pytest.raises(ValueError, match="not both"):
+        Batch.from_labels(*map(formed, (ids, labels, mask, places)))
+    with pytest.raises(ValueError, match="must have one shape"):
+        Batch.from_labels(formed(ids), formed(labels[:, :-1]))

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from recurrentgemma.cli import main
+from recurrentgemma.cli.train_display import Terminal
 from recurrentgemma.cli.train_options import FIELDS, TrainOptions, read_toml, to_toml
-from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.io.checkpoint import BUNDLED, read_config
 from recurrentgemma.common.io.files import held_folder
 from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.state_dict import torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.common.training.adapters import ADAPTERS
+from recurrentgemma.common.training.adapters import ADAPTERS, read_adapters
 from recurrentgemma.common.training.logs import read_log
 from recurrentgemma_conversion.readers.native import NativeReader
 
@@ -33,6 +34,8 @@ def test_what_a_run_leaves(corpus, framework, train, capsys):
     run = corpus / "run"
     assert done.code == 0, done.err
     assert done.out.startswith(f"{run}/model: 8 steps in ")
+    size = num_parameters(read_config(corpus / "config.json"))
+    assert f"\ntraining {size:,} of {size:,} parameters (100.00%)\n" in done.err
     assert "step 8/8: loss " in done.err
     assert "step 3: validation loss " in done.err
     steps = read_log(run / "train_log.jsonl")
@@ -289,7 +292,8 @@ def test_what_a_resumed_run_must_have_as_it_was(corpus, train):
 
 
 def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, train):
-    assert train(framework, config=None, checkpoint=base, lora_rank=2, steps=2).code == 0
+    done = train(framework, config=None, checkpoint=base, lora_rank=2, steps=2)
+    assert done.code == 0, done.err
     run = corpus / "run"
     before, after = NativeReader(base), NativeReader(run / "model")
     for spec in layer_spec(before.config):
@@ -298,6 +302,9 @@ def test_adapters_are_beside_what_they_are_merged_into(corpus, base, framework, 
         assert changed == (spec.lora in ("attention", "recurrent", "mlp")), spec.path
     last = run / "checkpoints" / "step-0000002" / "training" / ADAPTERS
     assert last.read_bytes() == (run / ADAPTERS).read_bytes()
+    trained = sum(array.size for array in read_adapters(run, before.config).arrays.values())
+    total = num_parameters(before.config) + trained
+    assert f"training {trained:,} of {total:,} parameters ({trained / total:.2%})\n" in done.err
     args = ["merge", base, run, corpus / "merged", "--dtype", "float32"]
     assert main(list(map(str, args))) == 0
     again = NativeReader(corpus / "merged")
@@ -327,6 +334,18 @@ def test_float16_is_not_trained_in(train):
     done = train(dtype="float16")
     assert done.code == 2
     assert "float16 cannot be trained in" in done.err
+
+
+def test_samples_show_new_lines_as_such(capsys):
+    samples = [
+        {"prompt": "In the\n", "text": "beginning\n\nwas"},
+        {"prompt": "Emma", "text": " was"},
+    ]
+    with Terminal(8, 0, lambda: None) as terminal:
+        terminal.validated({"step": 3, "loss": 1.0, "perplexity": 2.7, "samples": samples})
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert [line.rstrip() for line in lines] == [
+        "  1  In the", "     beginning", "", "     was", "  2  Emma was"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

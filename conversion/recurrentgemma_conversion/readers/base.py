@@ -20,6 +20,8 @@ from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.adapters import Adapters
+from recurrentgemma.common.training.lora import merge
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import family_named, family_of, layout, other_parts
@@ -27,6 +29,8 @@ from recurrentgemma_conversion.names.family import Family
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+
+GIVE_CONFIG = ": put it there, or give load_checkpoint a config"
 
 
 class Reader(abc.ABC):
@@ -44,6 +48,7 @@ class Reader(abc.ABC):
       companions: Other files that belong to the checkpoint in its own format.
       special_ids: The special tokens' ids in its config, by their names there.
       named: What the user calls a path in it: in an archive, the archive's name.
+      adapters: Adapters that are added to the parameters as they are read, if any.
     """
 
     format: Format
@@ -52,6 +57,7 @@ class Reader(abc.ABC):
     companions: Sequence[Path] = ()
     special_ids: Mapping[str, Any] = MappingProxyType({})
     named: Callable[[Path], str] = staticmethod(str)
+    adapters: Adapters | None = None
 
     def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
         self.path, self._overrides = path, overrides
@@ -67,11 +73,15 @@ class Reader(abc.ABC):
 
     @functools.cached_property
     def stated(self) -> Any:
-        """The config that it states, None if it states none: here ours, beside the weights.
+        """The config that the caller or the checkpoint states, None if neither states one.
 
         Raises:
           ConfigError: There is a `config.json` that cannot be read.
         """
+        return self._overrides.config or self._stated()
+
+    def _stated(self) -> Any:
+        """The config that the checkpoint states, or None: here ours, beside the weights."""
         for path in (folder / CONFIG for folder in around(self.path)):
             fields = read_fields(path) if path.is_file() else {"model_type": None}
             if "model_type" not in fields:  # or else Hugging Face's
@@ -95,7 +105,7 @@ class Reader(abc.ABC):
         """
         if self.family is not None:
             return self._told(self.family.resolve, self.tensors, self.stated, self._overrides)
-        if self._overrides != NO_OVERRIDES:
+        if self._overrides._replace(config=None) != NO_OVERRIDES:
             raise ConfigError(f"{self.path} states its whole config: nothing overrides it")
         return self.stated
 
@@ -139,12 +149,15 @@ class Reader(abc.ABC):
         _ = self.config, self.dtypes
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        """A parameter in the Flax layout, in its stored dtype."""
+        """A parameter in the Flax layout, in its stored dtype; float32 or wider if adapted."""
         return np.asarray(self.read_parts(spec))
 
     def read_parts(self, spec: ParamSpec) -> np.ndarray | Stacked:
         """`read`, not put together where it is stored in parts."""
-        return self.layout.decode(spec, self.fetch)
+        value = self.layout.decode(spec, self.fetch)
+        if self.adapters is None:
+            return value
+        return merge(spec, np.asarray(value), self.adapters.arrays, self.adapters.options)
 
     @property
     def stored_bytes(self) -> int:
@@ -212,7 +225,7 @@ def read_fields(path: Path) -> dict[str, Any]:
       ConfigError: It is missing, or no JSON object.
     """
     if not path.is_file():
-        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}")
+        raise ConfigError(f"the checkpoint folder {path.parent} lacks {path.name}{GIVE_CONFIG}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

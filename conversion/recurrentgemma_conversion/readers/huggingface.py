@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from recurrentgemma.common.errors import MismatchError
 from recurrentgemma.common.io.arrays import same_bits
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.shards import ShardsWriter
+from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.presets import Preset, member
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import config_from_fields, family_of, layout
@@ -24,6 +25,7 @@ from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokeni
 from recurrentgemma_conversion.readers.native import SafetensorsReader
 
 _EMBEDDING, _HEAD = "embedder.input_embedding", "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"  # how its name ends here, and in no other format
 # As in the published vocabulary.
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 GENERATION = "generation_config.json"
@@ -38,13 +40,17 @@ _COMPANIONS = (
 
 
 class HuggingFaceReader(SafetensorsReader):
-    """A folder of `config.json` and safetensors, or one of these."""
+    """A folder of `config.json` and safetensors or state dicts, or one of these files."""
 
     format = Format.HUGGINGFACE
 
     def _open(self) -> None:
         folder = self.path if self.path.is_dir() else self.path.parent
-        self._fields = read_fields(folder / CONFIG)
+        self._fields: dict[str, Any] = {}
+        if (folder / CONFIG).is_file() or (
+            self._overrides.config or self._overrides.preset
+        ) is None:
+            self._fields = read_fields(folder / CONFIG)
         super()._open()
         # Some tools store the tied output matrix, too.
         heads = [name for name in self.tensors if name.endswith(_HEAD)]
@@ -52,8 +58,13 @@ class HuggingFaceReader(SafetensorsReader):
         self.special_ids = {name: self._fields[name] for name in SPECIAL if name in self._fields}
         self.companions = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
 
-    @functools.cached_property
-    def stated(self) -> Any:
+    def _stated(self) -> Any:
+        if not self._fields:
+            table = next(t for n, t in self.tensors.items() if n.endswith(EMBEDDING))
+            preset = member(Preset, self._overrides.preset)
+            return GriffinConfig.from_preset(preset, table.shape[0])
+        if "model_type" not in self._fields:
+            return super()._stated()
         said = {COUNTS_ITSELF: True} if self._overrides.trained_in_transformers else {}
         return config_from_fields(self.homes[0] / CONFIG, {**self._fields, **said})
 

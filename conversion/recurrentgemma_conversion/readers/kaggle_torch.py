@@ -14,15 +14,21 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnsafePickleError
+from recurrentgemma.common.errors import (
+    DamagedError,
+    MismatchError,
+    MissingExtraError,
+    UnsafePickleError,
+)
 from recurrentgemma.common.io.arrays import BFLOAT16, DTYPES, Stacked
 from recurrentgemma.common.io.checkpoint import CONFIG
-from recurrentgemma.common.io.shards import unwrapped
+from recurrentgemma.common.io.shards import read_index, unwrapped
 from recurrentgemma.common.io.tensor_files import write_array
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
 from recurrentgemma_conversion.names import family_of, layout
@@ -32,6 +38,7 @@ from recurrentgemma_conversion.readers.base import Contents, Reader, Write, arou
 if TYPE_CHECKING:
     import torch
 
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {
     "bfloat16": "BFloat16Storage",
     "float16": "HalfStorage",
@@ -55,17 +62,56 @@ class KaggleTorchReader(Reader):
     format = Format.KAGGLE_TORCH
 
     def _open(self) -> None:
-        self._state = _load(self.path)
-        self.tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
+        self._state = StateDict(self.path)
+        self.tensors = self._state.tensors
         self.homes = [*around(self.path), self.path.parent.parent]
 
     def fetch(self, name: str) -> np.ndarray:
-        import torch
+        return self._state.read(name)
 
-        tensor = self._state[name].detach().resolve_neg()
-        if tensor.dtype == torch.bfloat16:  # `tensor.numpy` does not know it
-            return tensor.view(torch.int16).numpy().view(BFLOAT16)
-        return tensor.numpy()
+
+class StateDict:
+    """The state dict in a file of PyTorch, or in several with an index.
+
+    Attributes:
+      tensors: What there is, by name.
+      paths: The files.
+
+    Raises:
+      DamagedError: A file is missing (all are named) or damaged.
+      MismatchError: A tensor is in two files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file alone, unless it is listed by the index beside it."""
+        folder = path if path.is_dir() else path.parent
+        index, self.paths = folder / PICKLE_INDEX, [path]
+        listed = sorted(set(read_index(index).values())) if index.is_file() else []
+        if path == folder or path.name in listed:
+            missing = [name for name in listed if not (folder / name).is_file()]
+            if missing:
+                raise DamagedError(f"{folder} lacks {', '.join(missing)}")
+            self.paths = [folder / name for name in listed]
+        states = [load_state_dict(file) for file in self.paths]
+        twice = {
+            name for one, other in combinations(states, 2) for name in one.keys() & other.keys()
+        }
+        if twice:
+            raise MismatchError(f"{folder} holds tensors twice", sorted(twice))
+        state = {name: tensor for part in states for name, tensor in part.items()}
+        self._state = {name: state[stored] for name, stored in unwrapped(state).items()}
+        self.tensors = {name: Tensor(tuple(t.shape), _dtype(t)) for name, t in self._state.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, where it can be a view of the mapped file."""
+        return as_array(self._state[name])
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as what `torch.save` writes."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05"
 
 
 def import_torch(what: str = "reading a .pt file") -> Any:
@@ -77,7 +123,24 @@ def import_torch(what: str = "reading a .pt file") -> Any:
     return torch
 
 
-def _load(path: Path) -> Mapping[str, torch.Tensor]:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A view of a tensor on the CPU."""
+    import torch
+
+    tensor = tensor.detach().resolve_neg()
+    if tensor.dtype == torch.bfloat16:  # `tensor.numpy` does not know it
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def load_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors in a file that `torch.save` wrote, by their stored names.
+
+    Raises:
+      MissingExtraError: PyTorch is not installed.
+      UnsafePickleError: The pickle wants to run code, or holds more than tensors.
+      DamagedError: The file cannot be read.
+    """
     torch = import_torch()
     name = require_utf8(path, "PyTorch")
     zipped = zipfile.is_zipfile(path)
@@ -93,7 +156,8 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         reason = lines[len(lines) // 2]
         raise UnsafePickleError(
-            f"{path} is no plain state dict, and loading it could run code: {reason}"
+            f"{path} is no plain state dict, and loading it could run code: {reason}. Where you "
+            "trust it, save its tensors alone: torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -113,7 +177,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     ]
     if others:
         raise UnsafePickleError(f"{path} must hold named tensors alone, got {', '.join(others)}")
-    return {name: state[stored] for name, stored in unwrapped(state).items()}
+    return state
 
 
 def _is_stored(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +19,29 @@ from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.readers.base import (
+    GIVE_CONFIG,
     Contents,
     Reader,
     Write,
     require_size,
     write_files,
 )
+from recurrentgemma_conversion.readers.kaggle_torch import StateDict, is_pickle
+
+
+def open_tensors(path: Path) -> Shards | StateDict:
+    """The tensors of a folder, or of a file in it: safetensors, or else state dicts."""
+    found = path.glob("*.safetensors") if path.is_dir() else []
+    if any(found) or (path.is_file() and not is_pickle(path)):
+        return Shards(path)
+    return StateDict(path)
 
 
 class SafetensorsReader(Reader):
-    """A folder of `config.json` and safetensors, or one of these; its tensors are views of them."""
+    """A folder of `config.json` and weights, or one of these; tensors are views where possible."""
 
     def _open(self) -> None:
-        self.shards = Shards(self.path)
+        self.shards = open_tensors(self.path)
         self.tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
         self.homes = [self.path if self.path.is_dir() else self.path.parent]
 
@@ -51,12 +60,11 @@ class NativeReader(SafetensorsReader):
 
     def _open(self) -> None:
         folder = self.path if self.path.is_dir() else self.path.parent
-        if not (folder / CONFIG).is_file():
-            raise DamagedError(f"the checkpoint folder {folder} lacks {CONFIG}")
+        if self._overrides.config is None and not (folder / CONFIG).is_file():
+            raise DamagedError(f"the checkpoint folder {folder} lacks {CONFIG}{GIVE_CONFIG}")
         super()._open()
 
-    @functools.cached_property
-    def stated(self) -> Config:
+    def _stated(self) -> Config:
         return read_config(self.homes[0] / CONFIG)
 
 

@@ -56,12 +56,15 @@ class Engine(abc.ABC):
       score_chunks: The same where there are logits in every place, [T, V].
       pads_chunks: Whether only chunks of these lengths are read, since each length is compiled.
       burst: How many tokens a row the loop decodes between two looks from the host.
+      prepares: Whether the first prompt compiles what any later one needs. A command reads few
+        prompts: it compiles what they need alone.
     """
 
     prefill_chunks: Sequence[int] = (2048, 256, 32)
     score_chunks: Sequence[int] = (256, 32)
     pads_chunks: bool
     burst: int
+    prepares: bool = True
 
     def __repr__(self) -> str:
         config, size = self.config, self.num_bytes

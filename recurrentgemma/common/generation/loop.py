@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import copy
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ class NewTokens(NamedTuple):
 class Generation:
     """Iterates over the new tokens of a batch. It may be left at any point: `state` is right.
 
+    Iterating again, or over a copy, goes on from where it was left; so does one that was pickled.
+
     The engine decodes k tokens a row at a time. It checks stop ids itself; the text, with its stop
     strings, is put together here, and tokens behind a stop string are dropped.
 
@@ -69,14 +72,28 @@ class Generation:
         # Rows of a cache as they were before tokens behind a stop string were fed to them.
         self._kept_rows: dict[int, Any] = {}
 
+    def __copy__(self) -> Generation:
+        """Another generation that goes on from here, with the same engine."""
+        fork = object.__new__(Generation)
+        vars(fork).update(vars(self))
+        fork.texts = list(map(copy.copy, self.texts))
+        fork.generated = [new[:] for new in self.generated]
+        fork._cache = None if self._cache is None else self.engine.snapshot(self._cache)
+        fork._kept_rows = {**self._kept_rows}
+        return fork
+
     def __iter__(self) -> Generator[NewTokens]:
         engine, rows, variant = self.engine, self._rows, self.variant
-        left = np.array([row.steps for row in rows], np.int32)
+        done = np.array([len(new) for new in self.generated], np.int32)
+        stopped = np.array([text.stopped for text in self.texts])
+        left = np.where(stopped, 0, np.array([row.steps for row in rows], np.int32) - done)
         if not left.any():
             return
-        cache, tokens, position = read(engine, self._origin, int(left.max()))
+        start = self.state
+        cache, tokens, position = read(engine, start, int(left.max()))
+        self._fed, self._kept_rows = done, {}
         settings = engine.on_device(row_settings(rows, engine.config.vocab_size))
-        seen = engine.on_device(self._origin.seen) if variant.penalised else None
+        seen = engine.on_device(start.seen) if variant.penalised else None
         keys = [row.key for row in rows]
         burst = 1  # the first token comes as soon as it can
         while left.any():
@@ -171,8 +188,29 @@ class TokenStream(Iterator[tuple[int, str]]):
 
     def __init__(self, generation: Generation) -> None:
         self.logprobs: LogProbs | None = None
+        self._closed = False
         self._generation = generation
         self._steps = iter(generation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the running step, which begins again where this stream stands."""
+        return {name: value for name, value in vars(self).items() if name != "_steps"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._steps = iter(self._generation)
+        if self._closed:
+            self._steps.close()
+
+    def __copy__(self) -> TokenStream:
+        """Another stream that goes on from here, with the same model."""
+        fork = object.__new__(TokenStream)
+        fork.__setstate__(self.__getstate__() | {"_generation": copy.copy(self._generation)})
+        return fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenStream:
+        """A copy: the model is shared."""
+        return self.__copy__()
 
     def __next__(self) -> tuple[int, str]:
         step = next(self._steps)
@@ -182,6 +220,7 @@ class TokenStream(Iterator[tuple[int, str]]):
 
     def close(self) -> None:
         """Ends the generation."""
+        self._closed = True
         self._steps.close()
 
     @property

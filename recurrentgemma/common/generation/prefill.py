@@ -11,7 +11,7 @@ from recurrentgemma.common.errors import NonFiniteLogitsError
 from recurrentgemma.common.generation.chunks import chunk_lengths
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.model.state import State, StateError
-from recurrentgemma.common.tokenizer import pad_left
+from recurrentgemma.common.padding import pad_left
 
 PAD = 0  # any token of the vocabulary: its position, -1, says that it is padding
 
@@ -31,7 +31,8 @@ def read(engine: Engine, state: State, steps: int = 0) -> tuple[Any, np.ndarray,
     lengths = chunk_lengths(max(map(len, rows)), engine.prefill_chunks, pad=engine.pads_chunks)
     tokens, segment_pos = pad_left(rows, PAD, sum(lengths), starts=state.lengths)
     capacity = engine.capacity_for(max(state.num_tokens) + steps)
-    engine.prepare(state.num_rows, capacity)
+    if engine.prepares:
+        engine.prepare(state.num_rows, capacity)
     if state.cache is None:
         cache = engine.begin(state.num_rows, capacity)
     else:

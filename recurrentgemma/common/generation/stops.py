@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,12 @@ class RowText:
         self._stops = stops
         self._held = ""
         self.finish_reason = "length"
+
+    def __copy__(self) -> RowText:
+        """A text that goes on from here; the tokenizer is shared."""
+        fork = object.__new__(RowText)
+        vars(fork).update(vars(self) | {"_decoder": copy.copy(self._decoder)})
+        return fork
 
     @property
     def stopped(self) -> bool:

@@ -46,7 +46,7 @@ class Shards:
         A file is opened alone, unless the index beside it lists it.
         """
         folder = path if path.is_dir() else path.parent
-        promised = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        promised = read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
         names = sorted(set(promised.values()))
         if names and (path == folder or path.name in names):
             present = {file.name for file in folder.iterdir() if file.is_file()}
@@ -95,14 +95,19 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
         stored = {name.partition(".")[2]: old for name, old in stored.items()}
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the tensors' names.
+
+    Raises:
+      DamagedError: It is no index.
+    """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
                 raise TypeError(f"the file of {name} must be a name in this folder, got {file!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path} is no index of safetensors files: {error!r}") from error
+        raise DamagedError(f"{path} is no index of files with tensors: {error!r}") from error
     return weight_map
 
 

@@ -103,10 +103,15 @@ def read_adapters(path: str | os.PathLike[str], config: Config | None = None) ->
     if problems:
         raise MismatchError(f"{path}: the adapters do not match its header", problems)
     arrays = {spec.path: file.read(spec.path) for spec in specs}
+    require_finite(path, arrays)
+    return Adapters(stored, options, arrays)
+
+
+def require_finite(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises `NonFiniteError`, which names the arrays, if any holds NaN or infinity."""
     bad = [name for name, array in arrays.items() if count_nonfinite(array)]
     if bad:
         raise NonFiniteError(f"{path} holds NaN or infinity in {', '.join(bad)}")
-    return Adapters(stored, options, arrays)
 
 
 def _require_same_model(path: Path, stored: Config, config: Config) -> None:

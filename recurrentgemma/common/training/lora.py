@@ -22,6 +22,7 @@ from recurrentgemma.common.quantization import dequantize, quantize
 from recurrentgemma.common.scalars import make_plain
 
 TARGETS = ("attention", "recurrent", "mlp", "gates")
+MAGNITUDE = "lora_magnitude"  # DoRA's array beside A and B, [..., J]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +111,18 @@ def merge(
 ) -> np.ndarray:
     """A parameter of a plain model that computes what the adapted one does.
 
+    With a magnitude m (DoRA, arXiv 2402.09353), column j is scaled to the norm m[j].
+
     Args:
       spec: Describes the parameter.
       value: Its value under the adapters.
-      adapters: A and B of each target, by the paths of `adapter_specs`.
+      adapters: A and B of each target, by the paths of `adapter_specs`; "<path>.lora_magnitude",
+        [..., J], where there is one.
       options: The options that they were trained with.
 
     Returns:
       The parameter; what adapters or quantisation changed is in float32, or float64 from float64.
+      Any other is `value` itself.
     """
     wide = np.float64 if value.dtype == np.float64 else np.float32
     if options.quantize and spec.matrix:
@@ -125,4 +130,9 @@ def merge(
     if spec.lora not in options.targets:
         return value
     a, b = (np.asarray(adapters[s.path], wide) for s in adapter_specs(spec, options.rank))
-    return np.asarray(value, wide) + wide(options.scale) * (a @ b)
+    value = np.asarray(value, wide) + wide(options.scale) * (a @ b)
+    magnitude = adapters.get(f"{spec.path}.{MAGNITUDE}")
+    if magnitude is not None:
+        norm = np.linalg.norm(value, axis=-2, keepdims=True)
+        value = value * (np.asarray(magnitude, wide)[..., None, :] / norm)
+    return value

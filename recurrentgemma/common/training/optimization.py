@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.scalars import make_plain
@@ -94,6 +94,15 @@ class OptimizerOptions:
             )
 
 
+_BESIDE_OWN = OptimizerOptions(clip_norm=None)
+OWN = "optimizer"  # the group of the arrays of a user's own optimiser
+
+
+def step_settings(optimizer: Any) -> OptimizerOptions:
+    """The settings of a step; beside a user's own optimiser it neither clips nor skips."""
+    return optimizer if isinstance(optimizer, OptimizerOptions) else _BESIDE_OWN
+
+
 def learning_rate(options: OptimizerOptions, step: int) -> float:
     """The learning rate of a step; the first step is 0."""
     if step < options.warmup_steps:
@@ -129,15 +138,28 @@ def moment_shapes(
     return {name: {spec.path: spec.shape for spec in specs} for name in names}
 
 
-def state_shapes(
-    options: OptimizerOptions, specs: Sequence[ParamSpec]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of a training state's arrays in the Flax layout, by name."""
-    groups = {"parameters": {s.path: s.shape for s in specs}, **moment_shapes(options, specs)}
+def state_shapes(optimizer: Any, specs: Sequence[ParamSpec]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a training state's arrays in the Flax layout, by name.
+
+    The arrays of a user's own optimiser are not among them.
+    """
+    groups = {"parameters": {spec.path: spec.shape for spec in specs}}
+    if isinstance(optimizer, OptimizerOptions):
+        groups |= moment_shapes(optimizer, specs)
     return {"step": ()} | {
         f"{group}.{path}": shape
         for group, shapes in groups.items()
         for path, shape in shapes.items()
+    }
+
+
+def given_shapes(optimizer: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays, to be compared with `state_shapes`."""
+    own = not isinstance(optimizer, OptimizerOptions)
+    return {
+        name: tuple(array.shape)
+        for name, array in arrays.items()
+        if not (own and name.startswith(f"{OWN}."))
     }
 
 

@@ -13,7 +13,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import num_parameters
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.batch import Batch
-from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.common.training.lora import LoraOptions, num_trainable
 from recurrentgemma.common.training.optimization import OptimizerOptions
 from recurrentgemma.common.twin import Twin
 
@@ -49,6 +49,8 @@ class Trainer:
 
     Attributes:
       step: The number of steps done.
+      num_trainable: The number of values that training changes.
+      num_parameters: The number of all values, with those of adapters.
       model_size: The model's size in bytes.
     """
 
@@ -66,7 +68,10 @@ class Trainer:
             state_dtype=setup.state_dtype,
             seed=setup.seed,
         )
-        self.model_size = num_parameters(model.config) * DTYPES[setup.dtype].itemsize
+        of_model = num_parameters(model.config)
+        self.num_trainable = num_trainable(model.config, setup.lora)
+        self.num_parameters = of_model + (self.num_trainable if setup.lora else 0)
+        self.model_size = of_model * DTYPES[setup.dtype].itemsize
 
     @property
     def step(self) -> int:

@@ -28,6 +28,8 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 def platform_of(arrays: Any) -> str:
-    """The platform that holds the arrays of a tree: "cpu", "gpu" or "tpu"."""
-    leaf: Array = jax.tree.leaves(arrays)[0]
+    """The platform that holds the arrays of a tree, or will: "cpu", "gpu" or "tpu"."""
+    leaf: Any = jax.tree.leaves(arrays)[0]
+    if not isinstance(leaf, Array):
+        return jax.default_backend()
     return next(iter(leaf.sharding.device_set)).platform

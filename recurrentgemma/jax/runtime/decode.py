@@ -45,6 +45,7 @@ class DecodeFunctions(NamedTuple):
 
 def functions(model: Model) -> DecodeFunctions:
     """The steps as they are, not compiled."""
+    model = model.clone(gradient_checkpointing=False)  # nothing is differentiated
 
     def apply(params: Params, **kwargs: Any) -> tuple[Any, Any]:
         result: Any = model.apply({"params": params}, **kwargs)

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import optax
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.training.lora import trainable_specs
-from recurrentgemma.common.training.optimization import decay_mask
+from recurrentgemma.common.training.optimization import decay_mask, step_settings
 from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
+from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -47,9 +49,17 @@ def compiled(platform: str) -> Functions:
     )
 
 
-@default_promotion
 def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     """The weighted sum of -log p(target)."""
+
+    def function(params, batch, adapters):
+        return _total(model, params, batch, adapters, lora)
+
+    return automatic(function, lambda _: PartitionSpec(), params, batch, adapters)
+
+
+@default_promotion
+def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     with adapted(adapters, lora) if lora else contextlib.nullcontext():
         hidden, _ = model.apply(
             {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
@@ -90,8 +100,19 @@ def _trained_total(model, lora, dtype, parameters, base, batch):
     return total(model, base, batch, parameters, lora)
 
 
-@default_promotion
 def _update(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
+    def function(*args):
+        return _updated(model, options, lora, dtype, *args)
+
+    def split(results):
+        return *jax.tree.map(partition, state), dict.fromkeys(results[-1], PartitionSpec())
+
+    state = parameters, optimizer_state
+    return automatic(function, split, *state, base, batches, rate)
+
+
+@default_promotion
+def _updated(model, options, lora, dtype, parameters, optimizer_state, base, batches, rate):
     tokens = as_weights(batches.weights).sum()
 
     def share(parameters, batch):
@@ -100,18 +121,24 @@ def _update(model, options, lora, dtype, parameters, optimizer_state, base, batc
     def accumulate(sums, batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(share)(parameters, batch)), None
 
+    def value(parameters):
+        return jax.lax.map(functools.partial(share, parameters), batches).sum()
+
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
     (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
-    if options.clip_norm is not None:
-        scale = jnp.minimum(1.0, options.clip_norm / norm)
+    settings = step_settings(options)
+    if settings.clip_norm is not None:
+        scale = jnp.minimum(1.0, settings.clip_norm / norm)
         grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
     decay = decay_mask(trainable_specs(model.config, lora))
     optimizer = make_optimizer(options, decay, rate)
     before = parameters, optimizer_state
-    updates, optimizer_state = optimizer.update(grads, optimizer_state, parameters)
+    updates, optimizer_state = optimizer.update(
+        grads, optimizer_state, parameters, value=loss, grad=grads, value_fn=value
+    )
     parameters = optax.apply_updates(parameters, updates)
-    if options.skip_nonfinite:
+    if settings.skip_nonfinite:
         keep = functools.partial(jnp.where, jnp.isfinite(loss) & jnp.isfinite(norm))
         parameters, optimizer_state = jax.tree.map(keep, (parameters, optimizer_state), before)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": norm}

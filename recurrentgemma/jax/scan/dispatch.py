@@ -1,8 +1,9 @@
 """The recurrences of the model, h_t = a_t * h_{t-1} + x_t: one entry, several implementations.
 
 `linear_scan` is the recurrence itself; `rg_lru_scan` computes the gates too. Each is one
-differentiable operation for every implementation and every split over devices. The backward pass is
-the adjoint recurrence; it keeps the arguments and the output, and computes the gates again.
+differentiable operation for every implementation and every split over devices, in both modes and
+any number of times. The backward pass is the adjoint recurrence; it keeps the arguments and the
+output, and computes the gates again.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax import core, lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.numerics import RG_LRU_C
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
+from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
+from recurrentgemma.jax.scan.tangents import Linear, linear
+from recurrentgemma.jax.scan.xla import Recurrence, XLAScan
 from recurrentgemma.jax.sharding import ShardingSpec, split
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
@@ -197,29 +202,69 @@ def choose_implementation(
     return ScanChoice("pallas", f"a {platform} kernel reads and writes each element once")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _scan(
     scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array
 ) -> tuple[Array, Array]:
     return scan.forward(gates, inputs, h0, reverse)
 
 
-def _scan_forward(scan: Scan, gates: Gates, reverse: bool, inputs: Inputs, h0: Array):
-    y, last = scan.forward(gates, inputs, h0, reverse)
-    kept = inputs if gates.needs_x else inputs._replace(x=None)
-    return (y, last), (kept, h0, y)
-
-
+@_scan.defjvp
 @default_promotion
-def _scan_backward(scan: Scan, gates: Gates, reverse: bool, residuals: Any, gradients: Any):
+def _scan_jvp(scan: Scan, gates: Gates, reverse: bool, primals: Any, tangents: Any):
+    inputs, h0 = primals
+    y, last = _scan(scan, gates, reverse, inputs, h0)
+    # The residuals are what the derivative depends on.
+    residuals = inputs if gates.needs_x else inputs._replace(x=None), h0, y
+    dinputs, dh0 = tangents
+    functions = _derivative(scan, gates, reverse), _adjoint(scan, gates, reverse)
+    return (y, last), linear(*functions, residuals, (*dinputs[:3], dh0))
+
+
+def _derivative(scan: Scan, gates: Gates, reverse: bool) -> Linear:
+    """From the tangents of the inputs and of h0 to those of all states and of the last."""
+
+    def run(residuals, tangents):
+        inputs, h0, y = _with_x(residuals)
+        (dx, dsequences, dchannels), dh0 = tangents[:3], tangents[3]
+        dinputs = Inputs(dx, dsequences, dchannels, None)
+        return XLAScan(_recurrence(scan)).tangents(gates, inputs, h0, y, dinputs, dh0, reverse)
+
+    return Linear(default_promotion(run), default_promotion(run), lambda r, _: (r[2], r[1]))
+
+
+def _adjoint(scan: Scan, gates: Gates, reverse: bool) -> Linear:
+    """The transpose of `_derivative`: the backward pass."""
+
+    def backward(scan, residuals, gradients):
+        dinputs, dh0 = scan.backward(gates, *_with_x(residuals), *gradients, reverse)
+        return *dinputs[:3], dh0
+
+    def like(residuals, _):
+        inputs, h0, y = residuals
+        return y, inputs.sequences, inputs.channels, h0
+
+    each = scan, XLAScan(_recurrence(scan))
+    run, derivable = (default_promotion(functools.partial(backward, scan)) for scan in each)
+    return Linear(run, derivable, like)
+
+
+def _with_x(residuals: Any) -> tuple[Inputs, Array, Array]:
+    """The residuals, in place of an x that nothing depends on anything of its shape."""
     inputs, h0, y = residuals
-    dy, dlast = gradients
-    if inputs.x is None:
-        inputs = inputs._replace(x=dy)
-    return scan.backward(gates, inputs, h0, y, dy, dlast, reverse)
+    return inputs if inputs.x is not None else inputs._replace(x=y), h0, y
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _recurrence(scan: Scan) -> Recurrence:
+    """The recurrence of `XLAScan`, by another implementation, as a differentiable operation."""
+
+    def run(x: Array, a: Array, state: Array, reverse: bool, adjoint: bool):
+        first, last = (-1, 0) if reverse else (0, -1)
+        decay = jnp.roll(a, -1 if reverse else 1, 1).at[:, first].set(1) if adjoint else a
+        out, _ = _scan(scan, LINEAR, reverse, Inputs(x, (decay,), (), None), state)
+        return out, a[:, last] * out[:, last] if adjoint else out[:, last]
+
+    return run
 
 
 _KINDS = {"a floating": jnp.floating, "a bool": jnp.bool_, "an integer": jnp.integer}
@@ -265,7 +310,12 @@ def _run(
     def run(scan: Scan, inputs: Inputs, h0: Array) -> tuple[Array, Array]:
         return _scan(scan, gates, reverse, *_varying_alike(inputs, h0))
 
-    return run(scan, inputs, h0) if spec is None else split(run, scan, spec, inputs, h0)
+    def split_or_whole(inputs: Inputs, h0: Array) -> tuple[Array, Array]:
+        return run(scan, inputs, h0) if spec is None else split(run, scan, spec, inputs, h0)
+
+    rows, steps, channels = partition(inputs.x)
+    partitions = PartitionSpec(rows, steps, channels), PartitionSpec(rows, channels)
+    return automatic(split_or_whole, lambda _: partitions, inputs, h0)
 
 
 def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:

@@ -113,13 +113,35 @@ class XLAScan(Scan):
 
         (_, a), pullback = jax.vjp(gated, (wide.x, wide.sequences, channels))
         dh, dh0 = self.recurrence(dy.astype(h0.dtype), a, dlast, not reverse, True)
-        parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
-        before = jnp.concatenate([part.astype(h0.dtype) for part in parts], 1)
-        ((dx, dsequences, dchannels),) = pullback((dh, dh * before))
+        ((dx, dsequences, dchannels),) = pullback((dh, dh * _before(y, h0, reverse)))
         gradients = Inputs(dx, dsequences, tuple(d.sum((0, 1)) for d in dchannels), None)
         return jax.tree.map(
             lambda d, z: d.astype(z.dtype), gradients, inputs._replace(position=None)
         ), dh0
+
+    def tangents(
+        self,
+        gates: Gates,
+        inputs: Inputs,
+        h0: Array,
+        y: Array,
+        dinputs: Inputs,
+        dh0: Array,
+        reverse: bool,
+    ) -> tuple[Array, Array]:
+        """The derivatives of all states and of the last: dh_t = a_t dh_{t-1} + da_t h_{t-1} + dx_t.
+
+        Args are those of `backward`, with the derivatives of the inputs and of h0.
+        """
+        wide, dwide = _widened(inputs), _widened(dinputs)
+
+        def gated(*floats: Any):
+            return gates.function(Inputs(*floats, position=wide.position), jnp.expm1)
+
+        (_, a), (dx, da) = jax.jvp(gated, tuple(wide[:3]), tuple(dwide[:3]))
+        dx = dx + da * _before(y, h0, reverse)
+        dh, dlast = self.recurrence(dx, a, dh0, reverse, False)
+        return dh.astype(y.dtype), dlast
 
 
 REFERENCE, IN_PLACE, ASSOCIATIVE = map(XLAScan, (loop, in_place, associative))
@@ -130,3 +152,9 @@ def _widened(inputs: Inputs) -> Inputs:
     x, sequences, channels = jax.tree.map(lambda z: z.astype(wide), inputs[:3])
     position = None if inputs.position is None else inputs.position[..., None]
     return Inputs(x, sequences, channels, position)
+
+
+def _before(y: Array, h0: Array, reverse: bool) -> Array:
+    """The state before each step, in the state's dtype."""
+    parts = [y[:, 1:], h0[:, None]] if reverse else [h0[:, None], y[:, :-1]]
+    return jnp.concatenate([part.astype(h0.dtype) for part in parts], 1)

@@ -15,7 +15,7 @@ from recurrentgemma.common.io.arrays import BFLOAT16
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the CPU. It shares the array's memory if that is contiguous."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # unlike `ascontiguousarray`, it leaves a scalar one
     if array.dtype == BFLOAT16:  # PyTorch's `from_numpy` does not know it
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

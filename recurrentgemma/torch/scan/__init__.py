@@ -8,7 +8,7 @@ from recurrentgemma.torch.scan.dispatch import (
     linear_scan,
     rg_lru_scan,
 )
-from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.scan.gates import forward_levels, wide_dtype
 from recurrentgemma.torch.scan.published import rnn_scan
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SCAN_TYPES",
     "as_positions",
     "choose_implementation",
+    "forward_levels",
     "linear_scan",
     "rg_lru_scan",
     "rnn_scan",

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.torch.scan import ops as scan_ops
-from recurrentgemma.torch.scan.gates import rg_lru_gates, wide_dtype
+from recurrentgemma.torch.scan.gates import forward_levels, rg_lru_gates, wide_dtype
 
 IMPLEMENTATIONS = ("auto", "reference", "native", "associative", "triton")
 SCAN_TYPES = {
@@ -170,7 +170,7 @@ def _implementation(name: str, x: Tensor) -> str:
         raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
     if name == "auto":
         batch, length, width = x.shape
-        return choose_implementation((batch, length, width), x.dtype, x.device).name
+        name = choose_implementation((batch, length, width), x.dtype, x.device).name
     if name == "triton":
         if not _HAS_TRITON:
             raise UserError(
@@ -182,6 +182,8 @@ def _implementation(name: str, x: Tensor) -> str:
                 f"implementation 'triton' runs on cuda, got {x.device.type}, which runs "
                 "reference, native, associative"
             )
+    if name not in _RECURRENCES and (forward_levels() > 1 or torch.onnx.is_in_onnx_export()):
+        return "associative"  # PyTorch's own operations, which have every derivative, and ONNX has
     return name
 
 

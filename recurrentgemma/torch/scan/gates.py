@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
@@ -42,9 +44,24 @@ class BoundedSqrt(torch.autograd.Function):
 
 def bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x), with its derivative clipped at 1000."""
+    if forward_levels():
+        is_steep, line = x < (0.5 / MAX_SQRT_GRADIENT) ** 2, MAX_SQRT_GRADIENT * x
+        steep = line + (torch.sqrt(x) - line).detach()
+        return torch.where(is_steep, steep, torch.sqrt(x.masked_fill(is_steep, 1)))
     if not torch.is_grad_enabled():
         return torch.sqrt(x)
     return BoundedSqrt.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def forward_levels() -> int:
+    """How many forward-mode derivatives are being computed inside each other.
+
+    An `autograd.Function` has a rule for one; inside two, PyTorch gives its rule tensors that lack
+    the outer tangents, and the result is wrong without an error.
+    """
+    if forward_ad._current_level < 0:
+        return 0
+    return max(1, eager_transforms.JVP_NESTING)
 
 
 def rg_lru_gates(

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from recurrentgemma.torch.scan.gates import rg_lru_gates
+from recurrentgemma.torch.scan.gates import forward_levels, rg_lru_gates
 
 
 def _implementation(name: str) -> ModuleType:
@@ -91,7 +91,8 @@ def linear_scan(
     x: Tensor, a: Tensor, h0: Tensor, reset: Tensor | None, reverse: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """See `scan.linear_scan`."""
-    run = _LinearScan.apply if torch.is_grad_enabled() else _linear_scan
+    differentiable = torch.is_grad_enabled() or forward_levels()
+    run = _LinearScan.apply if differentiable else _linear_scan
     return run(x, a, h0, reset, reverse, implementation)  # pyright: ignore[reportReturnType]
 
 
@@ -105,6 +106,11 @@ def rg_lru_scan(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """See `scan.rg_lru_scan`; a_param is [B, D]."""
+    if forward_levels():
+        wide = (z.to(h0.dtype) for z in (x, input_gate, a_gate, a_param))
+        gated_x, a = rg_lru_gates(*wide, segment_pos=segment_pos)
+        y, last = linear_scan(gated_x, a, h0, segment_pos == 0, False, implementation)
+        return y.to(x.dtype), last
     run = _RGLRUScan.apply if torch.is_grad_enabled() else _rg_lru_scan
     return run(x, input_gate, a_gate, a_param, segment_pos, h0, implementation)  # pyright: ignore[reportReturnType]
 
@@ -120,6 +126,7 @@ class _LinearScan(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, a, h0, reset, ctx.reverse, ctx.implementation = inputs
         ctx.save_for_backward(a, h0, reset, output[0])
+        ctx.save_for_forward(a, h0, reset, output[0])
 
     @staticmethod
     def backward(ctx, dy, dlast):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -127,6 +134,22 @@ class _LinearScan(torch.autograd.Function):
         a, h0, reset, y = ctx.saved_tensors
         gradients = scan(dy, dlast, a, h0, reset, y, ctx.reverse, ctx.implementation)
         return *gradients, None, None, None
+
+    @staticmethod
+    def jvp(ctx, dx, da, dh0, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """dh_t = a_t dh_{t-1} + da_t h_{t-1} + dx_t: the same recurrence."""
+        a, h0, reset, y = ctx.saved_tensors
+        wide = h0.dtype
+        parts = [y[:, 1:], h0[:, None]] if ctx.reverse else [h0[:, None], y[:, :-1]]
+        dx_wide = torch.zeros_like(y, dtype=wide) if dx is None else dx.to(wide)
+        if da is not None:
+            change = da.to(wide) * torch.cat([part.to(wide) for part in parts], 1)
+            dx_wide = dx_wide + (
+                change if reset is None else torch.where(reset[..., None], 0, change)
+            )
+        dh0 = torch.zeros_like(h0) if dh0 is None else dh0
+        dy, dlast = linear_scan(dx_wide, a.to(wide), dh0, reset, ctx.reverse, ctx.implementation)
+        return dy.to(y.dtype), dlast
 
 
 def _differentiable_backward(dy, dlast, a, h0, reset, y, reverse, implementation):

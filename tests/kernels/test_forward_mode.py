@@ -1,0 +1,217 @@
+"""Derivatives in forward mode, alone and around reverse mode, as users of either framework ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import make_batch, make_config
+from scans import (
+    Implementation,
+    implementations,
+    linear_scan_grads,
+    make_rg_lru,
+    make_scan,
+    rg_lru_scan_grads,
+)
+
+from backends import BACKENDS, Backend
+from tolerances import assert_close
+
+# The rules are the same for all implementations; others take seconds for each derivative.
+QUICK = [p for p in implementations() if str(p.id).endswith(("xla", "native"))]
+# PyTorch warns of what its own forward mode does.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+]
+Arrays = tuple[Any, ...]
+
+
+class Derivatives:
+    """A framework's own functions of derivatives, on its arrays."""
+
+    def __init__(self, backend: Backend) -> None:
+        if backend.name == "jax":
+            import jax
+
+            self.jvp, self.linearize, self.vmap = jax.jvp, jax.linearize, jax.vmap
+            self.grad, self.hessian, self.compiled = jax.grad, jax.hessian, jax.jit
+        else:
+            import torch
+
+            self.jvp, self.linearize = torch.func.jvp, torch.func.linearize
+            self.grad, self.hessian = torch.func.grad, torch.func.hessian
+            self.vmap, self.compiled = torch.func.vmap, lambda function: function
+
+    def all(self, scan: Callable[..., Any], inputs: Arrays, tangents: Arrays, dy, dlast) -> Any:
+        """The tangents of `scan` three times, and second derivatives of a loss three times."""
+        every = tuple(range(len(inputs)))
+
+        def loss(*inputs):
+            y, last = scan(*inputs)
+            return (y * y * dy).sum() + (last * last * dlast).sum()
+
+        def slope(*inputs):
+            return self.jvp(loss, inputs, tangents)[1]
+
+        def tangents_of(*tangents):
+            return self.jvp(scan, inputs, tangents)[1]
+
+        several = tuple(t[None] for t in tangents)
+        return (
+            tangents_of(*tangents),
+            self.linearize(scan, *inputs)[1](*tangents),
+            tuple(z[0] for z in self.vmap(tangents_of)(*several)),
+            self.jvp(self.grad(loss, every), inputs, tangents)[1],
+            self.grad(slope, every)(*inputs),
+            self.jvp(slope, inputs, tangents)[1],
+        )
+
+
+def along(one: Any, other: Any) -> float:
+    return sum(
+        float((np.asarray(a) * np.asarray(b)).sum()) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("function", ["reverse linear_scan", "rg_lru_scan"])
+@pytest.mark.parametrize("implementation", QUICK)
+def test_scans(implementation: Implementation, function: str) -> None:
+    """Tangents fit the analytic gradients; second derivatives fit their finite differences."""
+    backend, options = implementation.backend, {"implementation": implementation.name}
+    case: Any = (make_rg_lru if function == "rg_lru_scan" else make_scan)(2, 11, 3)
+    if function == "rg_lru_scan":
+        gradients_of: Any = rg_lru_scan_grads
+        varied = ["x", "input_gate", "a_gate", "a_param", "h0"]
+    else:
+        case.a[0, 3] = 0
+        options["reverse"] = function.startswith("reverse")
+        varied = ["x", "a", "h0"]
+
+        def gradients_of(case):
+            return linear_scan_grads(case, options["reverse"])
+
+    rng = np.random.default_rng(1)
+    moves = {name: rng.standard_normal(getattr(case, name).shape) for name in varied}
+
+    with backend.precision("float64"):
+        make = backend.scan_arguments if len(varied) == 3 else backend.rg_lru_arguments
+        arguments = make(*case.inputs, "float64")
+        names = case._fields[: len(arguments)]
+        place = next(i for i, name in enumerate(names) if name not in varied)
+        mask = arguments[place]
+        inputs = tuple(z for i, z in enumerate(arguments) if i != place)
+        tangents, dy, dlast = (
+            tuple(backend.array(z, "float64") for z in moves.values()),
+            backend.array(case.dy, "float64"),
+            backend.array(case.dlast, "float64"),
+        )
+
+        def scan(*inputs):
+            run = getattr(backend.module, function.split()[-1])
+            return run(*inputs[:place], mask, *inputs[place:], **options)
+
+        tools = Derivatives(backend)
+
+        def everything(inputs, tangents):
+            return tools.all(scan, inputs, tangents, dy, dlast)
+
+        found = backend.to_numpy(tools.compiled(everything)(inputs, tangents))
+    first, linear, mapped, forward_over_reverse, reverse_over_forward, second = found
+    for others in zip(first, linear, mapped, strict=True):
+        for got in others[1:]:
+            assert_close(got, others[0], "gradient", "float64")
+    gradients = gradients_of(case)
+    assert_close(along(first, case[-2:]), along(gradients, moves.values()), "gradient", "float64")
+    for got, want in zip(forward_over_reverse, reverse_over_forward, strict=True):
+        assert_close(got, want, "gradient", "float64")
+    assert_close(along(forward_over_reverse, moves.values()), second, "gradient", "float64")
+
+    def slope(by: float) -> float:
+        moved = case._replace(**{n: getattr(case, n) + by * d for n, d in moves.items()})
+        y, last = implementation_free(function, moved)
+        weights = moved._replace(dy=2 * y * case.dy, dlast=2 * last * case.dlast)
+        return along(gradients_of(weights), moves.values())
+
+    assert_close((slope(1e-5) - slope(-1e-5)) / 2e-5, second, "slope", "float64")
+
+
+def implementation_free(function: str, case: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The outputs as the reference defines them."""
+    from recurrentgemma.common.model import reference
+
+    if function == "rg_lru_scan":
+        return reference.rg_lru_scan(*case.inputs)
+    return reference.linear_scan(*case.inputs, reverse=function.startswith("reverse"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_a_hessian(backend: Backend) -> None:
+    """All second derivatives at once: `vmap` of forward over reverse."""
+    case = make_scan(1, 3, 2)
+    with backend.precision("float64"):
+        x, a, h0, _ = backend.scan_arguments(*case.inputs, "float64")
+
+        def loss(a):
+            return (backend.module.linear_scan(x, a, h0)[0] ** 3).sum()
+
+        hessian = backend.to_numpy(Derivatives(backend).hessian(loss)(a))
+        step = np.zeros_like(case.a)
+        step[0, 1, 0] = 1e-5
+        slopes = [
+            backend.to_numpy(Derivatives(backend).grad(loss)(backend.array(z, "float64")))
+            for z in (case.a + step, case.a - step)
+        ]
+    assert_close((slopes[0] - slopes[1]) / 2e-5, hessian[0, 1, 0], "slope", "float64")
+
+
+def test_models() -> None:
+    """Both twins: the tangents of a whole model, and a Hessian times a vector."""
+    config = make_config("RA")
+    tokens, segment_pos = make_batch(config, 12)
+    found = []
+    for backend in BACKENDS.values():
+        with backend.precision("float64"):
+            found.append(model_derivatives(backend, config, tokens, segment_pos))
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert_close(got, want, "gradient", "float64")
+
+
+def model_derivatives(backend: Backend, config: Any, tokens: Any, segment_pos: Any) -> Any:
+    """Along one direction for the table of embeddings: of the logits, and of a loss's gradient."""
+    tools, name = Derivatives(backend), "embedder.input_embedding"
+    values = np.random.default_rng(0).standard_normal((config.vocab_size, config.width))
+    direction = backend.array(values, "float64")
+    if backend.name == "jax":
+        from recurrentgemma.jax import Griffin, init_params
+
+        model, params = Griffin(config), init_params(config, 0, "float64")
+        table = params["embedder"]["input_embedding"]
+
+        def logits(table):
+            changed = {**params, "embedder": {"input_embedding": table}}
+            return model.apply({"params": changed}, tokens, segment_pos)[0]
+    else:
+        import torch
+
+        model, _ = backend.raw_griffin(config, backend.init_params(config, 0, "float64"), "float64")
+        table = dict(model.named_parameters())[name].detach()
+        places = torch.from_numpy(tokens), torch.from_numpy(segment_pos)
+
+        def logits(table):
+            return torch.func.functional_call(model, {name: table}, places)[0]
+
+    def loss(table):
+        return (logits(table) ** 2).sum()
+
+    def both(table):
+        return (
+            tools.jvp(logits, (table,), (direction,))[1],
+            tools.jvp(tools.grad(loss), (table,), (direction,))[1],
+        )
+
+    return backend.to_numpy(tools.compiled(both)(table))
