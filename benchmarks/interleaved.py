@@ -29,20 +29,23 @@ Seconds = dict[str, dict[str, list[float]]]
 TURN = 0.05  # seconds for which a short task repeats
 # Settings that change the speed and are not in the command.
 ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "XLA_FLAGS")
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy")
+# Instruction sets that decide how fast products are.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "transformers", "numpy", "xllamacpp")
 
 
 def serve(tasks: Mapping[str, Task]) -> None:
     """Runs the tasks that standard input names, one line `{"task": name, "turn": bool}` each.
 
     Answers with the seconds of one call or, for a turn, with the median of repeated calls over
-    `TURN` seconds. An uncounted call before them wakes threads and fills caches.
+    `TURN` seconds. An uncounted call before them wakes threads and fills caches. A task that
+    returns a float measures itself: those are its seconds.
     """
 
     def timed(call: Task) -> float:
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        result = call()
+        return result if isinstance(result, float) else time.perf_counter() - start
 
     print(json.dumps(sorted(tasks)), flush=True)
     for line in sys.stdin:
@@ -119,11 +122,13 @@ def spread(seconds: Sequence[float]) -> str:
 
 def about() -> dict[str, Any]:
     """Machine, versions and command."""
-    model = platform.processor() or platform.machine()
+    model, flags = platform.processor() or platform.machine(), list[str]()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+        model = fields.get("model name", model)
+        flags = [flag for flag in fields.get("flags", "").split() if flag in INSTRUCTIONS]
     versions = {}
     for package in PACKAGES:
         try:
@@ -133,7 +138,7 @@ def about() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "cpu": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{model}, {len(os.sched_getaffinity(0))} cores, {' '.join(flags)}",
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -1,4 +1,4 @@
-"""RecurrentGemma (Griffin), native in JAX/Flax and in PyTorch, from one declaration of the model.
+"""RecurrentGemma (Griffin) and Gemma, native in JAX/Flax and in PyTorch, each declared once.
 
 Import a twin: `from recurrentgemma import jax as recurrentgemma`, or `torch`.
 This top level imports no framework.

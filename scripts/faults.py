@@ -48,8 +48,10 @@ FAULTS = (
         "keepdim=True) + 10 * self.eps",
         "--dtype bfloat16",
     ),
-    Fault("RMSNorm: scale without its 1", _L, "(1 + self.scale.to(", "(self.scale.to("),
-    Fault("RMSNorm: the mean taken off", _L, "(x32 * rms", "((x32 - x32.mean(-1, True)) * rms"),
+    Fault("RMSNorm: scale without its 1", _L, "torch.addcmul(y, y, self", "torch.mul(y, self"),
+    Fault(
+        "RMSNorm: the mean taken off", _L, "y = x32 * rms", "y = (x32 - x32.mean(-1, True)) * rms"
+    ),
     Fault(
         "residual block: no norm before the MLP",
         _B,
@@ -206,8 +208,8 @@ FAULTS = (
     Fault(
         "RoPE: angles in the input's dtype",
         _A,
-        "    wide = wide_dtype(x.dtype)\n    exponent",
-        "    wide = x.dtype\n    exponent",
+        "    wide = wide_dtype(x.dtype)\n    sin, cos",
+        "    wide = x.dtype\n    sin, cos",
         "--dtype bfloat16 --length 300",  # rounded angles grow with the position
     ),
     Fault(

@@ -8,13 +8,20 @@ from cases import make_params
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.parity import Model, Report, TwinModel, compare, default_length, make_batch
+from recurrentgemma.parity import (
+    ComparedModel,
+    Report,
+    TwinModel,
+    compare,
+    default_length,
+    make_batch,
+)
 from tolerances import assert_close
 
 
 def make_model(
     backend: Backend, config: Config, params: Mapping[str, np.ndarray], dtype: str
-) -> Model:
+) -> ComparedModel:
     """A twin with these parameters, by path in the Flax layout."""
     return TwinModel(backend.twin, backend.twin.make(config, params.items(), dtype))
 

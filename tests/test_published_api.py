@@ -9,6 +9,7 @@ import pytest
 import sentencepiece as spm
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.model.gemma import GemmaConfig
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
 
@@ -211,6 +212,19 @@ def test_published_names(twin: str) -> None:
     names = NAMES + (["ShardingSpec", "load_parameters"] if twin == "jax" else [])
     assert [name for name in names if not hasattr(module, name)] == []
     assert set(names) <= set(module.__all__)
+
+
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_the_model_of_any_config(twin: str, config: GriffinConfig) -> None:
+    """`Griffin` is the published name of `Model`, which says what config it has."""
+    pytest.importorskip(SUBMODULES[twin], reason=f"{twin} is not installed")
+    module = __import__(f"recurrentgemma.{twin}", fromlist=["Griffin"])
+    assert module.Griffin is module.Model is module.griffin.Griffin
+    gemma = GemmaConfig.from_sizes(3, 64, 32, 48, 2, 4, 2, 8, sliding_window=6)
+    for given, name in ((config, "GriffinConfig"), (gemma, "GemmaConfig")):
+        model = module.Model(given, **({"device": "meta"} if twin == "torch" else {}))
+        assert repr(model).startswith(f"Model({name}(")
+        assert repr(model).endswith(" parameters)")
 
 
 def test_presets() -> None:

@@ -96,7 +96,7 @@ def _program(
         ),
     ] = True,
 ) -> None:
-    """RecurrentGemma and Griffin language models in JAX and in PyTorch."""
+    """RecurrentGemma, Griffin and Gemma in JAX and in PyTorch."""
     from recurrentgemma.cli.compilation_cache import use_compilation_cache
 
     del version

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer, with_system
+from recurrentgemma.common.tokenizer import END_OF_TURN, Tokenizer
 
 
 class Message(NamedTuple):
@@ -15,10 +15,12 @@ class Message(NamedTuple):
     Attributes:
       role: "user" or "model".
       content: The words.
+      system: What the model is told before them.
     """
 
     role: str
     content: str
+    system: str = ""
 
 
 def read_messages(value: Any, *, answered: bool) -> list[Message]:
@@ -49,15 +51,17 @@ def read_messages(value: Any, *, answered: bool) -> list[Message]:
     for content in contents:
         if not isinstance(content, str):
             raise UserError(f"'content' must be a string, got {type(content).__name__}")
-    if system:
-        contents[:2] = [with_system(*contents[:2])]
-    return [Message(role, content) for role, content in zip(spoken, contents, strict=True)]
+    told = contents.pop(0) if system else ""
+    messages = [Message(role, content) for role, content in zip(spoken, contents, strict=True)]
+    return [messages[0]._replace(system=told), *messages[1:]]
 
 
 def encode_messages(
     messages: Sequence[Message], tokenizer: Tokenizer, *, allow_control_tokens: bool = False
 ) -> Iterator[tuple[list[int], bool]]:
     """The tokens of each message in the chat template, from BOS on.
+
+    White space around the words of a message is left out, as in the template of each family.
 
     Yields:
       The tokens, and whether the model says them. A user's turn goes up to the model's words, and
@@ -68,11 +72,11 @@ def encode_messages(
     """
     if tokenizer.end_of_turn_id is None:
         raise UserError(f"the tokenizer has no {END_OF_TURN}, which messages need")
-    for number, (role, content) in enumerate(messages):
+    allowed = {"allow_control_tokens": allow_control_tokens}
+    for number, (role, content, system) in enumerate(messages):
         if role == "model":
-            answer = tokenizer.encode(content, allow_control_tokens=allow_control_tokens)[1:]
+            answer = tokenizer.encode(content.strip(), **allowed)[1:]
             yield [*answer, tokenizer.end_of_turn_id], True
             continue
         bos, before = ([], "\n") if number else ([tokenizer.bos_id], "")
-        asked = tokenizer.encode_turn(content, before, allow_control_tokens=allow_control_tokens)
-        yield [*bos, *asked], False
+        yield [*bos, *tokenizer.encode_turn(content, before, system, **allowed)], False

@@ -195,7 +195,7 @@ class Tokenizer:
         """The tokens of a user's turn, up to the model's answer; without BOS.
 
         Args:
-          message: The user's words, or their token ids.
+          message: The user's words, without the white space around them; or their token ids.
           before: What stands before the turn: the end of the turn before.
           system: What the model is told before the words.
           allow_control_tokens: Whether `<end_of_turn>` and the like are tokens where the words
@@ -215,7 +215,7 @@ class Tokenizer:
                 "the message is in the chat template already: give the user's words alone, or "
                 f"allow control tokens; got {words[:60]!r}"
             )
-        said = with_system(system, words)
+        said = with_system(system, words.strip())
         parts = [said] if allow_control_tokens else apart(said, self._controls)
         parts[0] = before + _USER + parts[0]
         if ids:

@@ -118,7 +118,7 @@ class Twin(Protocol):
         ...
 
     def init_state(self, model: Any, batch_size: int, capacity: int | None = None) -> Any:
-        """The state before the first token; see `Griffin.init_cache`."""
+        """The state before the first token; see `Model.init_cache`."""
         ...
 
     def state_arrays(self, state: Any) -> dict[str, np.ndarray]:
@@ -138,7 +138,7 @@ class Twin(Protocol):
         Args:
           model: The model.
           tokens: [B, T].
-          segment_pos: [B, T]; see `Griffin`.
+          segment_pos: [B, T]; see `Model`.
           state: The state to continue from; it is not changed.
           names: Which activations to return, of `activations.activation_names`.
         """

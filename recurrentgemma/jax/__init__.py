@@ -24,10 +24,11 @@ from recurrentgemma.jax.checkpoint import (
     save_checkpoint,
     save_parameters,
 )
-from recurrentgemma.jax.griffin import Griffin, init_params
+from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.jax.lora import load_adapters
 from recurrentgemma.jax.loss import cross_entropy
+from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.modules import (
     AttentionBlockCache,
     LocalAttentionBlock,
@@ -72,6 +73,7 @@ __all__ = [
     "LocalAttentionBlock",
     "LoraOptions",
     "MLPBlock",
+    "Model",
     "OptimizerOptions",
     "Preset",
     "RMSNorm",

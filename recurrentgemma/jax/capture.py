@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Int
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma.jax.cache import Cache
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.trees import Params
 
 
 def activations(
-    model: Griffin,
+    model: Model,
     params: Params,
     tokens: Int[Array, "b t"],
     segment_pos: Int[Array, "b t"],

@@ -20,7 +20,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
@@ -39,7 +39,7 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
-) -> tuple[Griffin, Params]:
+) -> tuple[Model, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
     On the CPU these are views of its mapped file where they can be: uncompressed, not cast, their
@@ -75,7 +75,7 @@ def load_checkpoint(
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         params = _load(checkpoint, sharding, dtype)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
-    return Griffin(checkpoint.config, param_dtype=param_dtype), params
+    return Model(checkpoint.config, param_dtype=param_dtype), params
 
 
 def save_checkpoint(

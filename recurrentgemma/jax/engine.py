@@ -1,4 +1,4 @@
-"""Griffin as an engine of text generation: compiled steps, which change a state in its place."""
+"""A model as an engine of text generation: compiled steps, which change a state in its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.capture import activations
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
 from recurrentgemma.jax.runtime.trees import Params
@@ -35,7 +35,7 @@ class ModelEngine(Engine):
 
     pads_chunks = True
 
-    def __init__(self, model: Griffin, params: Params, jit_compile: bool = True) -> None:
+    def __init__(self, model: Model, params: Params, jit_compile: bool = True) -> None:
         """Prepares the steps.
 
         Args:

@@ -19,7 +19,7 @@ from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
 from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
 from recurrentgemma.common.training.lora import merge as merge_on_host
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -98,7 +98,7 @@ def merge(
     return params
 
 
-def load_adapters(path: str | os.PathLike[str], model: Griffin, params: Params) -> Params:
+def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) -> Params:
     """A model's parameters with the adapters in a file merged into them.
 
     Args:

@@ -30,7 +30,7 @@ def cross_entropy(
     `embedding`, and sums are wide.
 
     Args:
-      hidden: The output of `Griffin.hidden`.
+      hidden: The output of `Model.hidden`.
       embedding: The tied embedding.
       targets: The token that follows each; anything where the weight is 0.
       weights: The weight of each target.

@@ -1,4 +1,4 @@
-"""Sampling text from a Griffin model."""
+"""Sampling text from a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recurrentgemma.common.generation.results import SamplerOutput
 from recurrentgemma.common.generation.sampler import BaseSampler
 from recurrentgemma.common.generation.strategies import Sampling
 from recurrentgemma.jax.engine import ModelEngine
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.trees import Params
 
 __all__ = ["Sampler", "SamplerOutput"]
@@ -26,7 +26,7 @@ class Sampler(BaseSampler[Array]):
 
     def __init__(
         self,
-        model: Griffin,
+        model: Model,
         vocab: Any,
         params: Params,
         jit_compile: bool = True,
@@ -64,12 +64,12 @@ class Sampler(BaseSampler[Array]):
         )
 
     @property
-    def model(self) -> Griffin:
+    def model(self) -> Model:
         """The model; another takes its place with its own parameters, assigned after it."""
         return self.engine.model
 
     @model.setter
-    def model(self, model: Griffin) -> None:
+    def model(self, model: Model) -> None:
         self.engine.model = model
 
     @property

@@ -30,8 +30,8 @@ from recurrentgemma.common.training.optimization import (
     state_shapes,
     step_settings,
 )
-from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.lora import adapt, merge
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.optimizer import (
     Optimizer,
     get_moments,
@@ -66,14 +66,14 @@ class TrainState:
     parameters: dict[str, Any]
     optimizer_state: optax.OptState
     base: Params | None
-    model: Griffin = flax.struct.field(pytree_node=False)
+    model: Model = flax.struct.field(pytree_node=False)
     optimizer: Optimizer = flax.struct.field(pytree_node=False)
     lora: LoraOptions | None = flax.struct.field(pytree_node=False)
     dtype: Dtype = flax.struct.field(pytree_node=False)
 
 
 def create_train_state(
-    model: Griffin,
+    model: Model,
     params: Params,
     *,
     optimizer: Optimizer | None = None,
@@ -122,7 +122,7 @@ def create_train_state(
 
 
 def loss_fn(
-    model: Griffin,
+    model: Model,
     params: Params,
     batch: Batch,
     adapters: Mapping[str, Array] | None = None,
@@ -257,7 +257,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
-def _on_host(model: Griffin, batch: Batch) -> Batch:
+def _on_host(model: Model, batch: Batch) -> Batch:
     """The batch as arrays of JAX or NumPy, its values checked."""
     batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
     check_batch(batch, model.config.model.vocab_size)

@@ -14,16 +14,16 @@ from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
-from recurrentgemma.jax.griffin import Griffin, init_params
+from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
-class Model(NamedTuple):
+class ModelAndParams(NamedTuple):
     """A module and its parameters."""
 
-    module: Griffin
+    module: Model
     params: Params
 
     @property
@@ -36,7 +36,7 @@ class Model(NamedTuple):
 
 
 class JaxTwin(Twin):
-    """JAX; its models are a `Model` each."""
+    """JAX; its models are a `ModelAndParams` each."""
 
     name = "jax"
 
@@ -71,19 +71,19 @@ class JaxTwin(Twin):
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
             )
-        return Model(model, params)
+        return ModelAndParams(model, params)
 
     def make(self, config, params, dtype, device=None):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
                 set_path(tree, path, self.from_numpy(value, dtype, device))
-        return Model(Griffin(config, param_dtype=jnp.dtype(dtype)), tree)
+        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
     def init(self, config, seed, dtype, device=None):
         with self.precision(dtype), jax.default_device(_device(device)):
             params = init_params(config, seed, dtype)
-        return Model(Griffin(config, param_dtype=jnp.dtype(dtype)), params)
+        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), params)
 
     def save(self, path, model, tokenizer, *, force=False):
         save_checkpoint(path, model.config, model.params, tokenizer, force=force)
@@ -123,7 +123,7 @@ class JaxTwin(Twin):
         )
 
     def trained(self, state):
-        return Model(state.model, self.training.parameters(state))
+        return ModelAndParams(state.model, self.training.parameters(state))
 
 
 TWIN = JaxTwin()

@@ -2,12 +2,12 @@
 
 from recurrentgemma.parity.batches import ParityBatch, default_length, make_batch
 from recurrentgemma.parity.budget import Error, compare_tensors
-from recurrentgemma.parity.models import Model, TwinModel, load_model
+from recurrentgemma.parity.models import ComparedModel, TwinModel, load_model
 from recurrentgemma.parity.report import Report, Row, compare, require_same_config
 
 __all__ = [
+    "ComparedModel",
     "Error",
-    "Model",
     "ParityBatch",
     "Report",
     "Row",

@@ -18,7 +18,7 @@ class ParityBatch(NamedTuple):
 
     Attributes:
       tokens: [B, T] int32.
-      segment_pos: [B, T] int32; see `Griffin`.
+      segment_pos: [B, T] int32; see `Model`.
       chunks: Lengths of the parts in which a second pass reads the rows; a part of one token is a
         step of decoding.
     """

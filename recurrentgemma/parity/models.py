@@ -18,7 +18,7 @@ from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 Arrays = dict[str, np.ndarray]
 
 
-class Model(abc.ABC):
+class ComparedModel(abc.ABC):
     """A model in one dtype. Arrays have the dtypes that the framework computed.
 
     Attributes:
@@ -32,7 +32,7 @@ class Model(abc.ABC):
     plain = False
 
     @abc.abstractmethod
-    def cast(self, dtype: str) -> Model:
+    def cast(self, dtype: str) -> ComparedModel:
         """The same weights, cast."""
 
     @abc.abstractmethod
@@ -58,7 +58,7 @@ class Model(abc.ABC):
         """The gradients of the mean loss over each document's tokens but its first, by path."""
 
 
-class TwinModel(Model):
+class TwinModel(ComparedModel):
     """A model of a twin."""
 
     def __init__(self, twin: Twin, model: Any) -> None:
@@ -98,7 +98,7 @@ def load_model(
     overrides: Overrides = NO_OVERRIDES,
     as_stored: bool = False,
     adapter: str | os.PathLike[str] | None = None,
-) -> Model:
+) -> ComparedModel:
     """A checkpoint of any format, or the bundled model if None, in an implementation.
 
     Args:

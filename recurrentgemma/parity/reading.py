@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.parity.batches import ParityBatch
-from recurrentgemma.parity.models import Arrays, Model
+from recurrentgemma.parity.models import Arrays, ComparedModel
 
 CASES = ("one pass", "in chunks", "step by step")
 
@@ -28,7 +28,7 @@ class Reading(NamedTuple):
 
 
 def read(
-    model: Model,
+    model: ComparedModel,
     batch: ParityBatch,
     names: tuple[str, ...],
     num_greedy: int,

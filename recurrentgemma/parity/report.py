@@ -14,7 +14,7 @@ from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.parity.batches import ParityBatch
 from recurrentgemma.parity.budget import Error, compare_tensors
-from recurrentgemma.parity.models import Model
+from recurrentgemma.parity.models import ComparedModel
 from recurrentgemma.parity.reading import CASES, Reading, read
 
 
@@ -137,8 +137,8 @@ def require_same_config(names: tuple[str, str], one: Config, other: Config) -> N
 
 
 def compare(
-    one: Callable[[], Model],
-    other: Callable[[], Model],
+    one: Callable[[], ComparedModel],
+    other: Callable[[], ComparedModel],
     batch: ParityBatch,
     dtype: str,
     *,
@@ -161,7 +161,7 @@ def compare(
     """
     capacity = batch.tokens.shape[1] + num_greedy  # in every dtype, to compare states
 
-    def readings(which: str, model: Model, dtypes: set[str]) -> dict[str, Reading]:
+    def readings(which: str, model: ComparedModel, dtypes: set[str]) -> dict[str, Reading]:
         names, found = activation_names(model.config, inside), {}
         for level in dtypes:
             progress(f"Reading with the {which} model in {level}")

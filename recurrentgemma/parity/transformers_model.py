@@ -19,13 +19,13 @@ from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.twin import Outputs
-from recurrentgemma.parity.models import Arrays, Model
+from recurrentgemma.parity.models import Arrays, ComparedModel
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import family_of, layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
 
-class TransformersModel(Model):
+class TransformersModel(ComparedModel):
     """A model of `transformers`; its recurrence is float32 in every dtype."""
 
     widest = "float32"

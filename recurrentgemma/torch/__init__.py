@@ -23,6 +23,7 @@ from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.torch.lora import load_adapters
 from recurrentgemma.torch.loss import cross_entropy
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.modules import (
     AttentionBlockCache,
     LocalAttentionBlock,
@@ -66,6 +67,7 @@ __all__ = [
     "LocalAttentionBlock",
     "LoraOptions",
     "MLPBlock",
+    "Model",
     "OptimizerOptions",
     "Preset",
     "RMSNorm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from recurrentgemma.torch.cache import (
     prepend_history,
 )
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
+from recurrentgemma.torch.runtime.steps import known_place, step_at
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend_all, attend_masked
 
@@ -35,13 +37,30 @@ def apply_rope(
     half = int(x.shape[-1] * rope.share) // 2
     rotated, passed = x.split([2 * half, x.shape[-1] - 2 * half], -1)
     wide = wide_dtype(x.dtype)
-    exponent = torch.arange(half, device=x.device, dtype=wide) / half
-    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
-    sin, cos = torch.sin(angle), torch.cos(angle)
+    sin, cos = _turns(positions, rope, half, wide)
     x1, x2 = rotated.to(wide).chunk(2, -1)
     # Not addcmul with value=-1: `torch.func.linearize` of it crashes in PyTorch 2.13.
     turned = x1 * cos - x2 * sin, torch.addcmul(x2 * cos, x1, sin)
     return torch.cat([*(z.to(x.dtype) for z in turned), passed], -1)
+
+
+def _turns(
+    positions: Positions, rope: Rope, half: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "b t 1 r"], Float[Tensor, "b t 1 r"]]:
+    """Sines and cosines of the angles by which positions turn; in decoding, kept for all layers."""
+    if positions.shape[1] == 1 and not torch.is_grad_enabled() and is_known(positions):
+        return _known_turns(tuple(positions[:, 0].tolist()), rope, half, dtype)
+    exponent = torch.arange(half, device=positions.device, dtype=dtype) / half
+    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
+    return torch.sin(angle), torch.cos(angle)
+
+
+@functools.lru_cache(maxsize=8)
+def _known_turns(
+    positions: tuple[int, ...], rope: Rope, half: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():  # or else it would be asked again
+        return _turns(torch.tensor(positions, device="cpu")[:, None], rope, half, dtype)
 
 
 def attend(
@@ -135,7 +154,11 @@ class AttentionBlock(SpecModule):
             empty = empty_block(mixer, x.shape[0], v_btkh.dtype, x.device)
             encoded, new_cache = q_btnh, cache or empty
         elif cache is not None and x.shape[1] == 1:
-            encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
+            place = known_place(mixer, segment_pos, cache)
+            if place is None:
+                encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
+            else:
+                encoded, new_cache = step_at(mixer, q_btnh, k_btkh, v_btkh, place, cache)
         else:
             kv_btkh = torch.cat([k_btkh, v_btkh], -1)
             encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)

@@ -115,7 +115,7 @@ class Block(SpecModule):
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
-        temporal_block = self.get_submodule(self.temporal_name)
+        temporal_block = getattr(self, self.temporal_name)
         y, new_cache = temporal_block(self.temporal_pre_norm(x), segment_pos, cache)
         x = x + self.temporal_post_norm(y)
         y = self.mlp_block(self.channel_pre_norm(x))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from recurrentgemma.common.model.activations import EMBEDDER
 from recurrentgemma.torch.cache import Cache
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 
 
 def activations(
-    model: Griffin,
+    model: Model,
     tokens: Int[Tensor, "b t"],
     segment_pos: Int[Tensor, "b t"],
     cache: Cache | None = None,

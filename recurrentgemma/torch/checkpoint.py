@@ -16,7 +16,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
@@ -38,7 +38,7 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
-) -> Griffin:
+) -> Model:
     """The model in a checkpoint of any format.
 
     On the CPU its parameters are views of the mapped file where they can be: stored as PyTorch has
@@ -76,7 +76,7 @@ def load_checkpoint(
             raise UserError(
                 f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
             )
-        model = Griffin(checkpoint.config, device="meta")
+        model = Model(checkpoint.config, device="meta")
         if sharding is not None:
             shard(model, sharding)
         places = model.state_dict()
@@ -91,7 +91,7 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: Griffin, tokenizer: Tokenizer, *, force: bool = False
+    path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer, *, force: bool = False
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 

@@ -1,4 +1,4 @@
-"""Griffin as an engine of text generation: eager or compiled steps, CUDA graphs on a GPU."""
+"""A model as an engine of text generation: eager or compiled steps, CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.torch.capture import activations
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
+from recurrentgemma.torch.runtime.steps import giving_up
 from recurrentgemma.torch.sampling import choose
 
 
 class _Prepared(NamedTuple):
     """A model with its decode step, maybe compiled, and that step as captured by shapes."""
 
-    model: Griffin
+    model: Model
     step: Callable[..., Any]
     captured: dict[Any, CapturedStep]
 
@@ -39,7 +40,7 @@ class ModelEngine(Engine):
 
     pads_chunks = False
 
-    def __init__(self, model: Griffin, jit_compile: bool = False) -> None:
+    def __init__(self, model: Model, jit_compile: bool = False) -> None:
         """Prepares the steps.
 
         Args:
@@ -96,7 +97,8 @@ class ModelEngine(Engine):
             if key not in captured:
                 captured[key] = CapturedStep(step, cache)
             return captured[key](cache, tokens, segment_pos)
-        logits, cache = step(tokens=tokens, segment_pos=segment_pos, cache=cache)
+        with giving_up():
+            logits, cache = step(tokens=tokens, segment_pos=segment_pos, cache=cache)
         return logits[:, 0], cache
 
     @torch.no_grad()

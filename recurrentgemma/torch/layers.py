@@ -107,7 +107,8 @@ class RMSNorm(SpecModule):
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32 = x.to(wide_dtype(x.dtype))
         rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * rms * (1 + self.scale.to(x32.dtype))).to(x.dtype)
+        y = x32 * rms
+        return torch.addcmul(y, y, self.scale.to(x32.dtype)).to(x.dtype)
 
 
 class BlockDiagonalLinear(SpecModule):

@@ -19,7 +19,7 @@ from recurrentgemma.common.training.lora import (
     trainable_specs,
 )
 from recurrentgemma.common.training.lora import merge as merge_on_host
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.quantization import quantize_matrices
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
@@ -52,8 +52,8 @@ class Adapted(nn.Module):
 
 
 def adapt(
-    model: Griffin, options: LoraOptions, dtype: torch.dtype, seed: int
-) -> tuple[Griffin, dict[str, Tensor]]:
+    model: Model, options: LoraOptions, dtype: torch.dtype, seed: int
+) -> tuple[Model, dict[str, Tensor]]:
     """A model on the frozen tensors of another, and its adapters.
 
     Args:
@@ -84,8 +84,8 @@ def adapt(
 
 
 def merge(
-    model: Griffin, adapters: Mapping[str, Tensor], options: LoraOptions, dtype: torch.dtype
-) -> Griffin:
+    model: Model, adapters: Mapping[str, Tensor], options: LoraOptions, dtype: torch.dtype
+) -> Model:
     """A plain model, in a dtype, that computes what the adapted one does."""
     state: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
@@ -101,7 +101,7 @@ def merge(
     return _sharing(state, model)
 
 
-def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
+def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
     """A model with the adapters in a file merged into its parameters.
 
     Args:
@@ -123,9 +123,9 @@ def load_adapters(path: str | os.PathLike[str], model: Griffin) -> Griffin:
     return _sharing(result, model)
 
 
-def _sharing(state: Mapping[str, Tensor], model: Griffin) -> Griffin:
+def _sharing(state: Mapping[str, Tensor], model: Model) -> Model:
     """A model like another, with these tensors."""
-    result = Griffin(model.config, model.gradient_checkpointing, device="meta")
+    result = Model(model.config, model.gradient_checkpointing, device="meta")
     result.load_state_dict(state, assign=True)
     return result
 

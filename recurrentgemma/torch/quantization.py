@@ -11,11 +11,11 @@ from torch.func import functional_call
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.quantization import Quantized, dequantize, quantize
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array
 
 
-def quantize_matrices(model: Griffin) -> None:
+def quantize_matrices(model: Model) -> None:
     """Puts a `Dequantizing` in the place of each module that holds a matrix."""
     for spec in layer_spec(model.config):
         if spec.matrix:

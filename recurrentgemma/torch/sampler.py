@@ -1,4 +1,4 @@
-"""Sampling text from a Griffin model."""
+"""Sampling text from a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recurrentgemma.common.generation.results import SamplerOutput
 from recurrentgemma.common.generation.sampler import BaseSampler
 from recurrentgemma.common.generation.strategies import Sampling
 from recurrentgemma.torch.engine import ModelEngine
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 
 __all__ = ["Sampler", "SamplerOutput"]
 
@@ -23,7 +23,7 @@ class Sampler(BaseSampler[Tensor]):
 
     def __init__(
         self,
-        model: Griffin,
+        model: Model,
         vocab: Any,
         greedy_sampling: bool = True,
         is_it_model: bool = False,
@@ -57,12 +57,12 @@ class Sampler(BaseSampler[Tensor]):
         )
 
     @property
-    def model(self) -> Griffin:
+    def model(self) -> Model:
         """The model, with its parameters; another with the same config may take its place."""
         return self.engine.model
 
     @model.setter
-    def model(self, model: Griffin) -> None:
+    def model(self, model: Model) -> None:
         self.engine.model = model
 
     def _seed(self, rng: Any) -> Any:

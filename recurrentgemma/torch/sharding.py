@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
 
 
-def shard(model: Griffin, mesh: DeviceMesh) -> None:
+def shard(model: Model, mesh: DeviceMesh) -> None:
     """Splits a model block by block, also on the meta device.
 
     Raises:

@@ -46,12 +46,16 @@ def attend_masked(
     q_zcnh: Float[Tensor, "z c n h"],
     k_zskh: Float[Tensor, "z s kv h"],
     v_zskh: Float[Tensor, "z s kv h"],
-    mask_zcs: Bool[Tensor, "z c s"],
+    mask_zcs: Bool[Tensor, "z c s"] | None,
     mixer: Attention,
 ) -> Float[Tensor, "z c n h"]:
-    """softmax(soft_cap(scale * q @ k^T)) @ v in float32; R query heads share a key head."""
+    """softmax(soft_cap(scale * q @ k^T)) @ v in float32; R query heads share a key head.
+
+    Without a mask each query sees all keys.
+    """
     function = nn.functional.scaled_dot_product_attention
     k_zksh, v_zksh = k_zskh.transpose(1, 2), v_zskh.transpose(1, 2)
+    mask_z1cs = None if mask_zcs is None else mask_zcs[:, None]
     plain = bool(mixer.soft_cap) or forward_levels() > 0  # PyTorch's kernels know neither
     if not plain and q_zcnh.shape[1] > 1:
         group = mixer.heads // mixer.kv_heads
@@ -60,7 +64,7 @@ def attend_masked(
             k_zksh, v_zksh = (
                 z[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for z in (k_zksh, v_zksh)
             )
-        args = (q_zcnh.transpose(1, 2), k_zksh, v_zksh, mask_zcs[:, None])
+        args = (q_zcnh.transpose(1, 2), k_zksh, v_zksh, mask_z1cs)
         return function(*args, scale=mixer.scale, enable_gqa=shared).transpose(1, 2)
     # Heads that share a key head stand beside queries, so both products are plain matrix products.
     q_zkcrh = q_zcnh.unflatten(2, (mixer.kv_heads, -1)).transpose(1, 2)
@@ -70,11 +74,13 @@ def attend_masked(
         scores_zkms = (q_zkmh.to(wide) * mixer.scale) @ k_zksh.to(wide).transpose(-1, -2)
         if mixer.soft_cap:
             scores_zkms = torch.tanh(scores_zkms / mixer.soft_cap) * mixer.soft_cap
-        scores_zkcrs, hidden_z1c1s = scores_zkms.unflatten(2, sizes), ~mask_zcs[:, None, :, None]
-        weights_zkcrs = scores_zkcrs.masked_fill(hidden_z1c1s, torch.finfo(wide).min).softmax(-1)
-        out_zkmh = (weights_zkcrs.flatten(2, 3) @ v_zksh.to(wide)).to(q_zcnh.dtype)
+        if mask_z1cs is not None:
+            hidden_z1c1s, least = ~mask_z1cs[..., None, :], torch.finfo(wide).min
+            scores_zkcrs = scores_zkms.unflatten(2, sizes).masked_fill(hidden_z1c1s, least)
+            scores_zkms = scores_zkcrs.flatten(2, 3)
+        out_zkmh = (scores_zkms.softmax(-1) @ v_zksh.to(wide)).to(q_zcnh.dtype)
     else:  # one query
-        out_zkmh = function(q_zkmh, k_zksh, v_zksh, mask_zcs[:, None], scale=mixer.scale)
+        out_zkmh = function(q_zkmh, k_zksh, v_zksh, mask_z1cs, scale=mixer.scale)
     return out_zkmh.unflatten(2, sizes).transpose(1, 2).flatten(2, 3)
 
 

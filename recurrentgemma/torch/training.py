@@ -28,9 +28,9 @@ from recurrentgemma.common.training.optimization import (
     state_shapes,
     step_settings,
 )
-from recurrentgemma.torch.griffin import Griffin
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.optimizer import (
     Optimizer,
     get_moments,
@@ -61,14 +61,14 @@ class TrainState:
     step: int
     parameters: dict[str, Tensor]
     optimizer_state: torch.optim.Optimizer
-    model: Griffin
+    model: Model
     optimizer: Optimizer
     lora: LoraOptions | None
     dtype: torch.dtype
 
 
 def create_train_state(
-    model: Griffin,
+    model: Model,
     *,
     optimizer: Optimizer | None = None,
     lora: LoraOptions | None = None,
@@ -114,7 +114,7 @@ def create_train_state(
     )
 
 
-def loss_fn(model: Griffin, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
+def loss_fn(model: Model, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     """The weighted mean of -log p(target), in float32 or wider; 0 if all weights are 0.
 
     Args:
@@ -236,7 +236,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     return state
 
 
-def parameters(state: TrainState) -> Griffin:
+def parameters(state: TrainState) -> Model:
     """The model, adapters merged, to sample from or to save.
 
     Without LoRA it is the state's own model, which later steps change.
@@ -259,7 +259,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
-def _total(model: Griffin, batch: Batch) -> Float[Tensor, ""]:
+def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
     embedding = model.embedder.input_embedding
     device = embedding.device
@@ -284,7 +284,7 @@ def _divisor(tokens: float) -> float:
     return tokens if tokens > 0 else 1.0
 
 
-def _own_parameters(model: Griffin) -> dict[str, Tensor]:
+def _own_parameters(model: Model) -> dict[str, Tensor]:
     """The model's parameters by the layer spec's paths."""
     specs = layer_spec(model.config)
     return {spec.path: model.get_parameter(torch_name(spec.path)) for spec in specs}

@@ -15,14 +15,14 @@ from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
-from recurrentgemma.torch.griffin import Griffin
+from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
 class TorchTwin(Twin):
-    """PyTorch; its models are a `Griffin` each."""
+    """PyTorch; its models are a `Model` each."""
 
     name = "torch"
 
@@ -57,7 +57,7 @@ class TorchTwin(Twin):
         )
 
     def make(self, config, params, dtype, device=None):
-        model = Griffin(config, device="meta")
+        model = Model(config, device="meta")
         state = {
             torch_name(path): self.from_numpy(to_torch(path, value), dtype, device)
             for path, value in params
@@ -66,7 +66,7 @@ class TorchTwin(Twin):
         return model
 
     def init(self, config, seed, dtype, device=None):
-        model = Griffin(config, device=device, dtype=getattr(torch, dtype))
+        model = Model(config, device=device, dtype=getattr(torch, dtype))
         model.reset_parameters(seed=seed)
         return model
 

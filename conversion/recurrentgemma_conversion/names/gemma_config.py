@@ -198,35 +198,35 @@ def sized(tensors: Mapping[str, Tensor]) -> GemmaConfig:
     problems = []
     numbers = [re.search(r"layers?[_.](\d{1,4})[./]", name) for name in tensors]
     layers = max((int(number[1]) + 1 for number in numbers if number), default=1)
-    first = r"layers?[_.]0[./]"
 
-    def shape(rank: int, *patterns: str) -> tuple[int, ...]:
+    def shape(rank: int, *endings: str) -> tuple[int, ...]:
+        """The shape of the tensor whose name ends so; a slash may be a dot."""
         for name, tensor in tensors.items():
-            if any(re.search(f"{pattern}$", name) for pattern in patterns):
+            if any(re.search(re.escape(end).replace("/", "[./]") + "$", name) for end in endings):
                 if len(tensor.shape) == rank and 0 not in tensor.shape:
                     return tensor.shape
                 problems.append(f"{name!r} must have {rank} axes, got shape {tensor.shape}")
                 return (1,) * rank
-        problems.append(f"no {patterns[0]}")
+        problems.append(f"no {endings[0]}")
         return (1,) * rank
 
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in tensors)
 
     version = 3 if has("query_norm") else 2 if has("post_ffw|pre_feedforward") else 1
-    vocab_size, width = shape(2, r"embedder\.(input_embedding|weight)")
+    vocab_size, width = shape(2, "embedder.input_embedding", "embedder.weight")
     if has(r"qkv_proj\.weight"):
-        query = shape(2, rf"{first}self_attn\.o_proj\.weight")[1]
-        both = shape(2, rf"{first}self_attn\.qkv_proj\.weight")[0]
+        query = shape(2, "layers.0.self_attn.o_proj.weight")[1]
+        both = shape(2, "layers.0.self_attn.qkv_proj.weight")[0]
         key = max((both - query) // 2, 1)
-        norm = shape(1, rf"{first}self_attn\.query_norm\.weight")[0] if version == 3 else key
+        norm = shape(1, "layers.0.self_attn.query_norm.weight")[0] if version == 3 else key
         heads, kv_heads, head_dim = query // norm, key // norm, norm
-        mlp_width = shape(2, rf"{first}mlp\.down_proj\.weight")[1]
+        mlp_width = shape(2, "layers.0.mlp.down_proj.weight")[1]
     else:
-        heads, head_dim, _ = shape(3, rf"{first}attn[./]attn_vec_einsum\.w")
+        heads, head_dim, _ = shape(3, "layer_0/attn/attn_vec_einsum.w")
         together = has(r"qkv_einsum")
-        kv_heads = heads if together else shape(4, rf"{first}attn[./]kv_einsum\.w")[1]
-        mlp_width = shape(2, rf"{first}mlp[./]linear(\.w)?")[0]
+        kv_heads = heads if together else shape(4, "layer_0/attn/kv_einsum.w")[1]
+        mlp_width = shape(2, "layer_0/mlp/linear.w", "layer_0/mlp/linear")[0]
     if problems:
         raise UserError(f"these are not the parameters of a Gemma: {', '.join(problems)}")
     return GemmaConfig.from_sizes(

@@ -17,14 +17,17 @@ _TYPES = {
     "vaultgemma": "VaultGemma",
     "shieldgemma2": "ShieldGemma 2",
     "embedding_gemma": "EmbeddingGemma",
+    "embeddinggemma": "EmbeddingGemma",
     "gemma-embedding": "EmbeddingGemma",
     "diffusion_gemma": "DiffusionGemma",
+    "clip": "the vision encoder of a model",
 }
 # Parts of tensors' names that no other model has.
 _MARKS = {
     "laurel": "Gemma 3n",
     "altup": "Gemma 3n",
     "layer_scalar": "Gemma 4",
+    "skip_scale": "Gemma 4",
     "multi_modal_projector.linear.": "PaliGemma",
     "cross_attn": "T5Gemma",
     "decoder.layers.0.pre_self_attn_layernorm": "T5Gemma",

@@ -51,14 +51,33 @@ ENCODINGS = {
     0: _Encoding("F32", "float32", 1, 4),
     1: _Encoding("F16", "float16", 1, 2),
     2: _Encoding("Q4_0", "", 32, 18),
+    3: _Encoding("Q4_1", "", 32, 20),
     6: _Encoding("Q5_0", "", 32, 22),
+    7: _Encoding("Q5_1", "", 32, 24),
     8: _Encoding("Q8_0", "", 32, 34),
+    10: _Encoding("Q2_K", "", 256, 84),
+    11: _Encoding("Q3_K", "", 256, 110),
     12: _Encoding("Q4_K", "", 256, 144),
     13: _Encoding("Q5_K", "", 256, 176),
     14: _Encoding("Q6_K", "", 256, 210),
     30: _Encoding("BF16", "bfloat16", 1, 2),
 }
-_UNREAD = {3: "Q4_1", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS"}
+_UNREAD = {
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
 
 
 class _Stored(NamedTuple):
@@ -89,8 +108,11 @@ class GGUFReader(Reader):
                 f"{self.path} is cut short or no GGUF: its header cannot be read ({error})"
             ) from error
         self._metadata, self._stored = header.metadata, header.stored
-        unread = [f"{name} ({what})" for name, what in header.unread.items()]
-        if unread:
+        if header.unread:
+            unread = [
+                f"{what} in {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
+                for what, names in header.unread.items()
+            ]
             known = ", ".join(encoding.name for encoding in ENCODINGS.values())
             raise UnknownFormatError(
                 f"{self.path}: the encodings that are read are {known}; got {', '.join(unread)}"
@@ -139,7 +161,7 @@ class _Header:
     Attributes:
       metadata: The values, by key.
       stored: The tensors, by name.
-      unread: The encodings that are not read, by tensor.
+      unread: The encodings that are not read, each with its tensors.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -154,11 +176,11 @@ class _Header:
         infos = [self._tensor() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         base = -(-self._at // alignment) * alignment
-        self.stored, self.unread = dict[str, _Stored](), dict[str, str]()
+        self.stored, self.unread = dict[str, _Stored](), dict[str, list[str]]()
         for name, shape, kind, offset in infos:
             encoding = ENCODINGS.get(kind)
             if encoding is None:
-                self.unread[name] = _UNREAD.get(kind, f"type {kind}")
+                self.unread.setdefault(_UNREAD.get(kind, f"type {kind}"), []).append(name)
                 continue
             size = math.prod(shape) // encoding.values * encoding.bytes
             self.stored[name] = _Stored(shape, encoding, base + offset, size)

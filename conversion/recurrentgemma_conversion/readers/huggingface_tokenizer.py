@@ -15,16 +15,23 @@ _UNIGRAM, _BPE = 1, 2  # sentencepiece's model types
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # and types of pieces
 _TURNS = (START_OF_TURN, END_OF_TURN)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes for a space
-# In Jinja: BOS, then the turns of user and model one after the other, nothing stripped.
+# In Jinja: BOS, then the turns of user and model one after the other, without the white space
+# around them; a system text before the user's first words.
 _CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{% for message in messages %}"
+    "{% set told = messages and messages[0]['role'] == 'system' %}"
+    "{% set spoken = messages[1:] if told else messages %}"
+    "{% for message in spoken %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{% if role != ['user', 'model'][loop.index0 % 2] %}"
     "{{ raise_exception('user and assistant must alternate, the user first, got the role '"
     " ~ message['role'] ~ ' for message ' ~ loop.index0) }}"
     "{% endif %}"
-    f"{{{{ '{START_OF_TURN}' + role + '\\n' + message['content'] + '{END_OF_TURN}\\n' }}}}"
+    f"{{{{ '{START_OF_TURN}' + role + '\\n' }}}}"
+    "{% if told and loop.first and messages[0]['content'] %}"
+    "{{ messages[0]['content'] + '\\n\\n' }}"
+    "{% endif %}"
+    f"{{{{ message['content'] | trim + '{END_OF_TURN}\\n' }}}}"
     "{% endfor %}"
     f"{{% if add_generation_prompt %}}{{{{ '{START_OF_TURN}model\\n' }}}}{{% endif %}}"
 )

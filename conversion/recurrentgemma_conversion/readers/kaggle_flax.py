@@ -27,6 +27,7 @@ from recurrentgemma.common.io.tensor_files import write_array
 from recurrentgemma.common.model.params import tree_keys
 from recurrentgemma_conversion.formats import Format, Tensor, require_utf8
 from recurrentgemma_conversion.names import layout
+from recurrentgemma_conversion.names.stacked import places
 from recurrentgemma_conversion.readers.base import Contents, Reader, Write, around
 
 DATABASE = "manifest.ocdbt"
@@ -49,6 +50,8 @@ class _Array(NamedTuple):
 class KaggleFlaxReader(Reader):
     """An Orbax directory, of either layout, with or without a level `params`.
 
+    Layers that are stacked are read as if each had tensors of its own.
+
     Raises:
       MissingExtraError: It takes TensorStore to read, and that is not installed.
     """
@@ -65,14 +68,20 @@ class KaggleFlaxReader(Reader):
         wrapped = all(name.startswith(_WRAPPER) for name in arrays)
         self._prefix = _WRAPPER if wrapped else ""
         self._arrays = {name.removeprefix(self._prefix): a for name, a in arrays.items()}
-        self.tensors = {
-            name: Tensor(a.shape, DTYPES.get(_ZARR_DTYPES.get(str(a.metadata["dtype"]), "")))
+        self._dtypes = {
+            name: DTYPES.get(_ZARR_DTYPES.get(str(a.metadata["dtype"]), ""))
             for name, a in self._arrays.items()
+        }
+        self._places = places({name: array.shape for name, array in self._arrays.items()})
+        self.tensors = {
+            name: Tensor(place.shape, self._dtypes[place.name])
+            for name, place in self._places.items()
         }
         self.homes = [path, *around(path)]
 
     def fetch(self, name: str) -> np.ndarray:
-        array, dtype = self._arrays[name], self.tensors[name].dtype
+        name, part, _ = self._places[name]
+        array, dtype = self._arrays[name], self._dtypes[name]
         assert dtype is not None  # checked when opened
         folder = self.path / (self._prefix + name)
         meta = array.metadata
@@ -85,10 +94,11 @@ class KaggleFlaxReader(Reader):
                 raise DamagedError(
                     f"{chunk} must have {expected} bytes, got {chunk.stat().st_size}"
                 )
-            return np.memmap(chunk, dtype, "c", shape=array.shape)
-        return self._read_store(folder, name)
+            whole_array = np.memmap(chunk, dtype, "c", shape=array.shape)
+            return whole_array if part is None else whole_array[part]
+        return self._read_store(folder, name, part)
 
-    def _read_store(self, folder: Path, name: str) -> np.ndarray:
+    def _read_store(self, folder: Path, name: str, part: int | None) -> np.ndarray:
         ts = import_tensorstore()
         store = (
             {"driver": "ocdbt", "base": _files(self.path), "path": f"{self._prefix}{name}/"}
@@ -96,13 +106,11 @@ class KaggleFlaxReader(Reader):
             else _files(folder)
         )
         try:
-            value = (
-                ts.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
-            )
+            stored = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
+            value = (stored if part is None else stored[part]).read().result()
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             raise DamagedError(f"{self.path}: {name} cannot be read: {_reason(error)}") from error
-        dtype = self.tensors[name].dtype
-        return value.view(BFLOAT16) if dtype == BFLOAT16 else value
+        return value.view(BFLOAT16) if self._dtypes[name] == BFLOAT16 else value
 
 
 def import_tensorstore(what: str = "reading this Orbax checkpoint") -> Any:

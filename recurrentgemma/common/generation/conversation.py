@@ -100,8 +100,8 @@ class Conversation:
         """Says something; yields the answer as it comes.
 
         Args:
-          text: The user's words, or their token ids. What words spell is text, `<end_of_turn>` too,
-            unless `sampler.allow_control_tokens` is set.
+          text: The user's words, or their token ids. White space around the words is left out. What
+            they spell is text, `<end_of_turn>` too, unless `sampler.allow_control_tokens` is set.
           total_generation_steps: At most this many tokens in the answer.
           **options: The options of `Sampler.stream`.
 

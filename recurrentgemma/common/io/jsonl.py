@@ -95,7 +95,8 @@ def _fields(data: bytes) -> dict[str, Any]:
     fields = value if isinstance(value, dict) else {"prompt": value}
     asked = [name for name in _ASKED if name in fields]
     if asked == ["messages"]:
-        texts = [turn.content for turn in read_messages(fields["messages"], answered=False)]
+        turns = read_messages(fields["messages"], answered=False)
+        texts = [text for turn in turns for text in (turn.system, turn.content)]
     elif asked == ["prompt"] and isinstance(fields["prompt"], str):
         texts = [fields["prompt"]]
     elif asked == ["prompt"] and isinstance(fields["prompt"], list):

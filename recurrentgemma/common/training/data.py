@@ -14,7 +14,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.jsonl import json_value
 from recurrentgemma.common.io.text import as_utf8
 from recurrentgemma.common.messages import encode_messages, read_messages
-from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter
+from recurrentgemma.common.tokenizer import Tokenizer, apply_it_formatter, with_system
 
 _KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 _EXPECTED = 'an object with "text", with "prompt" and "completion", or with "messages"'
@@ -94,7 +94,8 @@ def _example(value: Any, tokenizer: Tokenizer, eos: bool, allowed: bool) -> Exam
     if kinds == ["messages"]:
         messages = read_messages(value["messages"], answered=True)
         turns = list(encode_messages(messages, tokenizer, allow_control_tokens=allowed))
-        return _joined(turns, apply_it_formatter(messages[0].content))
+        _, words, system = messages[0]
+        return _joined(turns, apply_it_formatter(with_system(system, words.strip())))
     *before, last = (_string(value, name) for name in _KINDS[kinds[0]])
     if not last:
         raise UserError(f"{_KINDS[kinds[0]][-1]!r} is empty")

@@ -12,7 +12,7 @@ from jax import Array
 
 from recurrentgemma.common.generation.engine import Sampled
 from recurrentgemma.jax.cache import Cache
-from recurrentgemma.jax.griffin import Griffin
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params
@@ -43,7 +43,7 @@ class DecodeFunctions(NamedTuple):
     put: Callable[..., Any]
 
 
-def functions(model: Griffin) -> DecodeFunctions:
+def functions(model: Model) -> DecodeFunctions:
     """The steps as they are, not compiled."""
     model = model.clone(gradient_checkpointing=False)  # nothing is differentiated
 
@@ -89,13 +89,13 @@ def functions(model: Griffin) -> DecodeFunctions:
     return DecodeFunctions(prefill, feed, score, _choose, burst, _take, _put)
 
 
-def compiled(model: Griffin, platform: str) -> DecodeFunctions:
+def compiled(model: Model, platform: str) -> DecodeFunctions:
     """Shared by all samplers: another of the same model and shapes compiles nothing."""
     return _compiled(cast(Any, model), platform)  # hashable, as pyright does not see
 
 
 @functools.lru_cache
-def _compiled(model: Griffin, platform: str) -> DecodeFunctions:
+def _compiled(model: Model, platform: str) -> DecodeFunctions:
     prefill, feed, score, choose, burst, take, put = functions(model)
     compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
     return DecodeFunctions(

@@ -1,0 +1,70 @@
+"""A token in rows whose place the host knows: the step of attention in fewer operations."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
+from recurrentgemma.torch.cache import Positions, is_known
+from recurrentgemma.torch.softmax import attend_masked
+
+_GIVEN_UP = contextvars.ContextVar("given_up", default=False)
+
+
+@contextlib.contextmanager
+def giving_up() -> Iterator[None]:
+    """Inside, a step may write into the state that it is given: nobody uses it any more."""
+    before = _GIVEN_UP.set(True)
+    try:
+        yield
+    finally:
+        _GIVEN_UP.reset(before)
+
+
+def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> int | None:
+    """The place of the token in its document, where the host knows it and all rows have the same.
+
+    None elsewhere, and where a document begins or the state lacks some of its tokens.
+    """
+    if torch.is_grad_enabled() or not (is_known(segment_pos) and is_known(cache.num_tokens)):
+        return None
+    numbers = {*segment_pos[:, 0].tolist(), *cache.num_tokens.tolist()}
+    place = numbers.pop()
+    fits = mixer.reach is not None or place < cache.keys.shape[1]
+    return place if place > 0 and fits and not numbers else None
+
+
+def step_at(
+    mixer: Attention,
+    q_b1nh: Float[Tensor, "b 1 n h"],
+    k_b1kh: Float[Tensor, "b 1 kv h"],
+    v_b1kh: Float[Tensor, "b 1 kv h"],
+    place: int,
+    cache: AttentionBlockCache,
+) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
+    """The step of rows at one place: without a mask, and in place inside `giving_up`."""
+    slots = cache.keys.shape[1]
+    pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
+    keys, values = (_with_token(ring, new, place) for ring, new in pairs)
+    seen = min(place, slots) + 1
+    encoded = attend_masked(q_b1nh, keys[:, :seen], values[:, :seen], None, mixer)
+    new_cache = AttentionBlockCache(keys[:, :slots], values[:, :slots], cache.num_tokens + 1)
+    return encoded, new_cache
+
+
+def _with_token(
+    ring_bskh: Float[Tensor, "b s kv h"], new_b1kh: Float[Tensor, "b 1 kv h"], place: int
+) -> Float[Tensor, "b _ kv h"]:
+    """The ring with a token and, behind it, what the token replaces and still sees."""
+    slot = place % ring_bskh.shape[1]
+    if slot == place and ring_bskh.dtype == new_b1kh.dtype and _GIVEN_UP.get():
+        ring_bskh[:, slot] = new_b1kh[:, 0]
+        return ring_bskh
+    before, replaced, after = ring_bskh.to(new_b1kh.dtype).tensor_split([slot, slot + 1], 1)
+    return torch.cat([before, new_b1kh, after, replaced], 1)
