@@ -194,13 +194,23 @@ class Engine(abc.ABC):
         room = capacity_of(self.config, cache)
         if room is None or capacity is None or capacity <= room:
             return cache
+        return self.resized(cache, capacity)
+
+    def resized(self, cache: Any, capacity: int | None) -> Any:
+        """The cache with room for exactly so many tokens, which are no fewer than it holds."""
+        room = capacity_of(self.config, cache)
+        if room is None or capacity is None or capacity == room:
+            return cache
         cache = dict(cache)
         for spec in state_spec(self.config):
             if spec.grows:
                 block, field = spec.path.rsplit(".", 1)
-                axis = 1 + spec.axes.index("slots")
-                grown = self.padded(getattr(cache[block], field), axis, capacity - room)
-                cache[block] = cache[block]._replace(**{field: grown})
+                axis, values = 1 + spec.axes.index("slots"), getattr(cache[block], field)
+                if capacity < room:
+                    values = values[(slice(None),) * axis + (slice(capacity),)]
+                else:
+                    values = self.padded(values, axis, capacity - room)
+                cache[block] = cache[block]._replace(**{field: values})
         return cache
 
     @abc.abstractmethod

@@ -92,7 +92,7 @@ class Generation:
                 left,
                 uniform(keys, position + 1, burst),
             )
-            new_tokens, logprobs = _on_host(engine, sampled)
+            new_tokens, logprobs = on_host(engine, sampled)
             fed = np.zeros_like(left)
             for place, tokens in enumerate(new_tokens):
                 active = left > 0
@@ -151,7 +151,8 @@ class Generation:
         )
 
 
-def _on_host(engine: Engine, sampled: Sampled) -> tuple[np.ndarray, LogProbs | None]:
+def on_host(engine: Engine, sampled: Sampled) -> tuple[np.ndarray, LogProbs | None]:
+    """The tokens and their log-probabilities as NumPy arrays."""
     tokens = engine.on_host(sampled.tokens)
     if sampled.logprobs is None:
         return tokens, None

@@ -52,10 +52,12 @@ class Variant(NamedTuple):
     logits: bool = False
 
 
-def row_settings(rows: Sequence[RowRequest], vocab_size: int) -> RowSettings:
-    """The settings of all rows as NumPy arrays."""
+def row_settings(
+    rows: Sequence[RowRequest], vocab_size: int, least_stops: int = _LEAST_STOPS
+) -> RowSettings:
+    """The settings of all rows as NumPy arrays; `stop_ids` has at least `least_stops` columns."""
     drawn = [row.sampling if isinstance(row.sampling, Categorical) else None for row in rows]
-    stop_ids = np.full((len(rows), _bucket(max(len(r.stops.ids) for r in rows), _LEAST_STOPS)), -1)
+    stop_ids = np.full((len(rows), _bucket(max(len(r.stops.ids) for r in rows), least_stops)), -1)
     for row, request in enumerate(rows):
         stop_ids[row, : len(request.stops.ids)] = [*request.stops.ids]
     return RowSettings(
