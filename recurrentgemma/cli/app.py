@@ -20,6 +20,7 @@ from recurrentgemma.cli.merge import merge
 from recurrentgemma.cli.parity import parity
 from recurrentgemma.cli.sample import sample
 from recurrentgemma.cli.score import score
+from recurrentgemma.cli.serve import serve
 from recurrentgemma.cli.train import train
 
 _COMPLETE = "_RECURRENTGEMMA_COMPLETE"
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(sample)
 app.command()(chat)
+app.command()(serve)
 app.command()(score)
 app.command()(inspect)
 app.command()(convert)

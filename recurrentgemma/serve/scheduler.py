@@ -53,6 +53,7 @@ class Scheduler:
       slots: The running batch.
       counts: What was done since the start.
       error: What ended the scheduler; None while it works.
+      ready: Whether the programs are compiled.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Scheduler:
         self._chunks = beside, beside if reproducible else engine.prefill_chunks[0]
         self.counts = Counts()
         self.error: Exception | None = None
+        self.ready = False
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
         self._waiting: list[Job] = []
@@ -99,6 +101,11 @@ class Scheduler:
         self._events: list[tuple[Job, Event]] = []
         self._closing = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine raised an error."""
+        return self.error is not None and not self._closing
 
     @property
     def num_waiting(self) -> int:
@@ -129,20 +136,32 @@ class Scheduler:
             self._changed.notify()
 
     def start(self) -> None:
-        """Serves from a thread of its own."""
+        """Compiles and serves, in a thread of its own."""
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread; jobs that are not done fail."""
+    def close(self, wait_s: float | None = None) -> bool:
+        """Ends the thread; jobs that are not done fail.
+
+        Args:
+          wait_s: Seconds to wait for the thread, which may be compiling; None waits to its end.
+
+        Returns:
+          Whether the thread has ended.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            return True
+        self._thread.join(wait_s)
+        if self._thread.is_alive():
+            self._fail(StoppedError("the server ends"))
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
+            self.prepare()
             while self._wait():
                 self.turn()
         except Exception as error:
@@ -150,6 +169,12 @@ class Scheduler:
             self._fail(error)
             return
         self._fail(StoppedError("the server ends"))
+
+    def prepare(self) -> None:
+        """Compiles all programs, so that no request waits for one."""
+        self.engine.prepare(1, self._capacity)
+        self.slots.prepare()
+        self.ready = True
 
     def _wait(self) -> bool:
         """Waits for work; False where the scheduler is closed."""

@@ -29,14 +29,22 @@ def batch_sizes(num_slots: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*sizes, num_slots]))
 
 
+def _variants(vocab_size: int) -> list[Variant]:
+    """The variants that steps have: from greedy rows to ones that report log-probabilities."""
+    widths = dict.fromkeys(min(width, vocab_size) for width in (0, 64, vocab_size))
+    drawn = [Variant(True, width) for width in widths]
+    everything = Variant(True, vocab_size, True, min(MOST_LOGPROBS, vocab_size))
+    return [Variant(), *drawn, everything]
+
+
 def served_variant(rows: Sequence[Row], vocab_size: int) -> Variant:
     """The least of a few variants that has what the rows need, so that few programs compile."""
     needed = variant_of([row.asked for row in rows], vocab_size, None, False)
-    widths = [width for width in (0, 64, vocab_size) if width >= min(needed.width, vocab_size)]
-    reported = any(row.job.num_logprobs is not None for row in rows)
-    if reported or needed.penalised:
-        return Variant(True, vocab_size, True, min(MOST_LOGPROBS, vocab_size))
-    return needed._replace(width=min(widths[0], vocab_size))
+    *variants, everything = _variants(vocab_size)
+    if needed.penalised or any(row.job.num_logprobs is not None for row in rows):
+        return everything
+    drawn = needed.plain or bool(needed.width)
+    return next(v for v in variants if v.plain == drawn and v.width >= needed.width)
 
 
 class Slots:
@@ -68,6 +76,26 @@ class Slots:
     def free(self) -> int:
         """How many rows may enter."""
         return self.sizes[-1] - len(self.active)
+
+    def prepare(self) -> None:
+        """Runs each program that a row may need once, so that it is compiled."""
+        engine, vocab_size, none = self.engine, self.engine.config.vocab_size, np.array([0])
+        for size in self.sizes:
+            settings = row_settings([_EMPTY] * size, vocab_size, least_stops=MOST_STOPS)
+            settings = engine.on_device(settings)
+            cache = engine.begin(size, self._capacity)
+            cache = engine.put(cache, none, engine.take(cache, none))
+            idle = np.full(size, -1, np.int32)
+            numbers = uniform([None] * size, idle + 1, engine.burst)
+            for variant in _variants(vocab_size):
+                seen = None
+                if variant.penalised:
+                    seen = engine.on_device(np.zeros((size, vocab_size), bool))
+                zeros = np.zeros(size, np.int32)
+                _, cache, _ = engine.decode(
+                    variant, settings, cache, seen, zeros, idle, zeros, numbers
+                )
+            self._caches[size] = cache
 
     def enter(self, row: Row) -> None:
         """Puts a waiting row into a free slot."""

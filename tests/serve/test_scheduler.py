@@ -202,7 +202,8 @@ def test_kept_states_give_what_cold_prompts_give(sampler) -> None:
         job = served.submit(Job(changed, [row], marks=marks), turns=int(rng.integers(0, 3)))
         cold = Served(sampler)
         expected = cold.submit(Job(changed, [row]))
-        served.finish(), cold.finish()
+        served.finish()
+        cold.finish()
         assert served.tokens(job) == cold.tokens(expected)
     assert served.scheduler.counts.cached_tokens > 300
     # The same prompt again reads nothing but its last token; another key's reads all.
