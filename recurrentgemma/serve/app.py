@@ -336,7 +336,10 @@ async def _whole(groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer)
 async def _page(file: str, media_type: str, request: Request) -> Response:
     del request
     content = (importlib.resources.files("recurrentgemma.serve") / "page" / file).read_bytes()
-    policy = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    policy = (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+        "form-action 'none'"
+    )
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
     return Response(content, media_type=media_type, headers=headers)
 

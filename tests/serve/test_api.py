@@ -314,3 +314,14 @@ def test_unknown_fields_and_empty_values_are_ignored(server) -> None:
     assert ask(server, "/v1/completions", body)[0] == 200
     body = GOOD_CHAT | {"tools": [], "response_format": {"type": "text"}, "max_tokens": 1}
     assert ask(server, "/v1/chat/completions", body)[0] == 200
+
+
+def test_the_page_fetches_nothing_from_elsewhere(server) -> None:
+    for path, media_type in (("/", "html"), ("/page.css", "css"), ("/page.js", "javascript")):
+        with urllib.request.urlopen(server.url + path) as reply:
+            text = reply.read().decode()
+            assert media_type in reply.headers["content-type"]
+            assert reply.headers["content-security-policy"].startswith("default-src 'self'")
+        assert "http:" not in text
+        assert "https:" not in text
+        assert "innerHTML" not in text  # what is said is text
