@@ -5,7 +5,24 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import pytest
+from samplers import SUBMODULES, make_sampler
+
+from recurrentgemma.common.extras import is_installed
+
 FREE = {"ignore_eos": True}
+
+
+SAMPLERS: dict[str, Any] = {}
+
+
+def sampler_of(twin: str) -> Any:
+    """The small model of a twin, made once."""
+    if not is_installed(SUBMODULES[twin].partition(".")[0]):
+        pytest.skip(f"{twin} is not installed")
+    if twin not in SAMPLERS:
+        SAMPLERS[twin] = make_sampler(twin)
+    return SAMPLERS[twin]
 
 
 def ask(server, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:

@@ -92,8 +92,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a model to the clients of OpenAI's API, and a chat in the browser.
 
-    Many texts grow at a time. Ctrl-C takes no more requests and ends with the last answer; a second
-    one ends at once.
+    Many texts grow at a time. Ctrl-C ends with the last answer, a second Ctrl-C at once.
     """
     require("starlette", "uvicorn", "msgspec", "prometheus_client")
     from recurrentgemma.common.generation.strategies import Greedy

@@ -15,7 +15,7 @@ from recurrentgemma.serve.jobs import Job
 from recurrentgemma.serve.prompts import Prompt, read_chat, read_prompts
 from recurrentgemma.serve.protocol import MOST_ROWS, ChatBody, CompletionBody, Sampled, within
 from recurrentgemma.serve.refusals import Refusal
-from recurrentgemma.serve.slots import MOST_LOGPROBS, MOST_STOPS
+from recurrentgemma.serve.slots import MOST_BIASES, MOST_LOGPROBS, MOST_STOPS
 
 _STOP_STRINGS = 16
 _COMPLETION_TOKENS = 16  # as in OpenAI's API
@@ -132,7 +132,7 @@ def _asked(
                 param=field,
                 code="context_length_exceeded",
             )
-    sampling, stops = _sampling(body), _stops(body, always, vocab_size)
+    sampling, stops = _sampling(body, vocab_size), _stops(body, always, vocab_size)
     seed = within("seed", body.seed, None, -(2**63), 2**64 - 1, "a 64-bit integer")
     priority = within("priority", body.priority, 0, -(2**31), 2**31 - 1)
     jobs = []
@@ -156,27 +156,46 @@ def _asked(
     )
 
 
-def _sampling(body: Sampled) -> Sampling:
+def _sampling(body: Sampled, vocab_size: int) -> Sampling:
     temperature = within("temperature", body.temperature, 1.0, 0, 100)
-    for name in ("presence_penalty", "frequency_penalty"):
-        if within(name, getattr(body, name), 0, -2, 2):
-            raise Refusal(f"{name} is not supported by this server", param=name)
-    if body.logit_bias:
-        raise Refusal("logit_bias is not supported by this server", param="logit_bias")
+    bias = _logit_bias(body.logit_bias or {}, vocab_size)
+    penalties = {
+        name: within(name, getattr(body, name), 0.0, -2, 2)
+        for name in ("presence_penalty", "frequency_penalty")
+    }
     penalty = 1.0 if body.repetition_penalty is None else body.repetition_penalty
     top_k = within("top_k", body.top_k, None, -1, 2**31 - 1)
     try:
         if temperature == 0:
-            return Greedy(penalty)
+            return Greedy(penalty, logit_bias=bias, **penalties)
         return Categorical(
             temperature,
             None if top_k in (None, -1, 0) else top_k,
             1.0 if body.top_p is None else body.top_p,
             0.0 if body.min_p is None else body.min_p,
             penalty,
+            logit_bias=bias,
+            **penalties,
         )
     except ValueError as error:  # it begins with the name of the field
         raise Refusal(str(error), param=str(error).partition(" ")[0]) from None
+
+
+def _logit_bias(value: dict[str, float], vocab_size: int) -> dict[int, float]:
+    """The bias of each token.
+
+    Raises:
+      Refusal: One is no token, or a bias is out of bounds.
+    """
+    ids = {token: int(token) for token in value if token.isdecimal() and len(token) < 10}
+    good = len(ids) == len(value) and all(token < vocab_size for token in ids.values())
+    if not good or len(value) > MOST_BIASES or not all(-100 <= v <= 100 for v in value.values()):
+        raise Refusal(
+            f"logit_bias must have at most {MOST_BIASES} token ids from 0 to {vocab_size - 1}, "
+            "each with a number from -100 to 100",
+            param="logit_bias",
+        )
+    return {ids[token]: bias for token, bias in value.items()}
 
 
 def _stops(body: Sampled, always: dict[int, str], vocab_size: int) -> Stops:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.tokenizer import Tokenizer
@@ -172,7 +174,11 @@ class Scheduler:
 
     def prepare(self) -> None:
         """Compiles all programs, so that no request waits for one."""
-        self.engine.prepare(1, self._capacity)
+        engine = self.engine
+        engine.prepare(1, self._capacity)
+        for length in engine.score_chunks if engine.pads_chunks else ():
+            zeros, cache = np.zeros((1, length), np.int32), engine.begin(1, self._capacity)
+            engine.score(cache, zeros, zeros - 1, zeros)
         self.slots.prepare()
         self.ready = True
 
@@ -287,7 +293,8 @@ class Scheduler:
                 self.counts.generated_tokens += 1
         for row in self.slots.active:
             if not row.left:
-                self.counts.rows[row.text.finish_reason] += 1
+                ended = "failed" if row.job.cancelled else row.text.finish_reason
+                self.counts.rows[ended] += 1
                 state = self.slots.leave(row, keep=self._is_worth_keeping(row))
                 if state is not None:
                     self._keep(row.job, row.tokens[: row.num_read], state)

@@ -17,7 +17,7 @@ from recurrentgemma.common.generation.strategies import Greedy, uniform
 from recurrentgemma.common.model.state import empty_state
 from recurrentgemma.serve.jobs import Failed, Piece, Row, one_place
 
-MOST_LOGPROBS, MOST_STOPS = 20, 64
+MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 20, 64, 300
 _EMPTY = RowRequest(0, Greedy(), Stops({}, ()))
 
 
@@ -81,8 +81,7 @@ class Slots:
         """Runs each program that a row may need once, so that it is compiled."""
         engine, vocab_size, none = self.engine, self.engine.config.vocab_size, np.array([0])
         for size in self.sizes:
-            settings = row_settings([_EMPTY] * size, vocab_size, least_stops=MOST_STOPS)
-            settings = engine.on_device(settings)
+            settings = self._row_settings([_EMPTY] * size)
             cache = engine.begin(size, self._capacity)
             cache = engine.put(cache, none, engine.take(cache, none))
             idle = np.full(size, -1, np.int32)
@@ -90,7 +89,7 @@ class Slots:
             for variant in _variants(vocab_size):
                 seen = None
                 if variant.penalised:
-                    seen = engine.on_device(np.zeros((size, vocab_size), bool))
+                    seen = engine.on_device(np.zeros((size, vocab_size), np.int32))
                 zeros = np.zeros(size, np.int32)
                 _, cache, _ = engine.decode(
                     variant, settings, cache, seen, zeros, idle, zeros, numbers
@@ -184,14 +183,19 @@ class Slots:
         """What a step needs to know of the rows, on the device."""
         engine, vocab_size = self.engine, self.engine.config.vocab_size
         asked = [_EMPTY if row is None else row.asked for row in self.rows]
-        settings = row_settings(asked, vocab_size, least_stops=MOST_STOPS)
-        self._settings = engine.on_device(settings)
+        self._settings = self._row_settings(asked)
         self._variant = served_variant(self.active, vocab_size)
         self._seen = None
         if self._variant.penalised:
-            seen = np.zeros((len(self.rows), vocab_size), bool)
+            seen = np.zeros((len(self.rows), vocab_size), np.int32)
             for slot, row in enumerate(self.rows):
                 if row is not None:
-                    seen[slot, row.tokens] = True
+                    seen[slot, [*row.job.tokens]] = 1
+                    np.add.at(seen[slot], row.generated, 2)
             self._seen = engine.on_device(seen)
         self._arranged = True
+
+    def _row_settings(self, asked: Sequence[RowRequest]) -> Any:
+        """The settings on the device, always of the same shapes."""
+        settings = row_settings(asked, self.engine.config.vocab_size, MOST_STOPS, MOST_BIASES)
+        return self.engine.on_device(settings)

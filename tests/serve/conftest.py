@@ -4,23 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from samplers import SUBMODULES, make_sampler
+from serving import sampler_of
 
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.serve.app import Service, Settings
 from recurrentgemma.serve.scheduler import Scheduler
 from recurrentgemma.serve.server import Server, listen
 from recurrentgemma.serve.state_cache import StateCache
-
-SAMPLERS: dict[str, Any] = {}
-
-
-def sampler_of(twin: str) -> Any:
-    if not is_installed(SUBMODULES[twin].partition(".")[0]):
-        pytest.skip(f"{twin} is not installed")
-    if twin not in SAMPLERS:
-        SAMPLERS[twin] = make_sampler(twin)
-    return SAMPLERS[twin]
 
 
 @pytest.fixture(scope="session", params=["jax", "torch"])

@@ -35,11 +35,11 @@ def test_completions_equal_the_samplers(each_server) -> None:
         (choice,) = complete(each_server, prompt, max_tokens=9, temperature=0)["choices"]
         assert choice["text"] == answer["choices"][0]["text"]
     # A seed draws what the sampler draws with it, for every sample.
-    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
-    sampling = Categorical(**options, repetition_penalty=1.2)
-    drawn = complete(
-        each_server, "x", max_tokens=9, seed=-5, n=3, repetition_penalty=1.2, **options
-    )
+    options: Any = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    sampling = Categorical(1.5, 20, 0.9, 0.01, **penalties, logit_bias={7: 5.0})
+    options |= penalties | {"logit_bias": {"7": 5}}
+    drawn = complete(each_server, "x", max_tokens=9, seed=-5, n=3, **options)
     texts = alone(sampler, "x", 9, sampling=sampling, rng=[-5], num_samples=3).text
     assert [choice["text"] for choice in drawn["choices"]] == texts
 
@@ -237,6 +237,9 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("completions", {"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
     ("completions", {"prompt": "x", "frequency_penalty": -3}, "frequency_penalty"),
     ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"2048": 1}}, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
     ("completions", {"prompt": "x", "logit_bias": {"1": None}}, "logit_bias[...]"),
     ("completions", {"prompt": "x", "seed": 2**70}, "seed"),
     ("completions", {"prompt": "x", "stop": ["a"] * 17}, "stop"),

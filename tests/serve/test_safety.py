@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,21 +141,18 @@ def test_clients_that_leave_free_their_slots(server) -> None:
 
 
 def test_many_clients_complete_or_are_told_to_wait(start) -> None:
+    """The short form of benchmarks/serve_load.py."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks/serve_load.py"
+    script = runpy.run_path(str(path))
     with start(most_waiting=20) as server:
-
-        def one(number: int) -> tuple[int, Any]:
-            body = {"prompt": str(number), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-            return ask(server, "/v1/completions", body)
-
-        with ThreadPoolExecutor(60) as pool:
-            answers = [*pool.map(one, range(60))]
-        statuses = [status for status, _ in answers]
-        assert set(statuses) <= {200, 429}
-        assert statuses.count(200) >= 20
-        for number, (status, answer) in enumerate(answers):
-            if status == 200:
-                alone = one(number)[1]["choices"][0]["text"]
-                assert answer["choices"][0]["text"] == alone
+        files = "/proc/self/fd"
+        before = len(os.listdir(files)) if os.path.isdir(files) else 0
+        report = script["load"](server.url, clients=40, requests=60, max_tokens=4, leaving=0.3)
+        assert report.complete + report.told_to_wait + report.left == 60
+        assert report.complete >= 10
+        assert report.wrong == []
+        wait_until(lambda: not server.service.scheduler.busy and not server.service.num_open)
+        wait_until(lambda: not before or len(os.listdir(files)) <= before + 5)
 
 
 def test_a_draining_server_ends_with_the_last_answer(start) -> None:

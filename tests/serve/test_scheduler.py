@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from samplers import PROMPTS
+from serving import sampler_of
 
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
@@ -19,7 +20,7 @@ STRATEGIES = [
     Categorical(1.5),
     Categorical(0.8, top_k=5),
     Categorical(1.2, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
-    Greedy(repetition_penalty=1.5),
+    Greedy(repetition_penalty=1.5, frequency_penalty=2.0, logit_bias={9: 1.5}),
 ]
 
 
@@ -29,7 +30,7 @@ class Served:
     def __init__(self, sampler, **options: Any) -> None:
         self.tokenizer = sampler.tokenizer
         self.events: dict[Job, list[Any]] = {}
-        options = {"num_slots": 3} | options
+        options = {"num_slots": 4} | options  # as the servers have: programs are shared
         self.scheduler = Scheduler(sampler.engine, sampler.tokenizer, self._take, **options)
 
     def _take(self, pairs) -> None:
@@ -117,17 +118,17 @@ def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
 
 
 def test_samples_read_the_prompt_once(sampler) -> None:
-    served = Served(sampler, num_slots=2)
+    served = Served(sampler, num_slots=1)
     hot = Categorical(1.5)
-    job = served.submit(make_job(sampler, LONG, 6, hot, 5, samples=5))
+    job = served.submit(make_job(sampler, LONG, 6, hot, 5, samples=4))
     served.finish()
-    assert served.tokens(job) == alone(sampler, LONG, 6, hot, 5, samples=5)
+    assert served.tokens(job) == alone(sampler, LONG, 6, hot, 5, samples=4)
     assert served.scheduler.counts.prompt_tokens == len(job.tokens) - 1
     assert sum(isinstance(event, PromptRead) for event in served.events[job]) == 1
 
 
 def test_a_cancelled_job_frees_its_slot_in_a_turn(sampler) -> None:
-    served = Served(sampler, num_slots=2)
+    served = Served(sampler, num_slots=1)
     one, other, third = (served.submit(make_job(sampler, p, 40)) for p in ("x", LONG, "y"))
     served.turn(4)
     before = len(served.tokens(one)[0])
@@ -159,10 +160,10 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
         served = Served(sampler, reproducible=True)
         if crowded:
             served.submit(make_job(sampler, "y", 9, Categorical(1.2), 3), turns=2)
-        job = served.submit(make_job(sampler, LONG, 12, num_logprobs=1, priority=1), turns=9)
+        job = served.submit(make_job(sampler, LONG, 12, num_logprobs=1, priority=1), turns=6)
         if crowded:
-            for prompt in ("x", LONG, ""):
-                served.submit(make_job(sampler, prompt, 4), turns=1)
+            for prompt in ("x", LONG, "", "z"):
+                served.submit(make_job(sampler, prompt, 12), turns=1)
         served.finish()
         assert (served.scheduler.counts.preemptions > 0) == crowded
         pieces = [event for event in served.events[job] if isinstance(event, Piece)]
@@ -170,6 +171,41 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
 
     assert len(logprobs(False)) == 12
     assert logprobs(True) == logprobs(False)
+
+
+def test_nothing_compiles_once_the_scheduler_is_ready() -> None:
+    """For 50 jobs of any length and strategy, with kept states, scores and samples."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    compiled = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    sampler = sampler_of("jax")
+    served = Served(sampler, states=StateCache(1 << 20))
+    served.scheduler.prepare()
+    rng = np.random.default_rng(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for number in range(50):
+            prompt = LONG[: int(rng.integers(0, len(LONG)))]
+            options: Any = {"num_logprobs": number % 3} if number % 5 == 0 else {}
+            strategy = STRATEGIES[number % len(STRATEGIES)]
+            job = make_job(sampler, prompt, 1 + number % 4, strategy, number, 1 + number % 3)
+            marks = (int(rng.integers(0, len(job.tokens))), len(job.tokens) - 1)
+            scored = number % 10 == 0
+            job = Job(job.tokens, job.rows, marks=marks, scored=scored, **options)
+            served.submit(job, turns=int(rng.integers(0, 3)))
+        served.finish()
+        assert compiled == []
+        jax.jit(lambda x: x + 3)(np.ones(17)).block_until_ready()
+        assert len(compiled) == 1  # what was never compiled is noticed
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_prompt_is_scored(sampler) -> None:
@@ -195,6 +231,7 @@ def test_kept_states_give_what_cold_prompts_give(sampler) -> None:
     tokens = tuple(sampler.tokenizer.encode(LONG * 2))
     row = make_job(sampler, "", 9).rows[0]
     rng = np.random.default_rng(0)
+    job = Job(tokens, [row])
     for _ in range(12):
         length = int(rng.integers(70, len(tokens)))
         changed = tokens[:length] + (5,) * int(rng.integers(1, 4))
@@ -234,8 +271,7 @@ def test_a_reply_is_kept_where_its_text_spells_it(sampler) -> None:
 
 def test_a_full_queue_and_a_broken_engine(sampler, monkeypatch, caplog) -> None:
     served = Served(sampler, num_slots=1, most_waiting=2)
-    for _ in range(3):
-        job = served.submit(make_job(sampler, "x", 3))
+    jobs = [served.submit(make_job(sampler, "x", 3)) for _ in range(3)]
     with pytest.raises(FullError, match="at most 2 prompts may wait, and 3 do"):
         served.submit(make_job(sampler, "x", 3))
 
@@ -247,8 +283,7 @@ def test_a_full_queue_and_a_broken_engine(sampler, monkeypatch, caplog) -> None:
     served.scheduler.start()
     served.scheduler.close()
     assert "the engine has stopped" in caplog.text
-    assert isinstance(served.events[job][-1], Failed)
-    assert all(isinstance(events[-1], Failed) for events in served.events.values())
+    assert all(isinstance(served.events[job][-1], Failed) for job in jobs)
     assert str(served.scheduler.error) == "out of memory"
     with pytest.raises(StoppedError):
         served.submit(make_job(sampler, "x", 3))

@@ -76,7 +76,9 @@ class Generation:
             return
         cache, tokens, position = read(engine, self._origin, int(left.max()))
         settings = engine.on_device(row_settings(rows, engine.config.vocab_size))
-        seen = engine.on_device(self._origin.seen) if variant.penalised else None
+        seen = None
+        if variant.penalised:
+            seen = engine.on_device(self._origin.seen.astype(np.int32))
         keys = [row.key for row in rows]
         burst = 1  # the first token comes as soon as it can
         while left.any():
