@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,6 +14,8 @@ from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import byte_of
 from recurrentgemma.serve.asking import Asked
 from recurrentgemma.serve.jobs import Event, Failed, Job, Piece, PromptRead
+
+PING_S = 15.0
 
 
 class Mailbox:
@@ -37,12 +40,16 @@ class Mailbox:
     async def _all(self) -> AsyncIterator[list[tuple[int, Event]]]:
         """The events with the numbers of their jobs, as they come, until all rows have ended.
 
+        A group is empty where nothing came for `PING_S` seconds.
+
         Raises:
           Exception: What a job failed with.
         """
         numbers = {job: number for number, job in enumerate(self._jobs)}
         while self._open:
-            await self._arrived.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_S):
+                    await self._arrived.wait()
             self._arrived.clear()
             events, self._events = self._events, []
             for job, event in events:
@@ -254,8 +261,11 @@ class CompletionAnswer(Answer):
         """The likeliest tokens by text, with the token itself."""
         if entry.logprob is None:
             return None
-        top = [*entry.top, (entry.token, entry.logprob)]
-        return {self._texts(token)[0]: logprob for token, logprob in reversed(top)}
+        top: dict[str, float] = {}
+        for token, logprob in entry.top:
+            top.setdefault(self._texts(token)[0], logprob)
+        # To the bit: lm-eval asks whether the token's own number is the largest.
+        return top | {self._texts(entry.token)[0]: entry.logprob}
 
 
 class ChatAnswer(Answer):

@@ -254,7 +254,10 @@ class Service:
             except ValueError as error:
                 raise Refusal(str(error), param="prompt") from None
             if body.add_special_tokens is False:
-                tokens = tokens[1:]
+                # The name of a special token alone is that token: so lm-eval finds out its id.
+                special = (self._tokenizer.bos_id, self._tokenizer.eos_id, self._tokenizer.pad_id)
+                named = [token for token in special if self._tokenizer.piece(token) == body.prompt]
+                tokens = named[:1] or tokens[1:]
         answer: dict[str, Any] = {
             "tokens": tokens,
             "count": len(tokens),
@@ -307,7 +310,7 @@ def _put(pairs: list[tuple[Job, Event]]) -> None:
 async def _pieces(
     groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer
 ) -> AsyncIterator[list[Any]]:
-    """The chunks of a stream."""
+    """The chunks of a stream; an empty group says that nothing came for a while."""
     opened: set[int] = set()
     async for group in groups:
         chunks = []
@@ -319,7 +322,7 @@ async def _pieces(
                     if opening is not None:
                         chunks.append(answer.chunk([opening]))
                 chunks += [answer.chunk([delta]) for delta in answer.deltas(part)]
-        if chunks:
+        if chunks or not group:
             yield chunks
     if answer.asked.include_usage:
         yield [answer.chunk([], usage=True)]

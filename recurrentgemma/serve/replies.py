@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from recurrentgemma.serve.refusals import Refusal
 
-PING_S = 15.0
+_PING, _SEND_S = b": ping\n\n", 5.0
 _Result = TypeVar("_Result")
 
 
@@ -48,7 +48,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, one for each object; a comment where none comes for a while."""
+    """Server-sent events, one for each object; a comment for an empty group."""
 
     media_type = "text/event-stream"
 
@@ -68,7 +68,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(self._timeout + 5):  # if the client reads nothing
+            async with asyncio.timeout(self._timeout + _SEND_S):  # if the client reads nothing
                 await unless_gone(receive, self._send(send))
         except TimeoutError:
             pass
@@ -77,34 +77,17 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for content in self._contents():
-            await send({"type": "http.response.body", "body": content, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-    async def _contents(self) -> AsyncIterator[bytes]:
-        deadline = asyncio.get_running_loop().time() + self._timeout
-        coming = None
+        end = b""
         try:
-            while True:
-                coming = coming or asyncio.ensure_future(anext(self._objects, None))
-                left = deadline - asyncio.get_running_loop().time()
-                await asyncio.wait({coming}, timeout=max(0.0, min(PING_S, left)))
-                if coming.done():
-                    objects = coming.result()
-                    coming = None
-                    if objects is None:
-                        return
-                    yield b"".join(map(event, objects))
-                elif left <= PING_S:
-                    raise Refusal(f"the answer took more than {self._timeout:.0f} s", 504)
-                else:
-                    yield b": ping\n\n"
+            async with asyncio.timeout(self._timeout):
+                async for objects in self._objects:
+                    content = b"".join(map(event, objects)) or _PING
+                    await send({"type": "http.response.body", "body": content, "more_body": True})
+        except TimeoutError:
+            end = event(Refusal(f"the answer took more than {self._timeout:.0f} s", 504).body)
         except Refusal as refusal:
-            yield event(refusal.body)
-        finally:
-            if coming is not None:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+            end = event(refusal.body)
+        await send({"type": "http.response.body", "body": end + b"data: [DONE]\n\n"})
 
 
 def event(value: Any) -> bytes:

@@ -141,6 +141,12 @@ def test_echo_and_logprobs_line_up(each_server) -> None:
         # The generated token is the likeliest, as greedy sampling takes it.
         assert max(logprobs["top_logprobs"][-1].values()) == logprobs["token_logprobs"][-1]
         assert choice["text"].startswith(text)
+    # So do tokens of the prompt that greedy sampling would have taken, to the bit.
+    greedy = alone(sampler, ids, 6).tokens[0]
+    body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    (choice,) = complete(each_server, [*ids, *map(int, greedy)], **body)["choices"]
+    columns = choice["logprobs"]["top_logprobs"][-7:], choice["logprobs"]["token_logprobs"][-7:]
+    assert [max(entry.values()) for entry in columns[0]] == columns[1]
     only = complete(each_server, text, max_tokens=0, echo=True, logprobs=0)
     assert only["choices"][0]["text"] == text
     assert only["usage"]["completion_tokens"] == 0
@@ -199,6 +205,9 @@ def test_tokens_and_texts(server) -> None:
     assert "".join(strings[1:]) == "In the beginning"
     short = ask(server, "/tokenize", {"prompt": "x", "add_special_tokens": False})[1]
     assert short["tokens"] == tokenizer.encode("x")[1:]
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        named = {"prompt": tokenizer.piece(token), "add_special_tokens": False}
+        assert ask(server, "/tokenize", named)[1]["tokens"] == [token]
     assert ask(server, "/detokenize", {"tokens": ids}) == (200, {"prompt": "In the beginning"})
     info = ask(server, "/tokenizer_info")[1]
     assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")

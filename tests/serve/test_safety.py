@@ -109,7 +109,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(start) -> None:
 
 
 def test_a_quiet_stream_says_that_it_lives(start, monkeypatch) -> None:
-    monkeypatch.setattr("recurrentgemma.serve.replies.PING_S", 0.02)
+    monkeypatch.setattr("recurrentgemma.serve.answers.PING_S", 0.02)
     with start(num_slots=1) as server, streaming(server, LONG):
         wait_until(lambda: server.service.scheduler.slots.active)
         with streaming(server, LONG) as client:
