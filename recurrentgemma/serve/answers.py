@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.common.vocabulary import byte_of
 from recurrentgemma.serve.asking import Asked
 from recurrentgemma.serve.jobs import Event, Failed, Job, Piece, PromptRead
+from recurrentgemma.serve.tokens import TokenTexts
 
 PING_S = 15.0
 
@@ -65,35 +65,6 @@ class Mailbox:
         """Nobody waits any more: rows that still grow leave their slots."""
         for job in self._jobs:
             job.cancelled = True
-
-
-class TokenTexts:
-    """What each token of a vocabulary says by itself."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, tuple[str, list[int]]] = {}
-        self._anchor = tokenizer.encode("a")[1:]  # a first token may lose the space before it
-
-    def __call__(self, token: int) -> tuple[str, list[int]]:
-        """The text of a token, and its bytes."""
-        if token not in self._known:
-            self._known[token] = self._said(token)
-        return self._known[token]
-
-    def _said(self, token: int) -> tuple[str, list[int]]:
-        tokenizer = self._tokenizer
-        if token >= tokenizer.size:
-            return f"<{token}>", []
-        piece = tokenizer.piece(token)
-        byte = byte_of(piece)
-        if byte is not None:
-            return (chr(byte) if byte < 128 else f"bytes:\\x{byte:02x}"), [byte]
-        if not tokenizer.spoken([token]):
-            return piece, [*piece.encode()]
-        before = tokenizer.decode(self._anchor)
-        text = tokenizer.decode([*self._anchor, token])[len(before) :]
-        return text, [*text.encode()]
 
 
 class TokenLogProb(NamedTuple):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-import importlib.resources
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -19,12 +17,12 @@ from starlette.routing import Route
 
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.serve import asking
-from recurrentgemma.serve.answers import Answer, ChatAnswer, CompletionAnswer, Mailbox, TokenTexts
+from recurrentgemma.serve.answers import Answer, ChatAnswer, CompletionAnswer, Mailbox
 from recurrentgemma.serve.asking import Asked, Limits
 from recurrentgemma.serve.guard import Guard, Rules, read_body
 from recurrentgemma.serve.jobs import Event, Job, Piece
 from recurrentgemma.serve.metrics import Metrics
-from recurrentgemma.serve.prompts import chat_template, read_chat
+from recurrentgemma.serve.pages import PAGE, page_file
 from recurrentgemma.serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -35,10 +33,9 @@ from recurrentgemma.serve.protocol import (
 from recurrentgemma.serve.refusals import Refusal
 from recurrentgemma.serve.replies import EventStream, json_reply, refused, unless_gone
 from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
+from recurrentgemma.serve.tokens import TokenTexts, tokenized, tokenizer_info
 
 _RETRY_S = 1
-_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"),
-         "/page.js": ("page.js", "text/javascript")}  # fmt: skip
 _Body = TypeVar("_Body")
 
 
@@ -106,7 +103,7 @@ class Service:
             Route("/tokenizer_info", self._counted(self._tokenizer_info), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._prometheus, methods=["GET"]),
-            *(Route(path, functools.partial(_page, *file)) for path, file in _PAGE.items()),
+            *(Route(path, page_file) for path in PAGE),
         ]
         return Starlette(
             routes=routes,
@@ -173,12 +170,15 @@ class Service:
     async def _completions(self, request: Request) -> Response | None:
         body = await self._read(request, CompletionBody)
         limits, salt = self._settings.limits, request.state.salt
-        asked = asking.completion(body, self._tokenizer, self._vocab_size, limits, salt)
+        arguments = body, self._tokenizer, self._vocab_size, limits, salt
+        # In a thread: a long text takes its time to become tokens.
+        asked = await asyncio.to_thread(asking.completion, *arguments)
         return await self._answer(request, asked, CompletionAnswer)
 
     async def _chat(self, request: Request) -> Response | None:
         body = await self._read(request, ChatBody)
-        asked = asking.chat(
+        asked = await asyncio.to_thread(
+            asking.chat,
             body,
             self._tokenizer,
             self._vocab_size,
@@ -243,22 +243,8 @@ class Service:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._read(request, TokenizeBody)
-        if body.messages is not None:
-            strict = self._settings.strict_roles
-            tokens = [*read_chat(body.messages, self._tokenizer, strict_roles=strict).tokens]
-        elif body.prompt is None:
-            raise Refusal("a prompt or messages must be given, got none", param="prompt")
-        else:
-            try:
-                tokens = self._tokenizer.encode(body.prompt)
-            except ValueError as error:
-                raise Refusal(str(error), param="prompt") from None
-            if body.add_special_tokens is False:
-                # The name of a special token alone is that token: so lm-eval finds out its id.
-                special = (self._tokenizer.bos_id, self._tokenizer.eos_id, self._tokenizer.pad_id)
-                named = [token for token in special if self._tokenizer.piece(token) == body.prompt]
-                tokens = named[:1] or tokens[1:]
-        answer: dict[str, Any] = {
+        tokens = tokenized(body, self._tokenizer, self._settings.strict_roles)
+        answer = {
             "tokens": tokens,
             "count": len(tokens),
             "max_model_len": self._settings.limits.length,
@@ -276,18 +262,7 @@ class Service:
 
     async def _tokenizer_info(self, request: Request) -> Response:
         del request
-        tokenizer = self._tokenizer
-        info = {
-            "tokenizer_class": type(tokenizer.vocab).__name__,
-            "vocab_size": tokenizer.size,
-            "add_bos_token": False,  # the server adds it where it is not there
-            "bos_token": tokenizer.piece(tokenizer.bos_id),
-            "eos_token": tokenizer.piece(tokenizer.eos_id),
-            "pad_token": tokenizer.piece(tokenizer.pad_id),
-        }
-        if tokenizer.end_of_turn_id is not None:
-            info["chat_template"] = chat_template()
-        return json_reply(info)
+        return json_reply(tokenizer_info(self._tokenizer))
 
     async def _health(self, request: Request) -> Response:
         del request
@@ -334,17 +309,6 @@ async def _whole(groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer)
         for number, event in group:
             parts += answer.parts(number, event)
     return answer.whole(parts)
-
-
-async def _page(file: str, media_type: str, request: Request) -> Response:
-    del request
-    content = (importlib.resources.files("recurrentgemma.serve") / "page" / file).read_bytes()
-    policy = (
-        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-    return Response(content, media_type=media_type, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

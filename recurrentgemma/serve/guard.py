@@ -10,13 +10,15 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from recurrentgemma.serve.pages import PAGE
 from recurrentgemma.serve.refusals import Refusal
 from recurrentgemma.serve.replies import refused
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OPEN = {"/", "/health", "/page.css", "/page.js"}  # these tell nothing and start nothing
+_OPEN = {*PAGE, "/health"}  # these tell nothing and start nothing
 _BODY_S = 30.0
 
 
@@ -108,9 +110,7 @@ def _name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-def _preflight(headers: Headers):
-    from starlette.responses import Response
-
+def _preflight(headers: Headers) -> Response:
     wanted = headers.get("access-control-request-headers", "authorization, content-type")
     return Response(
         status_code=204,

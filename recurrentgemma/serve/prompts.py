@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from recurrentgemma.common.messages import Message, encode_messages
-from recurrentgemma.common.tokenizer import START_OF_TURN, Tokenizer, check_text, with_system
+from recurrentgemma.common.tokenizer import Tokenizer, check_text, with_system
 from recurrentgemma.serve.protocol import ChatMessage, shown
 from recurrentgemma.serve.refusals import Refusal
 
@@ -165,14 +165,3 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first tokens two prompts share."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def chat_template() -> str:
-    """The template in Jinja's language, for clients that render chats themselves."""
-    return (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-        f"{{{{ '{START_OF_TURN}' + role + '\\n' + message['content'] + '<end_of_turn>\\n' }}}}"
-        "{% endfor %}{% if add_generation_prompt %}"
-        f"{{{{ '{START_OF_TURN}model\\n' }}}}{{% endif %}}"
-    )
