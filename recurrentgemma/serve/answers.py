@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.serve.asking import Asked
-from recurrentgemma.serve.jobs import Event, Failed, Job, Piece, PromptRead
+from recurrentgemma.serve.jobs import Event, Failed, Job, NewToken, PromptRead
 from recurrentgemma.serve.tokens import TokenTexts
 
 PING_S = 15.0
@@ -55,7 +55,7 @@ class Mailbox:
             for job, event in events:
                 if isinstance(event, Failed):
                     raise event.error
-                if isinstance(event, Piece):
+                if isinstance(event, NewToken):
                     self._open -= event.finish_reason is not None
                 else:
                     self._open -= not job.rows
@@ -138,7 +138,7 @@ class Answer:
             reason = None if self.asked.jobs[number].rows else "length"
             indices = range(first, first + self.asked.samples)
             return [Part(index, text, logprobs, reason) for index in indices]
-        assert isinstance(event, Piece)
+        assert isinstance(event, NewToken)
         self.generated += 1
         scores = event.logprobs
         logprobs = [] if scores is None else [_token_logprob(event.token, *scores)]

@@ -20,7 +20,7 @@ from recurrentgemma.serve import asking
 from recurrentgemma.serve.answers import Answer, ChatAnswer, CompletionAnswer, Mailbox
 from recurrentgemma.serve.asking import Asked, Limits
 from recurrentgemma.serve.guard import Guard, Rules, read_body
-from recurrentgemma.serve.jobs import Event, Job, Piece
+from recurrentgemma.serve.jobs import Event, Job, NewToken
 from recurrentgemma.serve.metrics import Metrics
 from recurrentgemma.serve.pages import PAGE, page_file
 from recurrentgemma.serve.protocol import (
@@ -231,7 +231,7 @@ class Service:
         started, first = time.monotonic(), True
         try:
             async for group in mailbox:
-                if first and any(isinstance(event, Piece) for _, event in group):
+                if first and any(isinstance(event, NewToken) for _, event in group):
                     self._metrics.first_token.observe(time.monotonic() - started)
                     first = False
                 yield group

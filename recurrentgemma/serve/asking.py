@@ -12,8 +12,8 @@ from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, Sampling, row_keys
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.serve.jobs import Job
-from recurrentgemma.serve.prompts import Prompt, read_chat, read_prompts
-from recurrentgemma.serve.protocol import MOST_ROWS, ChatBody, CompletionBody, Sampled, within
+from recurrentgemma.serve.prompts import PromptTokens, read_chat, read_prompts
+from recurrentgemma.serve.protocol import MOST_ROWS, ChatBody, CompletionBody, SharedBody, within
 from recurrentgemma.serve.refusals import Refusal
 from recurrentgemma.serve.slots import MOST_BIASES, MOST_LOGPROBS, MOST_STOPS
 
@@ -49,7 +49,7 @@ class Asked:
     """
 
     jobs: list[Job]
-    prompts: list[Prompt]
+    prompts: list[PromptTokens]
     samples: int
     echo: bool
     num_logprobs: int | None
@@ -102,8 +102,8 @@ def chat(
 
 
 def _asked(
-    body: Sampled,
-    prompts: list[Prompt],
+    body: SharedBody,
+    prompts: list[PromptTokens],
     steps: int,
     field: str,
     always: dict[int, str],
@@ -156,7 +156,7 @@ def _asked(
     )
 
 
-def _sampling(body: Sampled, vocab_size: int) -> Sampling:
+def _sampling(body: SharedBody, vocab_size: int) -> Sampling:
     temperature = within("temperature", body.temperature, 1.0, 0, 100)
     bias = _logit_bias(body.logit_bias or {}, vocab_size)
     penalties = {
@@ -198,7 +198,7 @@ def _logit_bias(value: dict[str, float], vocab_size: int) -> dict[int, float]:
     return {ids[token]: bias for token, bias in value.items()}
 
 
-def _stops(body: Sampled, always: dict[int, str], vocab_size: int) -> Stops:
+def _stops(body: SharedBody, always: dict[int, str], vocab_size: int) -> Stops:
     strings = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(strings) > _STOP_STRINGS or not all(strings):
         raise Refusal(

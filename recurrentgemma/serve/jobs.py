@@ -17,7 +17,7 @@ from recurrentgemma.common.tokenizer import Tokenizer
 _numbers = itertools.count()
 
 
-class Piece(NamedTuple):
+class NewToken(NamedTuple):
     """One generated token.
 
     Attributes:
@@ -57,7 +57,7 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Event = Piece | PromptRead | Failed
+Event = NewToken | PromptRead | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +99,7 @@ class Job:
         return len(self.tokens) + max((row.steps for row in self.rows), default=0)
 
 
-class Row:
+class SlotRow:
     """A text that grows, in a slot or waiting for one.
 
     Attributes:
@@ -131,7 +131,7 @@ class Row:
         """All its tokens, with the prompt's."""
         return [*self.job.tokens, *self.generated]
 
-    def add(self, token: int, logprobs: LogProbs | None) -> Piece:
+    def add(self, token: int, logprobs: LogProbs | None) -> NewToken:
         """Goes on by a token."""
         self.generated.append(token)
         self.left -= 1
@@ -139,7 +139,7 @@ class Row:
         if self.text.stopped:
             self.left = 0
         reason = None if self.left else self.text.finish_reason
-        return Piece(self.index, token, text, logprobs, reason)
+        return NewToken(self.index, token, text, logprobs, reason)
 
 
 def one_place(logprobs: LogProbs | None, place: tuple[int, int], count: int) -> LogProbs | None:

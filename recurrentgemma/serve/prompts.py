@@ -16,7 +16,7 @@ _ROLES = {"user": "user", "assistant": "model", "model": "model"}
 _KEPT_TURNS = 2  # places before the end of a chat at which its state is kept
 
 
-class Prompt(NamedTuple):
+class PromptTokens(NamedTuple):
     """A prompt as the model reads it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
     own_bos: bool = False
 
 
-def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Prompt]:
+def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int) -> list[PromptTokens]:
     """The prompts of a completion: a text, texts, the ids of one text, or of several.
 
     Raises:
@@ -43,7 +43,7 @@ def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Prom
     return [_read_prompt(prompt, tokenizer, vocab_size) for prompt in prompts]
 
 
-def _read_prompt(value: Any, tokenizer: Tokenizer, vocab_size: int) -> Prompt:
+def _read_prompt(value: Any, tokenizer: Tokenizer, vocab_size: int) -> PromptTokens:
     own_bos = False
     if isinstance(value, str):
         tokens = tokenizer.encode(_text(value, "prompt"))
@@ -60,7 +60,7 @@ def _read_prompt(value: Any, tokenizer: Tokenizer, vocab_size: int) -> Prompt:
             f"got {type(value).__name__} in it",
             param="prompt",
         )
-    return Prompt(tuple(tokens), (len(tokens) - 1,), own_bos)
+    return PromptTokens(tuple(tokens), (len(tokens) - 1,), own_bos)
 
 
 def _is_id(value: Any) -> bool:
@@ -77,7 +77,7 @@ def _text(value: str, name: str) -> str:
 
 def read_chat(
     messages: Sequence[ChatMessage] | None, tokenizer: Tokenizer, *, strict_roles: bool = False
-) -> Prompt:
+) -> PromptTokens:
     """The tokens of a chat in the template, up to the model's words.
 
     What the system and the developer say is put before the user's first words: the template has no
@@ -123,7 +123,7 @@ def read_chat(
     marks = {*list(ends)[-_KEPT_TURNS:], len(tokens) - 1}
     if system:
         marks.add(_same(tokens, _opening(system, tokenizer)))
-    return Prompt(tuple(tokens), tuple(sorted(marks)))
+    return PromptTokens(tuple(tokens), tuple(sorted(marks)))
 
 
 def _words(message: ChatMessage, name: str) -> str:

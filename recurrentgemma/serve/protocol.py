@@ -26,7 +26,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Sampled(msgspec.Struct, kw_only=True):
+class SharedBody(msgspec.Struct, kw_only=True):
     """What completions and chats have in common; None is the default everywhere."""
 
     model: str | None = None
@@ -60,7 +60,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     prompt_logprobs: Any = None
 
 
-class CompletionBody(Sampled, kw_only=True):
+class CompletionBody(SharedBody, kw_only=True):
     """The body of `/v1/completions`."""
 
     prompt: Any = None
@@ -91,7 +91,7 @@ class ChatMessage(msgspec.Struct):
     function_call: Any = None
 
 
-class ChatBody(Sampled, kw_only=True):
+class ChatBody(SharedBody, kw_only=True):
     """The body of `/v1/chat/completions`."""
 
     messages: list[ChatMessage] | None = None

@@ -13,7 +13,7 @@ from recurrentgemma.common.tokenizer import pad_left
 from recurrentgemma.serve.jobs import Job
 
 
-class Reading:
+class PromptReading:
     """The state of one row after the tokens of a job's prompt, all but the last.
 
     Attributes:

@@ -15,8 +15,8 @@ import numpy as np
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.serve.jobs import Event, Failed, Job, PromptRead, Row
-from recurrentgemma.serve.reading import Reading
+from recurrentgemma.serve.jobs import Event, Failed, Job, PromptRead, SlotRow
+from recurrentgemma.serve.reading import PromptReading
 from recurrentgemma.serve.slots import Slots, batch_sizes
 from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
@@ -98,8 +98,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
         self._waiting: list[Job] = []
-        self._reading: list[Reading] = []
-        self._ready: list[Row] = []
+        self._reading: list[PromptReading] = []
+        self._ready: list[SlotRow] = []
         self._events: list[tuple[Job, Event]] = []
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -241,7 +241,7 @@ class Scheduler:
             else:
                 state = self.engine.snapshot(self.engine.grow(state, self._capacity))
             self.counts.cached_tokens += cached
-            self._reading.append(Reading(self.engine, job, cached, state))
+            self._reading.append(PromptReading(self.engine, job, cached, state))
 
     def _read_chunk(self) -> None:
         """Reads a chunk of the prompt that is done first, or has waited for long."""
@@ -250,7 +250,7 @@ class Scheduler:
         unfinished = [reading for reading in self._reading if reading.num_left]
         if unfinished:
 
-            def order(reading: Reading) -> tuple[int, int]:
+            def order(reading: PromptReading) -> tuple[int, int]:
                 return reading.job.priority, reading.num_left // beside - reading.waited
 
             chosen = min(unfinished, key=order)
@@ -266,7 +266,7 @@ class Scheduler:
             job = reading.job
             self._events.append((job, PromptRead(reading.cached, reading.scores)))
             for index in range(len(job.rows)):
-                row = Row(job, index, self._tokenizer, reading.state)
+                row = SlotRow(job, index, self._tokenizer, reading.state)
                 bisect.insort(self._ready, row, key=lambda row: row.job.rank)
 
     def _fill_slots(self) -> None:
@@ -300,7 +300,7 @@ class Scheduler:
                     self._keep(row.job, row.tokens[: row.num_read], state)
         self.slots.shrink()
 
-    def _is_worth_keeping(self, row: Row) -> bool:
+    def _is_worth_keeping(self, row: SlotRow) -> bool:
         """Whether a later prompt may begin with what the row has read: its text spells its tokens.
 
         Jobs without marks keep nothing.

@@ -15,7 +15,7 @@ from recurrentgemma.common.generation.settings import Variant, row_settings, var
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy, uniform
 from recurrentgemma.common.model.state import empty_state
-from recurrentgemma.serve.jobs import Failed, Piece, Row, one_place
+from recurrentgemma.serve.jobs import Failed, NewToken, SlotRow, one_place
 
 MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 20, 64, 300
 _EMPTY = RowRequest(0, Greedy(), Stops({}, ()))
@@ -37,7 +37,7 @@ def _variants(vocab_size: int) -> list[Variant]:
     return [Variant(), *drawn, everything]
 
 
-def served_variant(rows: Sequence[Row], vocab_size: int) -> Variant:
+def served_variant(rows: Sequence[SlotRow], vocab_size: int) -> Variant:
     """The least of a few variants that has what the rows need, so that few programs compile."""
     needed = variant_of([row.asked for row in rows], vocab_size, None, False)
     *variants, everything = _variants(vocab_size)
@@ -60,7 +60,7 @@ class Slots:
 
     def __init__(self, engine: Engine, sizes: Sequence[int], capacity: int | None) -> None:
         self.engine, self.sizes, self._capacity = engine, tuple(sizes), capacity
-        self.rows: list[Row | None] = [None] * self.sizes[0]
+        self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
         self._arranged = False
         self._settings: Any = None
@@ -68,7 +68,7 @@ class Slots:
         self._variant = Variant()
 
     @property
-    def active(self) -> list[Row]:
+    def active(self) -> list[SlotRow]:
         """The rows in slots."""
         return [row for row in self.rows if row is not None]
 
@@ -96,20 +96,20 @@ class Slots:
                 )
             self._caches[size] = cache
 
-    def enter(self, row: Row) -> None:
+    def enter(self, row: SlotRow) -> None:
         """Puts a waiting row into a free slot."""
         self._resize(len(self.active) + 1)
         self._place(self.rows.index(None), row, row.state)
         row.state = None
 
-    def leave(self, row: Row, keep: bool = False) -> Any:
+    def leave(self, row: SlotRow, keep: bool = False) -> Any:
         """Frees the slot of a row; returns the row's state if it is to be kept."""
         slot = self.rows.index(row)
         self._arranged = False
         self.rows[slot] = None
         return self._taken(slot) if keep else None
 
-    def step(self) -> list[tuple[Row, Piece | Failed]]:
+    def step(self) -> list[tuple[SlotRow, NewToken | Failed]]:
         """Grows all rows; those that ended have left. Returns what became of them."""
         if not self._arranged:
             self._arrange()
@@ -131,7 +131,7 @@ class Slots:
             uniform(keys, position + 1, engine.burst),
         )
         new_tokens, logprobs = on_host(engine, sampled)
-        events: list[tuple[Row, Piece | Failed]] = []
+        events: list[tuple[SlotRow, NewToken | Failed]] = []
         for slot, row in enumerate(self.rows):
             if row is None:
                 continue
@@ -151,7 +151,7 @@ class Slots:
                     break
         return events
 
-    def _nonfinite(self, row: Row) -> Exception:
+    def _nonfinite(self, row: SlotRow) -> Exception:
         state = empty_state(self.engine.config, 1).extended([row.tokens])
         return nonfinite_logits(self.engine, state, 0)
 
@@ -168,7 +168,7 @@ class Slots:
             for slot, (row, state) in enumerate(moved):
                 self._place(slot, row, state)
 
-    def _place(self, slot: int, row: Row, state: Any) -> None:
+    def _place(self, slot: int, row: SlotRow, state: Any) -> None:
         size = len(self.rows)
         if size not in self._caches:
             self._caches[size] = self.engine.begin(size, self._capacity)

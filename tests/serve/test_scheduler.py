@@ -10,7 +10,7 @@ from serving import sampler_of
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, row_keys
-from recurrentgemma.serve.jobs import Failed, Job, Piece, PromptRead
+from recurrentgemma.serve.jobs import Failed, Job, NewToken, PromptRead
 from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
 from recurrentgemma.serve.state_cache import StateCache
 
@@ -56,7 +56,7 @@ class Served:
     def tokens(self, job: Job) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in job.rows]
         for event in self.events[job]:
-            if isinstance(event, Piece):
+            if isinstance(event, NewToken):
                 rows[event.row].append(event.token)
         return rows
 
@@ -107,7 +107,7 @@ def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
         job = make_job(sampler, "x", 30)
         jobs.append(served.submit(Job(job.tokens, [job.rows[0]._replace(stops=stops)])))
     served.finish()
-    by_id, by_string, whole = ([e for e in served.events[job] if isinstance(e, Piece)]
+    by_id, by_string, whole = ([e for e in served.events[job] if isinstance(e, NewToken)]
                                for job in jobs)  # fmt: skip
     assert by_id[-1].finish_reason == "stop_id"
     assert len(by_id) == free.index(free[6]) + 1
@@ -166,7 +166,7 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
                 served.submit(make_job(sampler, prompt, 12), turns=1)
         served.finish()
         assert (served.scheduler.counts.preemptions > 0) == crowded
-        pieces = [event for event in served.events[job] if isinstance(event, Piece)]
+        pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
         return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
 
     assert len(logprobs(False)) == 12
@@ -260,7 +260,7 @@ def test_a_reply_is_kept_where_its_text_spells_it(sampler) -> None:
     served.submit(Job(job.tokens, job.rows, marks=(len(job.tokens) - 1,)))
     served.finish()
     (first,) = served.events.values()
-    said = [event.token for event in first if isinstance(event, Piece)]
+    said = [event.token for event in first if isinstance(event, NewToken)]
     text = sampler.tokenizer.decode(said)
     spelled = sampler.tokenizer.encode(text)[1:]
     expected = len(job.tokens) + 19 if spelled == said else len(job.tokens) - 1
