@@ -6,8 +6,9 @@ import numpy as np
 import sentencepiece as spm
 
 from recurrentgemma.common.io.checkpoint import BUNDLED
-from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.config import Config, Layer, ModelConfig
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.common.model.mixers import Attention, Recurrent, Rope
 
 SUBMODULES = {"jax": "jax.numpy", "torch": "torch.nn"}
 PROMPTS = ["In the beginning", "", "x", "It is a truth universally acknowledged, that a man"]
@@ -21,6 +22,18 @@ CONFIG = GriffinConfig(
     embeddings_scale_by_sqrt_dim=True,
     attention_window_size=8,
     logits_soft_cap=30.0,
+)
+
+# Attention without a window: its state grows with the text.
+ATTENTION = Attention(
+    heads=2, kv_heads=1, head_dim=16, reach=None, rope=Rope(10_000.0, 1.0, 1.0), scale=0.25
+)
+LAYERS = (
+    Layer(ATTENTION, mlp=48, mlp_bias=False),
+    Layer(Recurrent(width=32, gate_blocks=2, taps=4), mlp=48, mlp_bias=True),
+)
+UNBOUNDED = ModelConfig(
+    vocab_size=CONFIG.vocab_size, width=32, layers=LAYERS, embedding_scale=5.5, soft_cap=30.0
 )
 
 

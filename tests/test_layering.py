@@ -17,6 +17,7 @@ COMMON = [
     "recurrentgemma.common.tokenizer",
     "recurrentgemma.common.twin",
     "recurrentgemma.cli",
+    "recurrentgemma.serve.server",
     "recurrentgemma_conversion",
 ]
 

@@ -19,6 +19,7 @@ NAME = "recurrentgemma"
 COMMANDS = (
     "sample",
     "chat",
+    "serve",
     "score",
     "inspect",
     "convert",

@@ -16,6 +16,10 @@ EXTRA_OF = {
     "kagglehub": "hub",
     "matplotlib": "train",
     "tensorboardX": "train",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "msgspec": "serve",
+    "prometheus_client": "serve",
 }
 
 

@@ -147,7 +147,7 @@ class JsonVocabulary:
         # Rows that a model must have: Gemma 3 adds a piece for images, with no row in text models.
         own = self._tokenizer.get_vocab(with_added_tokens=False).values()
         self.least_rows = max(*own, *self._ids.values(), -1) + 1
-        self._bytes = {i: int(m[1], 16) for p, i in vocab.items() if (m := _BYTE.fullmatch(p))}
+        self._bytes = {i: byte for p, i in vocab.items() if (byte := byte_of(p)) is not None}
         # Sentencepiece takes these for text where a text spells them.
         self._silent = tuple(
             piece for i in (*self._ids.values(), self.unk_id()) if (piece := self.id_to_piece(i))
@@ -252,6 +252,12 @@ class _TransformersVocabulary:
 
     def id_to_piece(self, token: int) -> str:
         return self._tokenizer.convert_ids_to_tokens(token) or ""
+
+
+def byte_of(piece: str) -> int | None:
+    """The byte that a piece stands for; None for a piece of text."""
+    found = _BYTE.fullmatch(piece)
+    return int(found[1], 16) if found else None
 
 
 def _id(token: int | None) -> int:

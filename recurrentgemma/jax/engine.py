@@ -122,9 +122,8 @@ class ModelEngine(Engine):
         logits: Array,
         numbers: Any,
         seen: Array | None,
-        fed: Any,
     ) -> tuple[Sampled, Array | None]:
-        return self._functions.choose(variant, settings, logits, numbers, seen, fed)
+        return self._functions.choose(variant, settings, logits, numbers, seen)
 
     def decode(
         self,
@@ -143,9 +142,8 @@ class ModelEngine(Engine):
             )
         # One step is two programs: a variant that comes first compiles the choice alone.
         logits, cache = self.feed(cache, tokens, segment_pos)
-        sampled, seen = self.choose(
-            variant._replace(logits=False), settings, logits, numbers[0], seen, tokens
-        )
+        variant_ = variant._replace(logits=False)
+        sampled, seen = self.choose(variant_, settings, logits, numbers[0], seen)
         logprobs = sampled.logprobs and LogProbs(*(np.asarray(z)[None] for z in sampled.logprobs))
         logits = logits[None] if variant.logits else None
         return Sampled(np.asarray(sampled.tokens)[None], logprobs, logits), cache, seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.generation.engine import LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
@@ -18,7 +18,7 @@ def choose(
     settings: RowSettings,
     logits: Float[Array, "b v"],
     numbers: Float[Array, " b"],
-    seen: Bool[Array, "b v"] | None = None,
+    seen: Int[Array, "b v"] | None = None,
 ) -> Sampled:
     """A token a row, and the log-probabilities that the variant asks for.
 
@@ -39,7 +39,7 @@ def draw(
     settings: RowSettings,
     logits: Float[Array, "b v"],
     numbers: Float[Array, " b"],
-    seen: Bool[Array, "b v"] | None = None,
+    seen: Int[Array, "b v"] | None = None,
 ) -> Int[Array, " b"]:
     """A token a row: the likeliest, or the first at which the cumulated weights reach a number.
 
@@ -48,14 +48,18 @@ def draw(
       settings: How each row chooses.
       logits: What to choose by.
       numbers: The number for each row, in (0, 1], a share of all weights.
-      seen: The tokens that the repetition penalty is for.
+      seen: How each row has each token, for the penalties; see `Engine.choose`.
     """
     logits = logits.astype(jnp.float32)
     if seen is not None:
-        penalty = settings.penalty[:, None]
+        penalty, count = settings.penalty[:, None], seen // 2
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where((seen > 0) & (penalty != 1), penalised, logits)
+        taken = settings.presence[:, None] * (count > 0) + settings.frequency[:, None] * count
+        rows = jnp.arange(len(logits))[:, None]
+        logits = (logits - taken).at[rows, settings.biased_ids].add(settings.biases)
         most = float(jnp.finfo(jnp.float32).max)  # infinities have no softmax
-        logits = jnp.where(seen & (penalty != 1), penalised.clip(-most, most), logits)
+        logits = logits.clip(-most, most)
     tokens = logits.argmax(-1)
     draws = settings.temperature > 0
     is_cut = (settings.top_k > 0) | (settings.top_p < 1)

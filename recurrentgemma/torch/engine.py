@@ -109,11 +109,11 @@ class ModelEngine(Engine):
         logits: Tensor,
         numbers: Tensor,
         seen: Tensor | None,
-        fed: Tensor,
     ) -> tuple[Sampled, Tensor | None]:
+        sampled = choose(variant, settings, logits, numbers, seen)
         if seen is not None:
-            seen[torch.arange(len(fed), device=fed.device), fed.long()] = True
-        return choose(variant, settings, logits, numbers, seen), seen
+            seen[torch.arange(len(seen), device=seen.device), sampled.tokens] += 2
+        return sampled, seen
 
     @torch.no_grad()
     def decode(
@@ -131,7 +131,7 @@ class ModelEngine(Engine):
         steps = []
         for number in draws:  # the host runs ahead: nothing here waits for the device
             logits, cache = self.feed(cache, fed, position)
-            sampled, seen = self.choose(variant, settings, logits, number, seen, fed)
+            sampled, seen = self.choose(variant, settings, logits, number, seen)
             ended = (sampled.tokens[:, None] == settings.stop_ids).any(-1)
             left_ = torch.where(ended, 0, left_ - 1).clamp(min=0)
             fed = torch.where(left_ > 0, sampled.tokens, 0).clamp(min=0).to(fed.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from recurrentgemma.common.generation.engine import LogProbs, Sampled
@@ -18,7 +18,7 @@ def choose(
     settings: RowSettings,
     logits: Float[Tensor, "b v"],
     numbers: Float[Tensor, " b"],
-    seen: Bool[Tensor, "b v"] | None = None,
+    seen: Int[Tensor, "b v"] | None = None,
 ) -> Sampled:
     """A token a row, and the log-probabilities that the variant asks for.
 
@@ -39,7 +39,7 @@ def draw(
     settings: RowSettings,
     logits: Float[Tensor, "b v"],
     numbers: Float[Tensor, " b"],
-    seen: Bool[Tensor, "b v"] | None = None,
+    seen: Int[Tensor, "b v"] | None = None,
 ) -> Int[Tensor, " b"]:
     """A token a row: the likeliest, or the first at which the cumulated weights reach a number.
 
@@ -48,14 +48,17 @@ def draw(
       settings: How each row chooses.
       logits: What to choose by.
       numbers: The number for each row, in (0, 1], a share of all weights.
-      seen: The tokens that the repetition penalty is for.
+      seen: How each row has each token, for the penalties; see `Engine.choose`.
     """
     logits = logits.float()
     if seen is not None:
-        penalty = settings.penalty[:, None]
+        penalty, count = settings.penalty[:, None], seen // 2
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where((seen > 0) & (penalty != 1), penalised, logits)
+        taken = settings.presence[:, None] * (count > 0) + settings.frequency[:, None] * count
+        logits = (logits - taken).scatter_add(-1, settings.biased_ids.long(), settings.biases)
         most = torch.finfo(torch.float32).max  # infinities have no softmax
-        logits = torch.where(seen & (penalty != 1), penalised.clamp(-most, most), logits)
+        logits = logits.clamp(-most, most)
     tokens = logits.argmax(-1)
     draws = settings.temperature > 0
     is_cut = (settings.top_k > 0) | (settings.top_p < 1)

@@ -4,24 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samplers import CONFIG, lists, make_sampler
+from samplers import UNBOUNDED, lists, make_sampler
 
 from recurrentgemma.common.generation.prefill import read_pending
 from recurrentgemma.common.generation.strategies import Categorical
-from recurrentgemma.common.model.config import Layer, ModelConfig
-from recurrentgemma.common.model.mixers import Attention, Recurrent, Rope
 from recurrentgemma.common.model.state import State, capacity_of, empty_state
 
-ATTENTION = Attention(
-    heads=2, kv_heads=1, head_dim=16, reach=None, rope=Rope(10_000.0, 1.0, 1.0), scale=0.25
-)
-LAYERS = (
-    Layer(ATTENTION, mlp=48, mlp_bias=False),
-    Layer(Recurrent(width=32, gate_blocks=2, taps=4), mlp=48, mlp_bias=True),
-)
-UNBOUNDED = ModelConfig(
-    vocab_size=CONFIG.vocab_size, width=32, layers=LAYERS, embedding_scale=5.5, soft_cap=30.0
-)
 HOT: dict[str, Any] = {
     "sampling": Categorical(1.5),
     "rng": [3, 4],

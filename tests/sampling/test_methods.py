@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
+from samplers import generate, make_sampler
 
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import RowSettings, row_settings, variant_of
@@ -29,7 +30,7 @@ def settings(twin: str, sampling, num_rows: int):
     """The variant and settings of rows that all choose in one way."""
     rows = [RowRequest(1, sampling, Stops({}, ()))] * num_rows
     arrays = row_settings(rows, SIZE)
-    dtypes = {"top_k": "int32", "stop_ids": "int32"}
+    dtypes = {"top_k": "int32", "stop_ids": "int32", "biased_ids": "int32"}
     fields = {name: array(twin, value, dtypes.get(name, "float32"))
               for name, value in arrays._asdict().items()}  # fmt: skip
     return variant_of(rows, SIZE, None, False), RowSettings(**fields)
@@ -194,7 +195,7 @@ def check_penalty(twin: str, penalty: float, temperature: float, offset: float) 
     logits = np.random.default_rng(0).uniform(-10, 10, size=(3, 64)).astype(np.float32) + offset
     seen = np.zeros((3, 64), bool)
     seen[1, 5:9] = seen[2] = True
-    arrays = array(twin, logits), array(twin, [0.5] * 3), array(twin, seen, "bool")
+    arrays = array(twin, logits), array(twin, [0.5] * 3), array(twin, seen, "int32")
     greedy = draw(twin, Greedy(penalty), *arrays)
     assert greedy[0] == logits[0].argmax()
     drawn = draw(twin, Categorical(temperature, None, 1.0, 0.0, penalty), *arrays)
@@ -209,7 +210,7 @@ def check_penalty(twin: str, penalty: float, temperature: float, offset: float) 
 
 def test_repetition_penalty(twin: str) -> None:
     logits = array(twin, [[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
-    seen = array(twin, [[True, False, False], [True, False, False]], "bool")
+    seen = array(twin, [[1, 0, 0], [1, 0, 0]], "int32")
     numbers = array(twin, [1.0, 1.0])
 
     def penalised(penalty: float) -> list[int]:
@@ -219,6 +220,68 @@ def test_repetition_penalty(twin: str) -> None:
     assert penalised(1.3) == [0, 0]
     assert penalised(1.4) == [1, 0]  # 2 / 1.4 < 1.5
     assert penalised(1.6) == [1, 1]  # -1 * 1.6 < -1.5
+
+
+def test_presence_frequency_and_bias(twin: str) -> None:
+    """Generated tokens count, those of the prompt do not; the numbers are exact in float32."""
+    logits = array(twin, [[4.0, 3.0, 2.0, 1.0]])
+    # Token 0 was generated twice, 1 is the prompt's and was generated once, 2 is the prompt's.
+    seen, numbers = array(twin, [[4, 3, 1, 0]], "int32"), array(twin, [1.0])
+
+    def chosen(**fields) -> int:
+        (greedy,) = draw(twin, Greedy(**fields), logits, numbers, seen).tolist()
+        cold = Categorical(TINY, **fields)
+        assert draw(twin, cold, logits, numbers, seen).tolist() == [greedy]
+        return greedy
+
+    assert chosen() == 0
+    assert chosen(presence_penalty=1.5) == 0  # [2.5, 1.5, 2, 1]
+    assert chosen(presence_penalty=2.5) == 2  # [1.5, 0.5, 2, 1]
+    assert chosen(frequency_penalty=0.75) == 0  # [2.5, 2.25, 2, 1]
+    assert chosen(frequency_penalty=1.25) == 2  # [1.5, 1.75, 2, 1]
+    assert chosen(frequency_penalty=-1.0) == 0
+    assert chosen(logit_bias={3: 3.5}) == 3
+    assert chosen(logit_bias=((0, -100.0), (1, -0.5))) == 1
+    assert chosen(repetition_penalty=2.0, presence_penalty=0.25) == 0  # [1.75, 1.25, 1, 1]
+    assert chosen(repetition_penalty=4.0, presence_penalty=0.25) == 3  # [0.75, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"presence_penalty": float("nan")}, "presence_penalty must be finite"),
+        ({"frequency_penalty": "x"}, "frequency_penalty must be finite"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias must be finite"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias must have token ids"),
+    ],
+)
+def test_penalties_are_checked(fields, message: str) -> None:
+    for strategy in (Greedy, Categorical):
+        with pytest.raises(ValueError, match=message):
+            strategy(**fields)
+
+
+def test_a_sampler_counts_what_it_generates(twin: str) -> None:
+    """With a large frequency penalty no token comes twice, also in bursts; a bias forbids one."""
+    sampler = make_sampler(twin)
+    (free,) = generate(sampler, ["x"], 12, end_sampling_at_eos_token=False)
+    assert len(set(free)) < 12
+    strategy = Greedy(frequency_penalty=1e4)
+    for burst in (1, 4):
+        sampler.engine.burst = burst
+        (once,) = generate(sampler, ["x"], 12, sampling=strategy, end_sampling_at_eos_token=False)
+        assert len(set(once)) == 12
+        assert once[0] == free[0]
+    (other,) = generate(
+        sampler,
+        ["x"],
+        1,
+        sampling=Greedy(logit_bias={free[0]: -1e4}),
+        end_sampling_at_eos_token=False,
+    )
+    assert other != free[:1]
+    with pytest.raises(ValueError, match="logit_bias must have tokens of the vocabulary of 2048"):
+        sampler(["x"], 1, sampling=Greedy(logit_bias={2048: 1.0}))
 
 
 def test_log_probabilities(twin: str) -> None:

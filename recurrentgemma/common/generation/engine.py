@@ -120,18 +120,16 @@ class Engine(abc.ABC):
         logits: Any,
         numbers: Any,
         seen: Any,
-        fed: Any,
     ) -> tuple[Sampled, Any]:
-        """A token a row, and `seen` with the tokens just fed.
+        """A token a row, and `seen` with these tokens.
 
         Args:
           variant: The parts of a choice that the batch needs.
           settings: How each row chooses, on the device.
           logits: What to choose by, [B, V].
           numbers: The rows' draws, in (0, 1], [B].
-          seen: The tokens that occurred in each row before, [B, V]; None where no row has a
-            penalty.
-          fed: The tokens whose logits these are, [B].
+          seen: How each row has each token, [B, V] int32: 1 where the text had it at the start,
+            and 2 for each time that it was generated; None where no row has a penalty.
         """
 
     @abc.abstractmethod
@@ -155,14 +153,14 @@ class Engine(abc.ABC):
           variant: The parts of a choice that the batch needs.
           settings: How each row chooses and where it ends, on the device.
           cache: The model's state.
-          seen: The tokens that occur in each row so far, [B, V]; None where no row has a penalty.
+          seen: How each row has each token; see `choose`.
           tokens: The last token of each row, [B]; 0 in a row that has ended.
           segment_pos: Their positions, [B]; -1 in a row that has ended.
           left: How many more tokens each row may generate, [B]; 0 in a row that has ended.
           numbers: The rows' draws, in (0, 1], [k, B].
 
         Returns:
-          k tokens a row, the cache after all but the last of them, and `seen` with those fed.
+          k tokens a row, the cache after all but the last of them, and `seen` with all.
         """
 
     @abc.abstractmethod
@@ -197,13 +195,23 @@ class Engine(abc.ABC):
         room = capacity_of(self.config, cache)
         if room is None or capacity is None or capacity <= room:
             return cache
+        return self.resized(cache, capacity)
+
+    def resized(self, cache: Any, capacity: int | None) -> Any:
+        """The cache with room for exactly so many tokens, which are no fewer than it holds."""
+        room = capacity_of(self.config, cache)
+        if room is None or capacity is None or capacity == room:
+            return cache
         cache = dict(cache)
         for spec in state_spec(self.config):
             if spec.grows:
                 block, field = spec.path.rsplit(".", 1)
-                axis = 1 + spec.axes.index("slots")
-                grown = self.padded(getattr(cache[block], field), axis, capacity - room)
-                cache[block] = cache[block]._replace(**{field: grown})
+                axis, values = 1 + spec.axes.index("slots"), getattr(cache[block], field)
+                if capacity < room:
+                    values = values[(slice(None),) * axis + (slice(capacity),)]
+                else:
+                    values = self.padded(values, axis, capacity - room)
+                cache[block] = cache[block]._replace(**{field: values})
         return cache
 
     @abc.abstractmethod

@@ -93,7 +93,7 @@ class Generation:
         cache, tokens, position = read(engine, start, int(left.max()))
         self._fed, self._kept_rows = done, {}
         settings = engine.on_device(row_settings(rows, engine.config.vocab_size))
-        seen = engine.on_device(start.seen) if variant.penalised else None
+        seen = engine.on_device(self._occurrences()) if variant.penalised else None
         keys = [row.key for row in rows]
         burst = 1  # the first token comes as soon as it can
         while left.any():
@@ -109,7 +109,7 @@ class Generation:
                 left,
                 uniform(keys, position + 1, burst),
             )
-            new_tokens, logprobs = _on_host(engine, sampled)
+            new_tokens, logprobs = on_host(engine, sampled)
             fed = np.zeros_like(left)
             for place, tokens in enumerate(new_tokens):
                 active = left > 0
@@ -145,6 +145,13 @@ class Generation:
         self.generated[row].append(token)
         return self.texts[row].add(token, last)
 
+    def _occurrences(self) -> np.ndarray:
+        """How each row has each token so far; see `Engine.choose`."""
+        seen = self._origin.seen.astype(np.int32)
+        for row, new in enumerate(self.generated):
+            np.add.at(seen[row], np.array(new, np.int32), 2)
+        return seen
+
     @property
     def state(self) -> State:
         """The state after all that was generated so far."""
@@ -168,7 +175,8 @@ class Generation:
         )
 
 
-def _on_host(engine: Engine, sampled: Sampled) -> tuple[np.ndarray, LogProbs | None]:
+def on_host(engine: Engine, sampled: Sampled) -> tuple[np.ndarray, LogProbs | None]:
+    """The tokens and their log-probabilities as NumPy arrays."""
     tokens = engine.on_host(sampled.tokens)
     if sampled.logprobs is None:
         return tokens, None

@@ -83,6 +83,11 @@ def row_requests(
     ):
         if not isinstance(strategy, Greedy | Categorical):
             raise UserError(f"sampling must be Greedy or Categorical, got {strategy!r}")
+        outside = [token for token, _ in strategy.biases if token >= vocab_size]
+        if outside:
+            raise UserError(
+                f"logit_bias must have tokens of the vocabulary of {vocab_size}, got {outside[0]}"
+            )
         reasons = dict.fromkeys(checked_ids(ids, vocab_size), "stop_id") | {**always}
         stops = Stops(reasons, checked_strings(strings))
         most = checked_integer("total_generation_steps", limit, least=0)

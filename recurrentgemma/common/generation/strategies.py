@@ -8,8 +8,8 @@ the batch, and the same seed draws the same in both frameworks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
@@ -19,12 +19,47 @@ from recurrentgemma.common.scalars import make_plain
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Adjusted:
+    """What is done to the logits before a token is chosen, after the repetition penalty.
+
+    A logit becomes logit - presence_penalty [n > 0] - frequency_penalty n + logit_bias, where n
+    counts the token among those that were generated so far.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_finite(name, getattr(self, name))
+        bias = self.logit_bias
+        pairs = tuple(sorted(bias.items() if isinstance(bias, Mapping) else bias))
+        for token, value in pairs:
+            if not _is_integer(token) or token < 0:
+                raise UserError(f"logit_bias must have token ids, got {token!r}")
+            _check_finite("logit_bias", value)
+        object.__setattr__(self, "logit_bias", pairs)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """The pairs of `logit_bias`, in order of id."""
+        return cast(Any, self.logit_bias)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether this changes a logit."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
 @dataclasses.dataclass(frozen=True)
-class Greedy:
+class Greedy(_Adjusted):
     """The most likely token; among equals the one with the lowest id.
 
     Attributes:
-      repetition_penalty: As in `Categorical`.
+      repetition_penalty: As in `Categorical`, and so are the other fields.
 
     Raises:
       ValueError: A value is out of range.
@@ -33,12 +68,12 @@ class Greedy:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        super().__post_init__()
         _check_normal("repetition_penalty", self.repetition_penalty)
 
 
 @dataclasses.dataclass(frozen=True)
-class Categorical:
+class Categorical(_Adjusted):
     """A draw from softmax(logits / temperature), in float32, after cutting off unlikely tokens.
 
     Attributes:
@@ -51,6 +86,9 @@ class Categorical:
       repetition_penalty: Before all else, the logits of tokens that occur in the text are divided
         by this where they are positive, else multiplied by it; 1 changes nothing (arXiv 1909.05858,
         section 4.1).
+      presence_penalty: Then this is taken from the logits of tokens that were generated so far.
+      frequency_penalty: And this, as often as each was generated.
+      logit_bias: And these numbers are added to the logits of tokens, by id.
 
     Raises:
       ValueError: A value is out of range.
@@ -63,7 +101,7 @@ class Categorical:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        super().__post_init__()
         _check_normal("temperature", self.temperature, "; for the most likely token use Greedy")
         if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
             raise UserError(f"top_k must be a positive integer, got {self.top_k}")
@@ -127,6 +165,11 @@ def _check_normal(name: str, value: Any, advice: str = "") -> None:
             f"{name} must be above 0 and finite, got {value} "
             f"(in float32: from 1.18e-38 to 3.4e+38{advice})"
         )
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if not _is_number(value) or not abs(value) <= _MOST:
+        raise UserError(f"{name} must be finite, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ class DecodeFunctions(NamedTuple):
       feed: (params, cache, tokens [B], segment_pos [B]) to logits [B, V] and the cache.
       score: (params, cache, tokens [B, T], segment_pos [B, T], targets [B, T]) to logits
         [B, T, V], the targets' log-probabilities [B, T] and the cache.
-      choose: (variant, settings, logits, numbers, seen, fed) to what `Engine.choose` returns.
+      choose: (variant, settings, logits, numbers, seen) to what `Engine.choose` returns.
       burst: (variant, params, settings, cache, seen, tokens, segment_pos, left, numbers) to what
         `Engine.decode` returns.
       take: (cache, rows) to copies of these rows.
@@ -73,7 +73,7 @@ def functions(model: Model) -> DecodeFunctions:
         def step(carry, number):
             cache, seen, tokens, segment_pos, left = carry
             logits, cache = feed(params, cache, tokens, segment_pos)
-            sampled, seen = _choose(variant, settings, logits, number, seen, tokens)
+            sampled, seen = _choose(variant, settings, logits, number, seen)
             ended = (sampled.tokens[:, None] == settings.stop_ids).any(-1)
             left = jnp.where(ended, 0, left - 1).clip(min=0)
             tokens = jnp.where(left > 0, sampled.tokens, 0).astype(tokens.dtype)
@@ -110,10 +110,11 @@ def _compiled(model: Model, platform: str) -> DecodeFunctions:
 
 
 @default_promotion
-def _choose(variant, settings, logits, numbers, seen, fed):
+def _choose(variant, settings, logits, numbers, seen):
+    sampled = choose(variant, settings, logits, jnp.asarray(numbers), seen)
     if seen is not None:
-        seen = seen.at[jnp.arange(len(fed)), fed].set(True)
-    return choose(variant, settings, logits, jnp.asarray(numbers), seen), seen
+        seen = seen.at[jnp.arange(len(seen)), sampled.tokens].add(2)
+    return sampled, seen
 
 
 @default_promotion

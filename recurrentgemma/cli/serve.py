@@ -1,0 +1,170 @@
+"""`recurrentgemma serve`: the model behind HTTP, for the clients of OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Annotated
+
+import typer
+
+from recurrentgemma.cli.console import working
+from recurrentgemma.cli.frameworks import (
+    Adapter,
+    Checkpoint,
+    DTypeOption,
+    FrameworkOption,
+    TokenizerFile,
+    choose_framework,
+    find_checkpoint,
+    load_sampler,
+    loading,
+)
+from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.extras import require
+
+KEY_VARIABLE = "RECURRENTGEMMA_API_KEY"
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SAFETY, _SIZES = "Who may ask", "How much at a time"
+
+
+def serve(
+    framework: FrameworkOption = None,
+    checkpoint: Checkpoint = None,
+    adapter: Adapter = None,
+    tokenizer: TokenizerFile = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name for clients. Default: the checkpoint's.",
+                     metavar="NAME", show_default=False),
+    ] = None,
+    dtype: DTypeOption = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.", metavar="HOST",
+                                      rich_help_panel=_SAFETY)] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0 for a free one.", metavar="PORT",
+                          rich_help_panel=_SAFETY)
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Clients must send this key. Default: ${KEY_VARIABLE}.",
+                     metavar="KEY", show_default=False, rich_help_panel=_SAFETY),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let other machines ask without a key.",
+                     rich_help_panel=_SAFETY),
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Let web pages of this origin ask; * for all.",
+                     metavar="URL", show_default=False, rich_help_panel=_SAFETY),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, max=512, help="Texts that grow at a time. Default: 8 on CPU, else 32.",
+                     metavar="N", show_default=False, rich_help_panel=_SIZES),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a prompt and its answer. "
+                     "Default: 32768, or 4096 where the state grows with the text.",
+                     metavar="N", show_default=False, rich_help_panel=_SIZES),
+    ] = None,
+    state_cache: Annotated[
+        str, typer.Option(help="Memory for the states of texts that were read; 0 for none.",
+                          metavar="BYTES", rich_help_panel=_SIZES),
+    ] = "1GB",
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Prompts that may wait for a slot.", metavar="N",
+                          rich_help_panel=_SIZES),
+    ] = 128,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that an answer may take.", metavar="S",
+                            rich_help_panel=_SIZES),
+    ] = 600.0,
+    strict_roles: Annotated[
+        bool, typer.Option("--strict-roles", help="Refuse chats with a system part.")
+    ] = False,
+    reproducible: Annotated[
+        bool,
+        typer.Option("--reproducible", help="Let no bit of an answer depend on what else runs: "
+                     "every step has all slots, and no state is kept."),
+    ] = False,
+) -> None:  # fmt: skip
+    """Serve a model to the clients of OpenAI's API, and a chat in the browser.
+
+    Many texts grow at a time. Ctrl-C ends with the last answer, a second Ctrl-C at once.
+    """
+    require("starlette", "uvicorn", "msgspec", "prometheus_client")
+    from recurrentgemma.common.generation.strategies import Greedy
+    from recurrentgemma.serve.app import Service, Settings
+    from recurrentgemma.serve.asking import Limits
+    from recurrentgemma.serve.guard import LOOPBACK, Rules
+    from recurrentgemma.serve.scheduler import Scheduler
+    from recurrentgemma.serve.server import listen
+    from recurrentgemma.serve.server import serve as serve_at
+    from recurrentgemma.serve.state_cache import StateCache
+
+    keys = tuple(api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
+    if not all(key.strip() == key and key.isascii() and key for key in keys):
+        raise UserError("--api-key must be ASCII without spaces around it")
+    if host not in LOOPBACK and not keys and not insecure:
+        raise UserError(
+            f"other machines can reach {host}: give --api-key KEY, or --insecure to let all ask"
+        )
+    most_bytes = num_bytes(state_cache)
+    framework = choose_framework(framework)
+    listener = listen(host, port)
+    with working(loading(checkpoint, framework)):
+        path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
+        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
+    engine = loaded.sampler.engine
+    grows = engine.capacity_for(1) is not None
+    length = max_length or (4096 if grows else 32_768)
+    number = slots or (8 if loaded.device == "cpu" else 32)
+
+    def make_scheduler(deliver) -> Scheduler:
+        return Scheduler(
+            engine,
+            vocabulary,
+            deliver,
+            num_slots=number,
+            reproducible=reproducible,
+            capacity=engine.capacity_for(length),
+            states=StateCache(most_bytes) if most_bytes else None,
+            most_waiting=max_waiting,
+        )
+
+    hosts = {*LOOPBACK, host} if host in LOOPBACK and not keys else None
+    rules = Rules(keys, tuple(cors_origin or ()), hosts)
+    model = name or path.resolve().name
+    settings = Settings(model, Limits(length), rules, strict_roles, timeout)
+    service = Service(make_scheduler, vocabulary, settings)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listener.getsockname()[1]}"
+
+    def on_ready() -> None:
+        sys.stderr.write(
+            f"{model} at {url} ({framework}, {loaded.dtype} on {loaded.device}, {number} slots); "
+            "Ctrl-C ends\n"
+        )
+        sys.stderr.flush()
+
+    sys.stderr.write(f"compiling {model}\n")
+    code = serve_at(service, listener, on_ready)
+    if code or service.scheduler.failed:
+        raise typer.Exit(code or 1)
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes, from words like 1GB, 500M and 0.
+
+    Raises:
+      ValueError: It is no such word.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    if found is None:
+        raise UserError(f"--state-cache must be a number of bytes such as 1GB or 0, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,322 @@
+"""Which prompt is read next and which row has a slot; one thread owns the device."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.generation.engine import Engine
+from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.serve.jobs import Event, Failed, Job, PromptRead, SlotRow
+from recurrentgemma.serve.reading import PromptReading
+from recurrentgemma.serve.slots import Slots, batch_sizes
+from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
+
+LOG = logging.getLogger("recurrentgemma.serve")
+Deliver = Callable[[list[tuple[Job, Event]]], None]
+
+
+class FullError(UserError):
+    """Too many prompts wait already."""
+
+
+class StoppedError(RuntimeError):
+    """The engine raised an error, or the server ends: nothing is generated any more."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was done since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    rows: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+class Scheduler:
+    """Rows of many jobs in one running batch.
+
+    A turn reads at most one chunk of one prompt, fills the free slots and makes one step. Jobs come
+    from any thread; all else happens in the thread that calls `turn`, which `start` makes.
+
+    Attributes:
+      engine: What runs the model.
+      slots: The running batch.
+      counts: What was done since the start.
+      error: What ended the scheduler; None while it works.
+      ready: Whether the programs are compiled.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        deliver: Deliver,
+        *,
+        num_slots: int = 8,
+        reproducible: bool = False,
+        capacity: int | None = None,
+        states: StateCache | None = None,
+        most_waiting: int = 128,
+    ) -> None:
+        """Prepares to serve.
+
+        Args:
+          engine: What runs the model.
+          tokenizer: Its tokenizer.
+          deliver: Takes what became of jobs, once a turn; it must not wait.
+          num_slots: How many rows grow at a time.
+          reproducible: Whether every step has all slots and every chunk the same length, so that
+            no bit of a row depends on what else runs.
+          capacity: Tokens that a row has room for, in a model whose state grows with the text.
+          states: Where states are kept; None keeps no state.
+          most_waiting: How many jobs may wait.
+        """
+        self.engine, self._tokenizer, self._deliver = engine, tokenizer, deliver
+        sizes = (num_slots,) if reproducible else batch_sizes(num_slots)
+        self.slots = Slots(engine, sizes, capacity)
+        self._num_slots, self._capacity = num_slots, capacity
+        self.states = None if reproducible else states
+        self._most_waiting = most_waiting
+        # The first is for chunks beside a step: on an accelerator a longer one costs no more.
+        beside = engine.prefill_chunks[-1 if engine.burst == 1 else -2]
+        self._chunks = beside, beside if reproducible else engine.prefill_chunks[0]
+        self.counts = Counts()
+        self.error: Exception | None = None
+        self.ready = False
+        self._changed = threading.Condition()
+        self._inbox: list[Job] = []
+        self._waiting: list[Job] = []
+        self._reading: list[PromptReading] = []
+        self._ready: list[SlotRow] = []
+        self._events: list[tuple[Job, Event]] = []
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine raised an error."""
+        return self.error is not None and not self._closing
+
+    @property
+    def num_waiting(self) -> int:
+        """How many jobs wait for a slot."""
+        return len(self._inbox) + len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is not done."""
+        work = self._inbox, self._waiting, self._reading, self._ready, self.slots.active
+        return any(work)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Adds jobs, all or none; `deliver` gets what becomes of them.
+
+        Raises:
+          FullError: Too many wait already.
+          StoppedError: Nothing is generated any more.
+        """
+        with self._changed:
+            if self.error is not None or self._closing:
+                raise StoppedError("the engine has stopped")
+            if self.num_waiting + len(jobs) > self._most_waiting + self.slots.free:
+                raise FullError(
+                    f"at most {self._most_waiting} prompts may wait, and {self.num_waiting} do"
+                )
+            self._inbox += jobs
+            self._changed.notify()
+
+    def start(self) -> None:
+        """Compiles and serves, in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    def close(self, wait_s: float | None = None) -> bool:
+        """Ends the thread; jobs that are not done fail.
+
+        Args:
+          wait_s: Seconds to wait for the thread, which may be compiling; None waits to its end.
+
+        Returns:
+          Whether the thread has ended.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is None:
+            return True
+        self._thread.join(wait_s)
+        if self._thread.is_alive():
+            self._fail(StoppedError("the server ends"))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.prepare()
+            while self._wait():
+                self.turn()
+        except Exception as error:
+            LOG.exception("the engine has stopped")
+            self._fail(error)
+            return
+        self._fail(StoppedError("the server ends"))
+
+    def prepare(self) -> None:
+        """Compiles all programs, so that no request waits for one."""
+        engine = self.engine
+        engine.prepare(1, self._capacity)
+        for length in engine.score_chunks if engine.pads_chunks else ():
+            zeros, cache = np.zeros((1, length), np.int32), engine.begin(1, self._capacity)
+            engine.score(cache, zeros, zeros - 1, zeros)
+        self.slots.prepare()
+        self.ready = True
+
+    def _wait(self) -> bool:
+        """Waits for work; False where the scheduler is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.busy or self._closing)
+            return not self._closing
+
+    def _fail(self, error: Exception) -> None:
+        """Tells all jobs that nothing comes any more."""
+        with self._changed:
+            self.error = error
+            held = [*self._inbox, *self._waiting, *(reading.job for reading in self._reading)]
+            held += [row.job for row in (*self._ready, *self.slots.active)]
+            for work in (self._inbox, self._waiting, self._reading, self._ready):
+                work.clear()
+        self._deliver([*self._events, *((job, Failed(error)) for job in dict.fromkeys(held))])
+
+    def turn(self) -> None:
+        """Reads at most one chunk, fills the slots and makes one step."""
+        self._take_in()
+        self._begin_reading()
+        self._read_chunk()
+        self._fill_slots()
+        if self.slots.active:
+            self._step()
+        events, self._events = self._events, []
+        if events:
+            self._deliver(events)
+
+    def _take_in(self) -> None:
+        """Takes in new jobs and drops those that nobody waits for."""
+        with self._changed:
+            new, self._inbox = self._inbox, []
+            for job in new:
+                bisect.insort(self._waiting, job, key=lambda job: job.rank)
+        self._waiting = [job for job in self._waiting if not job.cancelled]
+        self._reading = [reading for reading in self._reading if not reading.job.cancelled]
+        self._ready = [row for row in self._ready if not row.job.cancelled]
+        for row in self.slots.active:
+            if row.job.cancelled:
+                self.counts.rows["cancelled"] += 1
+                self.slots.leave(row)
+
+    def _begin_reading(self) -> None:
+        """Begins to read the prompts that can have a slot soon, or another job's slot."""
+        while self._waiting:
+            job = self._waiting[0]
+            ahead = [row.job for row in (*self.slots.active, *self._ready)]
+            ahead += [reading.job for reading in self._reading]
+            if sum(other.priority <= job.priority for other in ahead) >= self._num_slots:
+                return
+            self._waiting.pop(0)
+            cached, state = 0, None
+            if self.states is not None and not job.scored:
+                cached, state = self.states.find(job.salt, job.tokens[:-1])
+            if state is None:
+                state = self.engine.begin(1, self._capacity)
+            else:
+                state = self.engine.snapshot(self.engine.grow(state, self._capacity))
+            self.counts.cached_tokens += cached
+            self._reading.append(PromptReading(self.engine, job, cached, state))
+
+    def _read_chunk(self) -> None:
+        """Reads a chunk of the prompt that is done first, or has waited for long."""
+        beside, alone = self._chunks
+        longest = beside if self.slots.active else alone
+        unfinished = [reading for reading in self._reading if reading.num_left]
+        if unfinished:
+
+            def order(reading: PromptReading) -> tuple[int, int]:
+                return reading.job.priority, reading.num_left // beside - reading.waited
+
+            chosen = min(unfinished, key=order)
+            for reading in unfinished:
+                reading.waited += 1
+            chosen.waited, before = 0, chosen.at
+            chosen.read(longest)
+            self.counts.prompt_tokens += chosen.at - before
+            if chosen.at in chosen.job.marks:
+                self._keep(chosen.job, chosen.job.tokens[: chosen.at], chosen.state)
+        for reading in [reading for reading in self._reading if not reading.num_left]:
+            self._reading.remove(reading)
+            job = reading.job
+            self._events.append((job, PromptRead(reading.cached, reading.scores)))
+            for index in range(len(job.rows)):
+                row = SlotRow(job, index, self._tokenizer, reading.state)
+                bisect.insort(self._ready, row, key=lambda row: row.job.rank)
+
+    def _fill_slots(self) -> None:
+        """Gives ready rows the free slots, and the slots of rows with a higher priority number."""
+        while self._ready:
+            row = self._ready[0]
+            if not self.slots.free:
+                last = max(self.slots.active, key=lambda row: row.job.rank)
+                if last.job.priority <= row.job.priority:
+                    return
+                last.state = self.slots.leave(last, keep=True)
+                bisect.insort(self._ready, last, key=lambda row: row.job.rank)
+                self.counts.preemptions += 1
+            self._ready.remove(row)
+            self.slots.enter(row)
+
+    def _step(self) -> None:
+        self.counts.steps += 1
+        for row, event in self.slots.step():
+            self._events.append((row.job, event))
+            if isinstance(event, Failed):
+                row.job.cancelled = True
+            else:
+                self.counts.generated_tokens += 1
+        for row in self.slots.active:
+            if not row.left:
+                ended = "failed" if row.job.cancelled else row.text.finish_reason
+                self.counts.rows[ended] += 1
+                state = self.slots.leave(row, keep=self._is_worth_keeping(row))
+                if state is not None:
+                    self._keep(row.job, row.tokens[: row.num_read], state)
+        self.slots.shrink()
+
+    def _is_worth_keeping(self, row: SlotRow) -> bool:
+        """Whether a later prompt may begin with what the row has read: its text spells its tokens.
+
+        Jobs without marks keep nothing.
+        """
+        if self.states is None or not row.job.marks or not row.exact or row.job.cancelled:
+            return False
+        if row.text.finish_reason == "stop_string":  # the client never sees all of the text
+            return False
+        new = row.tokens[len(row.job.tokens) : row.num_read]
+        text = self._tokenizer.decode(new)
+        return self._tokenizer.encode(text, allow_control_tokens=False)[1:] == new
+
+    def _keep(self, job: Job, tokens: Sequence[int], state: Any) -> None:
+        if self.states is None or len(tokens) < LEAST_TOKENS:
+            return
+        state = self.engine.resized(state, self.engine.capacity_for(len(tokens)))
+        state = self.engine.snapshot(state)
+        nbytes = sum(value.nbytes for block in state.values() for value in block)
+        self.states.keep(job.salt, tokens, state, nbytes)

@@ -1,0 +1,289 @@
+"""Rows of many jobs in one running batch: each gets what the sampler gives it alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from samplers import PROMPTS
+from serving import sampler_of
+
+from recurrentgemma.common.generation.requests import RowRequest
+from recurrentgemma.common.generation.stops import Stops
+from recurrentgemma.common.generation.strategies import Categorical, Greedy, row_keys
+from recurrentgemma.serve.jobs import Failed, Job, NewToken, PromptRead
+from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
+from recurrentgemma.serve.state_cache import StateCache
+
+LONG = "And it came to pass in those days, that there went out a decree. " * 3
+STRATEGIES = [
+    Greedy(),
+    Categorical(1.5),
+    Categorical(0.8, top_k=5),
+    Categorical(1.2, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
+    Greedy(repetition_penalty=1.5, frequency_penalty=2.0, logit_bias={9: 1.5}),
+]
+
+
+class Served:
+    """A scheduler that is turned by hand, and what it has delivered."""
+
+    def __init__(self, sampler, **options: Any) -> None:
+        self.tokenizer = sampler.tokenizer
+        self.events: dict[Job, list[Any]] = {}
+        options = {"num_slots": 4} | options  # as the servers have: programs are shared
+        self.scheduler = Scheduler(sampler.engine, sampler.tokenizer, self._take, **options)
+
+    def _take(self, pairs) -> None:
+        for job, event in pairs:
+            self.events.setdefault(job, []).append(event)
+
+    def submit(self, job: Job, turns: int = 0) -> Job:
+        self.scheduler.submit([job])
+        self.turn(turns)
+        return job
+
+    def turn(self, turns: int) -> None:
+        for _ in range(turns):
+            self.scheduler.turn()
+
+    def finish(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.busy:
+                return
+            self.scheduler.turn()
+        raise AssertionError("the scheduler does not end")
+
+    def tokens(self, job: Job) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in job.rows]
+        for event in self.events[job]:
+            if isinstance(event, NewToken):
+                rows[event.row].append(event.token)
+        return rows
+
+
+def make_job(sampler, prompt, steps=12, strategy=None, seed=0, samples=1, **options) -> Job:
+    strategy = strategy or Greedy()
+    keys = row_keys([seed], 1, samples) if isinstance(strategy, Categorical) else [None] * samples
+    rows = [RowRequest(steps, strategy, Stops({}, ()), key) for key in keys]
+    return Job(tuple(sampler.tokenizer.encode(prompt)), rows, **options)
+
+
+def alone(sampler, prompt, steps=12, strategy=None, seed=0, samples=1) -> list[list[int]]:
+    out = sampler(
+        [prompt],
+        steps,
+        sampling=strategy or Greedy(),
+        rng=[seed],
+        num_samples=samples,
+        end_sampling_at_eos_token=False,
+    )
+    return [np.asarray(row).tolist() for row in out.tokens]
+
+
+def test_jobs_that_come_and_go_get_what_they_get_alone(sampler) -> None:
+    served = Served(sampler)
+    asked = []
+    for seed, strategy in enumerate(STRATEGIES * 2):
+        prompt = [*PROMPTS, LONG][seed % 5]
+        steps = 3 + 5 * (seed % 3)
+        job = make_job(sampler, prompt, steps, strategy, seed)
+        asked.append((served.submit(job, turns=seed % 4), (prompt, steps, strategy, seed)))
+    served.finish()
+    for job, arguments in asked:
+        assert served.tokens(job) == alone(sampler, *arguments)
+        last = served.events[job][-1]
+        assert (last.finish_reason, last.row) == ("length", 0)
+    assert served.scheduler.slots.active == []
+
+
+@pytest.mark.parametrize("burst", [1, 4])
+def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
+    monkeypatch.setattr(sampler.engine, "burst", burst)
+    (free,) = alone(sampler, "x", 30)
+    text = sampler.tokenizer.decode(free)
+    served = Served(sampler)
+    jobs = []
+    for stops in (Stops({free[6]: "stop_id"}, ()), Stops({}, (text[9:12],)), Stops({}, ())):
+        job = make_job(sampler, "x", 30)
+        jobs.append(served.submit(Job(job.tokens, [job.rows[0]._replace(stops=stops)])))
+    served.finish()
+    by_id, by_string, whole = ([e for e in served.events[job] if isinstance(e, NewToken)]
+                               for job in jobs)  # fmt: skip
+    assert by_id[-1].finish_reason == "stop_id"
+    assert len(by_id) == free.index(free[6]) + 1
+    assert by_string[-1].finish_reason == "stop_string"
+    assert "".join(piece.text for piece in by_string) == text[: text.find(text[9:12])]
+    assert [piece.token for piece in whole] == free
+    assert "".join(piece.text for piece in whole) == text
+
+
+def test_samples_read_the_prompt_once(sampler) -> None:
+    served = Served(sampler, num_slots=1)
+    hot = Categorical(1.5)
+    job = served.submit(make_job(sampler, LONG, 6, hot, 5, samples=4))
+    served.finish()
+    assert served.tokens(job) == alone(sampler, LONG, 6, hot, 5, samples=4)
+    assert served.scheduler.counts.prompt_tokens == len(job.tokens) - 1
+    assert sum(isinstance(event, PromptRead) for event in served.events[job]) == 1
+
+
+def test_a_cancelled_job_frees_its_slot_in_a_turn(sampler) -> None:
+    served = Served(sampler, num_slots=1)
+    one, other, third = (served.submit(make_job(sampler, p, 40)) for p in ("x", LONG, "y"))
+    served.turn(4)
+    before = len(served.tokens(one)[0])
+    assert before
+    one.cancelled = other.cancelled = True
+    served.turn(1)
+    assert [row.job for row in served.scheduler.slots.active] == [third]
+    served.finish()
+    assert len(served.tokens(one)[0]) == before
+    assert served.tokens(third) == alone(sampler, "y", 40)
+
+
+def test_the_lower_number_goes_first_and_the_other_comes_back(sampler) -> None:
+    served = Served(sampler, num_slots=1, reproducible=True)
+    hot = Categorical(1.3)
+    late = served.submit(make_job(sampler, "x", 20, hot, 1, priority=1), turns=6)
+    urgent = served.submit(make_job(sampler, "y", 5, priority=-1), turns=1)
+    assert [row.job for row in served.scheduler.slots.active] == [urgent]
+    served.finish()
+    assert served.scheduler.counts.preemptions == 1
+    assert served.tokens(urgent) == alone(sampler, "y", 5)
+    assert served.tokens(late) == alone(sampler, "x", 20, hot, 1)
+
+
+def test_no_bit_depends_on_neighbours(sampler) -> None:
+    """Log-probabilities are equal to the bit: alone, beside others, preempted and put back."""
+
+    def logprobs(crowded: bool) -> list[float]:
+        served = Served(sampler, reproducible=True)
+        if crowded:
+            served.submit(make_job(sampler, "y", 9, Categorical(1.2), 3), turns=2)
+        job = served.submit(make_job(sampler, LONG, 12, num_logprobs=1, priority=1), turns=6)
+        if crowded:
+            for prompt in ("x", LONG, "", "z"):
+                served.submit(make_job(sampler, prompt, 12), turns=1)
+        served.finish()
+        assert (served.scheduler.counts.preemptions > 0) == crowded
+        pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
+        return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
+
+    assert len(logprobs(False)) == 12
+    assert logprobs(True) == logprobs(False)
+
+
+def test_nothing_compiles_once_the_scheduler_is_ready() -> None:
+    """For 50 jobs of any length and strategy, with kept states, scores and samples."""
+    pytest.importorskip("jax.numpy", reason="jax is not installed")
+    import jax
+
+    compiled = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    sampler = sampler_of("jax")
+    served = Served(sampler, states=StateCache(1 << 20))
+    served.scheduler.prepare()
+    rng = np.random.default_rng(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for number in range(50):
+            prompt = LONG[: int(rng.integers(0, len(LONG)))]
+            options: Any = {"num_logprobs": number % 3} if number % 5 == 0 else {}
+            strategy = STRATEGIES[number % len(STRATEGIES)]
+            job = make_job(sampler, prompt, 1 + number % 4, strategy, number, 1 + number % 3)
+            marks = (int(rng.integers(0, len(job.tokens))), len(job.tokens) - 1)
+            scored = number % 10 == 0
+            job = Job(job.tokens, job.rows, marks=marks, scored=scored, **options)
+            served.submit(job, turns=int(rng.integers(0, 3)))
+        served.finish()
+        assert compiled == []
+        jax.jit(lambda x: x + 3)(np.ones(17)).block_until_ready()
+        assert len(compiled) == 1  # what was never compiled is noticed
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_prompt_is_scored(sampler) -> None:
+    served = Served(sampler)
+    job = served.submit(make_job(sampler, LONG, 1, num_logprobs=2, scored=True))
+    only = served.submit(Job(job.tokens, [], num_logprobs=0, scored=True))
+    short = served.submit(Job(job.tokens[:1], [], num_logprobs=0, scored=True))
+    served.finish()
+    (expected,) = sampler.score([LONG])
+    for scored in (job, only):
+        scores = served.events[scored][0].scores
+        np.testing.assert_allclose(scores.chosen, expected.logprobs, atol=1e-5)
+    scores = served.events[job][0].scores
+    assert scores.top.shape == (len(job.tokens) - 1, 2)
+    is_top = scores.top_tokens[:, 0] == job.tokens[1:]
+    np.testing.assert_allclose(scores.top[is_top, 0], scores.chosen[is_top], atol=1e-5)
+    assert served.events[short][0].scores.chosen.shape == (0,)
+    assert served.tokens(job) == alone(sampler, LONG, 1)
+
+
+def test_kept_states_give_what_cold_prompts_give(sampler) -> None:
+    served = Served(sampler, states=StateCache(1 << 24))
+    tokens = tuple(sampler.tokenizer.encode(LONG * 2))
+    row = make_job(sampler, "", 9).rows[0]
+    rng = np.random.default_rng(0)
+    job = Job(tokens, [row])
+    for _ in range(12):
+        length = int(rng.integers(70, len(tokens)))
+        changed = tokens[:length] + (5,) * int(rng.integers(1, 4))
+        marks = (int(rng.integers(64, length)), len(changed) - 1)
+        job = served.submit(Job(changed, [row], marks=marks), turns=int(rng.integers(0, 3)))
+        cold = Served(sampler)
+        expected = cold.submit(Job(changed, [row]))
+        served.finish()
+        cold.finish()
+        assert served.tokens(job) == cold.tokens(expected)
+    assert served.scheduler.counts.cached_tokens > 300
+    # The same prompt again reads nothing but its last token; another key's reads all.
+    before = served.scheduler.counts.prompt_tokens
+    again = served.submit(Job(job.tokens, [row], marks=job.marks))
+    served.finish()
+    assert served.scheduler.counts.prompt_tokens == before
+    assert served.events[again][0].cached == len(job.tokens) - 1
+    other = served.submit(Job(job.tokens, [row], marks=job.marks, salt="another"))
+    served.finish()
+    assert served.events[other][0].cached == 0
+
+
+def test_a_reply_is_kept_where_its_text_spells_it(sampler) -> None:
+    served = Served(sampler, states=StateCache(1 << 24))
+    job = make_job(sampler, LONG, 20)
+    served.submit(Job(job.tokens, job.rows, marks=(len(job.tokens) - 1,)))
+    served.finish()
+    (first,) = served.events.values()
+    said = [event.token for event in first if isinstance(event, NewToken)]
+    text = sampler.tokenizer.decode(said)
+    spelled = sampler.tokenizer.encode(text)[1:]
+    expected = len(job.tokens) + 19 if spelled == said else len(job.tokens) - 1
+    later = served.submit(Job((*job.tokens, *said, 9), job.rows))
+    served.finish()
+    assert served.events[later][0].cached == expected
+
+
+def test_a_full_queue_and_a_broken_engine(sampler, monkeypatch, caplog) -> None:
+    served = Served(sampler, num_slots=1, most_waiting=2)
+    jobs = [served.submit(make_job(sampler, "x", 3)) for _ in range(3)]
+    with pytest.raises(FullError, match="at most 2 prompts may wait, and 3 do"):
+        served.submit(make_job(sampler, "x", 3))
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sampler.engine, "prefill", broken)
+    monkeypatch.setattr(sampler.engine, "feed", broken)
+    served.scheduler.start()
+    served.scheduler.close()
+    assert "the engine has stopped" in caplog.text
+    assert all(isinstance(served.events[job][-1], Failed) for job in jobs)
+    assert str(served.scheduler.error) == "out of memory"
+    with pytest.raises(StoppedError):
+        served.submit(make_job(sampler, "x", 3))
