@@ -9,7 +9,7 @@ import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs
 from recurrentgemma.common.generation.prefill import PAD
-from recurrentgemma.common.tokenizer import pad_left
+from recurrentgemma.common.padding import pad_left
 from recurrentgemma.serve.jobs import Job
 
 

@@ -93,7 +93,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
     """A step; an optimiser that asks for `loss` computes loss and gradients anew with it."""
     asked = inspect.signature(optimizer.step).parameters.get("closure")
     if asked is not None and asked.default is inspect.Parameter.empty:
-        optimizer.step(torch.enable_grad()(loss))  # pyright: ignore[reportCallIssue]
+        optimizer.step(torch.enable_grad()(loss))  # pyright: ignore[reportArgumentType, reportCallIssue]
     else:
         optimizer.step()
 

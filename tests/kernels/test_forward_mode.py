@@ -81,24 +81,26 @@ def along(one: Any, other: Any) -> float:
 @pytest.mark.parametrize("implementation", QUICK)
 def test_scans(implementation: Implementation, function: str) -> None:
     """Tangents fit the analytic gradients; second derivatives fit their finite differences."""
-    backend, options = implementation.backend, {"implementation": implementation.name}
+    backend = implementation.backend
+    options: dict[str, Any] = {"implementation": implementation.name}
     case: Any = (make_rg_lru if function == "rg_lru_scan" else make_scan)(2, 11, 3)
     if function == "rg_lru_scan":
-        gradients_of: Any = rg_lru_scan_grads
         varied = ["x", "input_gate", "a_gate", "a_param", "h0"]
     else:
         case.a[0, 3] = 0
         options["reverse"] = function.startswith("reverse")
         varied = ["x", "a", "h0"]
 
-        def gradients_of(case):
-            return linear_scan_grads(case, options["reverse"])
+    def gradients_of(case: Any) -> tuple[np.ndarray, ...]:
+        if function == "rg_lru_scan":
+            return rg_lru_scan_grads(case)
+        return linear_scan_grads(case, options["reverse"])
 
     rng = np.random.default_rng(1)
     moves = {name: rng.standard_normal(getattr(case, name).shape) for name in varied}
 
     with backend.precision("float64"):
-        make = backend.scan_arguments if len(varied) == 3 else backend.rg_lru_arguments
+        make: Any = backend.scan_arguments if len(varied) == 3 else backend.rg_lru_arguments
         arguments = make(*case.inputs, "float64")
         names = case._fields[: len(arguments)]
         place = next(i for i, name in enumerate(names) if name not in varied)
@@ -153,7 +155,8 @@ def test_a_hessian(backend: Backend) -> None:
     """All second derivatives at once: `vmap` of forward over reverse."""
     case = make_scan(1, 3, 2)
     with backend.precision("float64"):
-        x, a, h0, _ = backend.scan_arguments(*case.inputs, "float64")
+        make: Any = backend.scan_arguments
+        x, a, h0, _ = make(*case.inputs, "float64")
 
         def loss(a):
             return (backend.module.linear_scan(x, a, h0)[0] ** 3).sum()

@@ -253,10 +253,10 @@ def test_the_command_serves_and_drains() -> None:
             ready = next(line for line in lines if " at http://" in line)
             url = ready.split(" at ")[1].split()[0]
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
-            assert [model.id for model in client.models.list()] == ["recurrentgemma-tiny"]
+            assert [model.id for model in client.models.list()] == ["tiny-chat"]
             options: dict[str, Any] = {"extra_body": {"ignore_eos": True}, "temperature": 0}
             stream = client.completions.create(
-                model="recurrentgemma-tiny",
+                model="tiny-chat",
                 prompt="Emma was",
                 max_tokens=40,
                 stream=True,

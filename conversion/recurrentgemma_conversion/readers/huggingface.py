@@ -14,8 +14,7 @@ from recurrentgemma.common.errors import MismatchError
 from recurrentgemma.common.io.arrays import same_bits
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.shards import ShardsWriter
-from recurrentgemma.common.model.griffin import GriffinConfig
-from recurrentgemma.common.model.presets import Preset, member
+from recurrentgemma.common.model.families import config_from_preset
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import config_from_fields, family_of, layout
@@ -61,8 +60,8 @@ class HuggingFaceReader(SafetensorsReader):
     def _stated(self) -> Any:
         if not self._fields:
             table = next(t for n, t in self.tensors.items() if n.endswith(EMBEDDING))
-            preset = member(Preset, self._overrides.preset)
-            return GriffinConfig.from_preset(preset, table.shape[0])
+            assert self._overrides.preset is not None  # as `_open` made sure
+            return config_from_preset(self._overrides.preset, table.shape[0])
         if "model_type" not in self._fields:
             return super()._stated()
         said = {COUNTS_ITSELF: True} if self._overrides.trained_in_transformers else {}
