@@ -71,7 +71,10 @@ def open_batch(source: Path, output: Path, *, force: bool) -> PromptFiles:
 
 def recorded_options(sampling: Sampling, **others: Any) -> dict[str, Any]:
     """What a result depends on, as JSON values by the names of the options."""
-    return others | {"temperature": 0.0} | dataclasses.asdict(sampling)
+    asked = dataclasses.asdict(sampling)
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):  # no flag sets them
+        del asked[name]
+    return others | {"temperature": 0.0} | asked
 
 
 def run_batch(

@@ -60,7 +60,8 @@ def _known_turns(
     positions: tuple[int, ...], rope: Rope, half: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():  # or else it would be asked again
-        return _turns(torch.tensor(positions, device="cpu")[:, None], rope, half, dtype)
+        at = torch.tensor(positions, dtype=torch.int64, device="cpu")
+        return _turns(at[:, None], rope, half, dtype)
 
 
 def attend(

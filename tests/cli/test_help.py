@@ -50,7 +50,7 @@ def test_help_says_defaults_and_choices(cli):
 @pytest.mark.parametrize(
     ("typed", "completions"),
     [
-        ("s", ["sample", "score"]),
+        ("s", ["sample", "serve", "score"]),
         ("sample --temp", ["--temperature"]),
         ("sample --framework ", ["jax", "torch"]),
         ("train --on-nonfinite s", ["stop", "skip"]),

@@ -110,7 +110,7 @@ def test_damaged_index(tmp_path: Path, make, refused) -> None:
     index = source / "model.safetensors.index.json"
     text = index.read_text()
     index.write_text(text[:-20])
-    refused(source, errors.DamagedError, "is no index of safetensors files")
+    refused(source, errors.DamagedError, "is no index of files with tensors")
     for name in ("../model.safetensors", "..", ""):
         index.write_text(text.replace("model-00001-of-00005.safetensors", name))
         refused(source, errors.DamagedError, "must be a name in this folder")

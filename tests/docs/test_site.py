@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 API = re.compile(r"^(?:twins|both|jax|torch): ([\w.]+)(?: \| ([\w.]+))?$", re.MULTILINE)
-# What layers have for the package itself, and what Flax gives a dataclass.
+# What layers and strategies have for the package itself, and what Flax gives a dataclass.
 INTERNAL = {
     *("build", "child", "declare", "extra_repr", "linear", "materialise", "reset_parameters"),
-    *("init_with_output", "replace", "setup"),
+    *("init_with_output", "replace", "setup", "adjusts", "biases"),
 }
 
 

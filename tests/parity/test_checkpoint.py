@@ -232,7 +232,7 @@ def test_bad_folders(twin: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
 
     folder = broken("lacking")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"lacks config\.json$"):
+    with pytest.raises(ValueError, match=r"lacks config\.json: put it there, or give"):
         load_checkpoint(folder)
     folder = broken("truncated")
     weights = folder / "model.safetensors"

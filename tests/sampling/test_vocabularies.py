@@ -77,4 +77,4 @@ def test_a_sampler_shows_its_sizes(twin: str) -> None:
     sampler = make_sampler(twin)
     size = sampler.engine.num_bytes
     engine = f"ModelEngine(layers=3, width=32, {size=})"
-    assert repr(sampler) == f"Sampler({engine}, vocab=2048, Greedy(repetition_penalty=1.0))"
+    assert repr(sampler) == f"Sampler({engine}, vocab=2048, Greedy())"

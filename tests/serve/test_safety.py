@@ -243,7 +243,8 @@ def test_the_command_serves_and_drains() -> None:
     import openai
 
     environment = os.environ | {"RECURRENTGEMMA_API_KEY": "secret"}
-    program = [sys.executable, "-m", "recurrentgemma", "serve", "--port", "0", "--slots", "2"]
+    program = [sys.executable, "-m", "recurrentgemma", "serve", "--checkpoint", "tiny"]
+    program += ["--port", "0", "--slots", "2"]
     with subprocess.Popen(
         program, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:  # fmt: skip
@@ -253,10 +254,10 @@ def test_the_command_serves_and_drains() -> None:
             ready = next(line for line in lines if " at http://" in line)
             url = ready.split(" at ")[1].split()[0]
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
-            assert [model.id for model in client.models.list()] == ["tiny-chat"]
+            assert [model.id for model in client.models.list()] == ["tiny"]
             options: dict[str, Any] = {"extra_body": {"ignore_eos": True}, "temperature": 0}
             stream = client.completions.create(
-                model="tiny-chat",
+                model="tiny",
                 prompt="Emma was",
                 max_tokens=40,
                 stream=True,

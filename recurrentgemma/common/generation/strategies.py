@@ -48,13 +48,19 @@ class _Adjusted:
         """The pairs of `logit_bias`, in order of id."""
         return cast(Any, self.logit_bias)
 
+    def __repr__(self) -> str:
+        """The fields that are not as they are by default."""
+        fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        said = ", ".join(f"{name}={value}" for name, value, default in fields if value != default)
+        return f"{type(self).__name__}({said})"
+
     @property
     def adjusts(self) -> bool:
         """Whether this changes a logit."""
         return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Greedy(_Adjusted):
     """The most likely token; among equals the one with the lowest id.
 
@@ -72,7 +78,7 @@ class Greedy(_Adjusted):
         _check_normal("repetition_penalty", self.repetition_penalty)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Categorical(_Adjusted):
     """A draw from softmax(logits / temperature), in float32, after cutting off unlikely tokens.
 

@@ -246,7 +246,7 @@ def _adjoint(scan: Scan, gates: Gates, reverse: bool) -> Linear:
 
     each = scan, XLAScan(_recurrence(scan))
     run, derivable = (default_promotion(functools.partial(backward, scan)) for scan in each)
-    return Linear(run, derivable, like)
+    return Linear(run, derivable, like, bool(getattr(scan, "interpret", False)))
 
 
 def _with_x(residuals: Any) -> tuple[Inputs, Array, Array]:

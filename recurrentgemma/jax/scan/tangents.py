@@ -24,11 +24,17 @@ class Linear(NamedTuple):
       run: The function, in any operations.
       derivable: The same in operations that JAX differentiates.
       like: A function of the same arguments; arrays of the types of the results.
+      interpreted: Whether `run` is an interpreted kernel, which may have effects.
     """
 
     run: Callable[..., Any]
     derivable: Callable[..., Any]
     like: Callable[..., Any]
+    interpreted: bool = False
+
+    def each(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Linear:
+        """The same with each of its functions changed."""
+        return Linear(*map(change, self[:3]), self.interpreted)
 
 
 def linear(function: Linear, transpose: Linear, residuals: Any, x: Any) -> Any:
@@ -47,12 +53,20 @@ def _flat(function: Linear, tree: Any) -> Linear:
     def of_leaves(part: Callable[..., Any]) -> Callable[..., list[Array]]:
         return lambda *leaves: jax.tree.leaves(part(*jax.tree.unflatten(tree, leaves)))
 
-    return Linear(*map(of_leaves, function))
+    return function.each(of_leaves)
 
 
 def _bind(function: Linear, transpose: Linear, count: int, leaves: Sequence[Any]) -> list[Any]:
     types = tuple(jax.make_jaxpr(function.like)(*leaves).out_avals)
-    return _linear_p.bind(*leaves, function=function, transpose=transpose, count=count, types=types)
+    effects = jax.make_jaxpr(function.run)(*leaves).effects if function.interpreted else ()
+    return _linear_p.bind(
+        *leaves,
+        function=function,
+        transpose=transpose,
+        count=count,
+        types=types,
+        caused=frozenset(effects),
+    )
 
 
 _linear_p = Primitive("linear")
@@ -63,7 +77,7 @@ def _run(*leaves, function: Linear, **_: Any) -> list[Any]:
     return function.run(*leaves)
 
 
-def _jvp(primals, tangents, *, function: Linear, transpose: Linear, count: int, types):
+def _jvp(primals, tangents, *, function: Linear, transpose: Linear, count: int, **_: Any):
     """It is linear in x. Its dependence on the residuals is differentiated if they vary."""
     out = _bind(function, transpose, count, primals)
     if all(isinstance(tangent, ad.Zero) for tangent in tangents[:count]):
@@ -79,14 +93,14 @@ def _tangent(primal: Any, tangent: Any) -> Any:
     return ad.instantiate_zeros(tangent)
 
 
-def _transpose(gradients, *leaves, function: Linear, transpose: Linear, count: int, types):
+def _transpose(gradients, *leaves, function: Linear, transpose: Linear, count: int, **_: Any):
     gradients = map(ad.instantiate_zeros, gradients)
     out = _bind(transpose, function, count, [*leaves[:count], *gradients])
     wanted = map(ad.is_undefined_primal, leaves[count:])
     return [None] * count + [z if w else None for z, w in zip(out, wanted, strict=True)]
 
 
-def _batched(leaves, axes, *, function: Linear, transpose: Linear, count: int, types):
+def _batched(leaves, axes, *, function: Linear, transpose: Linear, count: int, **_: Any):
     """The mapped axis stands first in x, even if only residuals have it."""
     size = next(z.shape[axis] for z, axis in zip(leaves, axes, strict=True) if axis is not None)
 
@@ -104,14 +118,14 @@ def _batched(leaves, axes, *, function: Linear, transpose: Linear, count: int, t
 
             return run
 
-        return Linear(*map(over, function))
+        return function.each(over)
 
     out = _bind(mapped(function), mapped(transpose), count, [*leaves[:count], *x])
     return out, [0] * len(out)
 
 
 _linear_p.def_impl(_run)
-_linear_p.def_abstract_eval(lambda *_, types, **__: types)
+_linear_p.def_effectful_abstract_eval(lambda *_, types, caused, **__: (types, caused))
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batched

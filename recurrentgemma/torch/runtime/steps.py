@@ -35,9 +35,11 @@ def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockC
     if torch.is_grad_enabled() or not (is_known(segment_pos) and is_known(cache.num_tokens)):
         return None
     numbers = {*segment_pos[:, 0].tolist(), *cache.num_tokens.tolist()}
-    place = numbers.pop()
+    if len(numbers) != 1:
+        return None
+    (place,) = numbers
     fits = mixer.reach is not None or place < cache.keys.shape[1]
-    return place if place > 0 and fits and not numbers else None
+    return place if place > 0 and fits else None
 
 
 def step_at(
