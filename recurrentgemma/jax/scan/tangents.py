@@ -34,7 +34,8 @@ class Linear(NamedTuple):
 
     def each(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Linear:
         """The same with each of its functions changed."""
-        return Linear(*map(change, self[:3]), self.interpreted)
+        run, derivable, like = map(change, self[:3])
+        return Linear(run, derivable, like, self.interpreted)
 
 
 def linear(function: Linear, transpose: Linear, residuals: Any, x: Any) -> Any:
