@@ -47,7 +47,7 @@ def prompt(length: int, vocab_size: int) -> list[int]:
 
 
 class Contender:
-    """What is timed: reading a prompt, and tokens one by one behind a text."""
+    """Tasks: read a prompt; add tokens to a text one by one."""
 
     vocab_size: int
 

@@ -20,7 +20,7 @@ def open_adapters(path: str | os.PathLike[str], config: Config) -> Adapters:
       config: The model that they must belong to.
 
     Raises:
-      CheckpointError: There are none, they belong to another model, or they cannot be read.
+      CheckpointError: The path holds no adapters, or another model's, or damaged ones.
     """
     path = expanded(path)
     folder = path.parent if path.name in (PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE) else path

@@ -72,8 +72,8 @@ def open_checkpoint(
         its folder, or a folder of PEFT's.
 
     Raises:
-      CheckpointError: There is none, more than one, or it cannot be served; or the adapters cannot
-        be, or belong to another model.
+      CheckpointError: The path holds no checkpoint, several, or one that cannot be served; or the
+        adapters cannot be read, or belong to another model.
     """
     with open_headers(path, overrides, scratch) as reader:
         reader.require()

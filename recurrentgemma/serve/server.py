@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # What is left of the answers ends with an error that clients can read.
+        # Answers that still run end with an error that clients can read.
         wait_s = 0.0 if self.forced else _CLOSE_S
         self.ended = await asyncio.to_thread(self._service.scheduler.close, wait_s)
         await super().shutdown(sockets)

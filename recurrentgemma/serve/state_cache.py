@@ -66,7 +66,7 @@ class StateCache:
             self._forget(next(iter(self._used)))
 
     def _node(self, key: tuple[Hashable, ...]) -> _Node:
-        """The node of a key, made if there is none; an edge that it leaves midway is cut in two."""
+        """The node of a key; makes it where it is missing, and cuts an edge that ends beyond it."""
         node = self._root
         while key:
             child = node.children.get(key[0])

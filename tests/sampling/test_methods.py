@@ -1,5 +1,6 @@
 """The sampling methods by themselves: which tokens they keep, and how often each is drawn."""
 
+import copy
 import importlib
 
 import numpy as np
@@ -367,3 +368,16 @@ def test_bad_seeds() -> None:
         row_keys([1, 2, 3], 2)
     with pytest.raises(ValueError, match="repetition_penalty must be above 0"):
         Greedy(float("nan"))
+
+
+def test_a_copied_stream_knows_how_often_it_had_each_token(twin: str) -> None:
+    """It goes on as the stream does, though a penalty counts what came before the copy."""
+    sampler = make_sampler(twin)
+    for strategy in (Greedy(frequency_penalty=1e4), Greedy(presence_penalty=0.5)):
+        stream = sampler.stream("In the", 12, sampling=strategy)
+        before = [next(stream)[0] for _ in range(6)]
+        copied = copy.copy(stream)
+        after = [token for token, _ in stream]
+        assert [token for token, _ in copied] == after
+        if strategy.frequency_penalty:
+            assert len({*before, *after}) == len(before) + len(after)

@@ -21,7 +21,7 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Adjusted:
-    """What is done to the logits before a token is chosen, after the repetition penalty.
+    """Changes to the logits after the repetition penalty, before a token is chosen.
 
     A logit becomes logit - presence_penalty [n > 0] - frequency_penalty n + logit_bias, where n
     counts the token among those that were generated so far.

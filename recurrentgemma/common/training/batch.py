@@ -47,7 +47,7 @@ class Batch(NamedTuple):
         Args:
           input_ids: The tokens.
           labels: The tokens to learn, in their own places; `input_ids` if None.
-          attention_mask: 0 at padding, on either side; there is none if None. A label at padding
+          attention_mask: 0 at padding, on either side; None means no padding. A label at padding
             must be `ignore`.
           position_ids: The position of each token in its document, instead of a mask: for rows that
             hold several documents.
