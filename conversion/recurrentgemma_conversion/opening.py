@@ -21,7 +21,7 @@ from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
-from recurrentgemma_conversion.readers.base import Reader, read_fields
+from recurrentgemma_conversion.readers.base import Headers, Reader, read_fields
 from recurrentgemma_conversion.readers.gguf import MAGIC, GGUFReader
 from recurrentgemma_conversion.readers.huggingface import EMBEDDING, HuggingFaceReader
 from recurrentgemma_conversion.readers.kaggle_flax import DATABASE, KaggleFlaxReader
@@ -32,7 +32,7 @@ from recurrentgemma_conversion.readers.kaggle_torch import (
 )
 from recurrentgemma_conversion.readers.native import NativeReader, open_tensors
 
-READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
+READERS: dict[Format, Callable[[Path, Overrides, Headers], Reader]] = {
     Format.KAGGLE_FLAX: KaggleFlaxReader,
     Format.KAGGLE_TORCH: KaggleTorchReader,
     Format.HUGGINGFACE: HuggingFaceReader,
@@ -92,9 +92,10 @@ def open_headers(
     source = checkpoint_path(path)
     if not source.exists():
         raise _nothing_at(path, source)
-    format_, found = detect(source.absolute())
+    headers = Headers()
+    format_, found = detect(source.absolute(), headers)
     if format_ is not None:
-        yield READERS[format_](found, overrides)
+        yield READERS[format_](found, overrides, headers)
         return
     with scratch_folder(scratch or Path(tempfile.gettempdir(), "recurrentgemma")) as folder:
         # In a folder of its own with nothing beside it, under the archive's name.
@@ -102,10 +103,10 @@ def open_headers(
         unpacked.mkdir()
         try:
             unpack(found, unpacked, folder.parent)
-            format_, weights = detect(unpacked)
+            format_, weights = detect(unpacked, headers)
             if format_ is None:
                 raise UnknownFormatError(f"{source} is an archive in an archive")
-            reader = READERS[format_](weights, overrides)
+            reader = READERS[format_](weights, overrides, headers)
             reader.named = lambda path: str(path).replace(str(unpacked), str(found))
             yield reader
         except CheckpointError as error:
@@ -140,16 +141,16 @@ def _nothing_at(path: object, source: Path) -> UnknownFormatError:
     return UnknownFormatError(f"no checkpoint folder at {source}, nor a file{hint}")
 
 
-def detect(path: Path) -> tuple[Format | None, Path]:
+def detect(path: Path, headers: Headers | None = None) -> tuple[Format | None, Path]:
     """The format of a checkpoint and where its weights are; no format for an archive.
 
-    A training run stands for the model that it ended with.
+    A training run stands for the model that it ended with. What is parsed stays in `headers`.
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       OtherModelError: The checkpoint holds a model that is not read.
     """
-    path = _named_by(path)
+    path, headers = _named_by(path), headers or Headers()
     if (path / _RUN).is_file():
         if not (path / _RUN_MODEL).is_dir():
             raise UnknownFormatError(
@@ -165,9 +166,10 @@ def detect(path: Path) -> tuple[Format | None, Path]:
             f"safetensors it lacks {', '.join(missing)}"
         )
     if len(found) > 1:
-        several = ", ".join(f"{where} ({_format(where) or 'an archive'})" for where in found)
+        formats = [_format(where, headers) or "an archive" for where in found]
+        several = ", ".join(f"{where} ({f})" for where, f in zip(found, formats, strict=True))
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
-    return _format(found[0]), found[0]
+    return _format(found[0], headers), found[0]
 
 
 def _named_by(path: Path) -> Path:
@@ -262,7 +264,7 @@ def _is_orbax(path: Path) -> bool:
     return any((path / mark).is_file() for mark in marks) or any(path.glob("*/.zarray"))
 
 
-def _format(path: Path) -> Format | None:
+def _format(path: Path, headers: Headers) -> Format | None:
     """The format of weights; None for an archive.
 
     The config beside safetensors tells whether they are Hugging Face's or ours. Without it neither
@@ -273,14 +275,14 @@ def _format(path: Path) -> Format | None:
     kind = None if path.is_dir() else _kind(path)
     if kind in ("gguf", "archive"):
         return Format.GGUF if kind == "gguf" else None
-    tensors = open_tensors(path).tensors if kind == "pickle" else None
+    tensors = open_tensors(path, headers).tensors if kind == "pickle" else None
     if tensors is not None and not any(name.endswith(EMBEDDING) for name in tensors):
         return Format.KAGGLE_TORCH
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file():
-        fields = read_fields(config)
+        fields = headers.once(read_fields, config)
         return Format.HUGGINGFACE if "model_type" in fields else Format.RECURRENTGEMMA
-    names = list(open_tensors(path).tensors if tensors is None else tensors)
+    names = list(open_tensors(path, headers).tensors if tensors is None else tensors)
     require_no_other(path, names)
     ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
     return Format.RECURRENTGEMMA if ours else Format.HUGGINGFACE

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
+
+from sweeps import sweep
 
 from backends.base import (
     Backend,
@@ -119,6 +123,15 @@ class JaxBackend(Backend):
 
 
 PALLAS_TARGETS = ("tpu", "gpu")
+# Interpreted steps are slow, and an unrolled tile is slow to compile: these make few steps several
+# tiles, blocks and chunks. tests/jax/test_pallas.py interprets the kernels as they are.
+SMALL_TILES = sweep(
+    {
+        "tpu": {"_TILE": 8, "_BLOCK_TIME": 16},
+        "gpu": {"_TILE": 2, "_SHORTEST_CHUNK": 8},
+    },
+    {"tpu": {}, "gpu": {}},
+)
 
 
 @contextlib.contextmanager
@@ -136,8 +149,12 @@ def jax_implementation(label: str = "auto"):
 
     from recurrentgemma.jax.scan import pallas_target
 
+    kernels = importlib.import_module(f"recurrentgemma.jax.scan.pallas_{target}")
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with pallas_target(target, interpret=params if target == "tpu" else True):
+    with (
+        mock.patch.multiple(kernels, **SMALL_TILES[target]),
+        pallas_target(target, interpret=params if target == "tpu" else True),
+    ):
         yield name
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CONFIGS, make_params
+from cases import make_config, make_params
 from trainers import Trainer, make_batch
 
 from recurrentgemma.common.generation.requests import checked_integer
@@ -14,7 +14,7 @@ from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.common.training.optimization import OptimizerOptions
 
-CONFIG = CONFIGS["attention_last"]
+CONFIG = make_config("R")
 FORMS = ["numpy", "int64", "lists", "own", "own bfloat16", "truth", "other"]
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
-from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer, read_config
+from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.config import Config, config_from_dict
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
@@ -30,7 +30,22 @@ from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
+T = TypeVar("T")
+
 GIVE_CONFIG = ": put it there, or give load_checkpoint a config"
+
+
+class Headers:
+    """What was parsed of a checkpoint's files: of each the config or the headers, once."""
+
+    def __init__(self) -> None:
+        self._parsed: dict[tuple[Callable[[Path], Any], Path], Any] = {}
+
+    def once(self, parse: Callable[[Path], T], path: Path) -> T:
+        """What `parse` makes of a file; the same object every time."""
+        if (parse, path) not in self._parsed:
+            self._parsed[parse, path] = parse(path)
+        return self._parsed[parse, path]
 
 
 class Reader(abc.ABC):
@@ -59,8 +74,10 @@ class Reader(abc.ABC):
     named: Callable[[Path], str] = staticmethod(str)
     adapters: Adapters | None = None
 
-    def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
-        self.path, self._overrides = path, overrides
+    def __init__(
+        self, path: Path, overrides: Overrides = NO_OVERRIDES, headers: Headers | None = None
+    ) -> None:
+        self.path, self._overrides, self._headers = path, overrides, headers or Headers()
         self._open()
         require_no_other(path, self.tensors)
         self.left_out, buffers = other_parts(self.tensors)
@@ -83,10 +100,20 @@ class Reader(abc.ABC):
     def _stated(self) -> Any:
         """The config that the checkpoint states, or None: here ours, beside the weights."""
         for path in (folder / CONFIG for folder in around(self.path)):
-            fields = read_fields(path) if path.is_file() else {"model_type": None}
-            if "model_type" not in fields:  # or else Hugging Face's
-                return read_config(path)
+            if path.is_file() and "model_type" not in self._fields_at(path):  # Hugging Face's
+                return self._config_at(path)
         return None
+
+    def _fields_at(self, path: Path) -> dict[str, Any]:
+        return self._headers.once(read_fields, path)
+
+    def _config_at(self, path: Path) -> Config:
+        """The config in a file of ours."""
+        fields = self._fields_at(path)
+        try:
+            return config_from_dict(fields)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     @abc.abstractmethod
     def fetch(self, name: str) -> np.ndarray:

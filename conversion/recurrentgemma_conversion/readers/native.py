@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError
-from recurrentgemma.common.io.checkpoint import CONFIG, metadata, read_config
+from recurrentgemma.common.io.checkpoint import CONFIG, metadata
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
 from recurrentgemma.common.model.config import Config
@@ -21,6 +21,7 @@ from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.readers.base import (
     GIVE_CONFIG,
     Contents,
+    Headers,
     Reader,
     Write,
     require_size,
@@ -29,19 +30,19 @@ from recurrentgemma_conversion.readers.base import (
 from recurrentgemma_conversion.readers.kaggle_torch import StateDict, is_pickle
 
 
-def open_tensors(path: Path) -> Shards | StateDict:
+def open_tensors(path: Path, headers: Headers) -> Shards | StateDict:
     """The tensors of a folder, or of a file in it: safetensors, or else state dicts."""
     found = path.glob("*.safetensors") if path.is_dir() else []
     if any(found) or (path.is_file() and not is_pickle(path)):
-        return Shards(path)
-    return StateDict(path)
+        return headers.once(Shards, path)
+    return headers.once(StateDict, path)
 
 
 class SafetensorsReader(Reader):
     """A folder of `config.json` and weights, or one of these; tensors are views where possible."""
 
     def _open(self) -> None:
-        self.shards = open_tensors(self.path)
+        self.shards = open_tensors(self.path, self._headers)
         self.tensors = {n: Tensor(t.shape, t.dtype) for n, t in self.shards.tensors.items()}
         self.homes = [self.path if self.path.is_dir() else self.path.parent]
 
@@ -65,7 +66,7 @@ class NativeReader(SafetensorsReader):
         super()._open()
 
     def _stated(self) -> Config:
-        return read_config(self.homes[0] / CONFIG)
+        return self._config_at(self.homes[0] / CONFIG)
 
 
 @contextlib.contextmanager
