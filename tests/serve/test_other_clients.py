@@ -16,7 +16,7 @@ import pytest
 from serving import chat, complete
 
 PYTHON = os.environ.get("CLIENTS_PYTHON", sys.executable)
-TEXTS = ("It is a truth universally acknowledged", "And it came to pass in those days. " * 12)
+TEXTS = ("It is a truth universally acknowledged", "It is a truth in those days. " * 12)
 
 
 def run_client(code: str, *arguments: str, needs: str, **environment: str) -> Any:
@@ -87,7 +87,7 @@ ask = lambda kind, *arguments: Instance(request_type=kind, doc={}, arguments=arg
 options = dict(model="tiny", tokenizer_backend="remote", num_concurrent=2)
 lm = LocalCompletionsAPI(base_url=url + "/v1/completions", **options)
 scores = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text) for text in texts])
-pairs = lm.loglikelihood([ask("loglikelihood", text[:10], text[10:]) for text in texts])
+pairs = lm.loglikelihood([ask("loglikelihood", text[:7], text[7:]) for text in texts])
 until = {"until": ["\\n\\n"], "max_gen_toks": 7}
 said = lm.generate_until([ask("generate_until", text, dict(until)) for text in texts])
 options |= dict(tokenizer_backend=None, num_concurrent=1)
@@ -104,8 +104,8 @@ def test_lm_eval(server) -> None:
     for text, score, (logprob, _), new in zip(TEXTS, scores, pairs, said, strict=True):
         (expected,) = sampler.score([text])
         np.testing.assert_allclose(score, expected.logprobs.sum(), rtol=1e-5)
-        # The continuation's share: its tokens are those behind the context's.
-        context = len(sampler.tokenizer.encode(text[:10])) - 1
+        # The continuation begins with a word, so that both parts have the tokens of the whole.
+        context = len(sampler.tokenizer.encode(text[:7])) - 1
         np.testing.assert_allclose(logprob, expected.logprobs[context:].sum(), rtol=1e-5)
         body: Any = {"max_tokens": 7, "temperature": 0, "stop": ["\n\n"], "ignore_eos": False}
         assert new == complete(server, text, **body)["choices"][0]["text"]
