@@ -35,7 +35,10 @@ from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
     END,
+    FrequencyPenalty,
+    LogitBias,
     MinP,
+    PresencePenalty,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -73,6 +76,9 @@ def sample(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = None,
     stop: Stop = None,
     stop_id: StopId = None,
@@ -192,7 +198,10 @@ def sample(
     with working(loading(checkpoint, framework)):
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
-        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampling, seed = strategy(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed,
+            presence_penalty, frequency_penalty, logit_bias,
+        )  # fmt: skip
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat)
     if num_samples > 1 and isinstance(sampling, Greedy):
         sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")

@@ -321,6 +321,8 @@ def test_results_of_other_options_are_not_mixed(batch, prompts, tmp_path):
     batch("--stop", "x")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]))
+    biased = batch("--stop", "x", "--logit-bias", "7=2")[0].err
+    assert "other options: --logit-bias was [], is [[7, 2.0]]; --force begins anew" in biased
     done, _ = batch("--max-new-tokens", "5", "--temperature", "1.5", "--seed", "3")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
@@ -413,6 +415,10 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
         ("prompt --stop-id 99999", "--stop-id must be tokens of the vocabulary of 2048, got 99999"),
         ("prompt --min-p 2", "--min-p must be in [0, 1], got 2.0"),
         ("prompt --repetition-penalty 0", "--repetition-penalty must be above 0"),
+        ("prompt --frequency-penalty inf", "--frequency-penalty must be"),
+        ("prompt --logit-bias 7", "--logit-bias must be ID=B, such as 108=-5, got '7'"),
+        ("prompt --logit-bias -7=1", "--logit-bias must have token ids, got -7"),
+        ("prompt --logit-bias 9999=1", "--logit-bias must have tokens of the vocabulary of 2048"),
         ("prompt --num-samples 0", "--num-samples"),
         ("prompt --logprobs -1", "--logprobs"),
         ("prompt --load-state /nowhere", "/nowhere: No such file"),

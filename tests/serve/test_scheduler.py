@@ -154,13 +154,20 @@ def test_the_lower_number_goes_first_and_the_other_comes_back(sampler) -> None:
 
 
 def test_no_bit_depends_on_neighbours(sampler) -> None:
-    """Log-probabilities are equal to the bit: alone, beside others, preempted and put back."""
+    """Log-probabilities are equal to the bit: alone, beside others, preempted and put back.
 
-    def logprobs(crowded: bool) -> list[float]:
-        served = Served(sampler, reproducible=True)
+    So they are where the beginning of the prompt is kept, cut at any place.
+    """
+    states, tokens = StateCache(1 << 24), tuple(sampler.tokenizer.encode(LONG * 3))
+
+    def logprobs(crowded: bool, states: StateCache | None = None, mark: int = 0) -> list[float]:
+        served = Served(sampler, reproducible=True, states=states)
         if crowded:
             served.submit(make_job(sampler, "y", 9, Categorical(1.2), 3), turns=2)
-        job = served.submit(make_job(sampler, LONG, 12, num_logprobs=1, priority=1), turns=6)
+        asked = make_job(sampler, LONG, 12).rows
+        marks = (mark, len(tokens) - 1)
+        job = Job(tokens, asked, num_logprobs=1, marks=marks, priority=1)
+        served.submit(job, turns=12)
         if crowded:
             for prompt in ("x", LONG, "", "z"):
                 served.submit(make_job(sampler, prompt, 12), turns=1)
@@ -169,8 +176,17 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
         pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
         return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
 
-    assert len(logprobs(False)) == 12
-    assert logprobs(True) == logprobs(False)
+    cold = logprobs(False)
+    assert len(cold) == 12
+    assert logprobs(True) == cold
+    for mark in (0, 70, 101):
+        other = tokens[: mark + 1] + (7,) * 9
+        served = Served(sampler, reproducible=True, states=states)
+        served.submit(Job(other, make_job(sampler, "x").rows, marks=(mark,), scored=mark == 70))
+        served.finish()
+        assert logprobs(mark == 0, states, mark) == cold
+    assert len(states) > 1  # states of beginnings alone: no reply is kept
+    assert all(len(node.edge) % 32 in (0, 1) for node in states._used)
 
 
 def test_nothing_compiles_once_the_scheduler_is_ready() -> None:
