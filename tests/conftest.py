@@ -49,6 +49,7 @@ import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from forks import ForkServer  # noqa: E402
 from sweeps import sweep  # noqa: E402
 
 from backends import BACKENDS, TWINS, Backend  # noqa: E402  # imports no twin yet
@@ -197,6 +198,15 @@ def _installed(twin: str) -> Backend:
     if twin not in BACKENDS:
         pytest.skip(f"{twin} is not installed")
     return BACKENDS[twin]
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs commands in processes of their own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("forks, to be quick")
+    with ForkServer(tmp_path_factory.mktemp("forks")) as server:
+        yield server
 
 
 @pytest.fixture

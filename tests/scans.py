@@ -30,7 +30,7 @@ SHAPES = [
 ]
 # The same for what is interpreted, which is slow: a program for each shape is built anew in every
 # process, so that the tests share these. Less than a tile of steps and several, whole and cut off;
-# several blocks of channels, and of time (see `SMALL_TILES` of `backends/jax.py`).
+# several blocks of channels, and of time (see `small_tiles`).
 INTERPRETED_SHAPES = sweep(
     [(3, 1, 96), (3, 7, 96), (1, 16, 640), (3, 19, 96)],
     [(3, 1, 1), (1, 2, 96), (1, 7, 2560), (3, 63, 128), (1, 64, 500), (3, 65, 96), (1, 1000, 1)],

@@ -6,10 +6,11 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-from sweeps import sweep
+from sweeps import LONG
 
 from backends.base import (
     Backend,
@@ -123,15 +124,22 @@ class JaxBackend(Backend):
 
 
 PALLAS_TARGETS = ("tpu", "gpu")
-# Interpreted steps are slow, and an unrolled tile is slow to compile: these make few steps several
-# tiles, blocks and chunks. tests/jax/test_pallas.py interprets the kernels as they are.
-SMALL_TILES = sweep(
-    {
-        "tpu": {"_TILE": 8, "_BLOCK_TIME": 16},
-        "gpu": {"_TILE": 2, "_SHORTEST_CHUNK": 8},
-    },
-    {"tpu": {}, "gpu": {}},
-)
+SMALL_TILES = {
+    "tpu": {"_TILE": 8, "_BLOCK_TIME": 16},
+    "gpu": {"_TILE": 2, "_SHORTEST_CHUNK": 8},
+}
+
+
+def small_tiles(target: str) -> AbstractContextManager[None]:
+    """A context in which few steps are several tiles, blocks and chunks of a Pallas kernel.
+
+    Interpreted steps are slow, and an unrolled tile is slow to compile. The long profile and
+    tests/jax/test_pallas.py interpret the kernels as they are.
+    """
+    if LONG:
+        return contextlib.nullcontext()
+    kernels = importlib.import_module(f"recurrentgemma.jax.scan.pallas_{target}")
+    return mock.patch.multiple(kernels, **SMALL_TILES[target])
 
 
 @contextlib.contextmanager
@@ -149,10 +157,9 @@ def jax_implementation(label: str = "auto"):
 
     from recurrentgemma.jax.scan import pallas_target
 
-    kernels = importlib.import_module(f"recurrentgemma.jax.scan.pallas_{target}")
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with (
-        mock.patch.multiple(kernels, **SMALL_TILES[target]),
+        small_tiles(target),
         pallas_target(target, interpret=params if target == "tpu" else True),
     ):
         yield name

@@ -1,7 +1,6 @@
 """What is wrong is named, all of it, and nothing is written."""
 
 import errno
-import gzip
 import json
 import os
 import resource
@@ -18,7 +17,6 @@ from recurrentgemma.common import errors
 from recurrentgemma.common.io import tensor_files
 from recurrentgemma.common.io.shards import ShardsWriter
 from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
-from recurrentgemma.common.model.presets import Preset
 from recurrentgemma_conversion import Format, Overrides, convert, detect, open_checkpoint
 from recurrentgemma_conversion.convert import WRITERS
 from recurrentgemma_conversion.names import layout
@@ -73,17 +71,17 @@ def test_all_differences_are_listed_without_a_config(make, refused, format_: For
     if format_ is Format.KAGGLE_TORCH:
         state = torch.load(source / "model.pt")
         state["extra"] = state.pop("final_norm.scale")
-        del state["blocks.4.mlp_block.ffw_up.b"]
+        del state["blocks.3.mlp_block.ffw_up.b"]
         torch.save(state, source / "model.pt")
     else:
         (source / "model/final_norm.scale").rename(source / "model/extra")
-        shutil.rmtree(source / "model/blocks.4.mlp_block.ffw_up.b")
+        shutil.rmtree(source / "model/blocks.3.mlp_block.ffw_up.b")
     refused(
         source,
         errors.MismatchError,
         "missing final_norm.scale (24,)",
         "unexpected extra (24,)",
-        "missing blocks.4.mlp_block.ffw_up.b (2, 1, 1, 32)",
+        "missing blocks.3.mlp_block.ffw_up.b (2, 1, 1, 32)",
         overrides=OVERRIDES,
     )
 
@@ -380,331 +378,8 @@ def test_what_is_written_is_compared(make, refused, monkeypatch) -> None:
     )
 
 
-def test_configs_that_conflict(make, refused) -> None:
-    source = make("source", Format.KAGGLE_TORCH)
-    (source / "config.json").unlink()
-    refused(
-        source,
-        errors.ConfigError,
-        "this is not RECURRENT_GEMMA_2B_V1: width is 24 in the checkpoint and 2560 in the preset",
-        "num_heads is 2 in the checkpoint and 10",
-        "block_types is RRARR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
-        overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
-    )
-    named = Overrides(preset="HAWK_PAPER_7B")  # pyright: ignore[reportArgumentType]
-    refused(source, errors.ConfigError, "this is not HAWK_PAPER_7B", overrides=named)
-    refused(source, errors.ConfigError, "not tell embeddings_scale_by_sqrt_dim, attention")
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("num_key_value_heads", 2, "num_key_value_heads must be 1, got 2"),
-        ("hidden_activation", "silu", "hidden_activation must be 'gelu_pytorch_tanh'"),
-        ("rope_parameters", {"rope_theta": 1e6}, "rope_theta must be 10000.0, got 1000000.0"),
-        (
-            "rope_parameters",
-            {"rope_type": "linear", "factor": 8.0},
-            "rope_parameters.rope_type must be 'default', got 'linear'",
-        ),
-        (
-            "rope_scaling",
-            {"type": "dynamic", "factor": 2.0},
-            "rope_scaling.type must be 'default', got 'dynamic'",
-        ),
-        ("rope_scaling", [8.0], "rope_scaling must be an object, got [8.0]"),
-        ("head_dim", 7, "head_dim must be 12, got 7"),
-        ("hidden_size", 10**320, "width must be below 2**63, got 1000"),
-        ("intermediate_size", 10**320, "mlp_expanded_width must be below 2**63, got 5000"),
-        ("logits_soft_cap", 10**400, "logits_soft_cap must be finite and at least 0, got 1000"),
-        ("intermediate_size", 33, "intermediate_size must be even"),
-        ("lru_width", 0, "lru_width must be a positive integer, got 0"),
-        ("block_types", ["recurrent", "mamba"], "'mamba' is no TemporalBlockType"),
-        ("vocab_size", None, "vocab_size must be a positive integer, got None"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_configs_of_huggingface_that_ask_for_something_else(
-    make, refused, field: str, value, words: str
-) -> None:
-    source = make("source", Format.HUGGINGFACE)
-    fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(fields | {field: value}))
-    refused(source, errors.ConfigError, words)
-
-
-@pytest.mark.parametrize("field", ["intermediate_size", "block_types", "vocab_size"])
-def test_configs_of_huggingface_that_lack_something(make, refused, field: str) -> None:
-    source = make("source", Format.HUGGINGFACE)
-    fields = json.loads((source / "config.json").read_text())
-    del fields[field]
-    (source / "config.json").write_text(json.dumps(fields))
-    refused(source, errors.ConfigError, f"lacks '{field}'")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_parameters": None, "head_dim": None},
-        {"rope_scaling": None},
-        {"rope_scaling": {"type": "default"}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
-    ],
-    ids=str,
-)
-def test_configs_of_huggingface_that_ask_for_the_same_otherwise(make, changes: dict) -> None:
-    source = make("source", Format.HUGGINGFACE)
-    fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(fields | changes))
-    with open_checkpoint(source) as reader:
-        assert reader.config == CONFIG
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("logits_soft_cap", 10**400), ("width", 10**320), ("mlp_expanded_width", 10**320)],
-    ids=lambda value: str(value)[:40],
-)
-def test_numbers_without_end_in_our_configs(make, refused, field: str, value: int) -> None:
-    source = make("source", Format.RECURRENTGEMMA)
-    fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(fields | {field: value}))
-    refused(source, errors.ConfigError, f"{field} must be ")
-
-
 def test_dtypes_that_are_not_written(tmp_path: Path, make) -> None:
     source = make("source", Format.RECURRENTGEMMA)
     with pytest.raises(ValueError, match="one of bfloat16, float16, float32, float64, got int8"):
         convert(source, tmp_path / "out", Format.HUGGINGFACE, dtype="int8")
     assert not (tmp_path / "out").exists()
-
-
-def test_several_checkpoints_in_a_folder(tmp_path: Path, make, refused) -> None:
-    make("both/one", Format.HUGGINGFACE)
-    make("both/two", Format.KAGGLE_TORCH)
-    refused(tmp_path / "both", errors.UnknownFormatError, "holds several checkpoints", "one", "two")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", errors.UnknownFormatError, "lacks config.json, model.safetensors")
-    (tmp_path / "text").write_text("hello")
-    refused(tmp_path / "text", errors.UnknownFormatError, "is no Orbax checkpoint")
-
-
-@pytest.mark.parametrize("format_", WRITERS)
-def test_formats_are_told_by_content(tmp_path: Path, make, format_: Format) -> None:
-    source = make("source", format_)
-    for i, file in enumerate(sorted(source.iterdir())):
-        if file.suffix == ".pt" or file.is_dir():
-            file.rename(source / f"{i}.bin")
-    assert detect(source)[0] is format_
-    (tmp_path / "around").mkdir()
-    source.rename(tmp_path / "around/anything.pt")
-    assert detect(tmp_path / "around")[0] is format_
-
-
-def test_an_item_of_a_step(make) -> None:
-    """As Orbax's checkpoint manager lays it out; the step has metadata of its own."""
-    source = make("source", Format.KAGGLE_FLAX)
-    (source / "3").mkdir()
-    (source / "model").rename(source / "3/default")
-    shutil.copy(source / "3/default/_CHECKPOINT_METADATA", source / "3")
-    for path in (source, source / "3", source / "3/default"):
-        assert detect(path) == (Format.KAGGLE_FLAX, source / "3/default")
-
-
-@pytest.mark.parametrize("format_", WRITERS)
-def test_a_cache_of_links_to_nameless_files(tmp_path: Path, make, refused, format_: Format) -> None:
-    """As the hub's library keeps what it downloads."""
-    source, cache = make("source", format_), tmp_path / "models--a--b"
-    (cache / "blobs").mkdir(parents=True)
-    for i, file in enumerate(sorted(file for file in source.rglob("*") if file.is_file())):
-        link = cache / "snapshots/1234" / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(shutil.copyfile(file, cache / f"blobs/{i}"))
-    before = files(cache)
-    for path in (cache, cache / "snapshots"):
-        with open_checkpoint(path) as checkpoint:
-            assert (checkpoint.format, checkpoint.config) == (format_, CONFIG)
-            assert checkpoint.tokenizer is not None
-    with pytest.raises(errors.DestinationError, match="must not hold the source"):
-        convert(cache, cache / "blobs", format_, force=True)
-    assert files(cache) == before
-    (cache / "snapshots/5678").symlink_to(shutil.copytree(source, tmp_path / "other"))
-    refused(cache, errors.UnknownFormatError, "snapshots/1234", "snapshots/5678")
-
-
-@pytest.mark.parametrize("format_", WRITERS)
-def test_the_nearest_checkpoint_whatever_is_deeper(tmp_path: Path, make, format_: Format) -> None:
-    near = detect(make("source", format_))[1]
-    deep = tmp_path / "source/steps/1"
-    shutil.copytree(tmp_path / "source", deep)
-    (deep / "model.safetensors").write_bytes(bytes(8) + b"{}")  # damaged
-    (tmp_path / "source/itself").symlink_to(".")
-    assert detect(tmp_path / "source") == (format_, near)
-    (tmp_path / "latest").symlink_to("source")
-    assert detect(tmp_path)[1].resolve() == near
-
-
-@pytest.mark.parametrize("format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA])
-@pytest.mark.parametrize("name", ["finetuned.safetensors", "weights.bin"])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_file_that_is_named_is_what_is_read(
-    tmp_path: Path, make, format_: Format, name: str, sharded: bool
-) -> None:
-    """Its neighbours are not, but for the config, and the other files of an index that lists it."""
-    path = "final_norm.scale"
-    changes = {path: np.full(CONFIG.width, 7.0, np.float32)}
-    tuned = make("tuned", format_, changes=changes)
-    source = make("whole", format_)
-    if sharded:
-        convert(source, tmp_path / "sharded", format_, shard_size=10_000)
-        source = tmp_path / "sharded"
-    (tuned / "model.safetensors").rename(source / name)
-
-    def scale(weights: Path) -> float:
-        with open_checkpoint(weights) as checkpoint:
-            assert checkpoint.tokenizer == source / "tokenizer.model"
-            return next(value for spec, value in checkpoint if spec.path == path).mean()
-
-    assert scale(source / name) == 7.0
-    others = list(source.glob("model*.safetensors"))
-    assert len(others) > sharded
-    for other in [source, *others]:
-        assert scale(other) != 7.0
-
-
-@pytest.mark.parametrize(
-    ("format_", "name"),
-    [
-        (Format.KAGGLE_FLAX, b".2b"),
-        (Format.KAGGLE_FLAX, b"2b\xff"),
-        (Format.KAGGLE_TORCH, b".2b.pt"),
-    ],
-)
-def test_names_that_are_not_kept(tmp_path: Path, make, format_: Format, name: bytes) -> None:
-    source = make("source", format_)
-    path = detect(source)[1].rename(source / os.fsdecode(name))
-    for to in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):
-        convert(path, tmp_path / to, to)
-        with open_checkpoint(tmp_path / to) as reader:
-            assert reader.config == CONFIG
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode")
-@pytest.mark.parametrize("kind", [*WRITERS, "compressed", "ocdbt"])
-def test_folders_whose_names_are_not_unicode(tmp_path: Path, make, refused, kind: str) -> None:
-    """PyTorch and TensorStore cannot open what is in them."""
-    name, words = os.fsdecode(b"caf\xe9"), "opens only names that are UTF-8: rename"
-    if kind in list(Format):
-        source = make(f"{name}/source", Format(kind))
-    else:
-        source = write_orbax(tmp_path / "source", ocdbt=kind == "ocdbt")
-        source = source.rename(tmp_path / name)
-    if kind in (Format.KAGGLE_TORCH, "compressed", "ocdbt"):
-        refused(source, errors.PathError, words, to=Format.KAGGLE_FLAX, overrides=OVERRIDES)
-        return
-    out, database = source.with_name("out"), source.with_name("database")
-    convert(source, out, Format.KAGGLE_FLAX)
-    assert detect(out)[0] is Format.KAGGLE_FLAX
-    steps = []
-    for to in (Format.KAGGLE_FLAX, Format.KAGGLE_TORCH):  # it is said before anything is written
-        with pytest.raises(errors.PathError, match=words) as caught:
-            convert(source, database, to, ocdbt=to is Format.KAGGLE_FLAX, progress=steps.append)
-        assert str(database) in str(caught.value)
-    assert not steps
-    assert not database.exists()
-
-
-def test_weights_named_from_below(tmp_path: Path, make) -> None:
-    below = make("source", Format.KAGGLE_FLAX) / "model/below"
-    below.mkdir()
-    convert(below / "..", tmp_path / "out", Format.KAGGLE_FLAX)
-    assert detect(tmp_path / "out")[1] == tmp_path / "out/model"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
-def test_pipes_and_devices_are_no_checkpoints(tmp_path: Path, refused) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path(os.devnull)):
-        refused(path, errors.UnknownFormatError, f"{path} is no Orbax checkpoint")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
-@pytest.mark.parametrize(
-    ("format_", "name", "error", "words"),
-    [
-        (Format.HUGGINGFACE, "config.json", errors.ConfigError, "lacks config.json"),
-        (Format.KAGGLE_FLAX, "model/final_norm.scale/.zarray", errors.MismatchError, "missing fin"),
-        (Format.KAGGLE_FLAX, "model/final_norm.scale/0", errors.DamagedError, "lacks 1 chunks"),
-    ],
-)
-def test_pipes_in_checkpoints_are_not_waited_for(
-    make, refused, format_: Format, name: str, error: type, words: str
-) -> None:
-    path = make("source", format_) / name
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(error, match=words), open_checkpoint(path.parents[name.count("/")]):
-        raise AssertionError
-
-
-def test_what_is_compressed_is_an_archive_if_it_holds_one(make) -> None:
-    source = make("source", Format.KAGGLE_TORCH)
-    (source / "notes.gz").write_bytes(gzip.compress(b"not a tar archive" * 100))
-    (source / "half.gz").write_bytes(gzip.compress(b"not a tar archive" * 100)[:20])
-    assert detect(source) == (Format.KAGGLE_TORCH, source / "model.pt")
-
-
-def test_what_trainers_leave_beside_the_weights(make) -> None:
-    source = make("source", Format.HUGGINGFACE)
-    torch.save({"state": torch.zeros(3)}, source / "optimizer.pt")
-    torch.save([1, 2], source / "training_args.bin")
-    assert detect(source) == (Format.HUGGINGFACE, source)
-
-
-def test_an_archive_knows_nothing_of_where_it_is_unpacked(tmp_path: Path, make) -> None:
-    """Its root is the Orbax directory; what lies beside the destination is of another model."""
-    source = make("source", Format.KAGGLE_FLAX)
-    archive = shutil.make_archive(str(tmp_path / "2b-v1.1"), "gztar", source / "model")
-    other = make("other", Format.RECURRENTGEMMA, CONFIGS["attention_last"])
-    convert(archive, other / "out", Format.KAGGLE_FLAX, overrides=OVERRIDES)
-    with open_checkpoint(other / "out") as checkpoint:
-        assert checkpoint.config == CONFIG
-        assert checkpoint.tokenizer is None
-        assert checkpoint.path.name == "2b-v1.1"
-    convert(other / "out", tmp_path / "again", Format.KAGGLE_FLAX)
-    assert (tmp_path / "again" / "2b-v1.1").is_dir()
-
-
-def test_weights_named_from_within_and_by_a_link(tmp_path: Path, make, monkeypatch) -> None:
-    source = make("source", Format.KAGGLE_FLAX)
-    (tmp_path / "link").symlink_to("source/model")
-    monkeypatch.chdir(source / "model")
-    for name in (Path(), Path("../../link"), tmp_path / "link"):
-        with open_checkpoint(name) as checkpoint:
-            assert checkpoint.config == CONFIG
-            assert checkpoint.tokenizer is not None
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5368709120\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (POINTER, r"is a git-lfs pointer: run `git lfs pull`"),
-        (b"<!DOCTYPE html>\n<html>Sign in", "is a web page: the download needs a login"),
-        (b"\n  <html>Sign in", "is a web page: the download needs a login"),
-    ],
-)
-def test_what_a_failed_download_leaves_is_named(
-    tmp_path: Path, make, refused, content: bytes, message: str
-) -> None:
-    source = make("source", Format.HUGGINGFACE)
-    (source / "model.safetensors").write_bytes(content)
-    refused(source, errors.DamagedError, message)
-    refused(source / "model.safetensors", errors.DamagedError, message)
-    for name in ("2b.pt", "pytorch_model.bin", "model.gguf"):
-        alone = tmp_path / name.replace(".", "-")
-        alone.mkdir()
-        (alone / name).write_bytes(content)
-        refused(alone, errors.DamagedError, message)
