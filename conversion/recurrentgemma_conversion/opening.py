@@ -15,12 +15,15 @@ from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer
 from recurrentgemma.common.io.files import scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.adapters import open_adapters
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
+from recurrentgemma_conversion.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from recurrentgemma_conversion.peft_reader import PEFT_PICKLE
 from recurrentgemma_conversion.readers.base import Headers, Reader, read_fields
 from recurrentgemma_conversion.readers.gguf import MAGIC, GGUFReader
 from recurrentgemma_conversion.readers.huggingface import EMBEDDING, HuggingFaceReader
@@ -151,6 +154,7 @@ def detect(path: Path, headers: Headers | None = None) -> tuple[Format | None, P
       OtherModelError: The checkpoint holds a model that is not read.
     """
     path, headers = _named_by(path), headers or Headers()
+    _require_no_adapters(path)
     if (path / _RUN).is_file():
         if not (path / _RUN_MODEL).is_dir():
             raise UnknownFormatError(
@@ -170,6 +174,21 @@ def detect(path: Path, headers: Headers | None = None) -> tuple[Format | None, P
         several = ", ".join(f"{where} ({f})" for where, f in zip(found, formats, strict=True))
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
     return _format(found[0], headers), found[0]
+
+
+def _require_no_adapters(path: Path) -> None:
+    """Raises `UnknownFormatError` for adapters that stand without a model."""
+    names = (ADAPTERS, PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE)
+    folder = path if path.is_dir() else path.parent
+    here = any((path / name).is_file() for name in names) if path.is_dir() else path.name in names
+    if not here or (folder / CONFIG).is_file() or (folder / _RUN_MODEL).is_dir():
+        return
+    fields = read_fields(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
+    base = fields.get("base_model_name_or_path") or "the model that they were trained on"
+    raise UnknownFormatError(
+        f"{path} holds adapters and no model: give {base} as the checkpoint, and {path} as the "
+        "adapter (--adapter)"
+    )
 
 
 def _named_by(path: Path) -> Path:

@@ -18,7 +18,6 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded, whole_folder
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
@@ -82,11 +81,18 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     config: Config,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     *,
     force: bool = False,
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
+
+    Args:
+      path: The folder to make.
+      config: What the model is.
+      params: Its parameters.
+      tokenizer: Its tokenizer: a `Tokenizer`, or what it takes, such as a path.
+      force: Whether to replace what is at `path`.
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the

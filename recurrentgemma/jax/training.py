@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch, check_batch
+from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -158,7 +158,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       and "learning_rate", where it is known: a transformation's from `optax.inject_hyperparams`.
       Arrays among them may still be computed.
     """
-    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    batches = batch_list(batches)
     stacked = Batch(
         *map(_stacked, zip(*(_on_host(state.model, batch) for batch in batches), strict=True))
     )
@@ -259,7 +259,8 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 def _on_host(model: Model, batch: Batch) -> Batch:
     """The batch as arrays of JAX or NumPy, its values checked."""
-    batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
+    arrays = (z if isinstance(z, jax.Array) else np.asarray(z) for z in require_batch(batch))
+    batch = Batch(*arrays)
     check_batch(batch, model.config.model.vocab_size)
     return batch
 

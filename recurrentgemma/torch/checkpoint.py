@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
@@ -91,12 +90,18 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer, *, force: bool = False
+    path: str | os.PathLike[str], model: Model, tokenizer: Any, *, force: bool = False
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
     Where the model is split over processes all must call this; the first of them writes, a tensor
     at a time.
+
+    Args:
+      path: The folder to make.
+      model: The model.
+      tokenizer: Its tokenizer: a `Tokenizer`, or what it takes, such as a path.
+      force: Whether to replace what is at `path`.
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the

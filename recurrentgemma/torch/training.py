@@ -17,7 +17,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch, check_batch
+from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
@@ -140,7 +140,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       The state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping) and
       "learning_rate"; an own optimiser's is its first group's, after the step.
     """
-    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    batches = batch_list(batches)
     tokens = sum(map(_weight, batches))
     settings = step_settings(state.optimizer)
     rate = learning_rate(settings, state.step)
@@ -275,6 +275,7 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
 
 def _weight(batch: Batch) -> float:
     """The sum of a batch's weights."""
+    require_batch(batch)
     if isinstance(batch.weights, Tensor):
         return float(batch.weights.sum(dtype=torch.float64))
     return float(np.asarray(batch.weights).sum(dtype=np.float64))

@@ -30,7 +30,7 @@ QUICK = [p for p in implementations() if str(p.id).endswith(("xla", "native"))]
 OTHERS = [p for p in implementations() if p not in QUICK]
 # PyTorch warns of what its own forward mode does.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 Arrays = tuple[Any, ...]

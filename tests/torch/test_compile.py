@@ -16,7 +16,7 @@ import warnings
 # Dynamo itself makes an instance of an autograd function to trace its backward pass.
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
-warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*torch.jit.script_method")
 
 import torch
 from functorch.compile import make_boxed_func

@@ -67,6 +67,23 @@ def test_any_arrays_have_a_loss(trainer: Trainer, form: str) -> None:
     assert float(metrics["tokens"]) == float(others["tokens"]) == batch.weights.sum()
 
 
+@pytest.mark.parametrize("wrong", [{"input_ids": [[2, 3]]}, ([[2, 3]], [[0, 1]]), None])
+def test_what_is_no_batch_says_how_to_make_one(
+    trainer: Trainer, wrong: Any, unchecked_types
+) -> None:
+    state = trainer.state(CONFIG, make_params(CONFIG))
+    model = trainer.backend.twin.make(CONFIG, make_params(CONFIG).items(), "float32")
+    args = (model,) if trainer.name == "torch" else (model.module, model.params)
+    message = r"must be a Batch: Batch\.from_labels\(\*\*collated\)"
+    for call in (
+        lambda: trainer.module.loss_fn(*args, wrong),
+        lambda: trainer.module.train_step(state, wrong),
+        lambda: trainer.module.evaluate(state, [wrong]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def numbers(trainer: Trainer, value: float | int) -> Iterator[Any]:
     """A number in all that it comes in."""
     kind = "int32" if isinstance(value, int) else "float32"

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def save_folder(
     config: Config,
     dtypes: Mapping[str, np.dtype],
     parameter: Callable[[ParamSpec], np.ndarray],
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     *,
     force: bool = False,
 ) -> None:
@@ -96,13 +97,14 @@ def save_folder(
       dtypes: The dtype of each parameter, by path.
       parameter: Gives a parameter in the Flax layout; called once for each, in the order of the
         layer spec.
-      tokenizer: The tokenizer.
+      tokenizer: A `Tokenizer`, or what it takes.
       force: Whether to replace what is at `path`.
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, or the
         tokenizer is of another size than the vocabulary.
     """
+    tokenizer = Tokenizer(tokenizer)
     require_size(tokenizer, config, "the tokenizer")
     files = tokenizer.files()
     stored = layout(config, Format.RECURRENTGEMMA)
