@@ -106,7 +106,9 @@ def conversation(url: str, turns: int, name: str) -> list[float]:
     """Seconds to the first token of each turn; each adds as many tokens as the others."""
     messages, seconds = [], []
     for turn in range(turns):
-        words = f"{name} {turn} And it came to pass in those days, that there went out a decree. " * 4
+        words = (
+            f"{name} {turn} And it came to pass in those days, that there went out a decree. " * 4
+        )
         messages.append({"role": "user", "content": words})
         body = {"messages": messages, "max_tokens": 40, "temperature": 0, "stream": True,
                 "ignore_eos": True}  # fmt: skip

@@ -1,7 +1,7 @@
 """A page in headless Chromium, over its own protocol; run it for pictures of a server's chat.
 
-    recurrentgemma serve &
-    python tests/browser.py http://127.0.0.1:8000 pictures/
+recurrentgemma serve &
+python tests/browser.py http://127.0.0.1:8000 pictures/
 """
 
 from __future__ import annotations

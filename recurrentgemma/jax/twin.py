@@ -11,10 +11,14 @@ import numpy as np
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.jax import products
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.products import dense
+from recurrentgemma.jax.quantization import dequantizing
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -46,6 +50,10 @@ class JaxTwin(Twin):
 
         return training
 
+    @property
+    def products(self):
+        return products
+
     def default_device(self):
         return jax.default_backend()
 
@@ -62,7 +70,7 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None):
+    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
@@ -70,6 +78,7 @@ class JaxTwin(Twin):
                 device=_device(device),
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
+                quantize=quantize,
             )
         return ModelAndParams(model, params)
 
@@ -77,7 +86,11 @@ class JaxTwin(Twin):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
-                set_path(tree, path, self.from_numpy(value, dtype, device))
+                if isinstance(value, Quantized):
+                    held = jax.device_put(value.replace(dtype=dtype), _device(device))
+                else:
+                    held = self.from_numpy(value, dtype, device)
+                set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
     def init(self, config, seed, dtype, device=None):
@@ -90,6 +103,13 @@ class JaxTwin(Twin):
 
     def params(self, model):
         return _by_path(model.config, model.params)
+
+    def quantized(self, model):
+        leaves = {s.path: get_path(model.params, s.path) for s in layer_spec(model.config)}
+        return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
+
+    def dequantizing(self, model):
+        return model._replace(params=dequantizing(model.params))
 
     def init_state(self, model, batch_size, capacity=None):
         with self.precision(model.dtype):
@@ -145,7 +165,7 @@ def _gradients(module, params, tokens, segment_pos):
 
 
 def _by_path(config: Config, tree: Any) -> dict[str, np.ndarray]:
-    return {spec.path: np.asarray(get_path(tree, spec.path)) for spec in layer_spec(config)}
+    return {spec.path: np.asarray(dense(get_path(tree, spec.path))) for spec in layer_spec(config)}
 
 
 def _device(name: str | None) -> Any:

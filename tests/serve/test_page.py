@@ -30,6 +30,8 @@ def test_the_page_in_chromium(server) -> None:
         assert (page.value(TURNS), page.value(WORDS)) == (["turn user", "turn assistant"], said)
         assert page.value("getComputedStyle(document.getElementById('side')).display") == "none"
         page.press("menu")
-        assert page.value("document.querySelector('nav button').textContent") == "Who are <img src=x>?"
+        assert (
+            page.value("document.querySelector('nav button').textContent") == "Who are <img src=x>?"
+        )
         page.press("new")
         assert page.value(TURNS) == []

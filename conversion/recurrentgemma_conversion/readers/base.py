@@ -19,6 +19,7 @@ from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config, config_from_dict
 from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, quantize_parameter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -64,6 +65,7 @@ class Reader(abc.ABC):
       special_ids: The special tokens' ids in its config, by their names there.
       named: What the user calls a path in it: in an archive, the archive's name.
       adapters: Adapters that are added to the parameters as they are read, if any.
+      scheme: The scheme in which its matrices are stored, if they are quantised.
     """
 
     format: Format
@@ -73,6 +75,7 @@ class Reader(abc.ABC):
     special_ids: Mapping[str, Any] = MappingProxyType({})
     named: Callable[[Path], str] = staticmethod(str)
     adapters: Adapters | None = None
+    scheme: str | None = None
 
     def __init__(
         self, path: Path, overrides: Overrides = NO_OVERRIDES, headers: Headers | None = None
@@ -230,14 +233,58 @@ class Reader(abc.ABC):
             factors of matrix products are stored in several, these are float32, or float64 beside
             float64.
         """
+        dtypes = self._computed(dtype)
+        for spec, value in self:
+            yield spec, cast(value, dtypes[spec.path])
+
+    def read_quantized(
+        self, dtype: np.dtype | None, scheme: str | None
+    ) -> Iterator[tuple[ParamSpec, np.ndarray | Quantized]]:
+        """`read_as`, with matrices quantised.
+
+        A matrix that is stored in the scheme keeps its bytes; another is quantised from its stored
+        values. With adapters it is quantised after they are added.
+
+        Args:
+          dtype: The dtype of all other parameters, and of the computation; see `read_as`.
+          scheme: The scheme. If None only what is stored quantised is quantised.
+
+        Raises:
+          ValueError: The scheme is unknown, or does not fit a matrix; the message names it.
+          ConfigError: The checkpoint is stored in another scheme.
+        """
+        dtypes = self._computed(dtype)
+        for spec in self.specs:
+            value, computed = self.quantized(spec, scheme), dtypes[spec.path]
+            if isinstance(value, Quantized):
+                yield spec, value.replace(dtype=computed.name)
+            else:
+                yield spec, cast(np.asarray(value), computed)
+
+    def quantized(self, spec: ParamSpec, scheme: str | None) -> np.ndarray | Stacked | Quantized:
+        """A parameter as `read_quantized` gives it, in its stored dtype."""
+        if self.scheme and scheme not in (None, self.scheme):
+            raise ConfigError(
+                f"{self.path} is quantised as {self.scheme} already: quantise the checkpoint that "
+                f"it was made from to get {scheme}"
+            )
+        adapted = self.adapters is not None and self.adapters.options.changes(spec)
+        value = self.read_parts(spec) if adapted else self.read_stored(spec)
+        return quantize_parameter(spec, value, scheme or self.scheme)
+
+    def read_stored(self, spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
+        """A parameter as it is stored, without adapters."""
+        return self.layout.decode(spec, self.fetch)
+
+    def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
+        """The dtypes that `read_as` gives, by path."""
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
         found = {dtypes[path] for path in factors}
         if len(found) > 1:
             widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
             dtypes |= dict.fromkeys(factors, widest)
-        for spec, value in self:
-            yield spec, cast(value, dtypes[spec.path])
+        return dtypes
 
 
 def around(weights: Path) -> list[Path]:
@@ -276,6 +323,7 @@ class Contents(NamedTuple):
         tokenizer's, or the published vocabulary's.
       as_published: Whether Hugging Face's config is as published, where that differs from what
         `transformers` needs to compute the same.
+      scheme: The scheme in which matrices are stored, if they are quantised.
     """
 
     config: Config
@@ -286,6 +334,7 @@ class Contents(NamedTuple):
     ocdbt: bool = False
     special_ids: Mapping[str, Any] = MappingProxyType({})
     as_published: bool = False
+    scheme: str | None = None
 
 
 # Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a
