@@ -15,9 +15,9 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
-from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer
+from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
-from recurrentgemma.common.model.config import Config, config_from_dict
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.quantization import Quantized, quantize_parameter
 from recurrentgemma.common.tokenizer import Tokenizer
@@ -112,11 +112,7 @@ class Reader(abc.ABC):
 
     def _config_at(self, path: Path) -> Config:
         """The config in a file of ours."""
-        fields = self._fields_at(path)
-        try:
-            return config_from_dict(fields)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return config_of(self._fields_at(path), path)
 
     @abc.abstractmethod
     def fetch(self, name: str) -> np.ndarray:

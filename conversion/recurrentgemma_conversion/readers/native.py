@@ -17,7 +17,7 @@ from recurrentgemma.common.io.checkpoint import (
     Quantization,
     config_text,
     metadata,
-    read_quantization,
+    quantization_of,
 )
 from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.io.shards import Shards, ShardsWriter
@@ -88,7 +88,8 @@ class NativeReader(SafetensorsReader):
         super()._open()
         self._quantized: dict[str, ParamSpec] = {}
         self._damaged: list[str] = []
-        self._quantization = read_quantization(folder / CONFIG) if stated else None
+        config = folder / CONFIG
+        self._quantization = quantization_of(self._fields_at(config), config) if stated else None
         if self._quantization is not None:
             self.scheme = self._quantization.scheme
             self._fold(self._quantization)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recurrentgemma.common.errors import ConfigError, TokenizerError
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model import families  # noqa: F401  # makes their configs known
-from recurrentgemma.common.model.config import Config, config_from_json
+from recurrentgemma.common.model.config import Config, config_from_dict, config_from_json
 from recurrentgemma.common.quantization import require_scheme
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
@@ -54,6 +55,14 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def config_of(fields: Mapping[str, Any], path: Path) -> Config:
+    """The config among the fields of a file of ours; `ConfigError` when they hold none."""
+    try:
+        return config_from_dict({key: fields[key] for key in fields if key != QUANTIZATION})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 class Quantization(NamedTuple):
     """How the matrices of a checkpoint are quantised.
 
@@ -66,17 +75,21 @@ class Quantization(NamedTuple):
     dtype: str
 
 
-def read_quantization(path: Path) -> Quantization | None:
+def quantization_of(fields: Mapping[str, Any], path: Path) -> Quantization | None:
     """How the weights beside a config are quantised, if they are.
+
+    Args:
+      fields: The fields of the config.
+      path: Its file, for messages.
 
     Raises:
       ConfigError: The scheme or the dtype is unknown.
     """
-    fields = json.loads(path.read_text(encoding="utf-8-sig")).get(QUANTIZATION)
-    if fields is None:
+    stated = fields.get(QUANTIZATION)
+    if stated is None:
         return None
     try:
-        found = Quantization(**fields)
+        found = Quantization(**stated)
         require_scheme(found.scheme)
         float_dtype(found.dtype)
     except (TypeError, ValueError) as error:
