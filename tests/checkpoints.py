@@ -19,7 +19,7 @@ from recurrentgemma_conversion.readers.base import Contents
 
 # The vocabulary of the bundled tokenizer.
 CONFIGS = {
-    "griffin": make_config("RRAR", vocab_size=2048),
+    "griffin": make_config("RRARR", vocab_size=2048),
     "attention_last": make_config(
         "RA", vocab_size=2048, width=40, lru_width=24, attention_window_size=5, logits_soft_cap=0.0
     ),

@@ -150,7 +150,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MOST_MAPS, MOST_MEMORY = 30_000, 3_000_000_000
+MOST_MAPS, MOST_MEMORY = 30_000, 2_500_000_000
 
 
 @pytest.fixture(scope="module", autouse=True)

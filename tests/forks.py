@@ -126,7 +126,7 @@ class Forked:
             if time.monotonic() > deadline:
                 self.send_signal(signal.SIGKILL)
                 raise AssertionError(f"still running after {timeout} s: {self.stderr}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         return code
 
     def send_signal(self, number: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
-from sweeps import LONG
+from sweeps import sweep
 
 from backends.base import (
     Backend,
@@ -130,16 +129,18 @@ SMALL_TILES = {
 }
 
 
-def small_tiles(target: str) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def small_tiles(target: str) -> Iterator[None]:
     """A context in which few steps are several tiles, blocks and chunks of a Pallas kernel.
 
     Interpreted steps are slow, and an unrolled tile is slow to compile. The long profile and
     tests/jax/test_pallas.py interpret the kernels as they are.
     """
-    if LONG:
-        return contextlib.nullcontext()
     kernels = importlib.import_module(f"recurrentgemma.jax.scan.pallas_{target}")
-    return mock.patch.multiple(kernels, **SMALL_TILES[target])
+    with contextlib.ExitStack() as patches:
+        for name, value in sweep(SMALL_TILES[target], {}).items():
+            patches.enter_context(mock.patch.object(kernels, name, value))
+        yield
 
 
 @contextlib.contextmanager

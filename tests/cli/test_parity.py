@@ -51,9 +51,9 @@ def test_the_table_fits_80_columns(cli, folders: Path) -> None:
     assert row.split() == ["embedder", "0", "0", "0", "0%", "0%"]
     assert lines[-1] == "within the budget"
     starts = {line.split("  ")[0] for line in lines}
-    for name in ("embedder", "blocks.2.attention_block", "blocks.3.mlp_block", "logits"):
+    for name in ("embedder", "blocks.2.attention_block", "blocks.4.mlp_block", "logits"):
         assert name in starts
-    assert {"state of blocks.2", "gradient of embedder", "gradient of blocks.3"} <= starts
+    assert {"state of blocks.2", "gradient of embedder", "gradient of blocks.4"} <= starts
     assert "greedy continuations agree for 4 to 4 of 4 tokens" in lines
 
 
@@ -155,7 +155,7 @@ def test_a_plot(cli, folders: Path, tmp_path: Path) -> None:
 def test_bad_input(cli, folders: Path, monkeypatch) -> None:
     done = cli("parity", folders / "one", folders / "other")
     assert done.code == 2
-    for field in ("width: 24 | 40", "block_types: RRAR | RA", "logits_soft_cap: 5.0 | 0.0"):
+    for field in ("width: 24 | 40", "block_types: RRARR | RA", "logits_soft_cap: 5.0 | 0.0"):
         assert field in done.err
     assert "scan_type" not in done.err
     done = cli("parity", folders / "missing")

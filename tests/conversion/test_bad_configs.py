@@ -23,7 +23,7 @@ def test_configs_that_conflict(make, refused) -> None:
         errors.ConfigError,
         "this is not RECURRENT_GEMMA_2B_V1: width is 24 in the checkpoint and 2560 in the preset",
         "num_heads is 2 in the checkpoint and 10",
-        "block_types is RRAR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
+        "block_types is RRARR in the checkpoint and RRARRARRARRARRARRARRARRARR in the preset",
         overrides=Overrides(preset=Preset.RECURRENT_GEMMA_2B_V1),
     )
     named = Overrides(preset="HAWK_PAPER_7B")  # pyright: ignore[reportArgumentType]

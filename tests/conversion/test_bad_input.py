@@ -71,17 +71,17 @@ def test_all_differences_are_listed_without_a_config(make, refused, format_: For
     if format_ is Format.KAGGLE_TORCH:
         state = torch.load(source / "model.pt")
         state["extra"] = state.pop("final_norm.scale")
-        del state["blocks.3.mlp_block.ffw_up.b"]
+        del state["blocks.4.mlp_block.ffw_up.b"]
         torch.save(state, source / "model.pt")
     else:
         (source / "model/final_norm.scale").rename(source / "model/extra")
-        shutil.rmtree(source / "model/blocks.3.mlp_block.ffw_up.b")
+        shutil.rmtree(source / "model/blocks.4.mlp_block.ffw_up.b")
     refused(
         source,
         errors.MismatchError,
         "missing final_norm.scale (24,)",
         "unexpected extra (24,)",
-        "missing blocks.3.mlp_block.ffw_up.b (2, 1, 1, 32)",
+        "missing blocks.4.mlp_block.ffw_up.b (2, 1, 1, 32)",
         overrides=OVERRIDES,
     )
 
