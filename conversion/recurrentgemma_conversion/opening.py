@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.errors import CheckpointError, DamagedError, UnknownFormatError
-from recurrentgemma.common.io.checkpoint import CONFIG, checkpoint_path
+from recurrentgemma.common.io.checkpoint import CONFIG, checkpoint_path, read_config
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.io.files import scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.adapters import open_adapters
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import config_from_fields
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.peft import PEFT_CONFIG, PEFT_WEIGHTS
@@ -115,6 +117,17 @@ def open_headers(
         except CheckpointError as error:
             error.args = (str(error).replace(str(unpacked), str(found)),)
             raise
+
+
+def open_config(path: Path) -> Config:
+    """The config in a `config.json` alone, ours or Hugging Face's.
+
+    Raises:
+      ConfigError: It holds none.
+      OtherModelError: It is the config of a model that is not read.
+    """
+    fields = read_fields(path) if path.is_file() else {}
+    return config_from_fields(path, fields) if "model_type" in fields else read_config(path)
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:

@@ -24,8 +24,8 @@ def inspect(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder, file or archive of any format, or a config.json of ours alone. Default: "
-            "the bundled model.",
+            help="Folder, file or archive of any format, or a config.json alone. Default: the "
+            "bundled model.",
             metavar="PATH",
             show_default=False,
         ),
@@ -62,16 +62,17 @@ def inspect(
     No weights are read. Only Kaggle's formats need a framework, to read what is in them.
     """
     from recurrentgemma.cli.tables import render
-    from recurrentgemma.common.io.checkpoint import BUNDLED, read_config
+    from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma.common.quantization import scheme_for
     from recurrentgemma_conversion import open_checkpoint
+    from recurrentgemma_conversion.opening import open_config
 
     checkpoint = checkpoint or named
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if checkpoint is not None and checkpoint.suffix == ".json":
-        source, config = {"file": str(checkpoint)}, read_config(checkpoint)
+        source, config = {"file": str(checkpoint)}, open_config(checkpoint)
         report = described(config.overridden(**said.fields), {}, memory=memory)
     elif said.preset is not None and checkpoint is None:
         source, config = {"preset": said.preset.name}, config_from_preset(said.preset)

@@ -94,7 +94,9 @@ def id_rows(encoding: Mapping[str, Any], name: str) -> list[Any]:
       ValueError: It has no `input_ids`, or the mask is of another shape.
     """
     if "input_ids" not in encoding:
-        raise UserError(f"{name} must have input_ids, got a mapping with {', '.join(encoding)}")
+        raise UserError(
+            f"{name} must be a str or token ids, or have input_ids, got {dict(encoding)!r}"
+        )
     ids, mask = (
         value.tolist() if hasattr(value, "tolist") else value
         for value in (encoding["input_ids"], encoding.get("attention_mask"))

@@ -73,7 +73,7 @@ def test_what_tokenizers_of_transformers_return(twin: str, sampler) -> None:
     assert [token for token, _ in sampler.stream(one, 4)] == expected[0]
     assert generate(sampler, {"input_ids": ids}, 4) == expected
     wrong: list[tuple[Any, str]] = [
-        ({"text": "x"}, "must have input_ids, got a mapping with text"),
+        ({"text": "x"}, "or have input_ids, got {.text"),
         (
             {"input_ids": ids, "attention_mask": [[1]]},
             "attention_mask of .* the shape of input_ids",

@@ -42,4 +42,4 @@ def test_the_program_gives_the_models_logits() -> None:
     given = {name: z.numpy() for name, z in zip(names, inputs, strict=True)}
     (logits,) = evaluator.run(None, given)
     valid = np.asarray(inputs[1]) >= 0
-    assert_close(logits[valid], expected[valid], "output", "float32")
+    assert_close(logits[valid], expected[valid], "logits", "float32")
