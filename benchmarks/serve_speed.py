@@ -74,7 +74,8 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
     for number in range(clients):
         # Without ignore_eos a server may end early; the tokens that came are counted.
         body = {"prompt": f"{number} Once upon a time", "max_tokens": tokens, "temperature": 0,
-                "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
+                "stream": True, "ignore_eos": True,
+                "stream_options": {"include_usage": True}}  # fmt: skip
         content = json.dumps(body).encode()
         client = socket.create_connection((host, int(port)))
         head = (
@@ -106,7 +107,7 @@ def conversation(url: str, turns: int, name: str) -> list[float]:
     """Seconds to the first token of each turn; each adds as many tokens as the others."""
     messages, seconds = [], []
     for turn in range(turns):
-        words = f"{name} {turn} And it came to pass in those days, that there went out a decree. " * 4
+        words = f"{name} {turn} And it came to pass in those days, that there was a decree. " * 4
         messages.append({"role": "user", "content": words})
         body = {"messages": messages, "max_tokens": 40, "temperature": 0, "stream": True,
                 "ignore_eos": True}  # fmt: skip
@@ -175,7 +176,8 @@ def main() -> None:
                 )
             )
         alone = stack.enter_context(streaming(args.serve, args.tokens))
-        assert alone.stdin is not None and alone.stdout is not None
+        assert alone.stdin is not None
+        assert alone.stdout is not None
         rounds: dict[tuple[str, int], list[Round]] = {}
         rates = []
         for _ in range(args.rounds + 1):  # the first warms up

@@ -1,4 +1,6 @@
-"""A page in headless Chromium, over its own protocol; run it for pictures of a server's chat.
+"""A page in headless Chromium, over its own protocol.
+
+Run as a program it makes pictures of a server's chat, on a desktop and on a phone:
 
     recurrentgemma serve &
     python tests/browser.py http://127.0.0.1:8000 pictures/
