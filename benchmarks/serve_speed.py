@@ -23,7 +23,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve_load import serving
 
@@ -87,7 +87,7 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
         seen[client] = b""
     while selector.get_map():
         for key, _ in selector.select():
-            client = key.fileobj
+            client: Any = key.fileobj
             data = client.recv(1 << 16)
             seen[client] += data
             if client not in times and b'"text":' in seen[client]:

@@ -42,8 +42,8 @@ def browser(
     assert CHROMIUM is not None
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder.name}", "about:blank"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with folder, subprocess.Popen(command, **quiet) as process:
+    null = subprocess.DEVNULL
+    with folder, subprocess.Popen(command, stdout=null, stderr=null) as process:
         try:
             file = Path(folder.name) / "DevToolsActivePort"
             wait_for(lambda: file.exists() and file.read_text().count("\n"))
