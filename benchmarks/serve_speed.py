@@ -23,7 +23,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve_load import serving
 
@@ -74,7 +74,8 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
     for number in range(clients):
         # Without ignore_eos a server may end early; the tokens that came are counted.
         body = {"prompt": f"{number} Once upon a time", "max_tokens": tokens, "temperature": 0,
-                "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
+                "stream": True, "ignore_eos": True,
+                "stream_options": {"include_usage": True}}  # fmt: skip
         content = json.dumps(body).encode()
         client = socket.create_connection((host, int(port)))
         head = (
@@ -86,7 +87,7 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
         seen[client] = b""
     while selector.get_map():
         for key, _ in selector.select():
-            client = key.fileobj
+            client: Any = key.fileobj
             data = client.recv(1 << 16)
             seen[client] += data
             if client not in times and b'"text":' in seen[client]:
@@ -106,9 +107,7 @@ def conversation(url: str, turns: int, name: str) -> list[float]:
     """Seconds to the first token of each turn; each adds as many tokens as the others."""
     messages, seconds = [], []
     for turn in range(turns):
-        words = (
-            f"{name} {turn} And it came to pass in those days, that there went out a decree. " * 4
-        )
+        words = f"{name} {turn} And it came to pass in those days, that there was a decree. " * 4
         messages.append({"role": "user", "content": words})
         body = {"messages": messages, "max_tokens": 40, "temperature": 0, "stream": True,
                 "ignore_eos": True}  # fmt: skip
@@ -177,7 +176,8 @@ def main() -> None:
                 )
             )
         alone = stack.enter_context(streaming(args.serve, args.tokens))
-        assert alone.stdin is not None and alone.stdout is not None
+        assert alone.stdin is not None
+        assert alone.stdout is not None
         rounds: dict[tuple[str, int], list[Round]] = {}
         rates = []
         for _ in range(args.rounds + 1):  # the first warms up

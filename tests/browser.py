@@ -1,4 +1,6 @@
-"""A page in headless Chromium, over its own protocol; run it for pictures of a server's chat.
+"""A page in headless Chromium, over its own protocol.
+
+Run as a program it makes pictures of a server's chat, on a desktop and on a phone:
 
 recurrentgemma serve &
 python tests/browser.py http://127.0.0.1:8000 pictures/
@@ -40,8 +42,8 @@ def browser(
     assert CHROMIUM is not None
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder.name}", "about:blank"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with folder, subprocess.Popen(command, **quiet) as process:
+    null = subprocess.DEVNULL
+    with folder, subprocess.Popen(command, stdout=null, stderr=null) as process:
         try:
             file = Path(folder.name) / "DevToolsActivePort"
             wait_for(lambda: file.exists() and file.read_text().count("\n"))

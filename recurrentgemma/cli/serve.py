@@ -91,8 +91,8 @@ def serve(
     ] = False,
     reproducible: Annotated[
         bool,
-        typer.Option("--reproducible", help="Let no bit of an answer depend on what else runs: "
-                     "every step has all slots, and no state is kept."),
+        typer.Option("--reproducible", help="Let no bit of an answer depend on what else runs or "
+                     "is kept: every step has all slots, and answers in a chat are read again."),
     ] = False,
 ) -> None:  # fmt: skip
     """Serve a model to the clients of OpenAI's API, and a chat in the browser.

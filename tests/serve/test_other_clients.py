@@ -25,8 +25,9 @@ def run_client(code: str, *arguments: str, needs: str, **environment: str) -> An
         pytest.skip(f"{needs} is not installed: `make clients` installs it and runs this test")
     settings = os.environ | {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(
-        [PYTHON, "-c", code, *arguments], env=settings, capture_output=True, text=True, timeout=300
-    )
+        [PYTHON, "-c", code, *arguments],
+        env=settings, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -15,7 +15,8 @@ def test_the_page_in_chromium(server) -> None:
         assert page.value("document.documentElement.scrollWidth") == 390  # nothing sticks out
         assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
         # What was typed is answered piece by piece, until Stop.
-        page.type("Who are <img src=x>?")
+        words = "Who are <img src=x>?"
+        page.type(words)
         page.until(f"document.querySelector('.turn.assistant') && {WORDS}.length > 40")
         assert page.value(TURNS) == ["turn user", "turn assistant busy"]
         page.press("stop")
@@ -30,8 +31,6 @@ def test_the_page_in_chromium(server) -> None:
         assert (page.value(TURNS), page.value(WORDS)) == (["turn user", "turn assistant"], said)
         assert page.value("getComputedStyle(document.getElementById('side')).display") == "none"
         page.press("menu")
-        assert (
-            page.value("document.querySelector('nav button').textContent") == "Who are <img src=x>?"
-        )
+        assert page.value("document.querySelector('nav button').textContent") == words
         page.press("new")
         assert page.value(TURNS) == []

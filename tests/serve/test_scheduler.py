@@ -117,6 +117,18 @@ def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
     assert "".join(piece.text for piece in whole) == text
 
 
+def test_a_seed_draws_the_same_alone_and_among_31(sampler) -> None:
+    served, hot = Served(sampler), Categorical(1.5)
+    prompts = [*PROMPTS, LONG, "y", "z", "Emma was"]
+    jobs = [
+        served.submit(make_job(sampler, prompts[seed % 8], 6, hot, seed), turns=seed % 2)
+        for seed in range(32)
+    ]
+    served.finish()
+    for seed in (0, 13, 28, 31):
+        assert served.tokens(jobs[seed]) == alone(sampler, prompts[seed % 8], 6, hot, seed)
+
+
 def test_samples_read_the_prompt_once(sampler) -> None:
     served = Served(sampler, num_slots=1)
     hot = Categorical(1.5)
