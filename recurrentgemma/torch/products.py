@@ -6,6 +6,9 @@ they mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
@@ -13,9 +16,12 @@ from torch.nn.functional import embedding, linear
 
 from recurrentgemma.common.quantization import dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
+from recurrentgemma.torch.runtime import kernels
 from recurrentgemma.torch.runtime.arrays import without_autocast
 
 _PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
+_MOST = torch.tensor(127.0, device="cpu")
+_FEW = 256  # rows; for more, it is faster to dequantise the matrix
 _EXACT = 1024  # products of two int8 values whose sum float32 holds exactly
 
 
@@ -57,9 +63,11 @@ def product(
       axis: The axis of inputs of `w`: -2, or -1 where it is [..., N, K].
       dtype: The dtype in which products are summed, and of the result; that of x if None.
     """
-    if isinstance(w, QuantizedMatrix) and w.integer and w.scheme == "q8":
-        y = _integer_product(x, w).to(dtype or x.dtype)
-        return y if bias is None else y + bias
+    if isinstance(w, QuantizedMatrix) and w.integer and w.device.type == "cpu":
+        y = _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
+        if y is not None:
+            y = y.to(dtype or x.dtype)
+            return y if bias is None else y + bias
     return _product(x, dense(w), bias, axis, dtype)
 
 
@@ -83,24 +91,53 @@ def _product(
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
     values, scale = quantize_rows(x)
-    sums = integer_sums(values, w.values).float()
-    return sums * scale * w.scale.mT
+    return integer_sums(values, w).mul_(scale).mul_(w.scale.mT)
 
 
 def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float[Tensor, "*b 1"]]:
     """See `common.quantization.quantize_rows`."""
     x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / torch.where(largest > 0, largest, 1), 0)
-    return torch.round(x * inverse).to(torch.int8), largest / 127
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+    # Quotients of tensors: a number divided by a tensor is rounded twice.
+    inverse = torch.div(_MOST, largest).clamp_(max=torch.finfo(torch.float32).max)
+    return (x * inverse).round_().to(torch.int8), torch.div(largest, _MOST)
 
 
-def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int[Tensor, "*d n"]:
-    """See `common.quantization.integer_sums`."""
+def integer_sums(x: Int8[Tensor, "*b k"], w: QuantizedMatrix) -> Float[Tensor, "*d n"]:
+    """See `common.quantization.integer_sums`; the int32 sums are rounded to float32."""
+    packed = w.pack()
+    if packed is None and not kernels.plain8_works():
+        return _exact_sums(x, w.values)
+    matrices, multiply = packed, kernels.packed_sums8
+    if packed is None:
+        matrices, multiply = w.values.view(-1, *w.values.shape[-2:]), kernels.plain_sums8
+    return _each(x, matrices, multiply, w.ndim)
+
+
+def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) -> Tensor:
+    """The products of rows with each matrix of a stack, or with the only one."""
+    if ndim == 2:
+        return multiply(x.flatten(0, -2), matrices[0]).view(*x.shape[:-1], -1)
+    rows = x.expand(len(matrices), -1, -1).unbind()
+    return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
+
+
+def _exact_sums(x: Tensor, values: Tensor) -> Tensor:
+    """The sums by products in float32, of as many inputs at a time as float32 adds exactly."""
     sums = torch.zeros((), dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[-1], _EXACT):
         part = slice(start, start + _EXACT)
         with without_autocast(x.device):
             products = x[..., part].float() @ values[..., part].float().mT
         sums = sums + products.to(torch.int32)
-    return sums
+    return sums.float()
+
+
+def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
+    """x W of few rows in bfloat16 by the kernel of 4 bits; None where it does not serve."""
+    if x.numel() > _FEW * x.shape[-1] or x.dtype == torch.float64:
+        return None
+    packed = w.pack()
+    return packed and _each(
+        x.bfloat16(), packed, lambda rows, matrix: kernels.product4(rows, *matrix), w.ndim
+    )
