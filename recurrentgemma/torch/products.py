@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from recurrentgemma.common.quantization import dequantize
+from recurrentgemma.common.quantization import LARGEST, dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime import kernels
 from recurrentgemma.torch.runtime.arrays import without_autocast
 
 _PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
-_MOST = torch.tensor(127.0, device="cpu")
+_MOST = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
 _FEW = 256  # rows; for more, it is faster to dequantise the matrix
 _EXACT = 1024  # products of two int8 values whose sum float32 holds exactly
 
@@ -80,6 +80,9 @@ def _product(
         return x @ w if bias is None else torch.baddbmm(bias, x, w)
     w = w.T if axis == -2 else w
     if dtype is None:
+        if _is_bfloat16_row(x, w) and kernels.bfloat16_row_works():
+            y = torch.mv(w, x.flatten()) if bias is None else torch.addmv(bias, w, x.flatten())
+            return y.view(*x.shape[:-1], -1)
         return linear(x, w, bias)
     # In parts, since in a narrower dtype each is copied to the wide one.
     parts = [w] if w.dtype == dtype else w.split(max(_PART_ELEMENTS // x.shape[-1], 1))
@@ -87,6 +90,18 @@ def _product(
         y = [linear(x.to(dtype), part.to(dtype)) for part in parts]
     y = torch.cat(y, -1) if len(y) > 1 else y[0]
     return y if bias is None else y + bias
+
+
+def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
+    """Whether this is a row on a CPU: as a vector, it takes half the time that `linear` does."""
+    return (
+        x.dtype == w.dtype == torch.bfloat16
+        and x.numel() == x.shape[-1]
+        and x.is_cpu
+        and type(w) in (Tensor, nn.Parameter)  # a subclass knows `linear`
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
@@ -98,9 +113,9 @@ def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float
     """See `common.quantization.quantize_rows`."""
     x = x.float()
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-    # Quotients of tensors: a number divided by a tensor is rounded twice.
+    # A quotient of two tensors, since a number divided by one is rounded twice.
     inverse = torch.div(_MOST, largest).clamp_(max=torch.finfo(torch.float32).max)
-    return (x * inverse).round_().to(torch.int8), torch.div(largest, _MOST)
+    return (x * inverse).round_().to(torch.int8), largest * (1 / LARGEST)
 
 
 def integer_sums(x: Int8[Tensor, "*b k"], w: QuantizedMatrix) -> Float[Tensor, "*d n"]:
@@ -138,6 +153,4 @@ def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
     if x.numel() > _FEW * x.shape[-1] or x.dtype == torch.float64:
         return None
     packed = w.pack()
-    return packed and _each(
-        x.bfloat16(), packed, lambda rows, matrix: kernels.product4(rows, *matrix), w.ndim
-    )
+    return packed and _each(x.bfloat16(), packed, kernels.product4, w.ndim)

@@ -81,23 +81,26 @@ def scales4(scale: Tensor, zero: Tensor) -> Tensor:
     )
 
 
-def product4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
     """x W of rows in bfloat16, [M, K], with packed values and their `scales4`."""
+    values, scales = packed
     group = x.shape[1] // len(scales)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), values, group, scales)
 
 
 def _works(check: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether a check holds; an operator that is missing or refuses does not work."""
+    """Whether a check holds, found once; an operator that is missing or refuses does not work."""
+    found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
 
     @torch.compiler.assume_constant_result
-    @functools.cache
     def works() -> bool:
-        try:
-            with torch.no_grad(), torch.device("cpu"):
-                return check()
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-            return False
+        if not found:
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    found.append(check())
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+                found.append(False)
+        return found[0]
 
     return works
 
@@ -141,9 +144,18 @@ def packed4_works() -> bool:
     groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
     x, packed = _extremes(5, 256).bfloat16(), pack4(values)
     wanted = x.float() @ groups.flatten(1).t()
-    error = (product4(x, packed, scales4(scale, zero)).float() - wanted).abs().max()
+    error = (product4(x, (packed, scales4(scale, zero))).float() - wanted).abs().max()
     kept = torch.equal(unpack4(packed), values)
     return kept and bool(error <= 2**-7 * wanted.abs().max())
+
+
+@_works
+def bfloat16_row_works() -> bool:
+    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does."""
+    w = _extremes(9, 4096).bfloat16()
+    x = torch.linspace(-1, 1, 4096).bfloat16()
+    wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
+    return bool(((w @ x).float() - wanted).abs().sub(2**-8 * wanted.abs()).le(error).all())
 
 
 class Layout(NamedTuple):
