@@ -17,6 +17,7 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
@@ -71,6 +72,7 @@ def chat(
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
     quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -131,6 +133,7 @@ def chat(
             allow_control_tokens,
             adapter,
             quantize,
+            compiled,
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

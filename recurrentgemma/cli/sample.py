@@ -22,6 +22,7 @@ from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
@@ -65,6 +66,7 @@ def sample(
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
     quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int,
@@ -222,6 +224,7 @@ def sample(
             allow_control_tokens,
             adapter,
             quantize,
+            compiled,
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,12 @@ class QuantizedMatrix(nn.Module):
     def ndim(self) -> int:
         """The number of axes."""
         return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors, packed or not."""
+        values = math.prod(self.shape) * SCHEMES[self.scheme].bits // 8
+        return values + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
     @property
     def device(self) -> torch.device:
