@@ -106,7 +106,12 @@ def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
     values, scale = quantize_rows(x)
-    return integer_sums(values, w).mul_(scale).mul_(w.scale.mT)
+    packed = w.pack()
+    if packed is None:
+        sums = integer_sums(values, w.values).float()
+    else:
+        sums = _each(values, packed, kernels.packed_sums8, w.ndim)
+    return sums.mul_(scale).mul_(w.scale.mT)
 
 
 def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float[Tensor, "*b 1"]]:
@@ -118,34 +123,26 @@ def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float
     return (x * inverse).round_().to(torch.int8), largest * (1 / LARGEST)
 
 
-def integer_sums(x: Int8[Tensor, "*b k"], w: QuantizedMatrix) -> Float[Tensor, "*d n"]:
-    """See `common.quantization.integer_sums`; the int32 sums are rounded to float32."""
-    packed = w.pack()
-    if packed is None and not kernels.plain8_works():
-        return _exact_sums(x, w.values)
-    matrices, multiply = packed, kernels.packed_sums8
-    if packed is None:
-        matrices, multiply = w.values.view(-1, *w.values.shape[-2:]), kernels.plain_sums8
-    return _each(x, matrices, multiply, w.ndim)
-
-
-def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) -> Tensor:
-    """The products of rows with each matrix of a stack, or with the only one."""
-    if ndim == 2:
-        return multiply(x.flatten(0, -2), matrices[0]).view(*x.shape[:-1], -1)
-    rows = x.expand(len(matrices), -1, -1).unbind()
-    return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
-
-
-def _exact_sums(x: Tensor, values: Tensor) -> Tensor:
-    """The sums by products in float32, of as many inputs at a time as float32 adds exactly."""
+def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int[Tensor, "*d n"]:
+    """See `common.quantization.integer_sums`."""
+    if x.is_cpu and kernels.plain8_works():
+        return _each(x, values if values.ndim > 2 else [values], kernels.plain_sums8, values.ndim)
+    # By products in float32, of as many inputs at a time as it adds exactly.
     sums = torch.zeros((), dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[-1], _EXACT):
         part = slice(start, start + _EXACT)
         with without_autocast(x.device):
             products = x[..., part].float() @ values[..., part].float().mT
         sums = sums + products.to(torch.int32)
-    return sums.float()
+    return sums
+
+
+def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) -> Tensor:
+    """The products of rows with each matrix of a stack, or with the only one."""
+    if ndim == 2:
+        return multiply(x.flatten(0, -2), matrices[0]).view(*x.shape[:-1], -1)
+    rows = x.expand(len(matrices), -1, -1)
+    return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
 
 
 def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:

@@ -83,13 +83,16 @@ def test_values_outlive_their_packing(scheme: str) -> None:
 
 
 def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> bool:
-        return torch.ops.aten._no_such_operator(1)
+    x = kernels._extremes(3, 64)
 
-    assert not kernels._works(missing)()
+    def exact() -> bool:
+        return kernels._exact(x, x, lambda rows: kernels.plain_sums8(rows, x))
+
+    assert kernels._works(exact)() == kernels.plain8_works()
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: x.new_zeros(len(x), w.shape[1]))
-    assert not kernels._works(lambda: kernels._exact(*2 * [kernels._extremes(3, 64)], lambda x: (
-        kernels.plain_sums8(x, kernels._extremes(3, 64)))))()  # fmt: skip
+    assert not kernels._works(exact)()
+    monkeypatch.delattr(torch, "_int_mm")
+    assert not kernels._works(exact)()
 
 
 def test_a_row_in_bfloat16_is_what_linear_gives() -> None:

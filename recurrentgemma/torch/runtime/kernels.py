@@ -38,8 +38,8 @@ def packed_sums8(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
-    """The same with values as they are stored, [N, K]; slower."""
-    return torch._int_mm(x, values.t()).float()
+    """The int32 sums with values as they are stored, [N, K]; slower."""
+    return torch._int_mm(x, values.t())
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,7 +115,7 @@ def _extremes(rows: int, inputs: int) -> Tensor:
 
 def _exact(x: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]) -> bool:
     wanted = (x.double() @ values.double().t()).float()
-    return all(torch.equal(sums(x[:rows]), wanted[:rows]) for rows in (1, len(x)))
+    return all(torch.equal(sums(x[:rows]).float(), wanted[:rows]) for rows in (1, len(x)))
 
 
 @_works
