@@ -17,6 +17,7 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     MODEL,
     Checkpoint,
+    Compiled,
     DTypeOption,
     Framework,
     FrameworkOption,
@@ -58,6 +59,7 @@ def bench(
     framework: FrameworkOption = None,
     dtype: DTypeOption = None,
     quantize: Quantize = None,
+    compiled: Compiled = False,
     prompt_tokens: Annotated[
         int, typer.Option(min=2, help="Length of each prompt.", metavar="N")
     ] = 2048,
@@ -81,12 +83,19 @@ def bench(
     with working(f"Loading with {framework}"):
         if preset is not None:
             name = member(Preset, preset.upper()).name
-            loaded = random_sampler(framework, name, dtype, quantize)
+            loaded = random_sampler(framework, name, dtype, quantize, compiled)
         else:
             path, tokenizer = find_checkpoint(checkpoint)
             name = path.name
             loaded = load_sampler(
-                framework, path, tokenizer, Greedy(), dtype, False, quantize=quantize
+                framework,
+                path,
+                tokenizer,
+                Greedy(),
+                dtype,
+                False,
+                quantize=quantize,
+                compiled=compiled,
             )
     report: dict[str, Any] = {
         "model": name,
@@ -94,6 +103,7 @@ def bench(
         "device": loaded.device,
         "dtype": loaded.dtype,
         "quantize": quantize,
+        "compile": compiled or framework is Framework.JAX,
         "batch_size": batch_size,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

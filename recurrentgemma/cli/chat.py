@@ -17,6 +17,7 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
@@ -74,6 +75,7 @@ def chat(
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
     quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -140,6 +142,7 @@ def chat(
             allow_control_tokens,
             adapter,
             quantize,
+            compiled,
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

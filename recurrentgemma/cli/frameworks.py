@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.twin import find_twin, installed_framework
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
@@ -97,6 +100,14 @@ Adapter = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile PyTorch's step: a slow start, then faster tokens. JAX always compiles.",
+        rich_help_panel=MODEL,
+    ),
+]
 Quantize = Annotated[
     Scheme | None,
     typer.Option(
@@ -155,6 +166,16 @@ def find_checkpoint(
         return path, find_tokenizer(opened, tokenizer)
 
 
+def _compiling(framework: Framework, device: str, compiled: bool) -> dict[str, bool]:
+    """The settings of a sampler that compiles its decode step, where that is a choice."""
+    if not compiled or framework is not Framework.TORCH:
+        return {}
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    if device == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise UserError("--compile needs a C++ compiler such as g++, which was not found")
+    return {"jit_compile": True}
+
+
 def default_dtype(device: str) -> DType:
     """The dtype to run in on a device unless another is asked for."""
     return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
@@ -170,6 +191,7 @@ def load_sampler(
     allow_control_tokens: bool = False,
     adapter: Path | None = None,
     quantize: Scheme | None = None,
+    compiled: bool = False,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -183,6 +205,7 @@ def load_sampler(
       allow_control_tokens: Whether a user's words may spell control tokens.
       adapter: LoRA adapters to add to its parameters, if any.
       quantize: The scheme in which matrices are kept; None keeps them as they are stored.
+      compiled: Whether PyTorch compiles the decode step; JAX always does.
     """
     twin = find_twin(framework)
     device = twin.default_device()
@@ -194,13 +217,18 @@ def load_sampler(
         is_it_model=chat,
         sampling=sampling,
         allow_control_tokens=allow_control_tokens,
+        **_compiling(framework, device, compiled),
     )
     sampler.engine.prepares = False
     return Loaded(sampler, device, dtype)
 
 
 def random_sampler(
-    framework: Framework, preset: str, dtype: DType | None, quantize: Scheme | None = None
+    framework: Framework,
+    preset: str,
+    dtype: DType | None,
+    quantize: Scheme | None = None,
+    compiled: bool = False,
 ) -> Loaded:
     """A sampler on random weights of a published size, with the bundled tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
@@ -217,7 +245,8 @@ def random_sampler(
         for spec in layer_spec(config)
     )
     model = twin.make(config, values, dtype, device)
-    return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)
+    sampler = twin.sampler(model, load_tokenizer(), **_compiling(framework, device, compiled))
+    return Loaded(sampler, device, dtype)
 
 
 def _random_values(spec: ParamSpec, dtype: DType) -> np.ndarray:

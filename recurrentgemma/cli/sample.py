@@ -22,6 +22,7 @@ from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
@@ -68,6 +69,7 @@ def sample(
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
     quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int,
@@ -231,6 +233,7 @@ def sample(
             allow_control_tokens,
             adapter,
             quantize,
+            compiled,
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler

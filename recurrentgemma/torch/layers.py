@@ -15,9 +15,16 @@ from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
-from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
+from recurrentgemma.torch.cache import (
+    Hidden,
+    Positions,
+    inside_documents,
+    num_padding,
+    prepend_history,
+)
 from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
+from recurrentgemma.torch.runtime.arrays import as_dtype
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
@@ -108,10 +115,10 @@ class RMSNorm(SpecModule):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32 = x.to(wide_dtype(x.dtype))
+        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.scale)
         rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         y = x32 * rms
-        return torch.addcmul(y, y, self.scale.to(x32.dtype)).to(x.dtype)
+        return torch.addcmul(y, y, scale).to(x.dtype)
 
 
 class BlockDiagonalLinear(SpecModule):
@@ -127,8 +134,8 @@ class BlockDiagonalLinear(SpecModule):
         super().__init__(specs, device, dtype)
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
-        x_hzi = x.reshape(-1, x.shape[-1]).unflatten(-1, (len(self.w), -1)).transpose(0, 1)
-        y_hzj = product(x_hzi, self.w, self.b[:, None])
+        x_hzi = x.reshape(-1, *self.w.shape[:2]).transpose(0, 1)
+        y_hzj = product(x_hzi, self.w, self.b.unsqueeze(1))
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
@@ -150,7 +157,7 @@ class Conv1D(SpecModule):
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         segment_pos = as_positions(segment_pos, x)
         length, reach, wide = x.shape[1], len(self.w) - 1, wide_dtype(x.dtype)
-        w, b = self.w.to(wide), self.b.to(wide)
+        w, b = as_dtype(wide, self.w, self.b)
         if cache is not None and length == 1:
             y, new_cache = _step(x, segment_pos, cache, w, b)
             return y, new_cache if return_cache else None
@@ -173,10 +180,15 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One token a row."""
     # Zeros stand for inputs that the document lacks; its start forgets another document's.
-    state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
+    (state,), inside = as_dtype(x.dtype, state), inside_documents(segment_pos)
+    if not inside:
+        state = state.masked_fill((segment_pos == 0)[..., None], 0)
     extended = torch.cat([state, x], 1)
-    y = (extended * w).sum(1, keepdim=True) + b
-    return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
+    (y,) = as_dtype(x.dtype, (extended * w).sum(1, keepdim=True) + b)
+    new_state = extended[:, 1:]
+    if not inside:
+        new_state = torch.where((segment_pos < 0)[..., None], state, new_state)
+    return y, new_state
 
 
 def _new_state(extended: Tensor, segment_pos: Tensor, reach: int, continues: bool) -> Tensor:
@@ -216,7 +228,7 @@ class Einsum(SpecModule):
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
         b = None if self.b is None else self.b.flatten(1, -2)
         y_czm = product(x.flatten(0, -2)[None], self.w, b)
-        return y_czm.unflatten(1, x.shape[:-1])
+        return y_czm.view(-1, *x.shape[:-1], y_czm.shape[-1])
 
 
 class Embedder(SpecModule):

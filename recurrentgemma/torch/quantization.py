@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,15 @@ from torch import Tensor, nn
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import is_kernel, to_torch, torch_name
-from recurrentgemma.common.quantization import Quantized, input_axis, quantize, scheme_for
+from recurrentgemma.common.quantization import (
+    SCHEMES,
+    Quantized,
+    input_axis,
+    quantize,
+    scheme_for,
+)
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.kernels import LAYOUTS
 
 
 class QuantizedMatrix(nn.Module):
@@ -28,37 +36,45 @@ class QuantizedMatrix(nn.Module):
       zero: See `Quantized`.
       shape: The shape of the matrix that this stands for.
       dtype: The dtype that the matrix has in a computation.
+      packs: Whether a kernel's own layout may take the place of the values (see `pack`).
     """
 
-    values: Tensor
+    values: Any
     scale: Tensor
     zero: Tensor | None
 
-    def __init__(self, quantized: Quantized) -> None:
+    def __init__(self, quantized: Quantized, packs: bool = True) -> None:
         super().__init__()
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
         self.register_buffer("zero", quantized.zero)
         self.scheme, self.axis, self.integer = quantized.scheme, quantized.axis, quantized.integer
+        self.packs, self._packed = packs, None
         self.shape = torch.Size(quantized.shape)
         self.dtype: torch.dtype = getattr(torch, quantized.dtype)
 
     @property
     def quantized(self) -> Quantized:
         """The same as a `Quantized` of tensors."""
-        parts = self.values, self.scale, self.zero
+        parts = self._values(), self.scale, self.zero
         name = str(self.dtype).removeprefix("torch.")
         return Quantized(*parts, self.scheme, self.axis, name, self.integer)
 
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return self.values.ndim
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors, packed or not."""
+        values = math.prod(self.shape) * SCHEMES[self.scheme].bits // 8
+        return values + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.values.device
+        return self.scale.device
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -66,8 +82,48 @@ class QuantizedMatrix(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.scheme} {list(self.shape)}"
 
+    def pack(self) -> list[Any] | None:
+        """The matrices as a kernel of this processor takes them; None where there is none.
+
+        They hold the values from then on: `values` is None until `unpack`.
+        """
+        if self._packed is None and self.packs and not torch.compiler.is_compiling():
+            layout = LAYOUTS[SCHEMES[self.scheme].bits]
+            if layout.takes(self.values, self.scale):
+                zeros = self.scale if self.zero is None else self.zero
+                parts = (self.values, self.scale, zeros)
+                matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)
+                self._packed = [layout.pack(*matrix) for matrix in matrices]
+                self.values = None
+        return self._packed
+
+    def unpack(self) -> None:
+        """Makes the values again from the packed ones, if there are any."""
+        if self._packed is not None:
+            self.values, self._packed = self._values(), None
+
+    def _values(self) -> Tensor:
+        if self._packed is None:
+            return self.values
+        unpack = LAYOUTS[SCHEMES[self.scheme].bits].unpack
+        matrices = [unpack(matrix) for matrix in self._packed]
+        return torch.stack(matrices) if self.ndim > 2 else matrices[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return vars(self)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedMatrix:
         """Moves the tensors; a cast of floating-point parameters changes `dtype` alone."""
+        self.unpack()
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         for name, buffer in self.named_buffers(recurse=False):
             # As bytes, which no cast of floating-point tensors changes.
@@ -102,6 +158,14 @@ def dequantizing(model: nn.Module) -> None:
             module.integer = False
 
 
+def keep_values(model: nn.Module) -> None:
+    """Has a model compute with values as they are stored, which `torch.compile` can trace."""
+    for module in model.modules():
+        if isinstance(module, QuantizedMatrix):
+            module.packs = False
+            module.unpack()
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether any parameter is quantised."""
     return any(isinstance(module, QuantizedMatrix) for module in model.modules())
@@ -131,4 +195,4 @@ def replace(model: nn.Module, spec: ParamSpec, quantized: Quantized) -> None:
     module = model.get_submodule(path)
     axis = -1 if is_kernel(spec.path) else quantized.axis
     delattr(module, leaf)
-    module.add_module(leaf, QuantizedMatrix(quantized.replace(axis=axis)))
+    module.add_module(leaf, QuantizedMatrix(quantized.replace(axis=axis), packs=not spec.table))
