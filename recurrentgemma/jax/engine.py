@@ -26,6 +26,11 @@ from recurrentgemma.jax.runtime.decode import compiled, functions
 from recurrentgemma.jax.runtime.trees import Params
 
 
+# With more bytes of parameters a step takes so long on a CPU that its call hardly counts, and a
+# burst would hold back tokens that someone waits for.
+_QUICK_BYTES = 2**27
+
+
 class ModelEngine(Engine):
     """The `Engine` of a model and its parameters.
 
@@ -50,7 +55,9 @@ class ModelEngine(Engine):
         self.model = model
         self._jit_compile = jit_compile
         self.params = params
-        self.burst = 1 if platform_of(self._params) == "cpu" else 8
+        on_cpu = platform_of(self._params) == "cpu"
+        self.burst = 1 if on_cpu else 8
+        self.long_burst = 16 if on_cpu and self.num_bytes <= _QUICK_BYTES else 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled steps, which are looked up again."""
