@@ -39,6 +39,7 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> tuple[Model, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
@@ -58,12 +59,16 @@ def load_checkpoint(
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
         its folder, or a folder of PEFT's.
+      quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
+        `common.quantization`), quantised as they are read, one at a time. If None they are as they
+        are stored.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
-        `open_checkpoint`.
+        `open_checkpoint`. Or it is stored in another scheme.
       ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
-        parameters cannot be of the dtype, or JAX has it turned off.
+        parameters cannot be of the dtype, or JAX has it turned off; or the scheme is unknown, or
+        does not fit a matrix, which the message names.
     """
     require_available(dtype)
     if device is not None:
@@ -73,7 +78,7 @@ def load_checkpoint(
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
-        params = _load(checkpoint, sharding, dtype)
+        params = _load(checkpoint, sharding, dtype, quantize)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Model(checkpoint.config, param_dtype=param_dtype), params
 
@@ -128,11 +133,14 @@ def load_parameters(
     if not path.exists():
         raise UserError(f"no checkpoint directory at {path}")
     with open_headers(path) as checkpoint:
-        return _load(checkpoint, sharding, None)
+        return _load(checkpoint, sharding, None, None)
 
 
 def _load(
-    checkpoint: Reader, sharding: str | Sharding | Mapping[str, Any], dtype: Dtype | None
+    checkpoint: Reader,
+    sharding: str | Sharding | Mapping[str, Any],
+    dtype: Dtype | None,
+    scheme: str | None,
 ) -> dict[str, Any]:
     """Every parameter on its devices; on the host one at a time."""
     params: dict[str, Any] = {}
@@ -140,7 +148,7 @@ def _load(
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
-    for spec, on_host in checkpoint.read_as(wanted):
+    for spec, on_host in checkpoint.read_quantized(wanted, scheme):
         set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
     return params
 

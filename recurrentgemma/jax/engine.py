@@ -21,6 +21,7 @@ from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
 from recurrentgemma.jax.runtime.trees import Params
@@ -199,4 +200,4 @@ class ModelEngine(Engine):
         return sharding
 
     def _compute_dtype(self) -> Dtype:
-        return self.model.dtype or jnp.result_type(*jax.tree.leaves(self.params))
+        return self.model.dtype or dtype_of(self.params)

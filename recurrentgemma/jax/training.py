@@ -20,7 +20,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
-from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -40,6 +40,7 @@ from recurrentgemma.jax.optimizer import (
     require_optimizer,
     set_moments,
 )
+from recurrentgemma.jax.quantization import is_quantized
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
@@ -95,14 +96,15 @@ def create_train_state(
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: The parameters are not the model's, LoRA has no targets in it, or the optimiser
-        is neither options nor a transformation.
+      ValueError: The parameters are not the model's, they are quantised and there is no `lora`,
+        LoRA has no targets in the model, or the optimiser is neither options nor a transformation.
     """
     params = params.get("params", params)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     require_optimizer(optimizer)
     specs = trainable_specs(model.config, lora)
     if lora is None:
+        require_plain(is_quantized(params))
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
         base = None
     else:

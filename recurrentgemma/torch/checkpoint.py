@@ -15,8 +15,10 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.model import Model
+from recurrentgemma.torch.quantization import replace
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
@@ -38,6 +40,7 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """The model in a checkpoint of any format.
 
@@ -58,12 +61,16 @@ def load_checkpoint(
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
         its folder, or a folder of PEFT's.
+      quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
+        `common.quantization`), quantised as they are read, one at a time. If None they are as they
+        are stored.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
-        `open_checkpoint`.
+        `open_checkpoint`. Or it is stored in another scheme.
       ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
-        is to be split has several.
+        is to be split has several or is quantised; or the scheme is unknown, or does not fit a
+        matrix, which the message names.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and sharding is not None:
@@ -82,11 +89,17 @@ def load_checkpoint(
         places = model.state_dict()
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
-        for spec, on_host in checkpoint.read_as(wanted):
+        for spec, on_host in checkpoint.read_quantized(wanted, quantize):
+            if isinstance(on_host, Quantized):
+                if sharding is not None:
+                    raise UserError("quantised weights are not split: load them without quantize")
+                held = on_host.with_parts(lambda part: to_tensor(part).to(device or "cpu"))
+                replace(model, spec, held)
+                continue
             name = torch_name(spec.path)
             tensor = to_tensor(to_torch(spec.path, on_host)).to(device or "cpu")
             state[name] = tensor if sharding is None else part_of(tensor, places[name])
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(model.state_dict() | state, assign=True)
     return model
 
 

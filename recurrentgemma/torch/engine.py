@@ -66,7 +66,7 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
         """Nothing is compiled to read prompts."""

@@ -16,11 +16,11 @@ from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
 from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
-from recurrentgemma.torch.runtime.arrays import without_autocast
+from recurrentgemma.torch.products import dense, lookup, product
+from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
-_PART_ELEMENTS = 2**19  # of a part of the vocabulary, which then stays in the processor's cache
 
 
 class SpecModule(nn.Module):
@@ -70,10 +70,10 @@ class SpecModule(nn.Module):
             (spec._replace(path=f"{prefix}.{spec.path}" if prefix else spec.path), parameter)
             for prefix, module in self.named_modules()
             for spec in (module.specs if isinstance(module, SpecModule) else ())
+            if isinstance(parameter := getattr(module, torch_name(spec.path)), Tensor)
             # The storage of a fake tensor is on no other device.
-            if (parameter := module.get_parameter(torch_name(spec.path)))
-            .untyped_storage().device.type != "meta"
-        ]  # fmt: skip
+            and parameter.untyped_storage().device.type != "meta"
+        ]
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu")) if drawn else 0
         for spec, parameter in drawn:
@@ -93,6 +93,9 @@ class Linear(nn.Linear, SpecModule):
     def reset_parameters(self, seed: int | None = None) -> None:
         """As `SpecModule`, whose method `nn.Linear` hides."""
         SpecModule.reset_parameters(self, seed)
+
+    def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b j"]:
+        return product(input, self.weight, self.bias, axis=-1)
 
 
 class RMSNorm(SpecModule):
@@ -114,7 +117,7 @@ class RMSNorm(SpecModule):
 class BlockDiagonalLinear(SpecModule):
     """y_h = x_h W_h + b_h over blocks h of the last axis."""
 
-    w: nn.Parameter
+    w: nn.Parameter | QuantizedMatrix
     b: nn.Parameter
 
     def __init__(
@@ -125,7 +128,7 @@ class BlockDiagonalLinear(SpecModule):
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
         x_hzi = x.reshape(-1, x.shape[-1]).unflatten(-1, (len(self.w), -1)).transpose(0, 1)
-        y_hzj = torch.baddbmm(self.b[:, None], x_hzi, self.w)
+        y_hzj = product(x_hzi, self.w, self.b[:, None])
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
@@ -189,7 +192,7 @@ def _new_state(extended: Tensor, segment_pos: Tensor, reach: int, continues: boo
 class Einsum(SpecModule):
     """y = einsum(eqn, x, w) + b."""
 
-    w: nn.Parameter
+    w: nn.Parameter | QuantizedMatrix
     b: nn.Parameter | None
 
     def __init__(
@@ -208,18 +211,18 @@ class Einsum(SpecModule):
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.eqn != MATRICES:
-            y = torch.einsum(self.eqn, x, self.w)
+            y = torch.einsum(self.eqn, x, dense(self.w))
             return y if self.b is None else y + self.b
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
-        x_czd, b = x.flatten(0, -2).expand(len(self.w), -1, -1), self.b
-        y_czm = x_czd @ self.w if b is None else torch.baddbmm(b.flatten(1, -2), x_czd, self.w)
+        b = None if self.b is None else self.b.flatten(1, -2)
+        y_czm = product(x.flatten(0, -2)[None], self.w, b)
         return y_czm.unflatten(1, x.shape[:-1])
 
 
 class Embedder(SpecModule):
     """Token embeddings, tied between input and output."""
 
-    input_embedding: nn.Parameter
+    input_embedding: nn.Parameter | QuantizedMatrix
 
     def __init__(
         self,
@@ -235,23 +238,15 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        x = nn.functional.embedding(tokens, self.input_embedding)
+        x = lookup(self.input_embedding, tokens)
         # A plain number is not rounded; a scalar of the CPU goes with any device.
         return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, embedding, cap = x.to(wide_dtype(x.dtype)), self.input_embedding, self.soft_cap
+        x, cap = x.to(wide_dtype(x.dtype)), self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less
-        # In parts, since in a narrower dtype each is copied to the wide one.
-        parts = (
-            [embedding]
-            if embedding.dtype == x.dtype
-            else embedding.split(max(_PART_ELEMENTS // x.shape[-1], 1))
-        )
-        with without_autocast(x.device):
-            logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
-        logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
+        logits = product(x, self.input_embedding, axis=-1, dtype=x.dtype)
         return logits.tanh_() * cap if cap else logits
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from recurrentgemma.common.training.lora import (
 )
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.quantization import quantize_matrices
+from recurrentgemma.torch.products import dense
+from recurrentgemma.torch.quantization import (
+    QuantizedMatrix,
+    dequantizing,
+    parameter,
+    quantize_matrices,
+    replace,
+)
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
 from recurrentgemma_conversion.adapters import open_adapters
@@ -46,10 +54,6 @@ class Adapted(nn.Module):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape)
 
-    def get_parameter(self, target: str) -> Any:
-        """A parameter of the base."""
-        return self.base.get_parameter(target)
-
 
 def adapt(
     model: Model, options: LoraOptions, dtype: torch.dtype, seed: int
@@ -71,10 +75,10 @@ def adapt(
         spec.path: nn.Parameter(torch.from_numpy(sample_param(spec, seed)).to(device, dtype))
         for spec in specs
     }
-    result = _sharing(model.state_dict(), model)
+    result = _sharing(model)
     result.requires_grad_(False)
-    if options.quantize:
-        quantize_matrices(result)
+    quantize_matrices(result, options.scheme, tables=False)
+    dequantizing(result)
     for target in lora_targets(model.config, options):
         a, b = (adapters[spec.path] for spec in adapter_specs(target, options.rank))
         path = target.path.rpartition(".")[0]
@@ -87,18 +91,17 @@ def merge(
     model: Model, adapters: Mapping[str, Tensor], options: LoraOptions, dtype: torch.dtype
 ) -> Model:
     """A plain model, in a dtype, that computes what the adapted one does."""
-    state: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        path, _, leaf = torch_name(spec.path).rpartition(".")
-        value = model.get_submodule(path).get_parameter(leaf).detach()
+        value = dense(parameter(model, spec)).detach()
         if spec.lora in options.targets:
             a, b = (
                 adapters[matrix.path].detach().to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
             value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
-        state[torch_name(spec.path)] = value.to(dtype)
-    return _sharing(state, model)
+        merged[spec.path] = value.to(dtype)
+    return _sharing(model, merged)
 
 
 def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
@@ -112,21 +115,27 @@ def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
       CheckpointError: There are no adapters, they are damaged, or belong to another model.
     """
     _, options, arrays = open_adapters(path, model.config)
-    result = model.state_dict()
+    changed: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        value = result[torch_name(spec.path)]
+        value = dense(parameter(model, spec)).detach()
         on_host = to_torch(spec.path, to_array(value))
         merged = merge_on_host(spec, on_host, arrays, options)
         if merged is not on_host:
-            tensor = to_tensor(to_torch(spec.path, merged)).to(value)
-            result[torch_name(spec.path)] = tensor
-    return _sharing(result, model)
+            changed[spec.path] = to_tensor(to_torch(spec.path, merged)).to(value)
+    return _sharing(model, changed)
 
 
-def _sharing(state: Mapping[str, Tensor], model: Model) -> Model:
-    """A model like another, with these tensors."""
+def _sharing(model: Model, changed: Mapping[str, Tensor] = MappingProxyType({})) -> Model:
+    """A model like another, on its tensors but for some, which are given by their paths."""
     result = Model(model.config, model.gradient_checkpointing, device="meta")
-    result.load_state_dict(state, assign=True)
+    state: dict[str, Tensor] = {}
+    for spec in layer_spec(model.config):
+        value = changed.get(spec.path, parameter(model, spec))
+        if isinstance(value, QuantizedMatrix):
+            replace(result, spec, value.quantized)
+        else:
+            state[torch_name(spec.path)] = value.detach()
+    result.load_state_dict(result.state_dict() | state, assign=True)
     return result
 
 

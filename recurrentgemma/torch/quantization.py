@@ -1,61 +1,123 @@
-"""Computing with matrices that are kept as int8: each is dequantised where it is used."""
+"""A model's matrices in fewer bytes (see `common.quantization`)."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.quantization import Quantized, dequantize, quantize
-from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.runtime.arrays import to_array
+from recurrentgemma.common.model.params import ParamSpec
+from recurrentgemma.common.model.state_dict import is_kernel, to_torch, torch_name
+from recurrentgemma.common.quantization import Quantized, input_axis, quantize, scheme_for
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 
 
-def quantize_matrices(model: Model) -> None:
-    """Puts a `Dequantizing` in the place of each module that holds a matrix."""
-    for spec in layer_spec(model.config):
-        if spec.matrix:
-            path, _, leaf = torch_name(spec.path).rpartition(".")
-            module = model.get_submodule(path)
-            weight = module.get_parameter(leaf)
-            parts = quantize(to_torch(spec.path, to_array(weight)))
-            quantized = Quantized(
-                *(to_torch(spec.path, torch.from_numpy(part)).to(weight.device) for part in parts)
-            )
-            model.set_submodule(path, Dequantizing(module, leaf, quantized))
+class QuantizedMatrix(nn.Module):
+    """A `Quantized` in the place of a module's parameter, under its name.
 
-
-class Dequantizing(nn.Module):
-    """A module that computes with a `Quantized` in the place of a parameter.
-
-    The matrix has the dtype of the module's input: it exists only during the module's call.
+    Its arrays are buffers, so that state dicts, copies, pickles and `to` treat them as they treat
+    parameters; their dtypes never change. A cast of the model changes `dtype`.
 
     Attributes:
-      base: The module, without values of the parameter.
-      leaf: Its name for the parameter.
+      values: See `Quantized`, whose other fields this has, too.
+      scale: See `Quantized`.
+      zero: See `Quantized`.
+      shape: The shape of the matrix that this stands for.
+      dtype: The dtype that the matrix has in a computation.
     """
 
     values: Tensor
     scale: Tensor
+    zero: Tensor | None
 
-    def __init__(self, base: nn.Module, leaf: str, quantized: Quantized) -> None:
+    def __init__(self, quantized: Quantized) -> None:
         super().__init__()
-        self.base, self.leaf = base, leaf
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
-        empty = nn.Parameter(base.get_parameter(leaf).detach().to("meta"), requires_grad=False)
-        base.register_parameter(leaf, empty)
+        self.register_buffer("zero", quantized.zero)
+        self.scheme, self.axis, self.integer = quantized.scheme, quantized.axis, quantized.integer
+        self.shape = torch.Size(quantized.shape)
+        self.dtype: torch.dtype = getattr(torch, quantized.dtype)
 
-    def forward(self, x: Tensor) -> Any:
-        matrix = self.get_parameter(self.leaf).to(x.dtype)
-        return functional_call(self.base, {self.leaf: matrix}, (x,))
+    @property
+    def quantized(self) -> Quantized:
+        """The same as a `Quantized` of tensors."""
+        parts = self.values, self.scale, self.zero
+        name = str(self.dtype).removeprefix("torch.")
+        return Quantized(*parts, self.scheme, self.axis, name, self.integer)
 
-    def get_parameter(self, target: str) -> Any:
-        """A parameter of the module; the quantised one in float32."""
-        if target != self.leaf:
-            return self.base.get_parameter(target)
-        return dequantize(Quantized(self.values, self.scale))
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.values.ndim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme} {list(self.shape)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedMatrix:
+        """Moves the tensors; a cast of floating-point parameters changes `dtype` alone."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        for name, buffer in self.named_buffers(recurse=False):
+            # As bytes, which no cast of floating-point tensors changes.
+            setattr(self, name, fn(buffer.view(torch.uint8)).view(buffer.dtype))
+        return self
+
+
+def quantize_matrices(model: nn.Module, scheme: str | None = "q8", tables: bool = True) -> None:
+    """Puts a `QuantizedMatrix` in the place of each matrix of a model.
+
+    Args:
+      model: The model. What is quantised already stays as it is.
+      scheme: The scheme; None changes nothing.
+      tables: Whether the embedding is quantised, too.
+
+    Raises:
+      ValueError: The scheme is unknown, or does not fit a matrix; the message names it.
+    """
+    for spec in layer_spec(model.config):  # pyright: ignore[reportArgumentType]
+        name = scheme_for(spec, scheme) if tables or not spec.table else None
+        value = parameter(model, spec)
+        if name is not None and isinstance(value, Tensor):
+            on_host = to_torch(spec.path, to_array(value))
+            held = quantize(on_host, name, input_axis(spec), spec.path).with_parts(to_tensor)
+            replace(model, spec, held.with_parts(operator.methodcaller("to", value.device)))
+
+
+def dequantizing(model: nn.Module) -> None:
+    """Has a model compute in a form that has gradients: no product quantises its rows."""
+    for module in model.modules():
+        if isinstance(module, QuantizedMatrix):
+            module.integer = False
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any parameter is quantised."""
+    return any(isinstance(module, QuantizedMatrix) for module in model.modules())
+
+
+def parameter(model: nn.Module, spec: ParamSpec) -> Any:
+    """A parameter of a model, or of the base under adapters: a tensor or a `QuantizedMatrix`."""
+    path, _, leaf = torch_name(spec.path).rpartition(".")
+    module = model.get_submodule(path)
+    return getattr(getattr(module, "base", module), leaf)
+
+
+def replace(model: nn.Module, spec: ParamSpec, quantized: Quantized) -> None:
+    """Puts a quantised parameter, whose axis is the Flax layout's, in the place of another."""
+    path, _, leaf = torch_name(spec.path).rpartition(".")
+    module = model.get_submodule(path)
+    axis = -1 if is_kernel(spec.path) else quantized.axis
+    delattr(module, leaf)
+    module.add_module(leaf, QuantizedMatrix(quantized.replace(axis=axis)))

@@ -18,7 +18,7 @@ from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
-from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -38,6 +38,8 @@ from recurrentgemma.torch.optimizer import (
     set_moments,
     step,
 )
+from recurrentgemma.torch.products import dense
+from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
 
@@ -89,13 +91,14 @@ def create_train_state(
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: LoRA has no targets in the model, or the optimiser is neither options nor a
-        function that makes one of the tensors.
+      ValueError: The weights are quantised and there is no `lora`, LoRA has no targets in the
+        model, or the optimiser is neither options nor a function that makes one of the tensors.
     """
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     specs = trainable_specs(model.config, lora)
     dtype = model.embedder.input_embedding.dtype
     if lora is None:
+        require_plain(is_quantized(model))
         model.requires_grad_(True)
         values = {
             path: p if p.dtype == state_dtype else p.detach().to(state_dtype)
@@ -261,7 +264,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
-    embedding = model.embedder.input_embedding
+    embedding = dense(model.embedder.input_embedding)
     device = embedding.device
     check_batch(batch, model.config.model.vocab_size)
     tokens, segment_pos, targets, weights = (

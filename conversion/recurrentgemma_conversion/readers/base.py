@@ -19,6 +19,7 @@ from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer, read_confi
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, input_axis, quantize, scheme_for
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -203,14 +204,44 @@ class Reader(abc.ABC):
             factors of matrix products are stored in several, these are float32, or float64 beside
             float64.
         """
+        dtypes = self._computed(dtype)
+        for spec, value in self:
+            yield spec, cast(value, dtypes[spec.path])
+
+    def read_quantized(
+        self, dtype: np.dtype | None, scheme: str | None
+    ) -> Iterator[tuple[ParamSpec, np.ndarray | Quantized]]:
+        """`read_as`, with matrices quantised.
+
+        A matrix that is stored in the scheme keeps its bytes; another is quantised from its stored
+        values. With adapters it is quantised after they are added.
+
+        Args:
+          dtype: The dtype of all other parameters, and of the computation; see `read_as`.
+          scheme: The scheme. If None only what is stored quantised is quantised.
+
+        Raises:
+          ValueError: The scheme is unknown, or does not fit a matrix; the message names it.
+          ConfigError: The checkpoint is stored in another scheme.
+        """
+        dtypes = self._computed(dtype)
+        for spec in self.specs:
+            name = dtypes[spec.path].name
+            if wanted := scheme_for(spec, scheme):
+                value = quantize(self.read_parts(spec), wanted, input_axis(spec), spec.path)
+                yield spec, value.replace(dtype=name)
+            else:
+                yield spec, cast(self.read(spec), dtypes[spec.path])
+
+    def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
+        """The dtypes that `read_as` gives, by path."""
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
         found = {dtypes[path] for path in factors}
         if len(found) > 1:
             widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
             dtypes |= dict.fromkeys(factors, widest)
-        for spec, value in self:
-            yield spec, cast(value, dtypes[spec.path])
+        return dtypes
 
 
 def around(weights: Path) -> list[Path]:

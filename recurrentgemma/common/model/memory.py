@@ -88,9 +88,9 @@ def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
 
 
 def _base_bytes(config: Config, size: int, lora: LoraOptions | None) -> int:
-    quantized = lora is not None and lora.quantize
+    scheme = None if lora is None else lora.scheme
     return sum(
-        quantized_bytes(spec.shape) if quantized and spec.matrix else size * spec.size
+        quantized_bytes(spec.shape, scheme) if scheme and spec.matrix else size * spec.size
         for spec in layer_spec(config)
     )
 
