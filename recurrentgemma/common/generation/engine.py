@@ -13,7 +13,6 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import grows, state_spec
 from recurrentgemma.common.model.state import Arrays, capacity_of, round_capacity
 
-
 LONG = 64  # tokens
 
 
