@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +130,19 @@ def input_axis(spec: ParamSpec) -> int:
     return -1 if spec.table else -2
 
 
+def scheme_of(values: Iterable[Any]) -> str | None:
+    """The scheme of a model with these parameters; None if no parameter is `Quantized`.
+
+    Raises:
+      ValueError: They are in several.
+    """
+    found = {value.scheme for value in values if isinstance(value, Quantized)}
+    found = found - {"q8"} or found  # in every scheme the embedding is q8
+    if len(found) > 1:
+        raise UserError(f"a model is quantised in one scheme, got {', '.join(sorted(found))}")
+    return found.pop() if found else None
+
+
 def part_shapes(
     shape: tuple[int, ...], scheme: str, axis: int = -2, name: str = "the matrix"
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -156,10 +169,27 @@ def part_shapes(
     return parts
 
 
-def quantized_bytes(shape: tuple[int, ...], scheme: str = "q8", axis: int = -2) -> int:
-    """Bytes of a stack of matrices of this shape."""
-    parts = part_shapes(shape, scheme, axis).values()
+def spec_parts(spec: ParamSpec, scheme: str | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """`part_shapes` of a parameter in a model of a scheme, which quantises it."""
+    name = scheme_for(spec, scheme)
+    assert name is not None
+    return part_shapes(spec.shape, name, input_axis(spec), spec.path)
+
+
+def stored_bytes(spec: ParamSpec, size: int, scheme: str | None) -> int:
+    """Bytes of a parameter in a model of a scheme, or of so many bytes a value without one."""
+    if scheme_for(spec, scheme) is None:
+        return size * spec.size
+    parts = spec_parts(spec, scheme).values()
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+def quantize_parameter(spec: ParamSpec, value: Any, scheme: str | None) -> Any:
+    """A parameter in the Flax layout as a model of a scheme holds it: `Quantized`, or as it is."""
+    name = scheme_for(spec, scheme)
+    if name is None or isinstance(value, Quantized):
+        return value
+    return quantize(value, name, input_axis(spec), spec.path)
 
 
 def quantize(
@@ -182,7 +212,7 @@ def quantize(
       ValueError: The groups do not divide the inputs.
     """
     parts = part_shapes(tuple(matrix.shape), scheme, axis, name)
-    result = {part: np.empty(shape, dtype) for part, (shape, dtype) in parts.items()}
+    result = {part: np.zeros(shape, dtype) for part, (shape, dtype) in parts.items()}
     dtype = matrix.dtype.name if matrix.dtype in DTYPES.values() else "float32"
     quantized = Quantized(result[""], result[".scale"], result.get(".zero"), scheme, axis, dtype)
     for index in np.ndindex(tuple(matrix.shape[:-2])):
@@ -204,9 +234,11 @@ def _quantize_groups(groups: np.ndarray, result: Quantized, place: tuple[Any, ..
     else:
         low, high = (np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0))
         scale = (high - low) / np.float32(_MOST)
+    result.scale[place] = scale
+    if not np.isfinite(scale).all():  # nor are the values: the scale tells
+        return
     steps = np.where(scale > 0, scale, np.float32(1))
     values = np.rint(groups / steps[..., None])
-    result.scale[place] = scale
     if result.zero is None:
         result.values[place] = values.reshape(len(values), -1)
         return

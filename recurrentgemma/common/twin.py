@@ -84,6 +84,7 @@ class Twin(Protocol):
         device: str | None = None,
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        quantize: str | None = None,
     ) -> Any:
         """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
         ...

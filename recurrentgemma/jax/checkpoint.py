@@ -18,6 +18,7 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded, whole_folder
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
+from recurrentgemma.common.quantization import Quantized, scheme_of
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
@@ -102,10 +103,13 @@ def save_checkpoint(
     held = {name: Held.of(leaf) for name, leaf in leaves.items()}
     dtypes = flax_layout(layer_spec(config)).dtypes(path, held)
 
-    def parameter(spec: ParamSpec) -> np.ndarray:
-        return np.asarray(leaves[spec.path])
+    scheme = scheme_of(leaves.values())
 
-    save_folder(path, config, dtypes, parameter, tokenizer, force=force)
+    def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
+        leaf = leaves[spec.path]
+        return leaf.with_parts(np.asarray) if isinstance(leaf, Quantized) else np.asarray(leaf)
+
+    save_folder(path, config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
 
 
 def load_parameters(

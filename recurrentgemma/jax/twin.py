@@ -15,6 +15,7 @@ from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -62,7 +63,7 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None):
+    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
@@ -70,6 +71,7 @@ class JaxTwin(Twin):
                 device=_device(device),
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
+                quantize=quantize,
             )
         return ModelAndParams(model, params)
 
@@ -145,7 +147,7 @@ def _gradients(module, params, tokens, segment_pos):
 
 
 def _by_path(config: Config, tree: Any) -> dict[str, np.ndarray]:
-    return {spec.path: np.asarray(get_path(tree, spec.path)) for spec in layer_spec(config)}
+    return {spec.path: np.asarray(dense(get_path(tree, spec.path))) for spec in layer_spec(config)}
 
 
 def _device(name: str | None) -> Any:

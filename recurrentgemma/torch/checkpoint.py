@@ -15,10 +15,10 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
-from recurrentgemma.common.quantization import Quantized
+from recurrentgemma.common.quantization import Quantized, input_axis, scheme_of
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.quantization import replace
+from recurrentgemma.torch.quantization import QuantizedMatrix, replace, state_of
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
 from recurrentgemma_conversion.formats import Tensor as Held
@@ -117,21 +117,26 @@ def save_checkpoint(
         of another size than the vocabulary.
       RuntimeError: It is split, and another process could not write.
     """
-    state = model.state_dict()
+    state = state_of(model)
     specs = layer_spec(model.config)
-    held = {name: Held.of(tensor) for name, tensor in state.items()}
+    held = {name: Held.of(value) for name, value in state.items()}
     dtypes = torch_layout(specs).dtypes(path, held)
-    tensors = (state[torch_name(spec.path)] for spec in specs)
+    scheme = scheme_of(v.quantized for v in state.values() if isinstance(v, QuantizedMatrix))
+    values = {spec.path: state[torch_name(spec.path)] for spec in specs}
+    tensors = (value for value in values.values() if isinstance(value, Tensor))
 
     def write(tensors: Iterable[Tensor]) -> None:
         arrays = map(to_array, tensors)
 
-        def parameter(spec: ParamSpec) -> np.ndarray:
+        def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
+            value = values[spec.path]
+            if isinstance(value, QuantizedMatrix):
+                return value.quantized.with_parts(to_array).replace(axis=input_axis(spec))
             return to_torch(spec.path, next(arrays))
 
-        save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
+        save_folder(path, model.config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
 
-    if mesh := mesh_of(state.values()):
+    if mesh := mesh_of(v for v in values.values() if isinstance(v, Tensor)):
         by_the_first(mesh, tensors, write)
     else:
         write(tensors)

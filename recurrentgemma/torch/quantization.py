@@ -107,6 +107,17 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedMatrix) for module in model.modules())
 
 
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """A model's state dict, in which a `QuantizedMatrix` stands under the parameter's name."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedMatrix):
+            for part in module.state_dict():
+                del state[f"{name}.{part}"]
+            state[name] = module
+    return state
+
+
 def parameter(model: nn.Module, spec: ParamSpec) -> Any:
     """A parameter of a model, or of the base under adapters: a tensor or a `QuantizedMatrix`."""
     path, _, leaf = torch_name(spec.path).rpartition(".")

@@ -16,6 +16,8 @@ from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.model import Model
+from recurrentgemma.torch.products import dense
+from recurrentgemma.torch.quantization import state_of
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -47,13 +49,14 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None):
+    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
             device=device,
             overrides=overrides or NO_OVERRIDES,
             adapter=adapter,
+            quantize=quantize,
         )
 
     def make(self, config, params, dtype, device=None):
@@ -74,7 +77,7 @@ class TorchTwin(Twin):
         save_checkpoint(path, model, tokenizer, force=force)
 
     def params(self, model):
-        return _by_path(model.config, model.state_dict())
+        return _by_path(model.config, {n: dense(v) for n, v in state_of(model).items()})
 
     def init_state(self, model, batch_size, capacity=None):
         return model.init_cache(batch_size, capacity=capacity)

@@ -19,7 +19,7 @@ from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer, read_confi
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.quantization import Quantized, input_axis, quantize, scheme_for
+from recurrentgemma.common.quantization import Quantized, quantize_parameter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -50,6 +50,7 @@ class Reader(abc.ABC):
       special_ids: The special tokens' ids in its config, by their names there.
       named: What the user calls a path in it: in an archive, the archive's name.
       adapters: Adapters that are added to the parameters as they are read, if any.
+      scheme: The scheme in which its matrices are stored, if they are quantised.
     """
 
     format: Format
@@ -59,6 +60,7 @@ class Reader(abc.ABC):
     special_ids: Mapping[str, Any] = MappingProxyType({})
     named: Callable[[Path], str] = staticmethod(str)
     adapters: Adapters | None = None
+    scheme: str | None = None
 
     def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
         self.path, self._overrides = path, overrides
@@ -226,12 +228,26 @@ class Reader(abc.ABC):
         """
         dtypes = self._computed(dtype)
         for spec in self.specs:
-            name = dtypes[spec.path].name
-            if wanted := scheme_for(spec, scheme):
-                value = quantize(self.read_parts(spec), wanted, input_axis(spec), spec.path)
-                yield spec, value.replace(dtype=name)
+            value, computed = self.quantized(spec, scheme), dtypes[spec.path]
+            if isinstance(value, Quantized):
+                yield spec, value.replace(dtype=computed.name)
             else:
-                yield spec, cast(self.read(spec), dtypes[spec.path])
+                yield spec, cast(np.asarray(value), computed)
+
+    def quantized(self, spec: ParamSpec, scheme: str | None) -> np.ndarray | Stacked | Quantized:
+        """A parameter as `read_quantized` gives it, in its stored dtype."""
+        if self.scheme and scheme not in (None, self.scheme):
+            raise ConfigError(
+                f"{self.path} is quantised as {self.scheme} already: quantise the checkpoint that "
+                f"it was made from to get {scheme}"
+            )
+        adapted = self.adapters is not None and self.adapters.options.changes(spec)
+        value = self.read_parts(spec) if adapted else self.read_stored(spec)
+        return quantize_parameter(spec, value, scheme or self.scheme)
+
+    def read_stored(self, spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
+        """A parameter as it is stored, without adapters."""
+        return self.layout.decode(spec, self.fetch)
 
     def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
         """The dtypes that `read_as` gives, by path."""
@@ -280,6 +296,7 @@ class Contents(NamedTuple):
         tokenizer's, or the published vocabulary's.
       as_published: Whether Hugging Face's config is as published, where that differs from what
         `transformers` needs to compute the same.
+      scheme: The scheme in which matrices are stored, if they are quantised.
     """
 
     config: Config
@@ -290,6 +307,7 @@ class Contents(NamedTuple):
     ocdbt: bool = False
     special_ids: Mapping[str, Any] = MappingProxyType({})
     as_published: bool = False
+    scheme: str | None = None
 
 
 # Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a

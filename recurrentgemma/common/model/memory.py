@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, state_spec
-from recurrentgemma.common.quantization import quantized_bytes
+from recurrentgemma.common.quantization import stored_bytes
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
 
@@ -24,9 +24,9 @@ _METHODS: Mapping[str, tuple[str, LoraOptions | None]] = {
 }
 
 
-def parameter_bytes(config: Config, dtype: str) -> int:
-    """Bytes of all parameters, stored in one dtype."""
-    return _bytes((spec.shape for spec in layer_spec(config)), VALUE_BYTES[dtype])
+def parameter_bytes(config: Config, dtype: str, scheme: str | None = None) -> int:
+    """Bytes of all parameters, stored in one dtype, or the matrices in a scheme."""
+    return sum(stored_bytes(spec, VALUE_BYTES[dtype], scheme) for spec in layer_spec(config))
 
 
 def state_bytes(config: Config, dtype: str, capacity: int | None = None) -> int:
@@ -90,8 +90,7 @@ def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
 def _base_bytes(config: Config, size: int, lora: LoraOptions | None) -> int:
     scheme = None if lora is None else lora.scheme
     return sum(
-        quantized_bytes(spec.shape, scheme) if scheme and spec.matrix else size * spec.size
-        for spec in layer_spec(config)
+        stored_bytes(spec, size, None if spec.table else scheme) for spec in layer_spec(config)
     )
 
 

@@ -62,6 +62,10 @@ class LoraOptions:
         """The scheme of the matrices under the adapters, if they are quantised."""
         return "q8" if self.quantize is True else self.quantize or None
 
+    def changes(self, spec: ParamSpec) -> bool:
+        """Whether `merge` changes a parameter."""
+        return spec.lora in self.targets or (spec.matrix and self.scheme is not None)
+
     @property
     def scale(self) -> float:
         """The factor of A B."""
