@@ -85,8 +85,12 @@ class Twin(Protocol):
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
+        decoding: bool = False,
     ) -> Any:
-        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`.
+
+        With `decoding`, for a sampler alone: parameters may be in the form in which it is fast.
+        """
         ...
 
     def make(

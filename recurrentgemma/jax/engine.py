@@ -24,7 +24,7 @@ from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
-from recurrentgemma.jax.runtime.stored import stored
+from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
 
 # With more bytes of parameters a step takes so long on a CPU that its call hardly counts, and a
@@ -79,7 +79,7 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._stored))
+        return num_bytes(self._stored)
 
     @property
     def params(self) -> Params:

@@ -37,21 +37,15 @@ class Rows:
     values: Any
     axis: int = -2
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix that this stands for."""
-        *stack, rows, inputs = self.values.shape
-        return (*stack, rows, inputs) if self.axis == -1 else (*stack, inputs, rows)
+    # Of the matrix that this stands for.
+    shape = property(lambda self: _matrix_shape(self.values.shape, self.axis))
+    ndim = property(lambda self: self.values.ndim)
+    dtype = property(lambda self: self.values.dtype)
 
-    @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return self.values.ndim
 
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the matrix."""
-        return self.values.dtype
+def _matrix_shape(stored: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    *stack, rows, inputs = stored
+    return (*stack, rows, inputs) if axis == -1 else (*stack, inputs, rows)
 
 
 Matrix = Array | Quantized | Rows

@@ -63,7 +63,16 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+    ):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
@@ -72,6 +81,7 @@ class JaxTwin(Twin):
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
                 quantize=quantize,
+                decoding=decoding,
             )
         return ModelAndParams(model, params)
 

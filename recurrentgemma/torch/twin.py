@@ -49,7 +49,17 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+    ):
+        del decoding  # the form of the parameters is the same
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),

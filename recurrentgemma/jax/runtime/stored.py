@@ -6,41 +6,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.quantization import SCHEMES, Quantized, input_axis
 from recurrentgemma.jax.products import Rows, dense
-from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+
+
+def num_bytes(params: Params) -> int:
+    """The size of the parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def stored(config: Config, params: Params) -> Params:
     """The parameters for an engine: on one CPU, matrices that XLA multiplies fast.
 
-    Matrices in bfloat16 become `Rows`, and matrices of 4 bits int8, rounded once more: an error of
-    at most half a step, 1/254 of an output's largest weight. All other leaves are shared, and so
+    Matrices in bfloat16 become `Rows`. Matrices of 4 bits become int8, rounded once more: an error
+    of at most half a step, 1/254 of an output's largest weight. All other leaves are shared, and so
     are the bytes of a table.
     """
-    if platform_of(params) != "cpu":
+    if not all(on_one_cpu(leaf.sharding) for leaf in jax.tree.leaves(params)):
         return params
     result: dict[str, Any] = {}
     for spec in layer_spec(config):
         value = get_path(params, spec.path)
         if isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
             value = _as_q8(value)
-        elif (spec.matrix or spec.table) and _is_whole(value) and value.dtype == jnp.bfloat16:
-            axis = input_axis(spec)
-            value = Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
-        set_path(result, spec.path, value)
+        set_path(result, spec.path, as_rows(spec, value))
     return result
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Array) and isinstance(value.sharding, SingleDeviceSharding)
+def as_rows(spec: ParamSpec, value: Any) -> Any:
+    """An array of matrices in bfloat16 as `Rows`; anything else as it is."""
+    kept = isinstance(value, Quantized | Rows) or value.dtype != jnp.bfloat16
+    if kept or not (spec.matrix or spec.table):
+        return value
+    axis = input_axis(spec)
+    return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
+
+
+def on_one_cpu(sharding: Sharding) -> bool:
+    """Whether arrays are on one device, which is a CPU."""
+    (device, *_) = sharding.device_set
+    return device.platform == "cpu" and isinstance(sharding, SingleDeviceSharding)
 
 
 @jax.jit
