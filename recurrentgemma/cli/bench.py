@@ -20,6 +20,7 @@ from recurrentgemma.cli.frameworks import (
     DTypeOption,
     Framework,
     FrameworkOption,
+    Quantize,
     choose_framework,
     find_checkpoint,
     load_sampler,
@@ -56,6 +57,7 @@ def bench(
     ] = False,
     framework: FrameworkOption = None,
     dtype: DTypeOption = None,
+    quantize: Quantize = None,
     prompt_tokens: Annotated[
         int, typer.Option(min=2, help="Length of each prompt.", metavar="N")
     ] = 2048,
@@ -72,8 +74,6 @@ def bench(
     The times are those of a second run, after one in which everything was compiled.
     """
     from recurrentgemma.common.generation.strategies import Greedy
-    from recurrentgemma.common.io.arrays import DTYPES
-    from recurrentgemma.common.model.layer_spec import layer_spec
 
     if random != (preset is not None):
         raise UserError("--preset NAME and --random go together: a preset has no weights")
@@ -81,16 +81,19 @@ def bench(
     with working(f"Loading with {framework}"):
         if preset is not None:
             name = member(Preset, preset.upper()).name
-            loaded = random_sampler(framework, name, dtype)
+            loaded = random_sampler(framework, name, dtype, quantize)
         else:
             path, tokenizer = find_checkpoint(checkpoint)
             name = path.name
-            loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
+            loaded = load_sampler(
+                framework, path, tokenizer, Greedy(), dtype, False, quantize=quantize
+            )
     report: dict[str, Any] = {
         "model": name,
         "framework": framework,
         "device": loaded.device,
         "dtype": loaded.dtype,
+        "quantize": quantize,
         "batch_size": batch_size,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -98,8 +101,7 @@ def bench(
     with working("Running"):
         report |= measure(loaded.sampler, batch_size, prompt_tokens, new_tokens)
     report["peak_memory_bytes"] = find_twin(framework).memory() or 0
-    specs = layer_spec(loaded.sampler.config)
-    size = sum(spec.size for spec in specs) * DTYPES[loaded.dtype].itemsize
+    size = loaded.sampler.engine.num_bytes
     report["weight_bytes"] = size
     report["weight_bytes_per_second"] = size * report["decode_tokens_per_second"] / batch_size
     with working("Reading memory"):

@@ -20,6 +20,7 @@ from recurrentgemma.cli.frameworks import (
     ControlTokens,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -69,6 +70,7 @@ def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -120,7 +122,15 @@ def chat(
                 f"{_DOWNLOAD!r} gets a model that was"
             )
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens, adapter
+            framework,
+            path,
+            vocabulary,
+            sampling,
+            dtype,
+            True,
+            allow_control_tokens,
+            adapter,
+            quantize,
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

@@ -35,6 +35,14 @@ class DType(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class Scheme(enum.StrEnum):
+    """The scheme in which matrices are quantised; see `common.quantization`."""
+
+    Q8 = "q8"
+    Q4 = "q4"
+    Q4_32 = "q4_32"
+
+
 def choices(kind: Iterable[str]) -> str:
     """How help shows an option with these values."""
     return "|".join(kind)
@@ -85,6 +93,16 @@ Adapter = Annotated[
         "--adapter",
         help="LoRA adapters to add to the checkpoint: a training run's, or a folder of PEFT's.",
         metavar="PATH",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Quantize = Annotated[
+    Scheme | None,
+    typer.Option(
+        "--quantize",
+        help="Keep matrices in fewer bytes: 8 bits, or 4 in groups of 128 or of 32.",
+        metavar=choices(Scheme),
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -151,6 +169,7 @@ def load_sampler(
     chat: bool,
     allow_control_tokens: bool = False,
     adapter: Path | None = None,
+    quantize: Scheme | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -163,11 +182,12 @@ def load_sampler(
       chat: Whether the model is instruction-tuned.
       allow_control_tokens: Whether a user's words may spell control tokens.
       adapter: LoRA adapters to add to its parameters, if any.
+      quantize: The scheme in which matrices are kept; None keeps them as they are stored.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device, adapter=adapter)
+    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize)
     sampler = twin.sampler(
         model,
         tokenizer,
@@ -179,17 +199,23 @@ def load_sampler(
     return Loaded(sampler, device, dtype)
 
 
-def random_sampler(framework: Framework, preset: str, dtype: DType | None) -> Loaded:
+def random_sampler(
+    framework: Framework, preset: str, dtype: DType | None, quantize: Scheme | None = None
+) -> Loaded:
     """A sampler on random weights of a published size, with the bundled tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.quantization import quantize_parameter
 
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     config = config_from_preset(preset)
-    values = ((spec.path, _random_values(spec, dtype)) for spec in layer_spec(config))
+    values = (
+        (spec.path, quantize_parameter(spec, _random_values(spec, dtype), quantize))
+        for spec in layer_spec(config)
+    )
     model = twin.make(config, values, dtype, device)
     return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)
 

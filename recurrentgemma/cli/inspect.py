@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.presets import Preset
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def inspect(
         bool, typer.Option("--all", help="List every block, not one of each kind.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Show the memory of training, too.")
+        bool,
+        typer.Option("--memory", help="Show the memory of quantised weights and of training, too."),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every parameter.")
@@ -62,6 +65,7 @@ def inspect(
     from recurrentgemma.common.io.checkpoint import BUNDLED, read_config
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
     from recurrentgemma.common.model.families import config_from_preset
+    from recurrentgemma.common.quantization import scheme_for
     from recurrentgemma_conversion import open_checkpoint
 
     checkpoint = checkpoint or named
@@ -76,7 +80,10 @@ def inspect(
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
+            for spec in opened.specs:
+                dtypes[spec.path] = scheme_for(spec, opened.scheme) or dtypes[spec.path]
             report = described(opened.config, dtypes, memory=memory)
+            report["quantization"] = opened.scheme
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
     if as_json:
@@ -91,7 +98,8 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
 
     Args:
       config: What the model is.
-      dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
+      dtypes: safetensors' name of each parameter's dtype, or its scheme, by path; empty if none is
+        stored.
       memory: Whether to say what training takes, too.
     """
     from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
@@ -101,6 +109,7 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
         state_bytes,
         training_table,
     )
+    from recurrentgemma.common.quantization import SCHEMES
 
     specs = layer_spec(config)
     total = num_parameters(config)
@@ -112,6 +121,11 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
         "state_per_sequence": {dtype: state_bytes(config, dtype) for dtype in VALUE_BYTES},
     }
     if memory:
+        for scheme in SCHEMES:
+            with contextlib.suppress(UserError):  # it does not fit the model
+                sizes[f"parameters {scheme}"] = {
+                    dtype: parameter_bytes(config, dtype, scheme) for dtype in VALUE_BYTES
+                }
         sizes["training"] = {
             dtype: {
                 method: {**size._asdict(), "total": size.total}

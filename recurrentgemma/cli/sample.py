@@ -25,6 +25,7 @@ from recurrentgemma.cli.frameworks import (
     ControlTokens,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -63,6 +64,7 @@ def sample(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int,
@@ -211,7 +213,15 @@ def sample(
     started = time.perf_counter()
     with working(loading(checkpoint, framework)):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter
+            framework,
+            path,
+            vocabulary,
+            sampling,
+            dtype,
+            chat,
+            allow_control_tokens,
+            adapter,
+            quantize,
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
@@ -240,6 +250,7 @@ def sample(
                 sampling,
                 checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
                 adapter=None if adapter is None else os.path.abspath(expanded(adapter)),
+                **({} if quantize is None else {"quantize": quantize}),
                 framework=framework,
                 dtype=loaded.dtype,
                 chat=chat,

@@ -16,6 +16,7 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -35,6 +36,7 @@ def score(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
     per_token: Annotated[
@@ -53,7 +55,9 @@ def score(
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
         path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
+        loaded = load_sampler(
+            framework, path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+        )
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
     pieces = [vocabulary.piece(token) for token in result.tokens]

@@ -15,6 +15,7 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -33,6 +34,7 @@ def serve(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     name: Annotated[
         str | None,
@@ -119,7 +121,9 @@ def serve(
     listener = listen(host, port)
     with working(loading(checkpoint, framework)):
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
+        loaded = load_sampler(
+            framework, path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+        )
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None
     length = max_length or (4096 if grows else 32_768)

@@ -185,7 +185,11 @@ def make_setup(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             targets=tuple(options.lora_target),
-            quantize=options.lora_quantize,
+            quantize=options.quantize or options.lora_quantize,
+        )
+    elif options.quantize is not None:
+        raise UserError(
+            "--quantize keeps the weights under adapters in fewer bytes: give --lora-rank, too"
         )
     assert options.dtype is not None
     return Setup(

@@ -34,7 +34,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.model.params import ParamSpec
 
-_LARGEST = 127  # the int8 range is symmetric
+LARGEST = 127  # the int8 range is symmetric
 _MOST = 15  # of a 4-bit value
 _STRIP = 1 << 22  # values that are quantised at a time
 
@@ -230,7 +230,7 @@ def quantize(
 def _quantize_groups(groups: np.ndarray, result: Quantized, place: tuple[Any, ...]) -> None:
     """Writes groups of values, [rows, G, K / G], to a place of a result."""
     if result.zero is None:
-        scale = np.abs(groups).max(-1) / np.float32(_LARGEST)
+        scale = np.abs(groups).max(-1) / np.float32(LARGEST)
     else:
         low, high = (np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0))
         scale = (high - low) / np.float32(_MOST)
@@ -276,14 +276,13 @@ def dequantize(quantized: Quantized, stack: Callable[..., Any] = np.stack) -> An
 def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of x, [..., K], as int8, and their scales in float32, [..., 1].
 
-    scale = max |x| / 127 and value = round(x * (127 / max |x|)), in float32; ties go to the even
-    value, and a row of zeros stays one.
+    scale = max |x| * (1 / 127) and value = round(x * (127 / max |x|)), in float32; ties go to the
+    even value, and a row of zeros stays one.
     """
     x = np.asarray(x, np.float32)
     largest = np.abs(x).max(-1, keepdims=True)
-    inverse = np.where(largest > 0, np.float32(_LARGEST) / np.where(largest > 0, largest, 1), 0)
-    values = np.rint(x * inverse.astype(np.float32)).astype(np.int8)
-    return values, largest / np.float32(_LARGEST)
+    inverse = np.float32(LARGEST) / np.where(largest > 0, largest, np.float32(np.inf))
+    return np.rint(x * inverse).astype(np.int8), largest * np.float32(1 / LARGEST)
 
 
 def integer_sums(x: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
 
     from recurrentgemma.common.generation.sampler import BaseSampler
     from recurrentgemma.common.model.config import Config
+    from recurrentgemma.common.quantization import Quantized
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma_conversion.overrides import Overrides
 
@@ -55,6 +56,11 @@ class Twin(Protocol):
     @property
     def training(self) -> ModuleType:
         """Its module of training functions; both twins' have the same."""
+        ...
+
+    @property
+    def products(self) -> ModuleType:
+        """Its module of products with stored matrices; both twins' have the same functions."""
         ...
 
     def default_device(self) -> str:
@@ -96,11 +102,14 @@ class Twin(Protocol):
     def make(
         self,
         config: Config,
-        params: Iterable[tuple[str, np.ndarray]],
+        params: Iterable[tuple[str, np.ndarray | Quantized]],
         dtype: str,
         device: str | None = None,
     ) -> Any:
-        """A model with these parameters: pairs of a path and an array in the Flax layout."""
+        """A model with these parameters: pairs of a path and an array in the Flax layout.
+
+        A `Quantized` stays so, and computes in the dtype.
+        """
         ...
 
     def init(self, config: Config, seed: int, dtype: str, device: str | None = None) -> Any:
@@ -120,6 +129,14 @@ class Twin(Protocol):
 
     def params(self, model: Any) -> dict[str, np.ndarray]:
         """The model's parameters in the Flax layout, by path."""
+        ...
+
+    def quantized(self, model: Any) -> dict[str, Quantized]:
+        """The quantised parameters in the framework's arrays, by path."""
+        ...
+
+    def dequantizing(self, model: Any) -> Any:
+        """The model with every product in the dequantised form (see `common.quantization`)."""
         ...
 
     def init_state(self, model: Any, batch_size: int, capacity: int | None = None) -> Any:

@@ -15,7 +15,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
-from recurrentgemma.common.quantization import Quantized, dequantize
+from recurrentgemma.common.quantization import LARGEST, Quantized, dequantize
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan.gates import wide_dtype
 
@@ -165,8 +165,8 @@ def quantize_rows(x: Float[Array, "*b k"]) -> tuple[Int8[Array, "*b k"], Float[A
     """See `common.quantization.quantize_rows`."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(-1, keepdims=True)
-    inverse = jnp.where(largest > 0, 127 / jnp.where(largest > 0, largest, 1), 0)
-    return jnp.rint(x * inverse).astype(jnp.int8), largest / 127
+    inverse = LARGEST / jnp.where(largest > 0, largest, jnp.inf)
+    return jnp.rint(x * inverse).astype(jnp.int8), largest * (1 / LARGEST)
 
 
 def integer_sums(x: Int8[Array, "*b k"], values: Int8[Array, "*c n k"]) -> Int[Array, "*d n"]:

@@ -11,11 +11,14 @@ import numpy as np
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.jax import products
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.products import dense
+from recurrentgemma.jax.quantization import dequantizing
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -46,6 +49,10 @@ class JaxTwin(Twin):
         from recurrentgemma.jax import training  # slow to import, and sampling needs none of it
 
         return training
+
+    @property
+    def products(self):
+        return products
 
     def default_device(self):
         return jax.default_backend()
@@ -89,7 +96,11 @@ class JaxTwin(Twin):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
-                set_path(tree, path, self.from_numpy(value, dtype, device))
+                if isinstance(value, Quantized):
+                    held = jax.device_put(value.replace(dtype=dtype), _device(device))
+                else:
+                    held = self.from_numpy(value, dtype, device)
+                set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
     def init(self, config, seed, dtype, device=None):
@@ -102,6 +113,13 @@ class JaxTwin(Twin):
 
     def params(self, model):
         return _by_path(model.config, model.params)
+
+    def quantized(self, model):
+        leaves = {s.path: get_path(model.params, s.path) for s in layer_spec(model.config)}
+        return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
+
+    def dequantizing(self, model):
+        return model._replace(params=dequantizing(model.params))
 
     def init_state(self, model, batch_size, capacity=None):
         with self.precision(model.dtype):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from recurrentgemma.common.quantization import dequantize
+from recurrentgemma.common.quantization import LARGEST, dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import without_autocast
 
@@ -91,8 +91,9 @@ def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float
     """See `common.quantization.quantize_rows`."""
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / torch.where(largest > 0, largest, 1), 0)
-    return torch.round(x * inverse).to(torch.int8), largest / 127
+    # A quotient of two tensors, since a number divided by one is rounded twice.
+    inverse = torch.full_like(largest, LARGEST) / torch.where(largest > 0, largest, torch.inf)
+    return torch.round(x * inverse).to(torch.int8), largest * (1 / LARGEST)
 
 
 def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int[Tensor, "*d n"]:
