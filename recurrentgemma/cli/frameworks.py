@@ -187,7 +187,7 @@ def load_sampler(
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize)
+    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize, decoding=True)
     sampler = twin.sampler(
         model,
         tokenizer,

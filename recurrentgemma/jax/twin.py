@@ -19,6 +19,7 @@ from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
+from recurrentgemma.jax.runtime.stored import stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -143,7 +144,8 @@ class JaxTwin(Twin):
             return _by_path(model.config, _gradients(*model, tokens, segment_pos))
 
     def sampler(self, model, vocab, **settings):
-        return Sampler(model.module, vocab, model.params, **settings)
+        params = stored(model.config, model.params)  # of which the sampler makes no copy
+        return Sampler(model.module, vocab, params, **settings)
 
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         module = model.module.clone(gradient_checkpointing=gradient_checkpointing)
