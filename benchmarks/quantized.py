@@ -66,18 +66,16 @@ def decoding(framework: str, form: str, size: str) -> dict[str, Task]:
     """A task for each number of rows, and one that gives the bytes of the weights."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.layer_spec import layer_spec
-    from recurrentgemma.common.quantization import SCHEMES, input_axis, quantize, scheme_for
+    from recurrentgemma.common.quantization import SCHEMES, quantize_parameter
     from recurrentgemma.common.twin import find_twin
 
     made, twin = config(size), find_twin(framework)
     dtype, scheme = ("float32", form) if form in SCHEMES else (form, None)
 
-    def parameter(spec: Any) -> Any:
-        wanted = scheme_for(spec, scheme)
-        value = values(spec, dtype)
-        return quantize(value, wanted, input_axis(spec), spec.path) if wanted else value
-
-    parameters = ((spec.path, parameter(spec)) for spec in layer_spec(made))
+    parameters = (
+        (spec.path, quantize_parameter(spec, values(spec, dtype), scheme))
+        for spec in layer_spec(made)
+    )
     engine = twin.sampler(twin.make(made, parameters, dtype), load_tokenizer()).engine
     caches: dict[int, Any] = {}
 

@@ -11,7 +11,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import ParamSpec
-from recurrentgemma.common.quantization import SCHEMES, Quantized, input_axis
+from recurrentgemma.common.quantization import LARGEST, SCHEMES, Quantized, input_axis
 from recurrentgemma.jax.products import Rows, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -35,7 +35,7 @@ def stored(config: Config, params: Params) -> Params:
     for spec in layer_spec(config):
         value = get_path(params, spec.path)
         if isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
-            value = _as_q8(value)
+            value = as_q8(value)
         set_path(result, spec.path, as_rows(spec, value))
     return result
 
@@ -57,10 +57,10 @@ def on_one_cpu(sharding: Sharding) -> bool:
 
 @jax.jit
 @default_promotion
-def _as_q8(w: Quantized) -> Quantized:
-    """See `common.quantization.quantize`."""
+def as_q8(w: Quantized) -> Quantized:
+    """A matrix of 4 bits as int8; see `common.quantization.quantize`."""
     matrix = dense(w.replace(dtype="float32"))
     rows = matrix if w.axis == -1 else matrix.swapaxes(-1, -2)
-    scale = jnp.abs(rows).max(-1, keepdims=True) / 127
+    scale = jnp.abs(rows).max(-1, keepdims=True) / LARGEST
     values = jnp.rint(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
     return w.replace(values=values, scale=scale, zero=None, scheme="q8")
