@@ -76,7 +76,9 @@ def decoding(framework: str, form: str, size: str) -> dict[str, Task]:
         (spec.path, quantize_parameter(spec, values(spec, dtype), scheme))
         for spec in layer_spec(made)
     )
-    engine = twin.sampler(twin.make(made, parameters, dtype), load_tokenizer()).engine
+    engine = twin.sampler(
+        twin.make(made, parameters, dtype, decoding=True), load_tokenizer()
+    ).engine
     caches: dict[int, Any] = {}
 
     def step(rows: int) -> float:

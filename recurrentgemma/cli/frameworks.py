@@ -216,7 +216,7 @@ def random_sampler(
         (spec.path, quantize_parameter(spec, _random_values(spec, dtype), quantize))
         for spec in layer_spec(config)
     )
-    model = twin.make(config, values, dtype, device)
+    model = twin.make(config, values, dtype, device, decoding=True)
     return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)
 
 

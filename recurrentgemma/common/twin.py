@@ -105,10 +105,11 @@ class Twin(Protocol):
         params: Iterable[tuple[str, np.ndarray | Quantized]],
         dtype: str,
         device: str | None = None,
+        decoding: bool = False,
     ) -> Any:
         """A model with these parameters: pairs of a path and an array in the Flax layout.
 
-        A `Quantized` stays so, and computes in the dtype.
+        A `Quantized` stays so, and computes in the dtype. For `decoding` see `load`.
         """
         ...
 

@@ -65,9 +65,9 @@ def load_checkpoint(
       quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
         `common.quantization`), quantised as they are read, one at a time. If None they are as they
         are stored.
-      decoding: Whether a sampler is all that takes the parameters. On a CPU matrices in bfloat16
-        are then `products.Rows`, the form in which products are fast: a sampler on other parameters
-        makes a copy in that form for itself.
+      decoding: Whether a sampler is all that takes the parameters. On a CPU matrices are then
+        `products.Rows` where products are faster in that form. Of other parameters in bfloat16 a
+        sampler makes a copy for itself.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
@@ -160,7 +160,9 @@ def _load(
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
     for spec, on_host in checkpoint.read_quantized(wanted, scheme):
         place = get_path(shardings, spec.path)
-        value = as_rows(spec, on_host) if decoding and on_one_cpu(place) else on_host
+        value = on_host
+        if decoding and on_one_cpu(place):
+            value = as_rows(spec, on_host, copies=False)
         set_path(params, spec.path, jax.device_put(value, place))
     return params
 

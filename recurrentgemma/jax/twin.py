@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
 from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax import products
@@ -19,7 +19,7 @@ from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
-from recurrentgemma.jax.runtime.stored import stored
+from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -93,7 +93,7 @@ class JaxTwin(Twin):
             )
         return ModelAndParams(model, params)
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
@@ -101,6 +101,8 @@ class JaxTwin(Twin):
                     held = jax.device_put(value.replace(dtype=dtype), _device(device))
                 else:
                     held = self.from_numpy(value, dtype, device)
+                    if decoding and on_one_cpu(held.sharding):
+                        held = as_rows(spec_by_path(config)[path], held, copies=False)
                 set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 

@@ -81,7 +81,8 @@ class TorchTwin(Twin):
             quantize=quantize,
         )
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
+        del decoding
         model = Model(config, device="meta")
         specs, state = {spec.path: spec for spec in layer_spec(config)}, {}
         for path, value in params:

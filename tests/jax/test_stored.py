@@ -78,7 +78,8 @@ def test_rows_do_not_matter_in_int8(sampler) -> None:
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if SCHEMES[name].bits == 4])
 def test_four_bits_become_int8(scheme: str) -> None:
     """Quantised once more as the definition says, so off by half a step of int8 at most."""
-    given = quantize(np.random.default_rng(0).normal(size=(2, 64, 24)), scheme)
+    rng = np.random.default_rng(0)
+    given = quantize(rng.normal(size=(2, 64, 24)).astype(np.float32), scheme)
     kept = as_q8(given.with_parts(jnp.asarray))
     matrix = dequantize(given)
     assert (kept.scheme, kept.zero) == ("q8", None)

@@ -17,6 +17,9 @@ from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
 
+_LARGE = 2**22  # float32 values of a matrix from which a single row gains; with fewer it loses
+
+
 def num_bytes(params: Params) -> int:
     """The size of the parameters."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -40,12 +43,20 @@ def stored(config: Config, params: Params) -> Params:
     return result
 
 
-def as_rows(spec: ParamSpec, value: Any) -> Any:
-    """An array of matrices in bfloat16 as `Rows`; anything else as it is."""
-    kept = isinstance(value, Quantized | Rows) or value.dtype != jnp.bfloat16
+def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
+    """An array of matrices that XLA multiplies faster as `Rows`; anything else as it is.
+
+    Args:
+      spec: The parameter.
+      value: An array, which may also be NumPy's, or what it is kept as already.
+      copies: Whether other bytes stay behind: then only bfloat16 is worth another form.
+    """
+    kept = isinstance(value, Quantized | Rows) or value.dtype not in (jnp.bfloat16, jnp.float32)
     if kept or not (spec.matrix or spec.table):
         return value
     axis = input_axis(spec)
+    if value.dtype == jnp.float32 and (copies or value.shape[-2] * value.shape[-1] < _LARGE):
+        return value
     return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
 
 
