@@ -16,7 +16,6 @@ from recurrentgemma.jax.products import Rows, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
-
 _LARGE = 2**22  # float32 values of a matrix from which a single row gains; with fewer it loses
 
 
