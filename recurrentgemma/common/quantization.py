@@ -176,12 +176,16 @@ def spec_parts(spec: ParamSpec, scheme: str | None) -> dict[str, tuple[tuple[int
     return part_shapes(spec.shape, name, input_axis(spec), spec.path)
 
 
+def quantized_bytes(shape: tuple[int, ...], scheme: str = "q8", axis: int = -2) -> int:
+    """Bytes of a quantised matrix or stack of this shape."""
+    parts = part_shapes(shape, scheme, axis).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
 def stored_bytes(spec: ParamSpec, size: int, scheme: str | None) -> int:
     """Bytes of a parameter in a model of a scheme, or of so many bytes a value without one."""
-    if scheme_for(spec, scheme) is None:
-        return size * spec.size
-    parts = spec_parts(spec, scheme).values()
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    name = scheme_for(spec, scheme)
+    return quantized_bytes(spec.shape, name, input_axis(spec)) if name else size * spec.size
 
 
 def quantize_parameter(spec: ParamSpec, value: Any, scheme: str | None) -> Any:

@@ -115,7 +115,8 @@ class JaxTwin(Twin):
         save_checkpoint(path, model.config, model.params, tokenizer, force=force)
 
     def params(self, model):
-        return _by_path(model.config, model.params)
+        with self.precision(model.dtype):
+            return _by_path(model.config, model.params)
 
     def quantized(self, model):
         leaves = {s.path: get_path(model.params, s.path) for s in layer_spec(model.config)}
