@@ -13,7 +13,7 @@ from recurrentgemma.jax.checkpoint import load_checkpoint
 from recurrentgemma.jax.engine import ModelEngine
 from recurrentgemma.jax.products import Rows, dense, product
 from recurrentgemma.jax.quantization import quantize_matrices
-from recurrentgemma.jax.runtime.stored import as_q8
+from recurrentgemma.jax.runtime.stored import as_q8, as_rows
 from recurrentgemma.jax.runtime.trees import get_path
 from tolerances import assert_close
 
@@ -86,6 +86,16 @@ def test_four_bits_become_int8(scheme: str) -> None:
     np.testing.assert_allclose(kept.scale, quantize(matrix).scale, rtol=1e-6)
     off = np.abs(np.asarray(dense(kept)) - matrix)
     assert (off <= np.asarray(kept.scale).swapaxes(-1, -2) * 0.5001).all()
+
+
+def test_float32_gains_in_large_matrices(sampler) -> None:
+    """Where no second copy stays behind."""
+    (spec, *_) = (spec for spec in layer_spec(sampler.config) if spec.matrix)
+    small, large = np.zeros((8, 8), np.float32), np.zeros((2048, 2048), np.float32)
+    assert isinstance(as_rows(spec, large, copies=False), Rows)
+    assert as_rows(spec, large) is large
+    assert as_rows(spec, small, copies=False) is small
+    assert as_rows(spec._replace(matrix=False), large, copies=False) is large
 
 
 def test_a_checkpoint_for_decoding() -> None:
