@@ -138,7 +138,8 @@ def measure(
     sampler: BaseSampler[Any], batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, float]:
     """Times of the second of two runs."""
-    _run(sampler, batch_size, prompt_tokens, 2)
+    bursts = max(sampler.engine.burst, sampler.engine.long_burst) > 1  # each is a program
+    _run(sampler, batch_size, prompt_tokens, new_tokens if bursts else 2)
     first, rest = _run(sampler, batch_size, prompt_tokens, new_tokens)
     step = rest / (new_tokens - 1)
     return {

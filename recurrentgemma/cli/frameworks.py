@@ -210,7 +210,7 @@ def load_sampler(
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize)
+    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize, decoding=True)
     sampler = twin.sampler(
         model,
         tokenizer,
@@ -244,7 +244,7 @@ def random_sampler(
         (spec.path, quantize_parameter(spec, _random_values(spec, dtype), quantize))
         for spec in layer_spec(config)
     )
-    model = twin.make(config, values, dtype, device)
+    model = twin.make(config, values, dtype, device, decoding=True)
     sampler = twin.sampler(model, load_tokenizer(), **_compiling(framework, device, compiled))
     return Loaded(sampler, device, dtype)
 

@@ -91,8 +91,12 @@ class Twin(Protocol):
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
+        decoding: bool = False,
     ) -> Any:
-        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`.
+
+        With `decoding`, for a sampler alone: parameters may be in the form in which it is fast.
+        """
         ...
 
     def make(
@@ -101,10 +105,11 @@ class Twin(Protocol):
         params: Iterable[tuple[str, np.ndarray | Quantized]],
         dtype: str,
         device: str | None = None,
+        decoding: bool = False,
     ) -> Any:
         """A model with these parameters: pairs of a path and an array in the Flax layout.
 
-        A `Quantized` stays so, and computes in the dtype.
+        A `Quantized` stays so, and computes in the dtype. For `decoding` see `load`.
         """
         ...
 

@@ -21,6 +21,7 @@ from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.quantization import Quantized, scheme_of
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
@@ -40,6 +41,7 @@ def load_checkpoint(
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
+    decoding: bool = False,
 ) -> tuple[Model, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
@@ -62,6 +64,9 @@ def load_checkpoint(
       quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
         `common.quantization`), quantised as they are read, one at a time. If None they are as they
         are stored.
+      decoding: Whether a sampler is all that takes the parameters. On a CPU matrices are then
+        `products.Rows` where products are faster in that form. Of other parameters in bfloat16 a
+        sampler makes a copy for itself.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
@@ -78,7 +83,7 @@ def load_checkpoint(
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
-        params = _load(checkpoint, sharding, dtype, quantize)
+        params = _load(checkpoint, sharding, dtype, quantize, decoding)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Model(checkpoint.config, param_dtype=param_dtype), params
 
@@ -151,6 +156,7 @@ def _load(
     sharding: str | Sharding | Mapping[str, Any],
     dtype: Dtype | None,
     scheme: str | None,
+    decoding: bool = False,
 ) -> dict[str, Any]:
     """Every parameter on its devices; on the host one at a time."""
     params: dict[str, Any] = {}
@@ -159,7 +165,11 @@ def _load(
     shardings = _shardings(params, sharding)
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
     for spec, on_host in checkpoint.read_quantized(wanted, scheme):
-        set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
+        place = get_path(shardings, spec.path)
+        value = on_host
+        if decoding and on_one_cpu(place):
+            value = as_rows(spec, on_host, copies=False)
+        set_path(params, spec.path, jax.device_put(value, place))
     return params
 
 

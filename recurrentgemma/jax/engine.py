@@ -24,7 +24,12 @@ from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
+
+# With more bytes of parameters a step takes so long on a CPU that its call hardly counts, and a
+# burst would hold back tokens that someone waits for.
+_QUICK_BYTES = 2**27
 
 
 class ModelEngine(Engine):
@@ -51,11 +56,14 @@ class ModelEngine(Engine):
         self.model = model
         self._jit_compile = jit_compile
         self.params = params
-        self.burst = 1 if platform_of(self._params) == "cpu" else 8
+        on_cpu = platform_of(self._params) == "cpu"
+        self.burst = 1 if on_cpu else 8
+        self.long_burst = 16 if on_cpu and self.num_bytes <= _QUICK_BYTES else 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled steps, which are looked up again."""
-        return {name: value for name, value in vars(self).items() if name != "_functions"}
+        """Without what the setter of `params` makes again."""
+        made = ("_functions", "_stored")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -71,7 +79,7 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        return num_bytes(self._stored)
 
     @property
     def params(self) -> Params:
@@ -86,9 +94,10 @@ class ModelEngine(Engine):
         if not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(params)):
             params = jax.tree.map(jnp.asarray, params)
         self._params = params
+        self._stored = stored(self.config, params)
         self._functions = functions(self.model)
         if self._jit_compile:
-            self._functions = compiled(self.model, platform_of(self._params))
+            self._functions = compiled(self.model, platform_of(params))
         self._ready: set[tuple[int, int | None]] = set()
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
@@ -98,7 +107,7 @@ class ModelEngine(Engine):
         for length in self.prefill_chunks:
             place = np.zeros((num_rows, length), np.int32)
             prefill: Any = self._functions.prefill  # compiled
-            prefill.lower(self.params, cache, place, place).compile()
+            prefill.lower(self._stored, cache, place, place).compile()
         self._ready.add((num_rows, capacity))
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
@@ -106,15 +115,15 @@ class ModelEngine(Engine):
         return jax.device_put(cache, self._placement())
 
     def prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
-        return self._functions.prefill(self.params, cache, tokens, segment_pos)
+        return self._functions.prefill(self._stored, cache, tokens, segment_pos)
 
     def score(
         self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
     ) -> tuple[Array, Array, Cache]:
-        return self._functions.score(self.params, cache, tokens, segment_pos, targets)
+        return self._functions.score(self._stored, cache, tokens, segment_pos, targets)
 
     def feed(self, cache: Cache, tokens: Any, segment_pos: Any) -> tuple[Array, Cache]:
-        return self._functions.feed(self.params, cache, tokens, segment_pos)
+        return self._functions.feed(self._stored, cache, tokens, segment_pos)
 
     def choose(
         self,
@@ -139,7 +148,7 @@ class ModelEngine(Engine):
     ) -> tuple[Sampled, Cache, Array | None]:
         if len(numbers) > 1:
             return self._functions.burst(
-                variant, self.params, settings, cache, seen, tokens, segment_pos, left, numbers
+                variant, self._stored, settings, cache, seen, tokens, segment_pos, left, numbers
             )
         # One step is two programs: a variant that comes first compiles the choice alone.
         logits, cache = self.feed(cache, tokens, segment_pos)
@@ -154,7 +163,7 @@ class ModelEngine(Engine):
     ) -> tuple[dict[str, bool], Cache]:
         places, names = jnp.asarray(segment_pos), activation_names(self.config, inside=True)
         outputs, logits, cache = activations(
-            self.model, self.params, jnp.asarray(tokens), places, cache, names=names
+            self.model, self._stored, jnp.asarray(tokens), places, cache, names=names
         )
         return {
             name: bool(jnp.isfinite(output).all())

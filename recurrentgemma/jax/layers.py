@@ -19,7 +19,7 @@ from recurrentgemma.common.published import JAX_LAYERS, elsewhere
 from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
-from recurrentgemma.jax.products import dense, lookup, product, promote_dtype
+from recurrentgemma.jax.products import Rows, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.scan import as_positions, wide_dtype
@@ -62,11 +62,11 @@ class SpecModule(nn.Module, kw_only=True):
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def declare(self, specs: Iterable[ParamSpec]) -> list[Any]:
-        """The module's own parameters, in the order of their specs; some may be `Quantized`."""
+        """The module's own parameters, in the order of their specs, as they are stored."""
         found = []
         for spec in specs:
             stored = self.get_variable("params", spec.path)
-            if not isinstance(stored, Quantized):
+            if not isinstance(stored, Quantized | Rows):
                 draw = initializer(spec.init)
                 stored = self.param(spec.path, draw, spec.shape, self.param_dtype)
             found.append(stored)

@@ -6,7 +6,8 @@ they mean.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +17,78 @@ from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
 from recurrentgemma.common.quantization import LARGEST, Quantized, dequantize
 from recurrentgemma.jax.runtime.promotion import default_promotion
+from recurrentgemma.jax.scan.gates import wide_dtype
 
 MANY_ROWS = 64
-_W = TypeVar("_W", bound=Array | Quantized)
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """A matrix or a stack of matrices, kept as rows of outputs, [..., N, K].
+
+    XLA multiplies fast on a CPU in this form alone: in bfloat16 a matrix [K, N] is first written
+    out in float32.
+
+    Attributes:
+      values: [..., N, K].
+      axis: The axis of inputs in the matrix that this stands for; see `Quantized`.
+    """
+
+    values: Any
+    axis: int = -2
+
+    # Of the matrix that this stands for.
+    shape = property(lambda self: _matrix_shape(self.values.shape, self.axis))
+    ndim = property(lambda self: self.values.ndim)
+    dtype = property(lambda self: self.values.dtype)
+
+
+def _matrix_shape(stored: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    *stack, rows, inputs = stored
+    return (*stack, rows, inputs) if axis == -1 else (*stack, inputs, rows)
+
+
+Matrix = Array | Quantized | Rows
 jax.tree_util.register_dataclass(
     Quantized, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
 )
+jax.tree_util.register_dataclass(Rows, ["values"], ["axis"])
 
 
 def promote_dtype(*values: Any, dtype: Dtype | None = None) -> list[Any]:
-    """Arrays and `Quantized` in one dtype: the one given, or that to which JAX promotes them."""
-    found = [jnp.zeros((), v.dtype) if isinstance(v, Quantized) else v for v in values]
+    """Matrices in one dtype: the one given, or that to which JAX promotes them."""
+    found = [jnp.zeros((), v.dtype) if isinstance(v, Quantized | Rows) else v for v in values]
     dtype = canonicalize_dtype(*found, dtype=dtype)
-    return [
-        v.replace(dtype=jnp.dtype(dtype).name)
-        if isinstance(v, Quantized)
-        else jnp.asarray(v, dtype)
-        for v in values
-    ]
+
+    def promoted(v: Any) -> Any:
+        if isinstance(v, Quantized):
+            return v.replace(dtype=jnp.dtype(dtype).name)
+        if isinstance(v, Rows):
+            return Rows(v.values.astype(dtype), v.axis)
+        return jnp.asarray(v, dtype)
+
+    return [promoted(v) for v in values]
 
 
-def dense(w: Array | Quantized) -> Array:
-    """The array itself, or the matrix that a `Quantized` stands for, in its dtype."""
-    return dequantize(w, jnp.stack).astype(w.dtype) if isinstance(w, Quantized) else w
+def dense(w: Matrix) -> Array:
+    """The array itself, or the matrix that a `Quantized` or `Rows` stands for, in its dtype."""
+    if isinstance(w, Quantized):
+        return dequantize(w, jnp.stack).astype(w.dtype)
+    if isinstance(w, Rows):
+        return w.values if w.axis == -1 else w.values.swapaxes(-1, -2)
+    return w
 
 
-def lookup(w: Array | Quantized, index: Integer[Array, "..."]) -> Shaped[Array, "... d"]:
+def lookup(w: Matrix, index: Integer[Array, "..."]) -> Shaped[Array, "... d"]:
     """The rows of a table."""
     if isinstance(w, Quantized):
         return dense(w.with_parts(lambda part: part[index]))
-    return w[index]
+    return dense(w)[index]
 
 
 def product(
     x: Float[Array, "*b k"],
-    w: Array | Quantized,
+    w: Matrix,
     bias: Array | None = None,
     *,
     axis: int = -2,
@@ -74,6 +111,8 @@ def product(
     """
     if isinstance(w, Quantized) and w.integer and w.scheme == "q8":
         y = _integer_product(x, w).astype(dtype or x.dtype)
+    elif isinstance(w, Rows):
+        y = by_rows(x, w.values, wide_dtype(x.dtype)).astype(dtype or x.dtype)
     else:
         y = _product(x, dense(w), axis, dtype)
     return y if bias is None else y + bias
@@ -92,10 +131,33 @@ def _product(x: Array, w: Array, axis: int, dtype: Dtype | None) -> Array:
 
 def _integer_product(x: Array, w: Quantized) -> Array:
     values, scale = quantize_rows(x)
-    if w.ndim > 2 and len(x) == 1:
-        values = jnp.broadcast_to(values, (len(w.values), *values.shape[1:]))
     sums = integer_sums(values, w.values).astype(jnp.float32)
-    return sums * scale * jnp.swapaxes(w.scale, -1, -2)
+    return sums * scale * w.scale.swapaxes(-1, -2)
+
+
+def by_rows(
+    x: Shaped[Array, "*b k"], rows: Shaped[Array, "*c n k"], dtype: Dtype
+) -> Shaped[Array, "*d n"]:
+    """The product of `product` in its fast form on a CPU, summed in a wide dtype.
+
+    Args:
+      x: The rows of one factor.
+      rows: The other factor as rows of outputs, [N, K] or [C, N, K].
+      dtype: The dtype of the sums: float32 or wider, or int32 for int8.
+    """
+    if rows.ndim > 2 and len(x) == 1:
+        # One product, since a stack of them needs a copy of x for each.
+        y_zm = by_rows(x[0], rows.reshape(-1, rows.shape[-1]), dtype)
+        return y_zm.reshape(-1, *rows.shape[:-1]).swapaxes(0, 1)
+    x_czk = x if rows.ndim > 2 else x.reshape(-1, x.shape[-1])
+    count = x_czk.shape[-2]
+    if count == 1 and x.dtype.itemsize < 4:  # one row alone takes XLA ten times as long as two
+        x_czk = jnp.broadcast_to(x_czk, (*x_czk.shape[:-2], 2, x.shape[-1]))
+    stack = tuple(range(rows.ndim - 2))
+    contracted = (x_czk.ndim - 1,), (rows.ndim - 1,)
+    y_czn = jax.lax.dot_general(x_czk, rows, (contracted, (stack, stack)), None, dtype)
+    y_czn = y_czn[..., :count, :]
+    return y_czn if stack else y_czn.reshape(*x.shape[:-1], len(rows))
 
 
 @default_promotion
@@ -109,6 +171,4 @@ def quantize_rows(x: Float[Array, "*b k"]) -> tuple[Int8[Array, "*b k"], Float[A
 
 def integer_sums(x: Int8[Array, "*b k"], values: Int8[Array, "*c n k"]) -> Int[Array, "*d n"]:
     """See `common.quantization.integer_sums`."""
-    batch = tuple(range(values.ndim - 2))
-    contracted = (x.ndim - 1,), (values.ndim - 1,)
-    return jax.lax.dot_general(x, values, (contracted, (batch, batch)), None, jnp.int32)
+    return by_rows(x, values, jnp.int32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
 from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax import products
@@ -19,6 +19,7 @@ from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
+from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -70,7 +71,16 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+    ):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
@@ -79,10 +89,11 @@ class JaxTwin(Twin):
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
                 quantize=quantize,
+                decoding=decoding,
             )
         return ModelAndParams(model, params)
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
@@ -90,6 +101,8 @@ class JaxTwin(Twin):
                     held = jax.device_put(value.replace(dtype=dtype), _device(device))
                 else:
                     held = self.from_numpy(value, dtype, device)
+                    if decoding and on_one_cpu(held.sharding):
+                        held = as_rows(spec_by_path(config)[path], held, copies=False)
                 set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
@@ -134,7 +147,8 @@ class JaxTwin(Twin):
             return _by_path(model.config, _gradients(*model, tokens, segment_pos))
 
     def sampler(self, model, vocab, **settings):
-        return Sampler(model.module, vocab, model.params, **settings)
+        params = stored(model.config, model.params)  # of which the sampler makes no copy
+        return Sampler(model.module, vocab, params, **settings)
 
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         module = model.module.clone(gradient_checkpointing=gradient_checkpointing)

@@ -61,7 +61,17 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, quantize=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+    ):
+        del decoding  # the form of the parameters is the same
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
@@ -71,7 +81,8 @@ class TorchTwin(Twin):
             quantize=quantize,
         )
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
+        del decoding
         model = Model(config, device="meta")
         specs, state = {spec.path: spec for spec in layer_spec(config)}, {}
         for path, value in params:

@@ -183,7 +183,8 @@ def test_an_engine_tells_its_dtype_and_size(backend: Backend) -> None:
     model = backend.twin.load(None, "bfloat16", quantize="q4_32")
     engine = backend.twin.sampler(model, load_tokenizer()).engine
     assert engine.dtype == "bfloat16"
-    assert engine.num_bytes < 4e6
+    # JAX expands 4 bits to 8 on a CPU; in bfloat16 the model has 10.7e6 bytes.
+    assert engine.num_bytes < (6e6 if backend.twin.name == "jax" else 4e6)
 
 
 def test_a_model_in_another_scheme(backend: Backend, tmp_path: Path) -> None:
