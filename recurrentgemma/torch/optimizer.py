@@ -22,6 +22,8 @@ from recurrentgemma.common.training.optimization import (
     moment_shapes,
 )
 from recurrentgemma.torch.runtime.optimizer_state import load_own_tensors, own_tensors
+from recurrentgemma.torch.runtime.split_adafactor import SplitAdafactor
+from recurrentgemma.torch.sharding import mesh_of, part_of
 
 Tensors = Mapping[str, Tensor]
 Optimizer = OptimizerOptions | Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -58,14 +60,15 @@ def make_optimizer(
         for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
+    mesh = mesh_of(parameters.values())
     match options.name:
         case "adamw":
             betas = options.b1, options.b2
             return torch.optim.AdamW(groups, lr, betas, options.eps, fused=True)
-        case "sgd":
-            return torch.optim.SGD(groups, lr, options.momentum, fused=True)
+        case "sgd":  # the fused kernel takes no split tensors
+            return torch.optim.SGD(groups, lr, options.momentum, fused=mesh is None)
         case _:
-            return torch.optim.Adafactor(
+            return (torch.optim.Adafactor if mesh is None else SplitAdafactor)(
                 groups,
                 lr,
                 beta2_decay=-ADAFACTOR_DECAY,

@@ -2,46 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from recurrentgemma.torch.model import Model
+from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.model.state_dict import flax_path, torch_shape
+from recurrentgemma.common.sharding import AXES, layout, mesh_text, parse_mesh, strategy
+from recurrentgemma.torch.runtime.processes import join
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
+    from recurrentgemma.common.training.lora import LoraOptions
+    from recurrentgemma.torch.model import Model
 
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
+STRATEGIES = ("data", "fsdp")  # those of `common.sharding` that this twin computes
 
 
-def shard(model: Model, mesh: DeviceMesh) -> None:
-    """Splits a model block by block, also on the meta device.
+def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
+    """The size of each axis of a mesh; the axis of a mesh without names is "fsdp".
 
     Raises:
+      ValueError: It is no mesh of `STRATEGIES`.
+    """
+    if mesh.mesh_dim_names is None and mesh.ndim > 1:
+        raise UserError("a mesh of several axes must name them: pass mesh_dim_names, or make_mesh")
+    sizes = dict(zip(mesh.mesh_dim_names or ("fsdp",), mesh.shape, strict=True))
+    if (found := strategy(sizes)) not in STRATEGIES:
+        raise UserError(
+            f"PyTorch computes with the strategies {' and '.join(STRATEGIES)}, got "
+            f"{mesh_text(sizes)}, which is {found}; the JAX twin has all of them"
+        )
+    return sizes
+
+
+def make_mesh(mesh: str = "fsdp=-1") -> DeviceMesh:
+    """The mesh over all processes of this run, which `torchrun` or `srun` started.
+
+    Args:
+      mesh: The axes and their sizes, such as "fsdp=4"; see `common.sharding.parse_mesh`. The
+        strategies are `STRATEGIES`.
+
+    Raises:
+      ValueError: The text is no mesh over all processes, or the processes do not meet.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    join()
+    count = dist.get_world_size()
+    sizes = parse_mesh(mesh, count)
+    if math.prod(sizes.values()) != count:
+        raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in {*sizes, "fsdp"}}
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    made = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh_sizes(made)
+    return made
+
+
+def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> None:
+    """Splits a model block by block as `common.sharding.layout` says, also on the meta device.
+
+    What the layout keeps whole is split by rows, unevenly where these do not divide.
+
+    Args:
+      model: The model, perhaps with adapters.
+      mesh: The processes.
+      lora: The adapters, if it has any.
+
+    Raises:
+      ValueError: The mesh does not fit the model, or is of another strategy than `STRATEGIES`.
       RuntimeError: This version of PyTorch cannot split a model.
     """
     if TorchVersion(torch.__version__) < _NEEDED:
         raise RuntimeError(
             f"a model is split with PyTorch {_NEEDED} or newer, got {torch.__version__}"
         )
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    for module in model.modules():  # FSDP splits parameters alone
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    sizes = mesh_sizes(mesh)
+    splits, parts = layout(model.config, sizes, lora), sizes["fsdp"]
+    axes: dict[int, int] = {}
+    for _, path, parameter in owners(model):
+        split = torch_shape(path, splits[path])
+        found = [i for i, axis in enumerate(split) if axis == "fsdp"]
+        # The scale of a quantised matrix has a 1 where the matrix is reduced.
+        axes[id(parameter)] = next((i for i in found if parameter.shape[i] % parts == 0), 0)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(axes[id(parameter)])
 
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def owners(model: Model) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Name, path in the layout and tensor of each parameter of a model, perhaps adapted.
+
+    A module around another, its `base`, says by `owner` whose layout its own tensors have.
+    """
+    for name, module in model.named_modules():
+        place = [part for part in name.split(".") if part != "base"]
+        owner = getattr(module, "owner", flax_path)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            yield full, ".".join([*place, owner(leaf)]), parameter
 
 
 def part_of(tensor: Tensor, place: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has, split like `place`."""
+    """This process's part of a tensor, which every process has or has a part of.
+
+    It is split like `place`; the tensor itself if that is not split.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(place, DTensor)
-    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+    if not isinstance(place, DTensor):
+        return tensor
+    mesh, placements = place.device_mesh, place.placements
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(mesh, placements)
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def local_slices(place: DTensor) -> tuple[slice, ...]:
+    """Which part of a tensor this process has."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = place.device_mesh, place.placements
+    sizes, offsets = compute_local_shape_and_global_offset(place.shape, mesh, placements)
+    return tuple(slice(i, i + size) for i, size in zip(offsets, sizes, strict=True))
+
+
+def placed(local: Tensor, place: DTensor) -> DTensor:
+    """The split tensor of which this process has a part, split like `place`."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = place.device_mesh
+    local = local.to(mesh.device_type).contiguous()
+    shape = {"shape": place.shape, "stride": place.stride()}
+    return DTensor.from_local(local, mesh, place.placements, run_check=False, **shape)
 
 
 def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
@@ -61,34 +175,3 @@ def whole(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             return tensor.full_tensor()
     return tensor
-
-
-def by_the_first(
-    mesh: DeviceMesh, tensors: Iterable[Tensor], write: Callable[[Iterable[Tensor]], None]
-) -> None:
-    """Lets the first process of a mesh write split tensors; all processes must call this together.
-
-    Args:
-      mesh: The processes.
-      tensors: The tensors to write, in the same order in every process.
-      write: Takes whole tensors, one at a time, and writes them; it runs in the first process.
-
-    Raises:
-      RuntimeError: The first process could not write; there, the error of `write` is raised.
-    """
-    pieces = map(whole, tensors)
-    error: BaseException | None = None
-    if not any(mesh.get_coordinate() or (1,)):
-        try:
-            write(pieces)
-        except BaseException as raised:  # also Ctrl-C: the others wait for the remaining tensors
-            error = raised
-    for _ in pieces:
-        pass
-    answer = [None if error is None else f"{type(error).__name__}: {error}"]
-    for group in mesh.get_all_groups():
-        dist.broadcast_object_list(answer, dist.get_global_rank(group, 0), group)
-    if error is not None:
-        raise error
-    if answer[0] is not None:
-        raise RuntimeError(f"the first process of the mesh failed: {answer[0]}")

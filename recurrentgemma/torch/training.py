@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,12 @@ from recurrentgemma.torch.optimizer import (
     step,
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.processes import gathered, summed
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.sharding import mesh_of, part_of, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Metrics = dict[str, Any]
 
@@ -124,9 +129,14 @@ def loss_fn(model: Model, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
     """
-    tokens = _weight(batch)
+    mesh = mesh_of(model.parameters())
+    tokens = _tokens([batch], mesh)
     loss = _total(model, batch) / _divisor(tokens)
-    return loss, {"loss": loss.detach(), "tokens": tokens}
+    value = summed(loss.detach(), mesh)
+    if mesh is not None:
+        loss = loss * mesh.size()  # FSDP takes the mean of the processes' gradients
+        loss = loss + (value - loss.detach())
+    return loss, {"loss": value, "tokens": tokens}
 
 
 def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
@@ -141,7 +151,9 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       "learning_rate"; an own optimiser's is its first group's, after the step.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    tokens = sum(map(_weight, batches))
+    mesh = mesh_of(state.parameters.values())
+    tokens = _tokens(batches, mesh)
+    ranks = 1 if mesh is None else mesh.size()
     settings = step_settings(state.optimizer)
     rate = learning_rate(settings, state.step)
 
@@ -149,10 +161,10 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
         loss = torch.zeros((), device="cpu")
         for batch in batches:
             share = _total(state.model, batch) / _divisor(tokens)
-            share.backward()
+            (share * ranks).backward()  # FSDP takes the mean of the processes' gradients
             loss = loss.to(share) + share.detach()
             _collect_gradients(state)
-        return loss
+        return summed(loss, mesh)
 
     def again() -> Tensor:
         _copy_parameters(state)
@@ -162,7 +174,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     loss = accumulate()
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
     norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
     if settings.clip_norm is not None:
         scale = (settings.clip_norm / norm).clamp(max=1.0)
         for grad in grads:
@@ -187,6 +199,8 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         total += float(_total(state.model, batch))
         tokens += _weight(batch)
+    everywhere = gathered([total, tokens], mesh_of(state.parameters.values()))
+    total, tokens = map(sum, zip(*everywhere, strict=True))
     loss = total / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -207,7 +221,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     values = {path: to_torch(path, value) for path, value in state.parameters.items()}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": to_array(value)
+        f"{group}.{path}": to_array(whole(value))
         for group, values in groups.items()
         for path, value in values.items()
     }
@@ -230,7 +244,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     }
     values, state.step = moments.pop("parameters"), int(arrays["step"])
     for path, parameter in state.parameters.items():
-        parameter.copy_(to_torch(path, values[path]))
+        parameter.copy_(part_of(to_torch(path, values[path]).to(parameter.dtype), parameter))
     set_moments(state.optimizer, state.step, moments, state.parameters, state.optimizer_state)
     _copy_parameters(state)
     return state
@@ -261,8 +275,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
-    embedding = model.embedder.input_embedding
-    device = embedding.device
+    device = model.embedder.input_embedding.device
     check_batch(batch, model.config.model.vocab_size)
     tokens, segment_pos, targets, weights = (
         z.to(device) if isinstance(z, Tensor) else torch.tensor(np.asarray(z), device=device)
@@ -270,6 +283,7 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     hidden, _ = model.hidden(tokens, segment_pos)
+    embedding = model.embedder.input_embedding  # under FSDP it is whole now
     return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
 
 
@@ -280,14 +294,31 @@ def _weight(batch: Batch) -> float:
     return float(np.asarray(batch.weights).sum(dtype=np.float64))
 
 
+def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
+    """The sum of the weights over the batches of all processes.
+
+    Raises:
+      ValueError: The processes have different numbers of batches, or one has no rows.
+    """
+    rows = min((len(batch.tokens) for batch in batches), default=0)
+    everywhere = gathered([sum(map(_weight, batches)), len(batches), rows], mesh)
+    tokens, counts, least = zip(*everywhere, strict=True)
+    if mesh is not None and (len(set(counts)) > 1 or not min(least)):
+        raise UserError(
+            "each process must give as many batches as the others, of at least one row, got "
+            f"{[int(count) for count in counts]} batches, of at least {list(map(int, least))} rows"
+        )
+    return sum(tokens)
+
+
 def _divisor(tokens: float) -> float:
     return tokens if tokens > 0 else 1.0
 
 
 def _own_parameters(model: Model) -> dict[str, Tensor]:
     """The model's parameters by the layer spec's paths."""
-    specs = layer_spec(model.config)
-    return {spec.path: model.get_parameter(torch_name(spec.path)) for spec in specs}
+    specs, tensors = layer_spec(model.config), model.state_dict(keep_vars=True)  # split by FSDP
+    return {spec.path: tensors[torch_name(spec.path)] for spec in specs}
 
 
 def _collect_gradients(state: TrainState) -> None:

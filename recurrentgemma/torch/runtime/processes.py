@@ -1,0 +1,211 @@
+"""The processes of a mesh: how they meet, what they tell each other, and how they write together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.io.files import whole_folder
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Where launchers say how many processes there are, which one this is, and its number on its node.
+_NUMBERS = {
+    "processes": ("WORLD_SIZE", "SLURM_NTASKS"),
+    "process_id": ("RANK", "SLURM_PROCID"),
+    "local_id": ("LOCAL_RANK", "SLURM_LOCALID"),
+}
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = 300.0,
+) -> None:
+    """Joins the other processes of a run; nothing happens where this process has joined already.
+
+    Args:
+      coordinator: HOST:PORT of the first process; MASTER_ADDR and MASTER_PORT, which `torchrun`
+        sets, if None.
+      processes: How many processes there are; what `torchrun` or `srun` says if None, or else 1.
+      process_id: Which one this is, from 0; what they say if None.
+      timeout: Seconds to wait for the others.
+
+    Raises:
+      ValueError: The number of this process is missing or no number of a process, or the others do
+        not come in time; the message has the address.
+    """
+    if dist.is_initialized():
+        return
+    count = _number("processes", processes, 1)
+    index = _number("process_id", process_id, 0 if count == 1 else None)
+    if not 0 <= index < count:
+        raise UserError(f"the number of a process must be from 0 to {count - 1}, got {index}")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_number("local_id", None, 0) % torch.cuda.device_count())
+    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    wait = datetime.timedelta(seconds=timeout)
+    if coordinator is None and "MASTER_ADDR" in os.environ:
+        coordinator = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}"
+    if coordinator is None and count > 1:
+        raise UserError(
+            f"{count} processes need the address of the first: start them with torchrun, or give "
+            "its HOST:PORT"
+        )
+    try:
+        if coordinator is None:
+            dist.init_process_group(kinds, store=dist.HashStore(), rank=0, world_size=1)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun keeps the store itself
+            dist.init_process_group(kinds, timeout=wait)
+        else:
+            address = f"tcp://{coordinator}"
+            dist.init_process_group(kinds, address, wait, world_size=count, rank=index)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"process {index} of {count} did not meet the others at {coordinator}: {reason}"
+        ) from error
+
+
+def _number(name: str, given: int | None, default: int | None) -> int:
+    found = [os.environ[variable] for variable in _NUMBERS[name] if variable in os.environ]
+    if given is not None or found:
+        return int(found[0] if given is None else given)
+    if default is None:
+        raise UserError(
+            f"the number of this process is missing: start it with torchrun, or set "
+            f"{_NUMBERS[name][0]}"
+        )
+    return default
+
+
+def is_first(mesh: DeviceMesh | None) -> bool:
+    """Whether this is the first process of a mesh; a process alone is."""
+    return mesh is None or not any(mesh.get_coordinate() or (1,))
+
+
+def gathered(values: Sequence[float], mesh: DeviceMesh | None) -> list[list[float]]:
+    """The numbers of every process of a mesh, in the order of the processes.
+
+    All must call this together, with the same count of numbers.
+    """
+    if mesh is None:
+        return [list(values)]
+    rows = torch.tensor([list(values)], dtype=torch.float64, device=mesh.device_type)
+    for group in reversed(mesh.get_all_groups()):
+        parts = rows.new_empty(dist.get_world_size(group) * len(rows), len(values))
+        dist.all_gather_into_tensor(parts, rows, group)
+        rows = parts
+    return rows.tolist()
+
+
+def summed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """The sum of a tensor over the processes of a mesh; all must call this together."""
+    if mesh is None:
+        return tensor
+    total = tensor.clone()
+    for group in mesh.get_all_groups():
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def told(value: Any, mesh: DeviceMesh) -> Any:
+    """The value of the first process of a mesh, in all of them."""
+    box = [value]
+    for group in mesh.get_all_groups():
+        dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group)
+    return box[0]
+
+
+def everyone(value: Any, mesh: DeviceMesh) -> list[Any]:
+    """The values of all processes of a mesh, in their order."""
+    values = [value]
+    for group in reversed(mesh.get_all_groups()):
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, values, group)
+        values = [value for part in parts for value in part]
+    return values
+
+
+def by_the_first(
+    mesh: DeviceMesh, tensors: Iterable[Tensor], write: Callable[[Iterable[Tensor]], None]
+) -> None:
+    """Lets the first process of a mesh write split tensors; all processes must call this together.
+
+    Args:
+      mesh: The processes.
+      tensors: The tensors to write, in the same order in every process.
+      write: Takes whole tensors, one at a time, and writes them; it runs in the first process.
+
+    Raises:
+      RuntimeError: The first process could not write; there, the error of `write` is raised.
+    """
+    from recurrentgemma.torch.sharding import whole
+
+    pieces = map(whole, tensors)
+    error: BaseException | None = None
+    if is_first(mesh):
+        try:
+            write(pieces)
+        except BaseException as raised:  # also Ctrl-C: the others wait for the remaining tensors
+            error = raised
+    for _ in pieces:
+        pass
+    _raise_together(mesh, error)
+
+
+@contextlib.contextmanager
+def folder_of_all(path: str | os.PathLike[str], mesh: DeviceMesh, *, force: bool) -> Iterator[Path]:
+    """A temporary folder in which all processes write; the first renames it to `path` at the end.
+
+    The folder must be on a disk that all processes see. All must enter and leave the block together;
+    if it fails in one, nothing is at `path` that was not there before.
+
+    Raises:
+      DestinationError: `path` exists and `force` is not set, or it cannot be written; in the
+        first process, and `RuntimeError` in the others.
+      RuntimeError: Another process failed.
+    """
+    with contextlib.ExitStack() as stack:
+        folder, error = None, None
+        if is_first(mesh):
+            try:
+                folder = stack.enter_context(whole_folder(path, force=force))
+            except BaseException as raised:
+                error = raised
+        _raise_together(mesh, error)
+        folder = told(folder, mesh)
+        assert folder is not None
+        try:
+            yield folder
+        except BaseException as raised:
+            error = raised
+        _raise_together(mesh, error)
+        try:
+            stack.pop_all().close()  # the first renames the folder
+        except BaseException as raised:
+            error = raised
+        _raise_together(mesh, error)
+
+
+def _raise_together(mesh: DeviceMesh, error: BaseException | None) -> None:
+    """Raises the error of this process; in the others that have none, one that names it."""
+    found = everyone(None if error is None else f"{type(error).__name__}: {error}", mesh)
+    if error is not None:
+        raise error
+    failed = [(index, what) for index, what in enumerate(found) if what is not None]
+    if failed:
+        index, what = failed[0]
+        who = "the first process" if index == 0 else f"process {index}"
+        raise RuntimeError(f"{who} of the mesh failed: {what}")
