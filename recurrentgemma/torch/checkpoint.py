@@ -89,9 +89,7 @@ def load_checkpoint(
         wanted = None if dtype is None else float_dtype(dtype)
         for spec, on_host in checkpoint.read_as(wanted, None if mesh is None else part):
             name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
-            state[name] = (
-                tensor.to(device or "cpu") if mesh is None else placed(tensor, places[name])
-            )
+            state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -124,7 +122,4 @@ def save_checkpoint(
 
         save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
 
-    if mesh := mesh_of(state.values()):
-        by_the_first(mesh, tensors, write)
-    else:
-        write(tensors)
+    by_the_first(mesh_of(state.values()), tensors, write)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,22 +12,34 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import flax_path, torch_shape
-from recurrentgemma.common.sharding import AXES, layout, mesh_text, parse_mesh, strategy
+from recurrentgemma.common.sharding import (
+    AXES,
+    Split,
+    mesh_text,
+    parse_mesh,
+    require_fit,
+    split_of,
+    strategy,
+)
+from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.torch.runtime.processes import join
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
-    from recurrentgemma.common.training.lora import LoraOptions
+    from recurrentgemma.common.model.config import Config
     from recurrentgemma.torch.model import Model
 
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
+_BALANCE = 1.02  # of the ideal: how much the largest part may hold
 STRATEGIES = ("data", "fsdp")  # those of `common.sharding` that this twin computes
 
 
-def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
+def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """The size of each axis of a mesh; the axis of a mesh without names is "fsdp".
 
     Raises:
@@ -44,34 +56,36 @@ def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(mesh: str = "fsdp=-1") -> DeviceMesh:
-    """The mesh over all processes of this run, which `torchrun` or `srun` started.
+def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
+    """The mesh that a text such as "fsdp=4" names, over all processes of this run.
+
+    They are those that `torchrun` or `srun` started; a process alone is a mesh of one.
 
     Args:
-      mesh: The axes and their sizes, such as "fsdp=4"; see `common.sharding.parse_mesh`. The
-        strategies are `STRATEGIES`.
+      mesh: The text, or the sizes by axis; see `common.sharding`.
 
     Raises:
-      ValueError: The text is no mesh over all processes, or the processes do not meet.
+      ValueError: The text is wrong, the mesh does not take all processes, they do not meet, or the
+        strategy is none of `STRATEGIES`.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     join()
     count = dist.get_world_size()
-    sizes = parse_mesh(mesh, count)
+    sizes = parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count)
     if math.prod(sizes.values()) != count:
         raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
     sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in {*sizes, "fsdp"}}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     made = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    mesh_sizes(made)
+    sizes_of(made)
     return made
 
 
 def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> None:
-    """Splits a model block by block as `common.sharding.layout` says, also on the meta device.
+    """Splits a model block by block as `common.sharding.split_of` says, also on the meta device.
 
-    What the layout keeps whole is split by rows, unevenly where these do not divide.
+    What the mesh does not divide is split by rows, unevenly.
 
     Args:
       model: The model, perhaps with adapters.
@@ -93,14 +107,20 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
         for name, buffer in list(module.named_buffers(recurse=False)):
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-    sizes = mesh_sizes(mesh)
-    splits, parts = layout(model.config, sizes, lora), sizes["fsdp"]
+    sizes = sizes_of(mesh)
+    splits, parts = splits_of(model.config, mesh, lora), sizes["fsdp"]
     axes: dict[int, int] = {}
+    total, kept = 0, 0
     for _, path, parameter in owners(model):
         split = torch_shape(path, splits[path])
         found = [i for i, axis in enumerate(split) if axis == "fsdp"]
         # The scale of a quantised matrix has a 1 where the matrix is reduced.
-        axes[id(parameter)] = next((i for i in found if parameter.shape[i] % parts == 0), 0)
+        axis = next((i for i in found if parameter.shape[i] % parts == 0), 0)
+        axes[id(parameter)] = axis
+        total += parameter.nbytes
+        kept += parameter.nbytes // parameter.shape[axis] * -(-parameter.shape[axis] // parts)
+    if kept * parts > _BALANCE * total:
+        require_fit(model.config, sizes)
 
     def place(parameter: nn.Parameter) -> Shard:
         return Shard(axes[id(parameter)])
@@ -109,6 +129,18 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
         fully_shard(block, mesh=mesh, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, shard_placement_fn=place)
     register_fsdp_forward_method(model, "hidden")
+
+
+def splits_of(
+    config: Config, mesh: DeviceMesh | None, lora: LoraOptions | None = None
+) -> dict[str, Split]:
+    """How each parameter and adapter is to be split, by path; see `common.sharding.layout`.
+
+    Parts may be uneven here, so that a mesh fits which would not fit there.
+    """
+    sizes = {} if mesh is None else sizes_of(mesh)
+    specs = (*layer_spec(config), *(trainable_specs(config, lora) if lora else ()))
+    return {spec.path: split_of(spec, sizes) for spec in specs}
 
 
 def owners(model: Model) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -127,16 +159,38 @@ def owners(model: Model) -> Iterator[tuple[str, str, nn.Parameter]]:
 def part_of(tensor: Tensor, place: Tensor) -> Tensor:
     """This process's part of a tensor, which every process has or has a part of.
 
-    It is split like `place`; the tensor itself if that is not split.
+    It is split like `place` along the axes that have the same size; the tensor itself if that is
+    not split.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(place, DTensor):
         return tensor
-    mesh, placements = place.device_mesh, place.placements
+    mesh, placements = place.device_mesh, inherited(place, tensor.shape)
     if isinstance(tensor, DTensor):
         return tensor.redistribute(mesh, placements)
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def inherited(place: DTensor, shape: Sequence[int]) -> list[Placement]:
+    """How a moment of a split parameter is split: as that is, along axes of the same size."""
+    from torch.distributed.tensor import Replicate
+
+    return [
+        Replicate() if p.is_shard() and shape[p.dim] != place.shape[p.dim] else p
+        for p in place.placements
+    ]
+
+
+def zeros(place: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros for a moment of a parameter, split as it is; see `part_of`."""
+    if mesh_of([place]) is None:
+        return place.new_zeros(shape)
+    from torch.distributed.tensor import zeros
+
+    split: Any = place
+    how = {"dtype": place.dtype, "device_mesh": split.device_mesh}
+    return zeros(*shape, placements=inherited(split, shape), **how)
 
 
 def local_slices(place: DTensor) -> tuple[slice, ...]:

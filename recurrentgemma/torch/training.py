@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.model.layer_spec import layer_spec, require_match
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, check_batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -23,7 +22,6 @@ from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     given_shapes,
-    grouped,
     learning_rate,
     state_shapes,
     step_settings,
@@ -31,17 +29,20 @@ from recurrentgemma.common.training.optimization import (
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.optimizer import (
-    Optimizer,
-    get_moments,
-    make_optimizer,
-    set_moments,
-    step,
-)
+from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.processes import gathered, summed
+from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
 from recurrentgemma.torch.scan.gates import wide_dtype
-from recurrentgemma.torch.sharding import mesh_of, part_of, whole
+from recurrentgemma.torch.sharding import mesh_of, whole
+from recurrentgemma.torch.training_state import (
+    copy_parameters,
+    load_state_tensors,
+    own_parameters,
+    state_tensors,
+)
+from recurrentgemma.torch.training_state import layout_of as layout_of
+from recurrentgemma.torch.training_state import load_state as load_state
+from recurrentgemma.torch.training_state import save_state as save_state
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -104,7 +105,7 @@ def create_train_state(
         model.requires_grad_(True)
         values = {
             path: p if p.dtype == state_dtype else p.detach().to(state_dtype)
-            for path, p in _own_parameters(model).items()
+            for path, p in own_parameters(model).items()
         }
     else:
         model, values = adapt(model, lora, state_dtype, seed)
@@ -167,7 +168,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
         return summed(loss, mesh)
 
     def again() -> Tensor:
-        _copy_parameters(state)
+        copy_parameters(state)
         state.optimizer_state.zero_grad()
         return accumulate()
 
@@ -186,7 +187,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     if not settings.skip_nonfinite or bool(torch.isfinite(loss) & torch.isfinite(norm)):
         step(state.optimizer_state, again)
     state.optimizer_state.zero_grad()
-    _copy_parameters(state)
+    copy_parameters(state)
     state.step += 1
     rate = groups[0].get("lr")
     return state, {"loss": loss, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
@@ -216,15 +217,8 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     Raises:
       ValueError: An own optimiser holds more than tensors and numbers, as `LBFGS` does.
     """
-    specs = trainable_specs(state.model.config, state.lora)
-    moments = get_moments(state.optimizer, specs, state.parameters, state.optimizer_state)
-    values = {path: to_torch(path, value) for path, value in state.parameters.items()}
-    groups = {"parameters": values, **moments}
-    return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": to_array(whole(value))
-        for group, values in groups.items()
-        for path, value in values.items()
-    }
+    arrays = {name: to_array(whole(tensor)) for name, tensor in state_tensors(state).items()}
+    return arrays | {"step": np.asarray(state.step)}
 
 
 @torch.no_grad()
@@ -238,16 +232,8 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     """
     specs = trainable_specs(state.model.config, state.lora)
     require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
-    moments = {
-        group: {path: to_tensor(np.array(array)) for path, array in part.items()}
-        for group, part in grouped(arrays).items()
-    }
-    values, state.step = moments.pop("parameters"), int(arrays["step"])
-    for path, parameter in state.parameters.items():
-        parameter.copy_(part_of(to_torch(path, values[path]).to(parameter.dtype), parameter))
-    set_moments(state.optimizer, state.step, moments, state.parameters, state.optimizer_state)
-    _copy_parameters(state)
-    return state
+    tensors = {name: to_tensor(np.array(array)) for name, array in arrays.items()}
+    return load_state_tensors(state, tensors)
 
 
 def parameters(state: TrainState) -> Model:
@@ -269,8 +255,14 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     """
     if state.lora is None:
         raise UserError("the state has no adapters: it was created without lora")
-    arrays = {name: to_array(parameter) for name, parameter in state.parameters.items()}
-    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+    config, lora = state.model.config, state.lora
+
+    def write(tensors: Iterable[Tensor]) -> None:
+        arrays = dict(zip(state.parameters, map(to_array, tensors), strict=True))
+        write_adapters(path, Adapters(config, lora, arrays), force=force)
+
+    values = state.parameters.values()
+    by_the_first(mesh_of(values), values, write)
 
 
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
@@ -315,29 +307,13 @@ def _divisor(tokens: float) -> float:
     return tokens if tokens > 0 else 1.0
 
 
-def _own_parameters(model: Model) -> dict[str, Tensor]:
-    """The model's parameters by the layer spec's paths."""
-    specs, tensors = layer_spec(model.config), model.state_dict(keep_vars=True)  # split by FSDP
-    return {spec.path: tensors[torch_name(spec.path)] for spec in specs}
-
-
 def _collect_gradients(state: TrainState) -> None:
     """Moves the model's gradients to the optimiser's copy of its parameters, where it has one."""
     if state.lora is not None:
         return
-    for path, parameter in _own_parameters(state.model).items():
+    for path, parameter in own_parameters(state.model).items():
         seen = state.parameters[path]
         if seen is not parameter and parameter.grad is not None:
             grad = parameter.grad.to(seen.dtype)
             seen.grad = grad if seen.grad is None else seen.grad + grad
             parameter.grad = None
-
-
-@torch.no_grad()
-def _copy_parameters(state: TrainState) -> None:
-    """Casts the optimiser's copy of the parameters, where it has one, to the model's."""
-    if state.lora is not None:
-        return
-    for path, parameter in _own_parameters(state.model).items():
-        if state.parameters[path] is not parameter:
-            parameter.copy_(state.parameters[path])

@@ -216,8 +216,8 @@ class Reader(abc.ABC):
             widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
             dtypes |= dict.fromkeys(factors, widest)
         for spec, value in self:
-            value = value if part is None else part(spec, value)
-            yield spec, cast(value, dtypes[spec.path])
+            wanted = value if part is None else part(spec, value)
+            yield spec, cast(wanted, dtypes[spec.path])
 
 
 def around(weights: Path) -> list[Path]:

@@ -1,13 +1,13 @@
-"""The processes of a mesh: how they meet, what they tell each other, and how they write together."""
+"""The processes of a mesh: they meet, tell each other what they have, and write together."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ def join(
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     wait = datetime.timedelta(seconds=timeout)
     if coordinator is None and "MASTER_ADDR" in os.environ:
-        coordinator = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}"
+        coordinator = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
     if coordinator is None and count > 1:
         raise UserError(
             f"{count} processes need the address of the first: start them with torchrun, or give "
@@ -95,18 +95,19 @@ def is_first(mesh: DeviceMesh | None) -> bool:
     return mesh is None or not any(mesh.get_coordinate() or (1,))
 
 
-def gathered(values: Sequence[float], mesh: DeviceMesh | None) -> list[list[float]]:
+def gathered(values: Iterable[SupportsFloat], mesh: DeviceMesh | None) -> list[list[float]]:
     """The numbers of every process of a mesh, in the order of the processes.
 
     All must call this together, with the same count of numbers.
     """
+    own = list(map(float, values))
     if mesh is None:
-        return [list(values)]
-    rows = torch.tensor([list(values)], dtype=torch.float64, device=mesh.device_type)
+        return [own]
+    rows = torch.tensor([own], dtype=torch.float64, device=mesh.device_type)
     for group in reversed(mesh.get_all_groups()):
-        parts = rows.new_empty(dist.get_world_size(group) * len(rows), len(values))
-        dist.all_gather_into_tensor(parts, rows, group)
-        rows = parts
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows, group)
+        rows = torch.cat(parts)
     return rows.tolist()
 
 
@@ -139,12 +140,12 @@ def everyone(value: Any, mesh: DeviceMesh) -> list[Any]:
 
 
 def by_the_first(
-    mesh: DeviceMesh, tensors: Iterable[Tensor], write: Callable[[Iterable[Tensor]], None]
+    mesh: DeviceMesh | None, tensors: Iterable[Tensor], write: Callable[[Iterable[Tensor]], None]
 ) -> None:
     """Lets the first process of a mesh write split tensors; all processes must call this together.
 
     Args:
-      mesh: The processes.
+      mesh: The processes; None for a process alone.
       tensors: The tensors to write, in the same order in every process.
       write: Takes whole tensors, one at a time, and writes them; it runs in the first process.
 
@@ -153,6 +154,9 @@ def by_the_first(
     """
     from recurrentgemma.torch.sharding import whole
 
+    if mesh is None:
+        write(tensors)
+        return
     pieces = map(whole, tensors)
     error: BaseException | None = None
     if is_first(mesh):
@@ -169,8 +173,8 @@ def by_the_first(
 def folder_of_all(path: str | os.PathLike[str], mesh: DeviceMesh, *, force: bool) -> Iterator[Path]:
     """A temporary folder in which all processes write; the first renames it to `path` at the end.
 
-    The folder must be on a disk that all processes see. All must enter and leave the block together;
-    if it fails in one, nothing is at `path` that was not there before.
+    The folder must be on a disk that all processes see. All must enter and leave the block
+    together; if it fails in one, `path` is as it was before.
 
     Raises:
       DestinationError: `path` exists and `force` is not set, or it cannot be written; in the
