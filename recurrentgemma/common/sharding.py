@@ -132,11 +132,21 @@ def layout(
 @functools.lru_cache(maxsize=64)
 def _splits(config: Config, mesh: tuple, lora: LoraOptions | None, rules: Rules):
     specs = layer_spec(config) + (trainable_specs(config, lora) if lora else ())
-    return {spec.path: _split(spec, dict(mesh), rules, _parts(config, spec)) for spec in specs}
+    return {spec.path: split_of(spec, dict(mesh), rules, _parts(config, spec)) for spec in specs}
 
 
-def _split(spec: ParamSpec, mesh: Mesh, rules: Rules, parts: Mapping[str, int]) -> Split:
-    """The first rules that fit one parameter."""
+def split_of(
+    spec: ParamSpec, mesh: Mesh, rules: Rules = (), parts: Mapping[str, int] | None = None
+) -> Split:
+    """The first rules that fit one parameter.
+
+    Args:
+      spec: The parameter.
+      mesh: The mesh.
+      rules: Those of `layout`.
+      parts: Into how many parts a logical axis falls that "tensor" may not divide; see `Mixer`.
+    """
+    parts = parts or {}
     taken: dict[int, str | None] = {}
     for logical, axis in (*rules, *RULES):
         size = mesh.get(axis, 1) if axis is not None else 1

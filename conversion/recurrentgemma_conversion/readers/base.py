@@ -195,13 +195,19 @@ class Reader(abc.ABC):
         for spec in self.specs:
             yield spec, self.read(spec)
 
-    def read_as(self, dtype: np.dtype | None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    def read_as(
+        self,
+        dtype: np.dtype | None,
+        part: Callable[[ParamSpec, np.ndarray], np.ndarray] | None = None,
+    ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
         """Every parameter, in the order of the layer spec, in the dtype that a model computes with.
 
         Args:
           dtype: The dtype of all parameters. If None each keeps its stored dtype; but where the
             factors of matrix products are stored in several, these are float32, or float64 beside
             float64.
+          part: Takes the part of a parameter that is wanted; only its bytes are read where the
+            format maps its file.
         """
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
@@ -210,7 +216,8 @@ class Reader(abc.ABC):
             widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
             dtypes |= dict.fromkeys(factors, widest)
         for spec, value in self:
-            yield spec, cast(value, dtypes[spec.path])
+            wanted = value if part is None else part(spec, value)
+            yield spec, cast(wanted, dtypes[spec.path])
 
 
 def around(weights: Path) -> list[Path]:
