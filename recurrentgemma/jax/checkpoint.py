@@ -22,6 +22,8 @@ from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
+from recurrentgemma.jax.sharding import local_slices, put_part
+from recurrentgemma.jax.sharding import shardings as shardings_of
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
 from recurrentgemma_conversion.opening import open_checkpoint, open_headers
@@ -36,6 +38,7 @@ def load_checkpoint(
     dtype: Dtype | None = None,
     device: Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # it is a class
     sharding: str | Sharding | Mapping[str, Any] = "single_device",
+    mesh: Mesh | None = None,
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
@@ -54,6 +57,8 @@ def load_checkpoint(
         float32 or wider, and float64 becomes float32 where JAX has it turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
+      mesh: The devices that the model is split over (see `make_mesh`), each parameter as
+        `common.sharding.layout` says; each process reads its parts of every tensor, one at a time.
       config: What the model is, for weights without a `config.json`; it wins over one.
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
@@ -62,20 +67,27 @@ def load_checkpoint(
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
         `open_checkpoint`.
-      ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
-        parameters cannot be of the dtype, or JAX has it turned off.
+      ValueError: The sharding is unknown, does not fit the tree, or comes with a device or a mesh;
+        the mesh does not fit the model; or parameters cannot be of the dtype, or JAX has it turned
+        off.
     """
     require_available(dtype)
+    if sum((device is not None, sharding != "single_device", mesh is not None)) > 1:
+        raise UserError(
+            f"give either a device, a sharding or a mesh, got {device=} {sharding=} {mesh=}"
+        )
     if device is not None:
-        if sharding != "single_device":
-            raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
         sharding = SingleDeviceSharding(device)
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
+        if mesh is not None:
+            sharding = {}
+            for path_, place in shardings_of(checkpoint.config, mesh).items():
+                set_path(sharding, path_, place)
         params = _load(checkpoint, sharding, dtype)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
-    return Model(checkpoint.config, param_dtype=param_dtype), params
+    return Model(checkpoint.config, param_dtype=param_dtype, mesh=mesh), params
 
 
 def save_checkpoint(
@@ -134,14 +146,24 @@ def load_parameters(
 def _load(
     checkpoint: Reader, sharding: str | Sharding | Mapping[str, Any], dtype: Dtype | None
 ) -> dict[str, Any]:
-    """Every parameter on its devices; on the host one at a time."""
+    """Every parameter on its devices; on the host one at a time, and only what it keeps of it."""
     params: dict[str, Any] = {}
     for spec in checkpoint.specs:
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
-    for spec, on_host in checkpoint.read_as(wanted):
-        set_path(params, spec.path, jax.device_put(on_host, get_path(shardings, spec.path)))
+
+    def part(spec: ParamSpec, value: np.ndarray) -> np.ndarray:
+        place = get_path(shardings, spec.path)
+        return value[local_slices(place, spec.shape)] if spreads(place) else value
+
+    for spec, value in checkpoint.read_as(wanted, part):
+        place = get_path(shardings, spec.path)
+        if spreads(place):
+            on_device = put_part(value, place, spec.shape)
+        else:
+            on_device = jax.device_put(value, place)
+        set_path(params, spec.path, on_device)
     return params
 
 
@@ -163,6 +185,11 @@ def save_parameters(
         for path in (folder / "it").iterdir():
             path.rename(folder / path.name)
         (folder / "it").rmdir()
+
+
+def spreads(place: Sharding) -> bool:
+    """Whether an array with this sharding lies on several devices."""
+    return len(place.device_set) > 1
 
 
 def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
 from recurrentgemma.common.model import params
@@ -21,13 +22,14 @@ from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
+from recurrentgemma.jax.runtime.vocabulary import lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 MANY_STEPS = 64
 _METHODS = {"__call__", "encode", "decode"}
-_SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec")
+_SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec", "mesh")
 _M = TypeVar("_M", bound="SpecModule")
 
 
@@ -44,12 +46,14 @@ class SpecModule(nn.Module, kw_only=True):
       param_dtype: Of the parameters.
       scan_type: Which implementation computes a linear recurrence.
       scan_sharding_spec: How the linear recurrence is split over devices, if it is.
+      mesh: The devices that weights and activations are split over, if they are.
     """
 
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scan_type: ScanType = ScanType.AUTO
     scan_sharding_spec: ShardingSpec | None = None
+    mesh: Mesh | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in _METHODS & vars(cls).keys():
@@ -58,7 +62,7 @@ class SpecModule(nn.Module, kw_only=True):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The four attributes, for a module inside."""
+        """The five attributes, for a module inside."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def declare(self, specs: Iterable[ParamSpec]) -> list[Array]:
@@ -185,7 +189,7 @@ class Einsum(SpecModule):
         w, *bias = self.declare(specs)
         x, w, *bias = promote_dtype(x, w, *bias, dtype=self.dtype)
         b = bias[0] if bias else 0
-        if self.eqn != MATRICES:
+        if self.eqn != MATRICES or self.mesh is not None:  # rows and steps stay apart on a mesh
             return jnp.einsum(self.eqn, x, w) + b
         x_zd = x.reshape(-1, x.shape[-1])
         # With few steps one batched product, since separate ones take copies of the matrices; with
@@ -210,7 +214,9 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Integer[Array, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        (x,) = promote_dtype(self.input_embedding[tokens], dtype=self.dtype)
+        table = self.input_embedding
+        x = table[tokens] if self.mesh is None else lookup(table, tokens, self.mesh)
+        (x,) = promote_dtype(x, dtype=self.dtype)
         return x * self.scale
 
     def decode(self, x: Hidden) -> Float[Array, "b t v"]:

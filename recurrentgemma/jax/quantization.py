@@ -9,12 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+from recurrentgemma.jax.sharding import is_split, on_host, place_beside, put
 
 
 @default_promotion
@@ -24,9 +26,14 @@ def quantize_matrices(config: Config, params: Params) -> Params:
     for spec in layer_spec(config):
         value = get_path(params, spec.path)
         if spec.matrix:
-            value = Quantized(*map(jnp.asarray, quantize(np.asarray(value))))
+            value = Quantized(*(_beside(value, part) for part in quantize(on_host(value))))
         set_path(result, spec.path, value)
     return result
+
+
+def _beside(matrix: Any, part: np.ndarray) -> Array:
+    """Values or scales on the devices of their matrix, if it is split."""
+    return put(part, place_beside(matrix, part.shape)) if is_split(matrix) else jnp.asarray(part)
 
 
 @contextlib.contextmanager

@@ -40,9 +40,9 @@ from recurrentgemma.jax.optimizer import (
     require_optimizer,
     set_moments,
 )
-from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
-from recurrentgemma.jax.runtime.trees import Params, get_path
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+from recurrentgemma.jax.sharding import is_split, on_host, put, rows_on_mesh, shardings
 
 Metrics = dict[str, Any]
 
@@ -85,7 +85,9 @@ def create_train_state(
 
     Args:
       model: The model.
-      params: Its parameters. They are copied, or shared with LoRA; they do not change.
+      params: Its parameters. They are copied, or shared with LoRA; they do not change. On the
+        model's mesh the arrays of the state lie as `common.sharding.layout` says, or as they are
+        split already.
       optimizer: How to optimise; AdamW if None. An Optax transformation gets the gradients by the
         layer spec's paths, neither clipped nor scaled, and the keyword arguments `value`, `grad`
         and `value_fn`; its schedule is its own.
@@ -98,7 +100,7 @@ def create_train_state(
       ValueError: The parameters are not the model's, LoRA has no targets in it, or the optimiser
         is neither options nor a transformation.
     """
-    params = params.get("params", params)
+    params = laid_out(model, params)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     require_optimizer(optimizer)
     specs = trainable_specs(model.config, lora)
@@ -106,7 +108,7 @@ def create_train_state(
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
         base = None
     else:
-        base, values = adapt(model.config, params, lora, state_dtype, seed)
+        base, values = adapt(model.config, params, lora, state_dtype, seed, model.mesh)
     values = _placed(values, (base, values))
     optimizer_state = init_state(optimizer, decay_mask(specs), values)
     return TrainState(
@@ -159,11 +161,10 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       Arrays among them may still be computed.
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
-    stacked = Batch(
-        *map(_stacked, zip(*(_on_host(state.model, batch) for batch in batches), strict=True))
-    )
+    checked = [_on_host(state.model, batch) for batch in batches]
+    stacked = _placed_batch(state.model, Batch(*map(_stacked, zip(*checked, strict=True))))
     rate = learning_rate(step_settings(state.optimizer), state.step)
-    parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
+    parameters, optimizer_state, metrics = compiled(state.parameters, state.optimizer_state).update(
         state.model,
         state.optimizer,
         state.lora,
@@ -184,12 +185,13 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
-    function = compiled(platform_of(state.parameters)).total
+    function = compiled(state.parameters).total
     summed, tokens = 0.0, 0.0
     for batch in (_on_host(state.model, batch) for batch in batches):
-        args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
+        placed = _placed_batch(state.model, batch)
+        args = state.model, state.lora, state.dtype, state.parameters, state.base, placed
         summed += float(function(*args))
-        tokens += float(np.asarray(batch.weights).sum(dtype=np.float64))
+        tokens += float(on_host(placed.weights).sum(dtype=np.float64))
     loss = summed / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -207,7 +209,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     values = {spec.path: state.parameters[spec.path] for spec in specs}
     groups = {"parameters": values, **moments}
     return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": np.asarray(value)
+        f"{group}.{path}": on_host(value)
         for group, values in groups.items()
         for path, value in values.items()
     }
@@ -226,7 +228,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     dtype = next(iter(state.parameters.values())).dtype
     moments, step = grouped(arrays), int(arrays["step"])
     values = moments.pop("parameters")
-    parameters = {spec.path: jnp.array(values[spec.path], dtype) for spec in specs}
+    parameters = {spec.path: np.asarray(values[spec.path], dtype) for spec in specs}
     optimizer_state = set_moments(state.optimizer, state.optimizer_state, step, moments)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         step=step,
@@ -253,7 +255,7 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     if state.lora is None:
         raise UserError("the state has no adapters: it was created without lora")
     specs = trainable_specs(state.model.config, state.lora)
-    arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
+    arrays = {spec.path: on_host(state.parameters[spec.path]) for spec in specs}
     write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
 
 
@@ -268,6 +270,24 @@ def _stacked(arrays: Sequence[Any]) -> Any:
     """One array for several batches, on the host or on the devices that they are on."""
     on_devices = any(isinstance(array, jax.Array) for array in arrays)
     return (jnp if on_devices else np).stack(arrays)
+
+
+def laid_out(model: Model, params: Params) -> Params:
+    """The parameters without a `params` level; on the model's mesh, if it has one."""
+    params = params.get("params", params)
+    if model.mesh is None or is_split(get_path(params, "embedder.input_embedding")):
+        return params
+    result: dict[str, Any] = {}
+    for path, place in shardings(model.config, model.mesh).items():
+        set_path(result, path, put(get_path(params, path), place))
+    return result
+
+
+def _placed_batch(model: Model, batch: Batch) -> Batch:
+    """On a mesh this process's rows, [B, T] or [N, B, T], as part of the batch of all processes."""
+    if model.mesh is None:
+        return batch
+    return Batch(*(rows_on_mesh(model.mesh, z) for z in batch))
 
 
 def _placed(tree: Any, beside: Any) -> Any:
@@ -287,7 +307,10 @@ def _placed(tree: Any, beside: Any) -> Any:
 def _placed_like(new: Any, old: Any) -> Any:
     """The arrays of a tree, placed where another tree's are."""
 
-    def placed(x: Array, y: Any) -> Array:
+    def placed(x: Any, y: Any) -> Array:
+        if is_split(y) and not jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
+            return put(np.asarray(x), y.sharding)
+        x = jnp.array(x)
         return jax.device_put(x, y.sharding) if getattr(y, "committed", False) else x
 
     return jax.tree.map(placed, new, old)
