@@ -106,7 +106,7 @@ def save_checkpoint(
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
         parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
-      RuntimeError: It is split, and another process could not write.
+      OtherProcessError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)

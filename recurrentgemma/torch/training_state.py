@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recurrentgemma.common.errors import DamagedError, UserError
-from recurrentgemma.common.io.files import expanded, whole_folder
+from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.sharding import inherited
@@ -26,7 +26,7 @@ from recurrentgemma.common.training.optimization import (
 )
 from recurrentgemma.common.training.state_layout import Placed, StateLayout
 from recurrentgemma.torch.optimizer import get_moments, set_moments
-from recurrentgemma.torch.runtime.processes import folder_of_all
+from recurrentgemma.torch.runtime.processes import processes_of
 from recurrentgemma.torch.sharding import mesh_of, owners, part_of, sizes_of, splits_of, zeros
 
 if TYPE_CHECKING:
@@ -89,15 +89,11 @@ def save_state(path: str | os.PathLike[str], state: TrainState, *, force: bool =
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, or it cannot be written.
-      RuntimeError: Another process failed.
+      OtherProcessError: Another process failed.
     """
-    mesh = mesh_of(state.parameters.values())
-    if mesh is None:
-        with whole_folder(path, force=force) as folder:
-            write_state(folder, state)
-    else:
-        with folder_of_all(path, mesh, force=force) as folder:
-            write_state(folder, state)
+    processes = processes_of(mesh_of(state.parameters.values()))
+    with processes.folder(expanded(path), force=force) as folder:
+        write_state(folder, state)
 
 
 def write_state(folder: Path, state: TrainState) -> None:

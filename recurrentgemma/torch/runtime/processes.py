@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import whole_folder
+from recurrentgemma.common.processes import Processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -90,11 +91,6 @@ def _number(name: str, given: int | None, default: int | None) -> int:
     return default
 
 
-def is_first(mesh: DeviceMesh | None) -> bool:
-    """Whether this is the first process of a mesh; a process alone is."""
-    return mesh is None or not any(mesh.get_coordinate() or (1,))
-
-
 def gathered(values: Iterable[SupportsFloat], mesh: DeviceMesh | None) -> list[list[float]]:
     """The numbers of every process of a mesh, in the order of the processes.
 
@@ -121,22 +117,45 @@ def summed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
     return total
 
 
-def told(value: Any, mesh: DeviceMesh) -> Any:
-    """The value of the first process of a mesh, in all of them."""
-    box = [value]
-    for group in mesh.get_all_groups():
-        dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group)
-    return box[0]
+class MeshProcesses(Processes):
+    """The processes of a mesh."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self.index, self.count = mesh.get_rank(), mesh.size()
+
+    def everyone(self, value: Any) -> list[Any]:
+        values = [value]
+        for group in reversed(self._mesh.get_all_groups()):
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, values, group)
+            values = [value for part in parts for value in part]
+        return values
+
+    @contextlib.contextmanager
+    def folder(self, path: Path, *, force: bool = False, size: int = 0) -> Iterator[Path]:
+        with contextlib.ExitStack() as stack:
+            folder = self.by_first(
+                lambda: stack.enter_context(whole_folder(path, force=force, size=size))
+            )
+            folder, error = self.everyone(folder)[0], None
+            try:
+                yield folder
+            except BaseException as raised:
+                error = raised
+            self.agree(error)
+            self.by_first(lambda: stack.pop_all().close())  # gives the folder its name
+
+    def lost(self, error: Exception) -> str | None:
+        words = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words:
+            return words.strip().splitlines()[0]
+        return None
 
 
-def everyone(value: Any, mesh: DeviceMesh) -> list[Any]:
-    """The values of all processes of a mesh, in their order."""
-    values = [value]
-    for group in reversed(mesh.get_all_groups()):
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, values, group)
-        values = [value for part in parts for value in part]
-    return values
+def processes_of(mesh: DeviceMesh | None) -> Processes:
+    """The processes of a mesh; a process alone if None."""
+    return Processes() if mesh is None else MeshProcesses(mesh)
 
 
 def by_the_first(
@@ -150,66 +169,17 @@ def by_the_first(
       write: Takes whole tensors, one at a time, and writes them; it runs in the first process.
 
     Raises:
-      RuntimeError: The first process could not write; there, the error of `write` is raised.
+      OtherProcessError: The first process could not write; there, the error of `write` is raised.
     """
     from recurrentgemma.torch.sharding import whole
 
-    if mesh is None:
-        write(tensors)
-        return
-    pieces = map(whole, tensors)
+    processes, pieces = processes_of(mesh), map(whole, tensors)
     error: BaseException | None = None
-    if is_first(mesh):
+    if processes.is_first:
         try:
             write(pieces)
         except BaseException as raised:  # also Ctrl-C: the others wait for the remaining tensors
             error = raised
     for _ in pieces:
         pass
-    _raise_together(mesh, error)
-
-
-@contextlib.contextmanager
-def folder_of_all(path: str | os.PathLike[str], mesh: DeviceMesh, *, force: bool) -> Iterator[Path]:
-    """A temporary folder in which all processes write; the first renames it to `path` at the end.
-
-    The folder must be on a disk that all processes see. All must enter and leave the block
-    together; if it fails in one, `path` is as it was before.
-
-    Raises:
-      DestinationError: `path` exists and `force` is not set, or it cannot be written; in the
-        first process, and `RuntimeError` in the others.
-      RuntimeError: Another process failed.
-    """
-    with contextlib.ExitStack() as stack:
-        folder, error = None, None
-        if is_first(mesh):
-            try:
-                folder = stack.enter_context(whole_folder(path, force=force))
-            except BaseException as raised:
-                error = raised
-        _raise_together(mesh, error)
-        folder = told(folder, mesh)
-        assert folder is not None
-        try:
-            yield folder
-        except BaseException as raised:
-            error = raised
-        _raise_together(mesh, error)
-        try:
-            stack.pop_all().close()  # the first renames the folder
-        except BaseException as raised:
-            error = raised
-        _raise_together(mesh, error)
-
-
-def _raise_together(mesh: DeviceMesh, error: BaseException | None) -> None:
-    """Raises the error of this process; in the others that have none, one that names it."""
-    found = everyone(None if error is None else f"{type(error).__name__}: {error}", mesh)
-    if error is not None:
-        raise error
-    failed = [(index, what) for index, what in enumerate(found) if what is not None]
-    if failed:
-        index, what = failed[0]
-        who = "the first process" if index == 0 else f"process {index}"
-        raise RuntimeError(f"{who} of the mesh failed: {what}")
+    processes.agree(error)
