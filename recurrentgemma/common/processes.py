@@ -115,3 +115,6 @@ class Processes:
         added.weights[len(batch.tokens) :] = 0
         own = slice(self.index * each, (self.index + 1) * each)
         return Batch(*(z[own] for z in added))
+
+
+ALONE = Processes()

@@ -43,6 +43,7 @@ from recurrentgemma.torch.training_state import (
 from recurrentgemma.torch.training_state import layout_of as layout_of
 from recurrentgemma.torch.training_state import load_state as load_state
 from recurrentgemma.torch.training_state import save_state as save_state
+from recurrentgemma.torch.training_state import write_state as write_state
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
