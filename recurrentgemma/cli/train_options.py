@@ -44,6 +44,7 @@ _EXCLUSIVE = (
 _FREE = frozenset(
     [
         "framework",
+        "mesh",
         "out",
         "evaluate_every",
         "checkpoint_every",
@@ -268,6 +269,15 @@ class TrainOptions:
     sample_tokens: Annotated[
         int, _option(_RUN, "Tokens to continue prompts with; 0 for none.", min=0, metavar="N")
     ] = 32
+    mesh: Annotated[
+        str | None,
+        _option(
+            _RUN,
+            "Split the model over devices, as in fsdp=4; PyTorch's start with torchrun.",
+            metavar="AXIS=N,...",
+            show_default=False,
+        ),
+    ] = None
     plot: Annotated[
         bool | None,
         _option(_RUN, "Draw loss.png. Default: if matplotlib is installed.", "--plot/--no-plot",

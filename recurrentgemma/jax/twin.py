@@ -11,12 +11,14 @@ import numpy as np
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.processes import ALONE
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
+from recurrentgemma.jax.sharding import make_mesh
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
@@ -62,12 +64,19 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None):
+    def mesh(self, text):
+        return make_mesh(text)
+
+    def processes(self, mesh):
+        return ALONE
+
+    def load(self, path, dtype, device=None, overrides=None, adapter=None, mesh=None):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
                 dtype=dtype,
                 device=_device(device),
+                mesh=mesh,
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
             )
@@ -80,10 +89,10 @@ class JaxTwin(Twin):
                 set_path(tree, path, self.from_numpy(value, dtype, device))
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
-    def init(self, config, seed, dtype, device=None):
+    def init(self, config, seed, dtype, device=None, mesh=None):
         with self.precision(dtype), jax.default_device(_device(device)):
-            params = init_params(config, seed, dtype)
-        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), params)
+            params = init_params(config, seed, dtype, mesh=mesh)
+        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype), mesh=mesh), params)
 
     def save(self, path, model, tokenizer, *, force=False):
         save_checkpoint(path, model.config, model.params, tokenizer, force=force)

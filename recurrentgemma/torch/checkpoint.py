@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
+from recurrentgemma.torch.runtime.processes import by_the_first
+from recurrentgemma.torch.sharding import local_slices, mesh_of, placed, shard
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint
@@ -34,7 +35,7 @@ def load_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    sharding: DeviceMesh | None = None,
+    mesh: DeviceMesh | None = None,
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
@@ -52,8 +53,8 @@ def load_checkpoint(
         stored dtype; but where the factors of matrix products are stored in several, these are
         float32 or wider.
       device: Where the parameters go; the CPU if None.
-      sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
-        process then reads the whole checkpoint and keeps its part, a tensor at a time.
+      mesh: The processes over which they are split instead (see `make_mesh`). Each reads its part
+        of every tensor, one at a time.
       config: What the model is, for weights without a `config.json`; it wins over one.
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
@@ -62,30 +63,33 @@ def load_checkpoint(
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
         `open_checkpoint`.
-      ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
-        is to be split has several.
+      ValueError: There are both a device and a mesh, parameters cannot be of the dtype, or what
+        is to be split has several; or the mesh does not fit the model.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
-    if device is not None and sharding is not None:
-        raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
+    if device is not None and mesh is not None:
+        raise UserError(f"give either a device or a mesh, got {device=} {mesh=}")
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
-        if sharding is not None and dtype is None and len(stored) > 1:
+        if mesh is not None and dtype is None and len(stored) > 1:
             raise UserError(
                 f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
             )
         model = Model(checkpoint.config, device="meta")
-        if sharding is not None:
-            shard(model, sharding)
-        places = model.state_dict()
+        if mesh is not None:
+            shard(model, mesh)
+        places: dict[str, Any] = model.state_dict()
+
+        def part(spec: ParamSpec, value: np.ndarray) -> np.ndarray:
+            return value[torch_shape(spec.path, local_slices(places[torch_name(spec.path)]))]
+
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
-        for spec, on_host in checkpoint.read_as(wanted):
-            name = torch_name(spec.path)
-            tensor = to_tensor(to_torch(spec.path, on_host)).to(device or "cpu")
-            state[name] = tensor if sharding is None else part_of(tensor, places[name])
+        for spec, on_host in checkpoint.read_as(wanted, None if mesh is None else part):
+            name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
+            state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -102,7 +106,7 @@ def save_checkpoint(
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
         parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
-      RuntimeError: It is split, and another process could not write.
+      OtherProcessError: It is split, and another process could not write.
     """
     state = model.state_dict()
     specs = layer_spec(model.config)
@@ -118,7 +122,4 @@ def save_checkpoint(
 
         save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
 
-    if mesh := mesh_of(state.values()):
-        by_the_first(mesh, tensors, write)
-    else:
-        write(tensors)
+    by_the_first(mesh_of(state.values()), tensors, write)

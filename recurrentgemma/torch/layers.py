@@ -18,6 +18,7 @@ from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
 from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.scan import as_positions, wide_dtype
+from recurrentgemma.torch.sharding import part_of
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 _PART_ELEMENTS = 2**19  # of a part of the vocabulary, which then stays in the processor's cache
@@ -77,8 +78,8 @@ class SpecModule(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu")) if drawn else 0
         for spec, parameter in drawn:
-            value = to_torch(spec.path, sample_param(spec, seed))
-            parameter.copy_(torch.from_numpy(value))
+            value = torch.from_numpy(to_torch(spec.path, sample_param(spec, seed)))
+            parameter.copy_(part_of(value.to(parameter.dtype), parameter))
 
 
 class Linear(nn.Linear, SpecModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
 from recurrentgemma.common.training.lora import (
     LoraOptions,
     adapter_specs,
@@ -20,9 +20,10 @@ from recurrentgemma.common.training.lora import (
 )
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.quantization import quantize_matrices
+from recurrentgemma.torch.quantization import quantize_matrices, quantized_tensor
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.sharding import mesh_of, owners, part_of, shard, whole
 from recurrentgemma_conversion.adapters import open_adapters
 
 
@@ -35,9 +36,12 @@ class Adapted(nn.Module):
       lora_b: B.
     """
 
-    def __init__(self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
+    def __init__(
+        self, base: nn.Module, leaf: str, a: nn.Parameter, b: nn.Parameter, scale: float
+    ) -> None:
         super().__init__()
         self.base, self.lora_a, self.lora_b, self.scale = base, a, b, scale
+        self._leaf = leaf
 
     def forward(self, x: Float[Tensor, "b t i"]) -> Any:
         y = self.base(x)
@@ -49,6 +53,10 @@ class Adapted(nn.Module):
     def get_parameter(self, target: str) -> Any:
         """A parameter of the base."""
         return self.base.get_parameter(target)
+
+    def owner(self, leaf: str) -> str:
+        """The adapter whose layout a tensor has."""
+        return f"{flax_path(self._leaf)}.{leaf}"
 
 
 def adapt(
@@ -65,22 +73,42 @@ def adapt(
     Returns:
       The model, and A and B of each target by the paths of `adapter_specs`.
     """
-    specs = trainable_specs(model.config, options)
-    device = next(model.parameters()).device
-    adapters = {
-        spec.path: nn.Parameter(torch.from_numpy(sample_param(spec, seed)).to(device, dtype))
-        for spec in specs
+    state, device = model.state_dict(), next(model.parameters()).device
+    drawn = {
+        spec.path: torch.from_numpy(sample_param(spec, seed)).to(device, dtype)
+        for spec in trainable_specs(model.config, options)
     }
-    result = _sharing(model.state_dict(), model)
+    mesh = mesh_of(state.values())
+    split = mesh is not None
+    result = Model(model.config, model.gradient_checkpointing, "meta") if split else None
+    result = _sharing(state, model) if result is None else result
     result.requires_grad_(False)
     if options.quantize:
         quantize_matrices(result)
     for target in lora_targets(model.config, options):
-        a, b = (adapters[spec.path] for spec in adapter_specs(target, options.rank))
-        path = target.path.rpartition(".")[0]
-        module = Adapted(result.get_submodule(path), a, b, options.scale)
-        result.set_submodule(path, module)
-    return result, dict(adapters)
+        pair = (drawn[spec.path] for spec in adapter_specs(target, options.rank))
+        a, b = (nn.Parameter(z.to("meta") if split else z) for z in pair)
+        path, _, leaf = torch_name(target.path).rpartition(".")
+        result.set_submodule(path, Adapted(result.get_submodule(path), leaf, a, b, options.scale))
+    if mesh is not None:
+        shard(result, mesh, options)
+        result.load_state_dict(dict(_parts(result, state | drawn)), assign=True)
+    own = {path: parameter for _, path, parameter in owners(result)}
+    return result, {path: own[path] for path in drawn}
+
+
+def _parts(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """This process's parts of the tensors of an adapted model, by name.
+
+    Args:
+      model: The model, split; its tensors have no values.
+      tensors: Those of the plain model and the adapters.
+    """
+    for name, path, place in owners(model):
+        value, leaf = tensors[torch_name(path)], name.rpartition(".")[2]
+        if leaf != torch_name(path).rpartition(".")[2]:
+            value = getattr(quantized_tensor(path, whole(value)), leaf)
+        yield name, part_of(value, place)
 
 
 def merge(
@@ -93,10 +121,11 @@ def merge(
         value = model.get_submodule(path).get_parameter(leaf).detach()
         if spec.lora in options.targets:
             a, b = (
-                adapters[matrix.path].detach().to(wide_dtype(dtype))
+                whole(adapters[matrix.path].detach()).to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
-            value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
+            added = part_of(options.scale * to_torch(spec.path, a @ b), value)
+            value = value.to(a.dtype) + added
         state[torch_name(spec.path)] = value.to(dtype)
     return _sharing(state, model)
 
@@ -115,7 +144,7 @@ def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
     result = model.state_dict()
     for spec in layer_spec(model.config):
         value = result[torch_name(spec.path)]
-        on_host = to_torch(spec.path, to_array(value))
+        on_host = to_torch(spec.path, to_array(whole(value)))
         merged = merge_on_host(spec, on_host, arrays, options)
         if merged is not on_host:
             tensor = to_tensor(to_torch(spec.path, merged)).to(value)
@@ -124,8 +153,12 @@ def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
 
 
 def _sharing(state: Mapping[str, Tensor], model: Model) -> Model:
-    """A model like another, with these tensors."""
+    """A model like another, with these tensors; split where they are."""
     result = Model(model.config, model.gradient_checkpointing, device="meta")
+    if mesh := mesh_of(state.values()):
+        shard(result, mesh)
+        places = result.state_dict()
+        state = {name: part_of(value, places[name]) for name, value in state.items()}
     result.load_state_dict(state, assign=True)
     return result
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
 from recurrentgemma.common.quantization import Quantized, dequantize, quantize
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array
@@ -21,12 +21,18 @@ def quantize_matrices(model: Model) -> None:
         if spec.matrix:
             path, _, leaf = torch_name(spec.path).rpartition(".")
             module = model.get_submodule(path)
-            weight = module.get_parameter(leaf)
-            parts = quantize(to_torch(spec.path, to_array(weight)))
-            quantized = Quantized(
-                *(to_torch(spec.path, torch.from_numpy(part)).to(weight.device) for part in parts)
-            )
+            quantized = quantized_tensor(spec.path, module.get_parameter(leaf))
             model.set_submodule(path, Dequantizing(module, leaf, quantized))
+
+
+def quantized_tensor(path: str, weight: Tensor) -> Quantized:
+    """A parameter, as PyTorch has it, in its two parts; on "meta" without values."""
+    if weight.is_meta:
+        whole = to_torch(path, torch.empty(weight.shape, device="meta"))
+        scale = to_torch(path, whole[..., :1, :])
+        return Quantized(torch.empty_like(weight, dtype=torch.int8), torch.empty_like(scale))
+    parts = quantize(to_torch(path, to_array(weight)))
+    return Quantized(*(to_torch(path, torch.from_numpy(part)).to(weight.device) for part in parts))
 
 
 class Dequantizing(nn.Module):
@@ -35,7 +41,7 @@ class Dequantizing(nn.Module):
     The matrix has the dtype of the module's input: it exists only during the module's call.
 
     Attributes:
-      base: The module, without values of the parameter.
+      base: The module, without the parameter.
       leaf: Its name for the parameter.
     """
 
@@ -47,8 +53,7 @@ class Dequantizing(nn.Module):
         self.base, self.leaf = base, leaf
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
-        empty = nn.Parameter(base.get_parameter(leaf).detach().to("meta"), requires_grad=False)
-        base.register_parameter(leaf, empty)
+        base.register_parameter(leaf, None)
 
     def forward(self, x: Tensor) -> Any:
         matrix = self.get_parameter(self.leaf).to(x.dtype)
@@ -59,3 +64,7 @@ class Dequantizing(nn.Module):
         if target != self.leaf:
             return self.base.get_parameter(target)
         return dequantize(Quantized(self.values, self.scale))
+
+    def owner(self, leaf: str) -> str:
+        """The parameter whose layout its tensors have."""
+        return flax_path(self.leaf)

@@ -17,7 +17,9 @@ from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.processes import processes_of
 from recurrentgemma.torch.sampler import Sampler
+from recurrentgemma.torch.sharding import make_mesh
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
@@ -47,11 +49,18 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None):
+    def mesh(self, text):
+        return make_mesh(text)
+
+    def processes(self, mesh):
+        return processes_of(mesh)
+
+    def load(self, path, dtype, device=None, overrides=None, adapter=None, mesh=None):
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
             device=device,
+            mesh=mesh,
             overrides=overrides or NO_OVERRIDES,
             adapter=adapter,
         )
@@ -65,8 +74,8 @@ class TorchTwin(Twin):
         model.load_state_dict(state, assign=True)
         return model
 
-    def init(self, config, seed, dtype, device=None):
-        model = Model(config, device=device, dtype=getattr(torch, dtype))
+    def init(self, config, seed, dtype, device=None, mesh=None):
+        model = Model(config, device=device, dtype=getattr(torch, dtype), mesh=mesh)
         model.reset_parameters(seed=seed)
         return model
 
