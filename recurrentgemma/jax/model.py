@@ -22,14 +22,16 @@ from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
 from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
-from recurrentgemma.jax.runtime.trees import Params, require_available, set_path
+from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma.jax.sharding import (
     ShardingSpec,
     constrained,
     gathering,
+    is_split,
     put,
     scan_split,
     shardings,
+    state_shardings,
 )
 
 
@@ -168,6 +170,9 @@ class Model(nn.Module):
                 block = remat(kind)(value.width, layer, variance, **settings, name=name)
                 x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
                 x = constrained(x, self.mesh, "batch")
+            if self.mesh is not None:
+                places = state_shardings(self.config, self.mesh, x.shape[0])
+                new_cache = jax.tree.map(jax.lax.with_sharding_constraint, new_cache, places)
         if last_only:
             x = x[:, -1:]
         return RMSNorm(value.width, **settings, name="final_norm")(x), new_cache
@@ -231,3 +236,14 @@ def init_params(
         on_device = put(value, places[spec.path], dtype) if places else jnp.asarray(value, dtype)
         set_path(params, spec.path, on_device)
     return params
+
+
+def laid_out(model: Model, params: Params) -> Params:
+    """The parameters without a `params` level; on the model's mesh, if it has one."""
+    params = params.get("params", params)
+    if model.mesh is None or is_split(get_path(params, "embedder.input_embedding")):
+        return params
+    result: dict[str, Any] = {}
+    for path, place in shardings(model.config, model.mesh).items():
+        set_path(result, path, put(get_path(params, path), place))
+    return result

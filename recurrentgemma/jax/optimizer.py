@@ -137,10 +137,15 @@ def set_moments(
     for name, arrays in moments.items():
         field = _FIELDS.get(name, name)
         old = optax.tree.get(state, field)
-        fields[field] = {path: np.asarray(arrays[path], old[path].dtype) for path in old}
+        fields[field] = {path: cast(arrays[path], old[path].dtype) for path in old}
     if optax.tree.get(state, "count") is not None:
         fields["count"] = jnp.asarray(step, jnp.int32)
     return optax.tree.set(state, **fields)
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """An array of the host or of the devices in a dtype."""
+    return value.astype(dtype) if is_split(value) else np.asarray(value, dtype)
 
 
 def _leaves(state: optax.OptState) -> dict[str, Array]:

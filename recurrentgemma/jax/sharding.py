@@ -150,6 +150,18 @@ def scan_split(mesh: Mesh, rows: int) -> ShardingSpec:
     return ShardingSpec(mesh, batch_axes(mesh, rows) or None, None, width)
 
 
+def state_shardings(config: Config, mesh: Mesh, rows: int) -> dict[str, Any]:
+    """The shardings of a state of so many rows, in the structure of a state."""
+    places: dict[str, dict[str, NamedSharding]] = {}
+    for path, split in layouts.state_layout(config, sizes_of(mesh), rows).items():
+        block, _, field = path.rpartition(".")
+        places.setdefault(block, {})[field] = on_mesh(automatic_mesh(mesh), *split)
+    kinds = (layer.mixer.cache for layer in config.model.layers)
+    return {
+        block: kind(**fields) for (block, fields), kind in zip(places.items(), kinds, strict=True)
+    }
+
+
 @functools.lru_cache
 def gathering(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
     """From the variables of a block, split as at rest, to those that it computes with.

@@ -25,24 +25,25 @@ from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     given_shapes,
-    grouped,
     learning_rate,
     state_shapes,
     step_settings,
 )
 from recurrentgemma.jax.lora import adapt, merge
-from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.model import Model, laid_out
 from recurrentgemma.jax.optimizer import (
     Optimizer,
-    get_moments,
     init_state,
     own_learning_rate,
     require_optimizer,
-    set_moments,
 )
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
-from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
-from recurrentgemma.jax.sharding import is_split, on_host, put, rows_on_mesh, shardings
+from recurrentgemma.jax.runtime.trees import Params, get_path
+from recurrentgemma.jax.sharding import on_host, rows_on_mesh
+from recurrentgemma.jax.training_state import layout_of as layout_of
+from recurrentgemma.jax.training_state import load_state as load_state
+from recurrentgemma.jax.training_state import load_state_tensors, state_tensors
+from recurrentgemma.jax.training_state import save_state as save_state
 
 Metrics = dict[str, Any]
 
@@ -204,15 +205,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     next step. The arrays of an Optax transformation, "optimizer.<place in its state>", are for this
     twin alone.
     """
-    specs = trainable_specs(state.model.config, state.lora)
-    moments = get_moments(state.optimizer, specs, state.optimizer_state)
-    values = {spec.path: state.parameters[spec.path] for spec in specs}
-    groups = {"parameters": values, **moments}
-    return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": on_host(value)
-        for group, values in groups.items()
-        for path, value in values.items()
-    }
+    return {name: on_host(value) for name, value in state_tensors(state).items()}
 
 
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
@@ -225,16 +218,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     """
     specs = trainable_specs(state.model.config, state.lora)
     require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
-    dtype = next(iter(state.parameters.values())).dtype
-    moments, step = grouped(arrays), int(arrays["step"])
-    values = moments.pop("parameters")
-    parameters = {spec.path: np.asarray(values[spec.path], dtype) for spec in specs}
-    optimizer_state = set_moments(state.optimizer, state.optimizer_state, step, moments)
-    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        step=step,
-        parameters=_placed_like(parameters, state.parameters),
-        optimizer_state=_placed_like(optimizer_state, state.optimizer_state),
-    )
+    return load_state_tensors(state, arrays)
 
 
 def parameters(state: TrainState) -> Params:
@@ -272,17 +256,6 @@ def _stacked(arrays: Sequence[Any]) -> Any:
     return (jnp if on_devices else np).stack(arrays)
 
 
-def laid_out(model: Model, params: Params) -> Params:
-    """The parameters without a `params` level; on the model's mesh, if it has one."""
-    params = params.get("params", params)
-    if model.mesh is None or is_split(get_path(params, "embedder.input_embedding")):
-        return params
-    result: dict[str, Any] = {}
-    for path, place in shardings(model.config, model.mesh).items():
-        set_path(result, path, put(get_path(params, path), place))
-    return result
-
-
 def _placed_batch(model: Model, batch: Batch) -> Batch:
     """On a mesh this process's rows, [B, T] or [N, B, T], as part of the batch of all processes."""
     if model.mesh is None:
@@ -302,15 +275,3 @@ def _placed(tree: Any, beside: Any) -> Any:
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, place), tree)
-
-
-def _placed_like(new: Any, old: Any) -> Any:
-    """The arrays of a tree, placed where another tree's are."""
-
-    def placed(x: Any, y: Any) -> Array:
-        if is_split(y) and not jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
-            return put(np.asarray(x), y.sharding)
-        x = jnp.array(x)
-        return jax.device_put(x, y.sharding) if getattr(y, "committed", False) else x
-
-    return jax.tree.map(placed, new, old)
