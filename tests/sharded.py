@@ -233,6 +233,11 @@ def die_in_a_save(folder: Path, config: Config, params: Params, victim: int) -> 
     return ""
 
 
+def command_with_another_seed(*args: str) -> tuple[int, str, str]:
+    """`command`, where each process is given its own number as the seed."""
+    return command(*args, "--seed", str(dist.get_rank()))
+
+
 def command(*args: str) -> tuple[int, str, str]:
     """The exit code of a command, and what it prints."""
     from recurrentgemma.cli import main

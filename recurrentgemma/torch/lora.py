@@ -79,8 +79,8 @@ def adapt(
         for spec in trainable_specs(model.config, options)
     }
     mesh = mesh_of(state.values())
-    split = mesh is not None
-    result = Model(model.config, model.gradient_checkpointing, "meta") if split else None
+    split, like = mesh is not None, model.embedder.input_embedding.dtype
+    result = Model(model.config, model.gradient_checkpointing, "meta", like) if split else None
     result = _sharing(state, model) if result is None else result
     result.requires_grad_(False)
     if options.quantize:

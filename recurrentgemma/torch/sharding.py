@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,15 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
     register_fsdp_forward_method(model, "hidden")
 
 
+def reshard(model: Model) -> None:
+    """Gives up what FSDP has gathered for a forward pass that no backward pass follows."""
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+
 def splits_of(
     config: Config, mesh: DeviceMesh | None, lora: LoraOptions | None = None
 ) -> dict[str, Split]:
@@ -144,15 +154,18 @@ def splits_of(
     return {spec.path: split_of(spec, sizes) for spec in specs}
 
 
-def owners(model: Model) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Name, path in the layout and tensor of each parameter of a model, perhaps adapted.
+def owners(model: Model) -> Iterator[tuple[str, str, Tensor]]:
+    """Name, path in the layout and tensor of each parameter and buffer of a model.
+
+    The model may have adapters.
 
     A module around another, its `base`, says by `owner` whose layout its own tensors have.
     """
     for name, module in model.named_modules():
         place = [part for part in name.split(".") if part != "base"]
         owner = getattr(module, "owner", flax_path)
-        for leaf, parameter in module.named_parameters(recurse=False):
+        own = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        for leaf, parameter in itertools.chain(*own):
             full = f"{name}.{leaf}" if name else leaf
             yield full, ".".join([*place, owner(leaf)]), parameter
 
@@ -170,7 +183,7 @@ def part_of(tensor: Tensor, place: Tensor) -> Tensor:
     mesh, placements = place.device_mesh, inherited(place, tensor.shape)
     if isinstance(tensor, DTensor):
         return tensor.redistribute(mesh, placements)
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return distribute_tensor(tensor.contiguous(), mesh, placements, src_data_rank=None)
 
 
 def inherited(place: DTensor, shape: Sequence[int]) -> list[Placement]:

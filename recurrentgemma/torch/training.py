@@ -33,7 +33,7 @@ from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
 from recurrentgemma.torch.scan.gates import wide_dtype
-from recurrentgemma.torch.sharding import mesh_of, whole
+from recurrentgemma.torch.sharding import mesh_of, reshard, whole
 from recurrentgemma.torch.training_state import (
     copy_parameters,
     load_state_tensors,
@@ -201,6 +201,7 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         total += float(_total(state.model, batch))
         tokens += _weight(batch)
+    reshard(state.model)
     everywhere = gathered([total, tokens], mesh_of(state.parameters.values()))
     total, tokens = map(sum, zip(*everywhere, strict=True))
     loss = total / tokens if tokens else 0.0

@@ -27,7 +27,15 @@ from recurrentgemma.common.training.optimization import (
 from recurrentgemma.common.training.state_layout import Placed, StateLayout
 from recurrentgemma.torch.optimizer import get_moments, set_moments
 from recurrentgemma.torch.runtime.processes import processes_of
-from recurrentgemma.torch.sharding import mesh_of, owners, part_of, sizes_of, splits_of, zeros
+from recurrentgemma.torch.sharding import (
+    mesh_of,
+    owners,
+    part_of,
+    reshard,
+    sizes_of,
+    splits_of,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from recurrentgemma.torch.training import TrainState
@@ -172,6 +180,7 @@ def _place(state: TrainState, name: str, stored: Any) -> Tensor:
 
 def layout_of(state: TrainState) -> StateLayout:
     """How each tensor of a training state is split, as requested and in fact; see `StateLayout`."""
+    reshard(state.model)
     mesh = mesh_of(state.parameters.values())
     splits = splits_of(state.model.config, mesh, state.lora)
     specs = (*layer_spec(state.model.config), *trainable_specs(state.model.config, state.lora))

@@ -3,6 +3,8 @@
 HYPOTHESIS_PROFILE=long runs the whole grid, also on four processes.
 """
 
+import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +92,8 @@ def test_three_steps_are_those_of_one_process(pools, options, mesh) -> None:
     sizes, misplaced = found.pop("bytes"), found.pop("misplaced")
     assert_close(found, expected, "state", "float64")
     # What FSDP splits by rows though the layout keeps it whole: axes that no mesh axis divides.
-    assert misplaced == []
+    # The scale of an int8 matrix has a 1 where the matrix may be split.
+    assert all(name.endswith((".kernel.scale", ".w.scale")) for name in misplaced), misplaced
     state = sharded.state_of(CONFIG, PARAMS, None, settings)
     parts = 1 if mesh.startswith("data") else count
     ideal = layout_of(sharded.train_step(state, BATCHES[0])[0]).num_bytes / parts
@@ -142,6 +145,61 @@ def test_a_process_killed_in_a_save_loses_nothing(pools, victim, tmp_path) -> No
     sharded.save_after(*args, None, options, BATCHES[:2])
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert sharded.resume(*args, None, options, BATCHES[0])[0]["step"] == 2
+
+
+@pytest.fixture
+def run_options(tmp_path) -> list[str]:
+    """A small run of `recurrentgemma train`, without its folder."""
+    texts = [{"text": f"In the beginning there were {n} words, and then more."} for n in range(30)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    config = make_config("RA", vocab_size=2048, width=16, logits_soft_cap=30.0)
+    (tmp_path / "config.json").write_text(config.to_json())
+    text = f"""train --train {tmp_path / "data.jsonl"} --config {tmp_path / "config.json"}
+      --validation-share 0.1 --length 16 --batch-size 3 --steps 4 --evaluate-every 2
+      --checkpoint-every 2 --log-every 1 --sample-tokens 2 --no-plot --framework torch
+      --optimizer sgd --learning-rate 0.1"""
+    return text.split()
+
+
+def test_the_command_trains_on_two_processes_and_resumes_on_one(
+    pools, run_options, tmp_path
+) -> None:
+    out, one = tmp_path / "run", tmp_path / "one"
+    first, other = pools[2].run(
+        sharded.command, *run_options, "--out", str(out), "--mesh", "fsdp=2"
+    )
+    assert first[0] == other[0] == 0, first[2] + other[2]
+    assert other[1:] == ("", "")
+    assert "step 4/4: loss" in first[2]
+    assert sharded.command(*run_options, "--out", str(one))[0] == 0
+    expected = load_checkpoint(one / "model").state_dict()
+
+    def check() -> None:
+        found = load_checkpoint(out / "model").state_dict()
+        for name, value in expected.items():
+            assert_close(found[name].numpy(), value.numpy(), "state", "float32", name=name)
+
+    check()
+    shutil.rmtree(out / "checkpoints" / "step-0000004")
+    shutil.rmtree(out / "model")
+    code, _, said = sharded.command(*run_options, "--out", str(out), "--resume")
+    assert code == 0, said
+    assert "continuing from" in said
+    check()
+
+
+def test_processes_that_disagree_or_have_no_mesh_are_told(
+    pools, run_options, tmp_path, monkeypatch
+) -> None:
+    args = (*run_options, "--out", str(tmp_path / "run"))
+    results = pools[2].run(sharded.command_with_another_seed, *args, "--mesh", "fsdp=2")
+    for code, _, said in results:
+        assert code == 2
+        assert "--seed is 0 in process 0 and 1 in process 1" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = sharded.command(*args)
+    assert (code, "--mesh fsdp=2 splits the model" in said) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -147,9 +148,10 @@ class MeshProcesses(Processes):
             self.by_first(lambda: stack.pop_all().close())  # gives the folder its name
 
     def lost(self, error: Exception) -> str | None:
-        words = str(error)
+        words = str(error).strip() or type(error).__name__
         if isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words:
-            return words.strip().splitlines()[0]
+            # Without the place in PyTorch's source, and without advice.
+            return re.sub(r"^\[\S+:\d+\] ", "", words.splitlines()[0]).partition(". ")[0]
         return None
 
 
