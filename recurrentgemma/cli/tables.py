@@ -78,7 +78,9 @@ def _word(letters: str) -> str:
 def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]:
     """The table of parameters: headings, and rows with one alignment."""
     entries = list(_entries(report, every_block))
-    header = ["parameter", "shape", "axes", "dtype", "count"]
+    split = "split" in report["parameters"][0]
+    header = ["parameter", "shape", "split" if split else "axes", "dtype"]
+    header.append("a device" if split else "count")
     rows = [entry for entry in entries if not isinstance(entry, str)]
     dtypes = {parameter["dtype"] for parameter in report["parameters"]}
     if len(dtypes) == 1:  # the usual case: leave out the column
@@ -139,12 +141,13 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _row(name: str, parameter: dict[str, Any]) -> _Row:
+    split = parameter.get("split")
     return (
         name,
         "×".join(map(str, parameter["shape"])),
-        " ".join(parameter["axes"]),
+        " ".join(parameter["axes"] if split is None else (axis or "-" for axis in split)),
         parameter["dtype"] or "",
-        f"{parameter['count']:,}",
+        f"{parameter['count' if split is None else 'device_count']:,}",
     )
 
 

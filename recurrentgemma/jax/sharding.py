@@ -86,7 +86,10 @@ def make_mesh(
     sizes = layouts.parse_mesh(text, len(devices))
     name = layouts.strategy(sizes)
     if name not in STRATEGIES:
-        raise UserError(f"in JAX a mesh is one of {', '.join(STRATEGIES)}, got {text}: {name}")
+        raise UserError(
+            f"JAX computes with the strategies {', '.join(STRATEGIES)}, got "
+            f"{layouts.mesh_text(sizes)}, which is {name}"
+        )
     shape = tuple(sizes.values())
     chosen = np.array(devices[: int(np.prod(shape))]).reshape(shape)
     return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
@@ -14,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.processes import Processes
 
 if TYPE_CHECKING:
@@ -131,20 +128,6 @@ class MeshProcesses(Processes):
             dist.all_gather_object(parts, values, group)
             values = [value for part in parts for value in part]
         return values
-
-    @contextlib.contextmanager
-    def folder(self, path: Path, *, force: bool = False, size: int = 0) -> Iterator[Path]:
-        with contextlib.ExitStack() as stack:
-            folder = self.by_first(
-                lambda: stack.enter_context(whole_folder(path, force=force, size=size))
-            )
-            folder, error = self.everyone(folder)[0], None
-            try:
-                yield folder
-            except BaseException as raised:
-                error = raised
-            self.agree(error)
-            self.by_first(lambda: stack.pop_all().close())  # gives the folder its name
 
     def lost(self, error: Exception) -> str | None:
         words = str(error)
