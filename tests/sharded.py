@@ -170,7 +170,7 @@ def _check_refusing(split: Griffin, rank: int, folder: Path) -> None:
 def check_mistakes(config: Config, params: Params, batch: Batch, folder: Path) -> None:
     """Every process gets an error that says what is wrong, and none waits for another."""
     for text, words in (
-        ("tensor=2", "computes with the strategies data and fsdp"),
+        ("tensor=2", "in PyTorch a mesh is one of data, fsdp"),
         ("fsdp=1", "must take all 2 processes"),
         ("fsdp=3", "needs 3 devices"),
         ("rows=2", "has the axes"),

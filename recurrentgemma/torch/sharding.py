@@ -47,11 +47,14 @@ def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """
     if mesh.mesh_dim_names is None and mesh.ndim > 1:
         raise UserError("a mesh of several axes must name them: pass mesh_dim_names, or make_mesh")
-    sizes = dict(zip(mesh.mesh_dim_names or ("fsdp",), mesh.shape, strict=True))
+    return _offered(dict(zip(mesh.mesh_dim_names or ("fsdp",), mesh.shape, strict=True)))
+
+
+def _offered(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes themselves, or `ValueError` for another strategy than `STRATEGIES`."""
     if (found := strategy(sizes)) not in STRATEGIES:
         raise UserError(
-            f"PyTorch computes with the strategies {' and '.join(STRATEGIES)}, got "
-            f"{mesh_text(sizes)}, which is {found}; the JAX twin has all of them"
+            f"in PyTorch a mesh is one of {', '.join(STRATEGIES)}, got {mesh_text(sizes)}: {found}"
         )
     return sizes
 
@@ -72,14 +75,12 @@ def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
 
     join()
     count = dist.get_world_size()
-    sizes = parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count)
+    sizes = _offered(parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count))
     if math.prod(sizes.values()) != count:
         raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
     sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in {*sizes, "fsdp"}}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    made = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    sizes_of(made)
-    return made
+    return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> None:
