@@ -55,6 +55,14 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    traffic: Annotated[
+        str | None,
+        typer.Option(
+            help="Show what a training step on such a batch sends between the devices of --mesh.",
+            metavar="ROWS,TOKENS",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every parameter.")
     ] = False,
@@ -73,6 +81,7 @@ def inspect(
     from recurrentgemma_conversion import open_checkpoint
 
     shown = {"memory": memory, "mesh": None if mesh is None else named_mesh(mesh)}
+    shown["batch"] = None if traffic is None else named_batch(traffic, mesh)
     checkpoint = checkpoint or named
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if checkpoint is not None and checkpoint.suffix == ".json":
@@ -109,12 +118,23 @@ def named_mesh(text: str) -> dict[str, int]:
     return parse_mesh(text, 1 << 62)
 
 
+def named_batch(text: str, mesh: str | None) -> tuple[int, int]:
+    """Rows and tokens of a batch; `ValueError` for another text, or where there is no mesh."""
+    from recurrentgemma.common.errors import UserError
+
+    words = text.split(",")
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words) or mesh is None:
+        raise UserError(f"--traffic needs ROWS,TOKENS and --mesh, got {text!r} and {mesh!r}")
+    return int(words[0]), int(words[1])
+
+
 def described(
     config: Config,
     dtypes: Mapping[str, str],
     *,
     memory: bool = False,
     mesh: Mapping[str, int] | None = None,
+    batch: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """A model's config, counts, sizes and parameters, as JSON values.
 
@@ -123,6 +143,7 @@ def described(
       dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
       memory: Whether to say what training takes, too.
       mesh: The mesh that it lies on, if any; training is then what each device keeps of it.
+      batch: Rows and tokens of a batch, to say what a training step on the mesh sends.
 
     Raises:
       ValueError: The mesh does not fit the model.
@@ -135,6 +156,7 @@ def described(
         training_table,
     )
     from recurrentgemma.common.sharding import device_values, layout
+    from recurrentgemma.common.traffic import traffic
 
     specs = layer_spec(config)
     total = num_parameters(config)
@@ -157,10 +179,17 @@ def described(
     if mesh is not None:
         kept = device_values(config, mesh)
         sizes["parameters_a_device"] = {dtype: size * kept for dtype, size in VALUE_BYTES.items()}
+    sent = {}
+    if mesh is not None and batch is not None:
+        sent = {
+            dtype: {"all": found.sent, **found.collectives}
+            for dtype in VALUE_BYTES
+            for found in (traffic(config, mesh, *batch, dtype),)
+        }
     return {
         "config": config.to_dict(),
         "num_parameters": {**counts, "total": total},
-        "bytes": sizes,
+        "bytes": sizes | ({"sent_a_step": sent} if sent else {}),
         "parameters": [
             {
                 "path": spec.path,

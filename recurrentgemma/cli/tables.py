@@ -39,7 +39,7 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     )
     yield ""
     sizes = dict(report["bytes"])
-    training = sizes.pop("training", {})
+    training, sent = sizes.pop("training", {}), sizes.pop("sent_a_step", {})
     columns = list(sizes["parameters"])  # the state has no stored size
     rows = [
         (name.replace("_", " "), *(_size(row.get(column)) for column in columns))
@@ -47,6 +47,11 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     ]
     header, *lines = _align([("size", *columns), *rows], right=range(1, 4))
     yield from (_bold(header), *lines)
+    if sent:
+        kinds = list(next(iter(sent.values())))
+        rows = [(dtype, *map(_size, row.values())) for dtype, row in sent.items()]
+        header, *lines = _align([("a device sends, a step", *kinds), *rows], right=range(1, 7))
+        yield from ("", _bold(header), *lines)
     for dtype, methods in training.items():
         yield ""
         columns = list(next(iter(methods.values())))
