@@ -29,7 +29,8 @@ for method, mesh, kind in cases:
         assert layout.num_bytes <= 1.02 * whole / devices, (mesh, layout.num_bytes)
 """
 PROGRAM = """
-import re
+import math, re
+from recurrentgemma.common.traffic import traffic
 from recurrentgemma.jax.runtime.train_step import compiled
 from recurrentgemma.jax.training import _placed_batch, _stacked
 from recurrentgemma.common.training.batch import Batch
@@ -60,6 +61,10 @@ for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
     assert not [s for s in found if 24 in s or 192 in s], (mesh, found)
     assert (256, 32) not in found, mesh  # the table
     assert bool(found) == ("fsdp" in mesh), mesh
+    if mesh == "fsdp=8":
+        expected = traffic(mesh_config(), {"fsdp": 8}, 8, 24, "float32").collectives
+        sent = 4 * sum(map(math.prod, found)) * 7 / 8
+        assert abs(sent / expected["all-gather"] - 1) <= 0.02, (sent, expected)
     if mesh == "data=8":
         assert made.cost_analysis()["flops"] * 8 <= 1.25 * alone, (made.cost_analysis(), alone)
 """
