@@ -41,6 +41,7 @@ def choices(kind: Iterable[str]) -> str:
 
 
 MODEL = "Model"  # the panel of these options
+MANY = "Many devices"
 
 FrameworkOption = Annotated[
     Framework | None,
@@ -87,6 +88,16 @@ Adapter = Annotated[
         metavar="PATH",
         show_default=False,
         rich_help_panel=MODEL,
+    ),
+]
+MeshText = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="Split the model over the devices of this process, as in fsdp=4,tensor=2.",
+        metavar="AXIS=N,...",
+        show_default=False,
+        rich_help_panel=MANY,
     ),
 ]
 ControlTokens = Annotated[
@@ -151,6 +162,7 @@ def load_sampler(
     chat: bool,
     allow_control_tokens: bool = False,
     adapter: Path | None = None,
+    mesh: str | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -163,11 +175,13 @@ def load_sampler(
       chat: Whether the model is instruction-tuned.
       allow_control_tokens: Whether a user's words may spell control tokens.
       adapter: LoRA adapters to add to its parameters, if any.
+      mesh: The mesh that it is split over, if any; see `common.sharding.parse_mesh`.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device, adapter=adapter)
+    where = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
+    model = twin.load(path, dtype, adapter=adapter, **where)
     sampler = twin.sampler(
         model,
         tokenizer,

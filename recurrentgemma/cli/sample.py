@@ -25,6 +25,7 @@ from recurrentgemma.cli.frameworks import (
     ControlTokens,
     DTypeOption,
     FrameworkOption,
+    MeshText,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -98,6 +99,7 @@ def sample(
         ),
     ] = None,
     dtype: DTypeOption = None,
+    mesh: MeshText = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -211,7 +213,7 @@ def sample(
     started = time.perf_counter()
     with working(loading(checkpoint, framework)):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter
+            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter, mesh
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler

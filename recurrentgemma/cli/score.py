@@ -16,6 +16,7 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    MeshText,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -37,6 +38,7 @@ def score(
     adapter: Adapter = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
+    mesh: MeshText = None,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Print a line a token before the summary.")
     ] = False,
@@ -53,7 +55,9 @@ def score(
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
         path, vocabulary = find_checkpoint(checkpoint, tokenizer)
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
+        loaded = load_sampler(
+            framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter, mesh=mesh
+        )
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])
     pieces = [vocabulary.piece(token) for token in result.tokens]

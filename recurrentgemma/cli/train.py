@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import choose_framework, default_dtype
+from recurrentgemma.cli.frameworks import MANY, choose_framework, default_dtype
 from recurrentgemma.cli.train_inputs import (
     Data,
     config_and_tokenizer,
@@ -59,6 +59,35 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a line.")
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="The address of the first of several processes, where no launcher says it.",
+            metavar="HOST:PORT",
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="How many processes train together.",
+            metavar="N",
+            min=1,
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Which of them this is, from 0.",
+            metavar="I",
+            min=0,
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train a model from scratch, fine-tune one, or train adapters for one.
@@ -83,7 +112,7 @@ def train(
         raise UserError("--out must name the folder of the run")
     if resume and force:
         raise UserError("--resume and --force exclude each other")
-    folder, processes = RunFolder(out), ALONE
+    folder, met = RunFolder(out), ALONE
     resume = resume and folder.options.is_file()
     stored, files = read_toml(folder.options) if resume else ({}, {})
     stored.pop("mesh", None)  # a run may continue on another
@@ -91,25 +120,25 @@ def train(
     if resume:
         _require_same(folder, TrainOptions(**stored), options)
     try:
-        mesh, processes = _meet(options)
-        start = _Start(options, files, mesh, processes, resume, force)
-        folder = RunFolder(out, processes)
+        mesh, met = _meet(options, coordinator, processes, process_id)
+        start = _Start(options, files, mesh, met, resume, force)
+        folder = RunFolder(out, met)
         with contextlib.ExitStack() as stack:
             if not resume:
-                processes.by_first(lambda: folder.require_free(force=force))
-            processes.by_first(lambda: stack.enter_context(held_folder(out)))
+                met.by_first(lambda: folder.require_free(force=force))
+            met.by_first(lambda: stack.enter_context(held_folder(out)))
             prepared = stack.enter_context(_prepared(folder, start))
             prepared.run()
             summary = prepared.finish()
     except Interrupted as interrupted:
-        if processes.is_first:
+        if met.is_first:
             sys.stderr.write(f"recurrentgemma: {interrupted}; --resume continues\n")
         raise typer.Exit(128 + interrupted.signal) from None
     except Exception as error:
-        if (reason := processes.lost(error)) is None:
+        if (reason := met.lost(error)) is None:
             raise
         raise UserError(f"another process of this run ended: {reason}") from error
-    if processes.is_first:
+    if met.is_first:
         typer.echo(json.dumps(summary) if as_json else _line(summary))
 
 
@@ -133,18 +162,21 @@ class _Start(NamedTuple):
     force: bool
 
 
-def _meet(options: TrainOptions) -> tuple[Any, Processes]:
+def _meet(
+    options: TrainOptions, coordinator: str | None, count: int | None, process_id: int | None
+) -> tuple[Any, Processes]:
     """The mesh, if there is to be one, and the processes of the run."""
     from recurrentgemma.common.processes import ALONE
 
     if options.mesh is None:
-        if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        if (count := int(count or os.environ.get("WORLD_SIZE", "1"))) > 1:
             raise UserError(
                 f"{count} processes run this command together: --mesh fsdp={count} splits the "
                 "model over them"
             )
         return None, ALONE
     twin = find_twin(choose_framework(options.framework))
+    twin.join(coordinator, count, process_id)
     mesh = twin.mesh(options.mesh)
     return mesh, twin.processes(mesh)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurrentgemma.cli.frameworks import DType, Framework, choices
+from recurrentgemma.cli.frameworks import MANY, DType, Framework, choices
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.io.text import text_of
@@ -272,8 +272,8 @@ class TrainOptions:
     mesh: Annotated[
         str | None,
         _option(
-            _RUN,
-            "Split the model over devices, as in fsdp=4; PyTorch's start with torchrun.",
+            MANY,
+            "Split the model over devices, as in fsdp=4,tensor=2; PyTorch's start with torchrun.",
             metavar="AXIS=N,...",
             show_default=False,
         ),

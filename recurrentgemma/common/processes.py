@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,11 @@ class Processes:
     count = 1
 
     @property
+    def row_parts(self) -> tuple[list[int], int]:
+        """Which equal parts of a batch's rows this process takes, and how many there are."""
+        return [self.index], self.count
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes and reports."""
         return self.index == 0
@@ -40,15 +45,24 @@ class Processes:
         """The values of all processes, in their order."""
         return [value]
 
-    def folder(
-        self, path: Path, *, force: bool = False, size: int = 0
-    ) -> AbstractContextManager[Path]:
+    @contextlib.contextmanager
+    def folder(self, path: Path, *, force: bool = False, size: int = 0) -> Iterator[Path]:
         """`whole_folder` for all: they write into one temporary folder, and the first renames it.
 
         The folder must be on a disk that all processes see. If the block fails in one process,
         `path` is as it was before.
         """
-        return whole_folder(path, force=force, size=size)
+        with contextlib.ExitStack() as stack:
+            folder = self.by_first(
+                lambda: stack.enter_context(whole_folder(path, force=force, size=size))
+            )
+            folder, error = self.everyone(folder)[0], None
+            try:
+                yield folder
+            except BaseException as raised:
+                error = raised
+            self.agree(error)
+            self.by_first(lambda: stack.pop_all().close())  # gives the folder its name
 
     def lost(self, error: Exception) -> str | None:
         """The reason that a framework gives for the loss of another process, if this is one."""
@@ -105,16 +119,17 @@ class Processes:
     def rows(self, batch: Batch) -> Batch:
         """This process's rows of a batch of NumPy's arrays that all processes have.
 
-        Rows without weight are added where they do not divide by the number of processes.
+        Rows without weight are added where they do not divide into equal parts.
         """
-        if self.count == 1:
+        own, parts = self.row_parts
+        if parts == 1:
             return batch
-        each = -(-len(batch.tokens) // self.count)
-        index = [min(i, len(batch.tokens) - 1) for i in range(each * self.count)]
+        each = -(-len(batch.tokens) // parts)
+        index = [min(i, len(batch.tokens) - 1) for i in range(each * parts)]
         added = Batch(*(z[index] for z in batch))
         added.weights[len(batch.tokens) :] = 0
-        own = slice(self.index * each, (self.index + 1) * each)
-        return Batch(*(z[own] for z in added))
+        rows = [row for part in own for row in range(part * each, (part + 1) * each)]
+        return Batch(*(z[rows] for z in added))
 
 
 ALONE = Processes()

@@ -93,16 +93,20 @@ def mesh_text(mesh: Mesh) -> str:
     return ",".join(f"{name}={size}" for name, size in mesh.items())
 
 
-def strategy(mesh: Mesh) -> str:
+def strategy(mesh: Mesh, offered: Sequence[str] = STRATEGIES) -> str:
     """Which of `STRATEGIES` a mesh is; "data" for one device.
+
+    Args:
+      mesh: The mesh.
+      offered: The strategies that it may be.
 
     Raises:
       ValueError: It is no such strategy.
     """
     name = "+".join(axis for axis in AXES if mesh.get(axis, 1) > 1) or "data"
-    if name not in STRATEGIES:
+    if name not in offered:
         raise UserError(
-            f"a mesh must be one of {', '.join(STRATEGIES)}, got {mesh_text(mesh)}, which is {name}"
+            f"a mesh must be one of {', '.join(offered)}, got {mesh_text(mesh)}, which is {name}"
         )
     return name
 

@@ -78,6 +78,15 @@ class Twin(Protocol):
         """An array of the framework, cast."""
         ...
 
+    def join(
+        self,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process_id: int | None = None,
+    ) -> None:
+        """Joins the other processes of a run; see `runtime.processes`."""
+        ...
+
     def mesh(self, text: str) -> Any:
         """The mesh that a text names, once the processes of the run have met; see `make_mesh`."""
         ...

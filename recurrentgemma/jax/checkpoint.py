@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
-from recurrentgemma.common.io.files import expanded, whole_folder
+from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.runtime.processes import by_the_first, processes_of
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
-from recurrentgemma.jax.sharding import local_slices, put_part
+from recurrentgemma.jax.sharding import is_split, local_slices, put_part
 from recurrentgemma.jax.sharding import shardings as shardings_of
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
@@ -100,6 +101,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
+    Where the parameters are split over processes all must call this together; the first one writes.
+
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
         parameters do not match the config (all that are wrong are named), or the tokenizer is
@@ -109,10 +112,11 @@ def save_checkpoint(
     held = {name: Held.of(leaf) for name, leaf in leaves.items()}
     dtypes = flax_layout(layer_spec(config)).dtypes(path, held)
 
-    def parameter(spec: ParamSpec) -> np.ndarray:
-        return np.asarray(leaves[spec.path])
+    def write(arrays: Iterable[np.ndarray]) -> None:
+        pieces = iter(arrays)
+        save_folder(path, config, dtypes, lambda _: next(pieces), tokenizer, force=force)
 
-    save_folder(path, config, dtypes, parameter, tokenizer, force=force)
+    by_the_first((leaves[spec.path] for spec in layer_spec(config)), write)
 
 
 def load_parameters(
@@ -172,19 +176,24 @@ def save_parameters(
 ) -> None:
     """Writes parameters as an Orbax directory, which `load_parameters` reads.
 
+    Where the parameters are split over processes all must call this together, and see the disk.
+
     Raises:
       ValueError: The path exists and `force` is not set.
     """
     import orbax.checkpoint as ocp
 
+    split = [leaf for leaf in jax.tree.leaves(params) if is_split(leaf)]
+    processes = processes_of(split[0].sharding.mesh if split else None)
     with (
-        whole_folder(checkpoint_path, force=force) as folder,
+        processes.folder(expanded(checkpoint_path).absolute(), force=force) as folder,
         ocp.PyTreeCheckpointer() as checkpointer,
     ):
         checkpointer.save(folder / "it", dict(params))  # beside which Orbax writes, too
-        for path in (folder / "it").iterdir():
-            path.rename(folder / path.name)
-        (folder / "it").rmdir()
+        if processes.is_first:
+            for path in (folder / "it").iterdir():
+                path.rename(folder / path.name)
+            (folder / "it").rmdir()
 
 
 def spreads(place: Sharding) -> bool:

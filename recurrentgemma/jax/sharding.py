@@ -84,9 +84,7 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     text = mesh if isinstance(mesh, str) else layouts.mesh_text(mesh)
     sizes = layouts.parse_mesh(text, len(devices))
-    name = layouts.strategy(sizes)
-    if name not in STRATEGIES:
-        raise UserError(f"in JAX a mesh is one of {', '.join(STRATEGIES)}, got {text}: {name}")
+    layouts.strategy(sizes, STRATEGIES)
     shape = tuple(sizes.values())
     chosen = np.array(devices[: int(np.prod(shape))]).reshape(shape)
     return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))

@@ -37,6 +37,7 @@ from recurrentgemma.jax.optimizer import (
     own_learning_rate,
     require_optimizer,
 )
+from recurrentgemma.jax.runtime.processes import by_the_first
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
 from recurrentgemma.jax.sharding import on_host, rows_on_mesh
@@ -44,6 +45,7 @@ from recurrentgemma.jax.training_state import layout_of as layout_of
 from recurrentgemma.jax.training_state import load_state as load_state
 from recurrentgemma.jax.training_state import load_state_tensors, state_tensors
 from recurrentgemma.jax.training_state import save_state as save_state
+from recurrentgemma.jax.training_state import write_state as write_state
 
 Metrics = dict[str, Any]
 
@@ -239,8 +241,13 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     if state.lora is None:
         raise UserError("the state has no adapters: it was created without lora")
     specs = trainable_specs(state.model.config, state.lora)
-    arrays = {spec.path: on_host(state.parameters[spec.path]) for spec in specs}
-    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+    config, lora = state.model.config, state.lora
+
+    def write(arrays: Iterable[np.ndarray]) -> None:
+        values = {spec.path: array for spec, array in zip(specs, arrays, strict=True)}
+        write_adapters(path, Adapters(config, lora, values), force=force)
+
+    by_the_first((state.parameters[spec.path] for spec in specs), write)
 
 
 def _on_host(model: Model, batch: Batch) -> Batch:

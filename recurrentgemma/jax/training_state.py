@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from recurrentgemma.common.errors import DestinationError, UserError
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.sharding import inherited
@@ -19,6 +20,7 @@ from recurrentgemma.common.training.lora import trainable_specs
 from recurrentgemma.common.training.optimization import given_shapes, grouped, state_shapes
 from recurrentgemma.common.training.state_layout import Placed, StateLayout
 from recurrentgemma.jax.optimizer import cast, get_moments, set_moments
+from recurrentgemma.jax.runtime.processes import processes_of
 from recurrentgemma.jax.runtime.trees import get_path
 from recurrentgemma.jax.sharding import is_split, put, shardings
 
@@ -67,13 +69,21 @@ def save_state(path: str | os.PathLike[str], state: TrainState, *, force: bool =
     Raises:
       CheckpointError: `path` exists and `force` is not set.
     """
+    processes = processes_of(state.model.mesh)
+    with processes.folder(expanded(path).absolute(), force=force) as folder:
+        write_state(folder / "it", state)  # beside which Orbax writes, too
+        if processes.is_first:
+            for file in (folder / "it").iterdir():
+                file.rename(folder / file.name)
+            (folder / "it").rmdir()
+
+
+def write_state(folder: Path, state: TrainState) -> None:
+    """Writes a training state as a new folder, from all processes."""
     import orbax.checkpoint as ocp
 
-    folder = expanded(path).absolute()
-    if folder.exists() and not force:
-        raise DestinationError(f"{folder} exists; force=True replaces it")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, state_tensors(state), force=force)
+        checkpointer.save(folder, state_tensors(state))
 
 
 def load_state(path: str | os.PathLike[str], state: TrainState) -> TrainState:

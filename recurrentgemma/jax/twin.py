@@ -11,11 +11,11 @@ import numpy as np
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.processes import ALONE
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.runtime.processes import join, processes_of
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma.jax.sharding import make_mesh
@@ -64,11 +64,14 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
+    def join(self, coordinator=None, processes=None, process_id=None):
+        join(coordinator, processes, process_id)
+
     def mesh(self, text):
         return make_mesh(text)
 
     def processes(self, mesh):
-        return ALONE
+        return processes_of(mesh)
 
     def load(self, path, dtype, device=None, overrides=None, adapter=None, mesh=None):
         with self.precision(dtype):

@@ -17,7 +17,7 @@ from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.processes import processes_of
+from recurrentgemma.torch.runtime.processes import join, processes_of
 from recurrentgemma.torch.sampler import Sampler
 from recurrentgemma.torch.sharding import make_mesh
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
@@ -48,6 +48,9 @@ class TorchTwin(Twin):
 
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
+
+    def join(self, coordinator=None, processes=None, process_id=None):
+        join(coordinator, processes, process_id)
 
     def mesh(self, text):
         return make_mesh(text)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
@@ -15,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.io.files import whole_folder
 from recurrentgemma.common.processes import Processes
 
 if TYPE_CHECKING:
@@ -132,20 +129,6 @@ class MeshProcesses(Processes):
             dist.all_gather_object(parts, values, group)
             values = [value for part in parts for value in part]
         return values
-
-    @contextlib.contextmanager
-    def folder(self, path: Path, *, force: bool = False, size: int = 0) -> Iterator[Path]:
-        with contextlib.ExitStack() as stack:
-            folder = self.by_first(
-                lambda: stack.enter_context(whole_folder(path, force=force, size=size))
-            )
-            folder, error = self.everyone(folder)[0], None
-            try:
-                yield folder
-            except BaseException as raised:
-                error = raised
-            self.agree(error)
-            self.by_first(lambda: stack.pop_all().close())  # gives the folder its name
 
     def lost(self, error: Exception) -> str | None:
         words = str(error).strip() or type(error).__name__
