@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from cases import make_config, make_params
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
 from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import TARGETS, LoraOptions
+from recurrentgemma.common.training.optimization import OptimizerOptions
 from recurrentgemma.torch import (
     Griffin,
     Sampler,
@@ -37,7 +42,16 @@ from recurrentgemma.torch.runtime.processes import gathered
 from recurrentgemma.torch.sharding import part_of, shard, whole
 
 Params = Mapping[str, np.ndarray]
-SAVED = "saved"
+CONFIG = make_config()
+PARAMS = {path: np.array(value) for path, value in make_params(CONFIG).items()}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)},
+    "sgd": {"optimizer": OptimizerOptions("sgd", learning_rate=0.1, momentum=0.9)},
+    "adafactor": {"optimizer": OptimizerOptions("adafactor", learning_rate=1e-2)},
+    "lora": {"lora": LoraOptions(rank=2, targets=TARGETS)},
+    "lora q8": {"lora": LoraOptions(rank=2, quantize=True)},
+}
+STRATEGIES = ("fsdp=2", "data=2", "fsdp=4", "data=4")
 
 
 def model_of(config: Config, params: Params, mesh: str | None) -> Griffin:
@@ -97,6 +111,29 @@ def train(
     return result if dist.get_rank() == 0 else {}
 
 
+class _Sent(TorchDispatchMode):
+    """Counts the bytes of weights and gradients that are gathered and scattered, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {"_allgather_base_": [], "_reduce_scatter_base_": []}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.rpartition("::")[2]
+        if name in self.found:
+            tensors = [z for z in tree_leaves(args) if isinstance(z, torch.Tensor)]
+            self.found[name].append(max(z.nbytes for z in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def sent(config: Config, params: Params, batch: Batch) -> dict[str, list[int]]:
+    """The bytes of each collective operation of FSDP in a step, by its kind."""
+    state = state_of(config, params, "fsdp=-1", {})
+    with _Sent() as counted:
+        train_step(state, rows_of(batch, "fsdp=-1"))
+    return counted.found
+
+
 def own_loop(config: Config, params: Params, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """The value and the gradients of `loss_fn`."""
     model = model_of(config, params, "fsdp=-1")
@@ -104,7 +141,8 @@ def own_loop(config: Config, params: Params, batch: Batch) -> tuple[float, dict[
     loss.backward()
     assert float(loss.detach()) == float(metrics["loss"])
     named = model.named_parameters()
-    return float(loss.detach()), {name: whole(p.grad).numpy() for name, p in named}
+    gradients = {name: whole(p.grad).numpy() for name, p in named if p.grad is not None}
+    return float(loss.detach()), gradients
 
 
 def draw(config: Config, seed: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
@@ -194,7 +232,12 @@ def check_mistakes(config: Config, params: Params, batch: Batch, folder: Path) -
 
 
 def save_after(
-    folder: Path, config: Config, params: Params, mesh: str, options: Any, batches: list[Batch]
+    folder: Path,
+    config: Config,
+    params: Params,
+    mesh: str | None,
+    options: Any,
+    batches: list[Batch],
 ) -> None:
     """Steps, then a save."""
     state = state_of(config, params, mesh, options)
@@ -215,9 +258,9 @@ def resume(
 
 def die_in_a_save(folder: Path, config: Config, params: Params, victim: int) -> str:
     """One process is killed while all write; the other gets an error."""
-    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-    write = FileSystemWriter.write_data
+    write, writer = FileSystemWriter.write_data, FileSystemWriter
 
     def killed(self: Any, *args: Any) -> Any:
         result = write(self, *args)
@@ -225,7 +268,7 @@ def die_in_a_save(folder: Path, config: Config, params: Params, victim: int) -> 
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    FileSystemWriter.write_data = killed
+    setattr(writer, "write_data", killed)  # noqa: B010  # pyright takes no assignment
     try:
         save_state(folder, state_of(config, params, "fsdp=2", {}), force=True)
     except Exception as error:

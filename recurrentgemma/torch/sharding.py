@@ -157,9 +157,8 @@ def splits_of(
 def owners(model: Model) -> Iterator[tuple[str, str, Tensor]]:
     """Name, path in the layout and tensor of each parameter and buffer of a model.
 
-    The model may have adapters.
-
-    A module around another, its `base`, says by `owner` whose layout its own tensors have.
+    The model may have adapters: a module around another, its `base`, says by `owner` whose layout
+    its own tensors have.
     """
     for name, module in model.named_modules():
         place = [part for part in name.split(".") if part != "base"]
@@ -188,10 +187,10 @@ def part_of(tensor: Tensor, place: Tensor) -> Tensor:
 
 def inherited(place: DTensor, shape: Sequence[int]) -> list[Placement]:
     """How a moment of a split parameter is split: as that is, along axes of the same size."""
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Replicate, Shard
 
     return [
-        Replicate() if p.is_shard() and shape[p.dim] != place.shape[p.dim] else p
+        Replicate() if isinstance(p, Shard) and shape[p.dim] != place.shape[p.dim] else p
         for p in place.placements
     ]
 

@@ -38,6 +38,7 @@ from recurrentgemma.torch.sharding import (
 )
 
 if TYPE_CHECKING:
+    from recurrentgemma.torch.model import Model
     from recurrentgemma.torch.training import TrainState
 
 
@@ -75,7 +76,7 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_state_tensors(state: TrainState, tensors: Mapping[str, Any]) -> TrainState:
     """The state with the tensors that `state_tensors` returned of a state like it."""
-    groups = grouped(tensors)
+    groups: dict[str, Any] = {**grouped(tensors)}
     values, state.step = groups.pop("parameters"), int(tensors["step"])
     for path, parameter in state.parameters.items():
         parameter.copy_(part_of(to_torch(path, values[path]).to(parameter.dtype), parameter))
@@ -106,7 +107,8 @@ def save_state(path: str | os.PathLike[str], state: TrainState, *, force: bool =
 
 def write_state(folder: Path, state: TrainState) -> None:
     """Writes a training state into a folder, from all processes."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with _perhaps_alone(state) as alone:
         save(state_tensors(state), storage_writer=FileSystemWriter(folder), no_dist=alone)
@@ -133,15 +135,16 @@ def load_state(path: str | os.PathLike[str], state: TrainState) -> TrainState:
       ValueError: There is no training state at `path`, it is damaged, or its tensors are those of
         another model or optimiser; the message lists all differences.
     """
-    from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     folder = expanded(path)
     if not (folder / ".metadata").is_file():
         raise UserError(f"no training state at {folder}")
     reader = FileSystemReader(folder)
     try:
-        stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        stored: Any = reader.read_metadata().state_dict_metadata
     except Exception as error:
         raise DamagedError(f"{folder}: its .metadata cannot be read: {error}") from error
     specs = trainable_specs(state.model.config, state.lora)
@@ -170,8 +173,9 @@ def _place(state: TrainState, name: str, stored: Any) -> Tensor:
     size, dtype = tuple(stored.size), stored.properties.dtype
     if group == OWN:  # in PyTorch's layout
         place = state.parameters.get(path.rpartition(".")[0])
-        same = place is not None and tuple(place.shape) == size
-        return torch.zeros(size, dtype=dtype) if not same else zeros(place, size).to(dtype)
+        if place is None or tuple(place.shape) != size:
+            return torch.zeros(size, dtype=dtype)
+        return zeros(place, size).to(dtype)
     place = state.parameters.get(path)
     if place is None:
         return torch.zeros(size, dtype=dtype)

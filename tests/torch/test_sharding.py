@@ -15,19 +15,18 @@ import numpy as np
 import sharded
 import torch
 import torch.distributed as dist
-from cases import make_config, make_params
+from cases import make_config
 from processes import Processes
+from sharded import CONFIG, OPTIONS, PARAMS, STRATEGIES
 from sweeps import sweep
 from trainers import make_batch
 
-from recurrentgemma.common.model.layer_spec import num_parameters
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
-from recurrentgemma.common.training.lora import TARGETS
 from recurrentgemma.torch import (
     Griffin,
     GriffinConfig,
     LoraOptions,
-    OptimizerOptions,
     create_train_state,
     layout_of,
     load_checkpoint,
@@ -38,17 +37,7 @@ from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is without distributed")
 
-CONFIG = make_config()
-PARAMS = {path: np.array(value) for path, value in make_params(CONFIG).items()}
 BATCHES = [make_batch(CONFIG, seed, rows=4) for seed in range(3)]  # packed and padded rows
-OPTIONS = {
-    "adamw": {"optimizer": OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)},
-    "sgd": {"optimizer": OptimizerOptions("sgd", learning_rate=0.1, momentum=0.9)},
-    "adafactor": {"optimizer": OptimizerOptions("adafactor", learning_rate=1e-2)},
-    "lora": {"lora": LoraOptions(rank=2, targets=TARGETS)},
-    "lora q8": {"lora": LoraOptions(rank=2, quantize=True)},
-}
-STRATEGIES = ("fsdp=2", "data=2", "fsdp=4", "data=4")
 GRID = [(options, mesh) for mesh in STRATEGIES for options in OPTIONS]
 SHORT = [*((options, "fsdp=2") for options in OPTIONS), ("adamw", "data=2")]
 
@@ -98,6 +87,18 @@ def test_three_steps_are_those_of_one_process(pools, options, mesh) -> None:
     parts = 1 if mesh.startswith("data") else count
     ideal = layout_of(sharded.train_step(state, BATCHES[0])[0]).num_bytes / parts
     assert max(sizes)[0] <= 1.1 * ideal
+
+
+def test_a_step_sends_blocks_twice_and_gradients_once(pools) -> None:
+    sizes: dict[str, int] = {}
+    for spec in layer_spec(CONFIG):
+        part = ".".join(spec.path.split(".")[:2]) if spec.path.startswith("blocks") else "rest"
+        sizes[part] = sizes.get(part, 0) + 8 * spec.size
+    rest = sizes.pop("rest")
+    for found in pools[2].run(sharded.sent, CONFIG, PARAMS, BATCHES[0]):
+        # A block's weights are gathered again where its activations are computed again.
+        assert sorted(found["_allgather_base_"]) == sorted([rest, *2 * list(sizes.values())])
+        assert sorted(found["_reduce_scatter_base_"]) == sorted([rest, *sizes.values()])
 
 
 def test_loss_fn_gives_the_global_mean_and_the_gradients_of_one_process(pools) -> None:
@@ -225,7 +226,8 @@ def test_every_process_keeps_its_share(fake_mesh, preset) -> None:
     for count in (2, 4, 6, 8):
         model = Griffin(config, device="meta", dtype=torch.bfloat16)
         shard(model, fake_mesh(count))
-        kept = sum(p.to_local().nbytes for p in model.parameters())
+        parts: Any = model.parameters()
+        kept = sum(part.to_local().nbytes for part in parts)
         assert kept <= 1.02 * 2 * num_parameters(config) / count, count
 
 

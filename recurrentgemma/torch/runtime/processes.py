@@ -64,7 +64,8 @@ def join(
         )
     try:
         if coordinator is None:
-            dist.init_process_group(kinds, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(kinds, store=store, rank=0, world_size=1)
         elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun keeps the store itself
             dist.init_process_group(kinds, timeout=wait)
         else:
