@@ -59,5 +59,6 @@ def _norm(z: Tensor) -> float:
 
 def _mean_square(grad: Any, axis: int) -> Tensor:
     """The mean of the squares over an axis, split as the gradient is along the others."""
-    norm: Any = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
-    return norm.redistribute(placements=inherited(grad, norm.shape)).square() / grad.shape[axis]
+    split: Any = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
+    norm = split.redistribute(placements=inherited(grad, split.shape))
+    return norm.square() / grad.shape[axis]
