@@ -86,7 +86,11 @@ def trained(method: str, kind: str, mesh: str | None, steps: int = 3) -> Any:
     config = mesh_config()
     params = init_params(config, 0, "float64", mesh=made)
     state = create_train_state(
-        Model(config, mesh=made), params, optimizer=optimizer, lora=lora, state_dtype="float64"
+        Model(config, False, mesh=made),
+        params,
+        optimizer=optimizer,
+        lora=lora,
+        state_dtype="float64",
     )
     metrics: Any = {}
     for step in range(steps):
