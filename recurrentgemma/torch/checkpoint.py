@@ -88,7 +88,8 @@ def load_checkpoint(
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
         for spec, on_host in checkpoint.read_as(wanted, None if mesh is None else part):
-            name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
+            name = torch_name(spec.path)
+            tensor = to_tensor(to_torch(spec.path, on_host))
             state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
     model.load_state_dict(state, assign=True)
     return model
