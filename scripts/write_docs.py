@@ -19,10 +19,12 @@ from recurrentgemma.cli import help as cli_help
 from recurrentgemma.cli.app import NAME, program
 from recurrentgemma.cli.inspect import described
 from recurrentgemma.cli.tables import render
+from recurrentgemma.common import sharding
 from recurrentgemma.common.model.families import config_from_preset
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.presets import Preset, TemporalBlockType
+from recurrentgemma.common.traffic import traffic
 from recurrentgemma_conversion import Format
 from recurrentgemma_conversion.names import layout
 from recurrentgemma_conversion.names.table import Piece
@@ -99,6 +101,35 @@ def memory() -> Iterator[str]:
         yield ""
         yield "</div>"
         yield ""
+
+
+def layouts() -> Iterator[str]:
+    """How three models lie on three meshes, and what a step of training takes there."""
+    meshes = ({"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 256})
+    for name in ("RECURRENT_GEMMA_2B_V1", "RECURRENT_GEMMA_9B_V1", "GRIFFIN_PAPER_7B"):
+        config = config_from_preset(name)
+        splits = [sharding.layout(config, mesh) for mesh in meshes]
+        yield from (f"### {name}", "", '<div class="bars wide" markdown>')
+        yield f"| parameter | {' | '.join(map(sharding.mesh_text, meshes))} |"
+        yield "|---" * 4 + "|"
+        seen = set()
+        for spec in layer_spec(config):
+            path = _numbered(spec.path)
+            if path not in seen:
+                seen.add(path)
+                cells = (" ".join(axis or "-" for axis in split[spec.path]) for split in splits)
+                yield f"| `{path}` | {' | '.join(cells)} |"
+        costs = []
+        for mesh in meshes:
+            rows = 8 * mesh["fsdp"]  # 8 rows of 2,048 tokens for each part of the batch
+            costs.append(traffic(config, mesh, rows, 2048))
+        memory = (f"{cost.memory / 1e9:.1f} GB" for cost in costs)
+        yield f"| **held: AdamW beside bfloat16** | {' | '.join(memory)} |"
+        sent = (f"{cost.sent / 1e9:.1f} GB" for cost in costs)
+        yield f"| **sent a step** | {' | '.join(sent)} |"
+        operations = (f"{cost.operations / 1e12:,.0f} T" for cost in costs)
+        yield f"| **operations a step** | {' | '.join(operations)} |"
+        yield from ("", "</div>", "")
 
 
 def model_speed() -> Iterator[str]:

@@ -52,6 +52,7 @@ def choices(kind: Iterable[str]) -> str:
 
 
 MODEL = "Model"  # the panel of these options
+MANY = "Many devices"
 
 FrameworkOption = Annotated[
     Framework | None,
@@ -116,6 +117,16 @@ Quantize = Annotated[
         metavar=choices(Scheme),
         show_default=False,
         rich_help_panel=MODEL,
+    ),
+]
+MeshText = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="Split the model over the devices of this process, as in fsdp=4,tensor=2.",
+        metavar="AXIS=N,...",
+        show_default=False,
+        rich_help_panel=MANY,
     ),
 ]
 ControlTokens = Annotated[
@@ -192,6 +203,7 @@ def load_sampler(
     adapter: Path | None = None,
     quantize: Scheme | None = None,
     compiled: bool = False,
+    mesh: str | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -206,11 +218,15 @@ def load_sampler(
       adapter: LoRA adapters to add to its parameters, if any.
       quantize: The scheme in which matrices are kept; None keeps them as they are stored.
       compiled: Whether PyTorch compiles the decode step; JAX always does.
+      mesh: The mesh that it is split over, if any; see `common.sharding.parse_mesh`.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    model = twin.load(path, dtype, device, adapter=adapter, quantize=quantize, decoding=True)
+    where = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
+    model = twin.load(
+        path, dtype, adapter=adapter, quantize=quantize, decoding=mesh is None, **where
+    )
     sampler = twin.sampler(
         model,
         tokenizer,

@@ -50,6 +50,22 @@ def inspect(
         bool,
         typer.Option("--memory", help="Show the memory of quantised weights and of training, too."),
     ] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Show how the model lies on a mesh, as fsdp=4,tensor=2, and what a device keeps.",
+            metavar="AXIS=N,...",
+            show_default=False,
+        ),
+    ] = None,
+    traffic: Annotated[
+        str | None,
+        typer.Option(
+            help="Show what a training step on such a batch sends between the devices of --mesh.",
+            metavar="ROWS,TOKENS",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with every parameter.")
     ] = False,
@@ -69,21 +85,23 @@ def inspect(
     from recurrentgemma_conversion import open_checkpoint
     from recurrentgemma_conversion.opening import open_config
 
+    shown = {"memory": memory, "mesh": None if mesh is None else named_mesh(mesh)}
+    shown["batch"] = None if traffic is None else named_batch(traffic, mesh)
     checkpoint = checkpoint or named
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if checkpoint is not None and checkpoint.suffix == ".json":
         source, config = {"file": str(checkpoint)}, open_config(checkpoint)
-        report = described(config.overridden(**said.fields), {}, memory=memory)
+        report = described(config.overridden(**said.fields), {}, **shown)
     elif said.preset is not None and checkpoint is None:
         source, config = {"preset": said.preset.name}, config_from_preset(said.preset)
-        report = described(config.overridden(**said.fields), {}, memory=memory)
+        report = described(config.overridden(**said.fields), {}, **shown)
     else:
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
             for spec in opened.specs:
                 dtypes[spec.path] = scheme_for(spec, opened.scheme) or dtypes[spec.path]
-            report = described(opened.config, dtypes, memory=memory)
+            report = described(opened.config, dtypes, **shown)
             report["quantization"] = opened.scheme
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
@@ -94,7 +112,38 @@ def inspect(
         typer.echo("\n".join([title, "", *render(report, every_block=every_block)]))
 
 
-def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False) -> dict[str, Any]:
+def named_mesh(text: str) -> dict[str, int]:
+    """The mesh that a text names, with sizes for all axes, whatever devices there are.
+
+    Raises:
+      ValueError: A size is missing or -1, or the text names no mesh.
+    """
+    from recurrentgemma.common.errors import UserError
+    from recurrentgemma.common.sharding import parse_mesh
+
+    if "-1" in text or any("=" not in part for part in text.split(",")):
+        raise UserError(f"--mesh needs the size of every axis here, as fsdp=4, got {text!r}")
+    return parse_mesh(text, 1 << 62)
+
+
+def named_batch(text: str, mesh: str | None) -> tuple[int, int]:
+    """Rows and tokens of a batch; `ValueError` for another text, or where there is no mesh."""
+    from recurrentgemma.common.errors import UserError
+
+    words = text.split(",")
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words) or mesh is None:
+        raise UserError(f"--traffic needs ROWS,TOKENS and --mesh, got {text!r} and {mesh!r}")
+    return int(words[0]), int(words[1])
+
+
+def described(
+    config: Config,
+    dtypes: Mapping[str, str],
+    *,
+    memory: bool = False,
+    mesh: Mapping[str, int] | None = None,
+    batch: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """A model's config, counts, sizes and parameters, as JSON values.
 
     Args:
@@ -102,6 +151,11 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
       dtypes: safetensors' name of each parameter's dtype, or its scheme, by path; empty if none is
         stored.
       memory: Whether to say what training takes, too.
+      mesh: The mesh that it lies on, if any; training is then what each device keeps of it.
+      batch: Rows and tokens of a batch, to say what a training step on the mesh sends.
+
+    Raises:
+      ValueError: The mesh does not fit the model.
     """
     from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
     from recurrentgemma.common.model.memory import (
@@ -111,6 +165,8 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
         training_table,
     )
     from recurrentgemma.common.quantization import SCHEMES
+    from recurrentgemma.common.sharding import device_values, layout
+    from recurrentgemma.common.traffic import traffic
 
     specs = layer_spec(config)
     total = num_parameters(config)
@@ -130,14 +186,25 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
         sizes["training"] = {
             dtype: {
                 method: {**size._asdict(), "total": size.total}
-                for method, size in training_table(config, dtype).items()
+                for method, size in training_table(config, dtype, mesh).items()
             }
             for dtype in VALUE_BYTES
+        }
+    splits = {} if mesh is None else layout(config, mesh)
+    if mesh is not None:
+        kept = device_values(config, mesh)
+        sizes["parameters_a_device"] = {dtype: size * kept for dtype, size in VALUE_BYTES.items()}
+    sent = {}
+    if mesh is not None and batch is not None:
+        sent = {
+            dtype: {"all": found.sent, **found.collectives}
+            for dtype in VALUE_BYTES
+            for found in (traffic(config, mesh, *batch, dtype),)
         }
     return {
         "config": config.to_dict(),
         "num_parameters": {**counts, "total": total},
-        "bytes": sizes,
+        "bytes": sizes | ({"sent_a_step": sent} if sent else {}),
         "parameters": [
             {
                 "path": spec.path,
@@ -145,10 +212,20 @@ def described(config: Config, dtypes: Mapping[str, str], *, memory: bool = False
                 "axes": list(spec.axes),
                 "dtype": dtypes.get(spec.path),
                 "count": spec.size,
+                **_placed(spec, splits.get(spec.path), mesh),
             }
             for spec in specs
         ],
     }
+
+
+def _placed(spec: ParamSpec, split: Any, mesh: Mapping[str, int] | None) -> dict[str, Any]:
+    """How a parameter lies on a mesh, if there is one."""
+    from recurrentgemma.common.sharding import share
+
+    if mesh is None:
+        return {}
+    return {"split": list(split), "device_count": spec.size // share(split, mesh)}
 
 
 def _part(spec: ParamSpec, config: Config) -> str:

@@ -26,6 +26,7 @@ from recurrentgemma.cli.frameworks import (
     ControlTokens,
     DTypeOption,
     FrameworkOption,
+    MeshText,
     Quantize,
     TokenizerFile,
     choose_framework,
@@ -108,6 +109,7 @@ def sample(
         ),
     ] = None,
     dtype: DTypeOption = None,
+    mesh: MeshText = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -234,6 +236,7 @@ def sample(
             adapter,
             quantize,
             compiled,
+            mesh,
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler

@@ -16,6 +16,7 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    MeshText,
     Quantize,
     TokenizerFile,
     choose_framework,
@@ -39,6 +40,7 @@ def score(
     quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
+    mesh: MeshText = None,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Print a line a token before the summary.")
     ] = False,
@@ -56,7 +58,15 @@ def score(
 
         path, vocabulary = find_checkpoint(checkpoint, tokenizer)
         loaded = load_sampler(
-            framework, path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+            framework,
+            path,
+            vocabulary,
+            Greedy(),
+            dtype,
+            chat=False,
+            adapter=adapter,
+            quantize=quantize,
+            mesh=mesh,
         )
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])

@@ -41,7 +41,7 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     )
     yield ""
     sizes = dict(report["bytes"])
-    training = sizes.pop("training", {})
+    training, sent = sizes.pop("training", {}), sizes.pop("sent_a_step", {})
     columns = list(sizes["parameters"])  # the state has no stored size
     rows = [
         (_label(name), *(_size(row.get(column)) for column in columns))
@@ -49,6 +49,11 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     ]
     header, *lines = _align([("size", *columns), *rows], right=range(1, 4))
     yield from (_bold(header), *lines)
+    if sent:
+        kinds = list(next(iter(sent.values())))
+        rows = [(dtype, *map(_size, row.values())) for dtype, row in sent.items()]
+        header, *lines = _align([("a device sends, a step", *kinds), *rows], right=range(1, 7))
+        yield from ("", _bold(header), *lines)
     for dtype, methods in training.items():
         yield ""
         columns = list(next(iter(methods.values())))
@@ -80,7 +85,9 @@ def _word(letters: str) -> str:
 def _parameter_lines(report: dict[str, Any], every_block: bool) -> Iterator[str]:
     """The table of parameters: headings, and rows with one alignment."""
     entries = list(_entries(report, every_block))
-    header = ["parameter", "shape", "axes", "dtype", "count"]
+    split = "split" in report["parameters"][0]
+    header = ["parameter", "shape", "split" if split else "axes", "dtype"]
+    header.append("a device" if split else "count")
     rows = [entry for entry in entries if not isinstance(entry, str)]
     dtypes = {parameter["dtype"] for parameter in report["parameters"]}
     if len(dtypes) == 1:  # the usual case: leave out the column
@@ -141,12 +148,13 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _row(name: str, parameter: dict[str, Any]) -> _Row:
+    split = parameter.get("split")
     return (
         name,
         "×".join(map(str, parameter["shape"])),
-        " ".join(parameter["axes"]),
+        " ".join(parameter["axes"] if split is None else (axis or "-" for axis in split)),
         parameter["dtype"] or "",
-        f"{parameter['count']:,}",
+        f"{parameter['count' if split is None else 'device_count']:,}",
     )
 
 

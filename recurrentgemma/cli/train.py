@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import choose_framework, default_dtype
+from recurrentgemma.cli.frameworks import MANY, choose_framework, default_dtype
 from recurrentgemma.cli.train_inputs import (
     Data,
     config_and_tokenizer,
@@ -36,6 +37,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.twin import find_twin
 
 if TYPE_CHECKING:
+    from recurrentgemma.common.processes import Processes
     from recurrentgemma.common.training.run import TrainingRun
     from recurrentgemma.common.training.run_folder import RunFolder
 
@@ -57,6 +59,35 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a line.")
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="The address of the first of several processes, where no launcher says it.",
+            metavar="HOST:PORT",
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="How many processes train together.",
+            metavar="N",
+            min=1,
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Which of them this is, from 0.",
+            metavar="I",
+            min=0,
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train a model from scratch, fine-tune one, or train adapters for one.
@@ -66,6 +97,7 @@ def train(
     trains on the model's turns.
     """
     from recurrentgemma.common.io.files import expanded, held_folder
+    from recurrentgemma.common.processes import ALONE
     from recurrentgemma.common.training.run import Interrupted
     from recurrentgemma.common.training.run_folder import RunFolder
 
@@ -80,21 +112,73 @@ def train(
         raise UserError("--out must name the folder of the run")
     if resume and force:
         raise UserError("--resume and --force exclude each other")
-    folder = RunFolder(out)
+    folder, met = RunFolder(out), ALONE
     resume = resume and folder.options.is_file()
-    if not resume:
-        folder.require_free(force=force)
+    stored, files = read_toml(folder.options) if resume else ({}, {})
+    stored.pop("mesh", None)  # a run may continue on another
+    wanted = merged(given, from_file, stored)
+    if resume:
+        _require_same(folder, TrainOptions(**stored), wanted)
     try:
-        with held_folder(out), _prepared(folder, given, from_file, resume, force) as prepared:
+        mesh, met = _meet(wanted, coordinator, processes, process_id)
+        start = _Start(wanted, files, mesh, met, resume, force)
+        folder = RunFolder(out, met)
+        with contextlib.ExitStack() as stack:
+            if not resume:
+                met.by_first(lambda: folder.require_free(force=force))
+            met.by_first(lambda: stack.enter_context(held_folder(out)))
+            prepared = stack.enter_context(_prepared(folder, start))
             prepared.run()
             summary = prepared.finish()
     except Interrupted as interrupted:
-        sys.stderr.write(f"recurrentgemma: {interrupted}; --resume continues\n")
+        if met.is_first:
+            sys.stderr.write(f"recurrentgemma: {interrupted}; --resume continues\n")
         raise typer.Exit(128 + interrupted.signal) from None
-    if as_json:
-        typer.echo(json.dumps(summary))
-    else:
-        typer.echo(_line(summary))
+    except Exception as error:
+        if (reason := met.lost(error)) is None:
+            raise
+        raise UserError(f"another process of this run ended: {reason}") from error
+    if met.is_first:
+        typer.echo(json.dumps(summary) if as_json else _line(summary))
+
+
+class _Start(NamedTuple):
+    """How a run starts.
+
+    Attributes:
+      options: The options, without the defaults of the machine.
+      files: The hashes of the inputs of the run that is resumed.
+      mesh: The mesh, if there is one.
+      processes: The processes that train together.
+      resume: Whether the run in the folder continues.
+      force: Whether a new run may replace the one in the folder.
+    """
+
+    options: TrainOptions
+    files: dict[str, str]
+    mesh: Any
+    processes: Processes
+    resume: bool
+    force: bool
+
+
+def _meet(
+    options: TrainOptions, coordinator: str | None, count: int | None, process_id: int | None
+) -> tuple[Any, Processes]:
+    """The mesh, if there is to be one, and the processes of the run."""
+    from recurrentgemma.common.processes import ALONE
+
+    if options.mesh is None:
+        if (count := int(count or os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise UserError(
+                f"{count} processes run this command together: --mesh fsdp={count} splits the "
+                "model over them"
+            )
+        return None, ALONE
+    twin = find_twin(choose_framework(options.framework))
+    twin.join(coordinator, count, process_id)
+    mesh = twin.mesh(options.mesh)
+    return mesh, twin.processes(mesh)
 
 
 class _Prepared(NamedTuple):
@@ -105,13 +189,7 @@ class _Prepared(NamedTuple):
 
 
 @contextlib.contextmanager
-def _prepared(
-    folder: RunFolder,
-    given: dict[str, Any],
-    from_file: dict[str, Any],
-    resume: bool,
-    force: bool,
-) -> Iterator[_Prepared]:
+def _prepared(folder: RunFolder, start: _Start) -> Iterator[_Prepared]:
     """Reads all inputs, then makes or opens the folder, so that mistakes change nothing."""
     from recurrentgemma.cli.train_display import (
         Logs,
@@ -126,58 +204,68 @@ def _prepared(
     from recurrentgemma.common.training.run import TrainingRun
     from recurrentgemma.common.training.trainer import Trainer
 
-    stored, files = read_toml(folder.options) if resume else ({}, {})
-    options = merged(given, from_file, stored)
-    if resume:
-        _require_same(folder, TrainOptions(**stored), options)
-    else:
-        folder.require_free(force=force)
-    options = _resolved(options)
+    processes, resume = start.processes, start.resume
+    if not resume:
+        processes.by_first(lambda: folder.require_free(force=start.force))
+    options = _resolved(start.options)
+    processes.require_same(
+        "options", {f"--{n.replace('_', '-')}": v for n, v in vars(options).items()}
+    )
     if options.tensorboard:
         require_tensorboard()
     if options.plot:
         require_matplotlib()
-    with working("Reading"):
+    with _working("Reading", processes):
         config, tokenizer = config_and_tokenizer(options)
         hashes = fingerprints(options, tokenizer)
         if resume:
-            _require_same_files(folder, files, hashes)
+            _require_same_files(folder, start.files, hashes)
         data = read_data(options, tokenizer)
-    _say(options, data)
+    processes.require_same("inputs", hashes)
+    say = sys.stderr.write if processes.is_first else len  # the others say nothing
+    say(_amount(options, data))
     plan = make_plan(options, data)
-    with working("Loading the model"):
+    with _working("Loading the model", processes):
         assert options.framework is not None
-        setup = make_setup(options, config, tokenizer, plan.steps)
+        setup = make_setup(options, config, tokenizer, plan.steps, start.mesh)
         trainer = Trainer(find_twin(options.framework), setup)
     trained, total = trainer.num_trainable, trainer.num_parameters
-    sys.stderr.write(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})\n")
+    say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})\n")
     progress = None
     if resume:
-        folder.clean()
+        processes.by_first(folder.clean)
         if steps := folder.steps():
             progress, arrays = folder.load(steps[-1])
             trainer.load(progress.step, arrays)
             data.stream.position = progress.position
-            sys.stderr.write(f"continuing from {folder.checkpoint(progress.step)}\n")
-    else:
-        folder.begin()
-    with whole_file(folder.options, force=True) as file:
-        file.write_text(to_toml(options, hashes), encoding="utf-8")
+            say(f"continuing from {folder.checkpoint(progress.step)}\n")
+
+    def begin() -> None:
+        if not resume:
+            folder.begin()
+        with whole_file(folder.options, force=True) as file:
+            file.write_text(to_toml(options, hashes), encoding="utf-8")
+
+    processes.by_first(begin)
     with contextlib.ExitStack() as stack:
         done = trainer.step
-        observers: list[Observer] = [Logs(folder, done if progress else -1)]
-        if options.tensorboard:
-            observers.append(TensorBoard(folder, done))
-        observers.append(Terminal(plan.steps, done, trainer.memory))
-        if can_draw() if options.plot is None else options.plot:
-            observers.append(Plot(folder))
+        observers: list[Observer] = []
+        if processes.is_first:
+            observers.append(Logs(folder, done if progress else -1))
+            if options.tensorboard:
+                observers.append(TensorBoard(folder, done))
+            observers.append(Terminal(plan.steps, done, trainer.memory))
+            if can_draw() if options.plot is None else options.plot:
+                observers.append(Plot(folder))
         for observer in observers:
             stack.enter_context(observer)
-        run = TrainingRun(plan, trainer, data.stream, data.validation, folder, observers, progress)
+        run = TrainingRun(
+            plan, trainer, data.stream, data.validation, folder, observers, progress, processes
+        )
 
         def finish() -> dict[str, Any]:
             trainer.save(folder.model, folder.adapters)
-            return _summary(folder, run)
+            return _summary(folder, run) if processes.is_first else {}
 
         yield _Prepared(run, finish)
 
@@ -212,8 +300,13 @@ def _resolved(options: TrainOptions) -> TrainOptions:
     return dataclasses.replace(options, framework=framework, dtype=dtype)
 
 
-def _say(options: TrainOptions, data: Data) -> None:
-    """Prints the amount of data on stderr."""
+def _working(message: str, processes: Processes) -> contextlib.AbstractContextManager[None]:
+    """Shows in the first process that the program is working."""
+    return working(message) if processes.is_first else contextlib.nullcontext()
+
+
+def _amount(options: TrainOptions, data: Data) -> str:
+    """A line with the amount of data."""
     cut = data.cut
     tokens = sum(example.places for example in cut.examples)
     line = f"{tokens:,} tokens in {data.stream.rows_in_epoch():,} rows of {options.length}"
@@ -222,7 +315,7 @@ def _say(options: TrainOptions, data: Data) -> None:
         line += f"; {cut.too_long:,} longer examples were {done}"
     if cut.empty:
         line += f"; {cut.empty:,} left out, with nothing to predict"
-    sys.stderr.write(line + "\n")
+    return line + "\n"
 
 
 def _summary(folder: RunFolder, run: TrainingRun) -> dict[str, Any]:

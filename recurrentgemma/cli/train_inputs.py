@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurrentgemma.common.errors import UserError
 
@@ -153,7 +153,11 @@ def make_plan(options: TrainOptions, data: Data) -> Plan:
 
 
 def make_setup(
-    options: TrainOptions, config: Config | None, tokenizer: Tokenizer, steps: int
+    options: TrainOptions,
+    config: Config | None,
+    tokenizer: Tokenizer,
+    steps: int,
+    mesh: Any = None,
 ) -> Setup:
     """What to train, and how; `config_and_tokenizer` gives `config` and `tokenizer`."""
     from recurrentgemma.common.training.lora import LoraOptions
@@ -202,4 +206,5 @@ def make_setup(
         lora=lora,
         state_dtype=options.state_dtype,
         seed=options.seed,
+        mesh=mesh,
     )

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurrentgemma.cli.frameworks import DType, Framework, choices
+from recurrentgemma.cli.frameworks import MANY, DType, Framework, choices
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.io.text import text_of
@@ -44,6 +44,7 @@ _EXCLUSIVE = (
 _FREE = frozenset(
     [
         "framework",
+        "mesh",
         "out",
         "evaluate_every",
         "checkpoint_every",
@@ -277,6 +278,15 @@ class TrainOptions:
     sample_tokens: Annotated[
         int, _option(_RUN, "Tokens to continue prompts with; 0 for none.", min=0, metavar="N")
     ] = 32
+    mesh: Annotated[
+        str | None,
+        _option(
+            MANY,
+            "Split the model over devices, as in fsdp=4,tensor=2; PyTorch's start with torchrun.",
+            metavar="AXIS=N,...",
+            show_default=False,
+        ),
+    ] = None
     plot: Annotated[
         bool | None,
         _option(_RUN, "Draw loss.png. Default: if matplotlib is installed.", "--plot/--no-plot",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
 
     from recurrentgemma.common.generation.sampler import BaseSampler
     from recurrentgemma.common.model.config import Config
+    from recurrentgemma.common.processes import Processes
     from recurrentgemma.common.quantization import Quantized
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma_conversion.overrides import Overrides
@@ -83,6 +84,23 @@ class Twin(Protocol):
         """An array of the framework, cast."""
         ...
 
+    def join(
+        self,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process_id: int | None = None,
+    ) -> None:
+        """Joins the other processes of a run; see `runtime.processes`."""
+        ...
+
+    def mesh(self, text: str) -> Any:
+        """The mesh that a text names, once the processes of the run have met; see `make_mesh`."""
+        ...
+
+    def processes(self, mesh: Any) -> Processes:
+        """The processes of a mesh."""
+        ...
+
     def load(
         self,
         path: str | os.PathLike[str] | None,
@@ -92,6 +110,7 @@ class Twin(Protocol):
         adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
         decoding: bool = False,
+        mesh: Any = None,
     ) -> Any:
         """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`.
 
@@ -113,7 +132,14 @@ class Twin(Protocol):
         """
         ...
 
-    def init(self, config: Config, seed: int, dtype: str, device: str | None = None) -> Any:
+    def init(
+        self,
+        config: Config,
+        seed: int,
+        dtype: str,
+        device: str | None = None,
+        mesh: Any = None,
+    ) -> Any:
         """A model with initial parameters; a seed gives the same ones in both twins."""
         ...
 

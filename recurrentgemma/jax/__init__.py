@@ -42,7 +42,7 @@ from recurrentgemma.jax.rg_lru import RGLRU
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan
-from recurrentgemma.jax.sharding import ShardingSpec
+from recurrentgemma.jax.sharding import ShardingSpec, make_mesh
 from recurrentgemma_conversion.opening import load_tokenizer
 
 if TYPE_CHECKING:
@@ -50,10 +50,13 @@ if TYPE_CHECKING:
         TrainState,
         create_train_state,
         evaluate,
+        layout_of,
+        load_state,
         load_state_arrays,
         loss_fn,
         parameters,
         save_adapters,
+        save_state,
         state_arrays,
         train_step,
     )
@@ -94,18 +97,22 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "init_params",
+    "layout_of",
     "linear_scan",
     "load_adapters",
     "load_checkpoint",
     "load_parameters",
+    "load_state",
     "load_state_arrays",
     "load_tokenizer",
     "loss_fn",
+    "make_mesh",
     "parameters",
     "rg_lru_scan",
     "save_adapters",
     "save_checkpoint",
     "save_parameters",
+    "save_state",
     "state_arrays",
     "train_step",
 ]

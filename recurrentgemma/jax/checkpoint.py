@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
-from recurrentgemma.common.io.files import expanded, whole_folder
+from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.quantization import Quantized, scheme_of
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.runtime.processes import by_the_first, processes_of
 from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
+from recurrentgemma.jax.sharding import is_split, local_slices, put_part
+from recurrentgemma.jax.sharding import shardings as shardings_of
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import flax_layout
 from recurrentgemma_conversion.opening import open_checkpoint, open_headers
@@ -37,6 +40,7 @@ def load_checkpoint(
     dtype: Dtype | None = None,
     device: Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # it is a class
     sharding: str | Sharding | Mapping[str, Any] = "single_device",
+    mesh: Mesh | None = None,
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
@@ -57,6 +61,8 @@ def load_checkpoint(
         float32 or wider, and float64 becomes float32 where JAX has it turned off.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
+      mesh: The devices that the model is split over (see `make_mesh`), each parameter as
+        `common.sharding.layout` says; each process reads its parts of every tensor, one at a time.
       config: What the model is, for weights without a `config.json`; it wins over one.
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
@@ -71,21 +77,27 @@ def load_checkpoint(
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
         `open_checkpoint`. Or it is stored in another scheme.
-      ValueError: The sharding is unknown, does not fit the tree, or comes with a device; or
-        parameters cannot be of the dtype, or JAX has it turned off; or the scheme is unknown, or
-        does not fit a matrix, which the message names.
+      ValueError: The sharding is unknown, does not fit the tree, or comes with a device or a mesh;
+        the mesh does not fit the model; or parameters cannot be of the dtype, or JAX has it turned
+        off; or the scheme is unknown, or does not fit a matrix, which the message names.
     """
     require_available(dtype)
+    if sum((device is not None, sharding != "single_device", mesh is not None)) > 1:
+        raise UserError(
+            f"give either a device, a sharding or a mesh, got {device=} {sharding=} {mesh=}"
+        )
     if device is not None:
-        if sharding != "single_device":
-            raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
         sharding = SingleDeviceSharding(device)
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
+        if mesh is not None:
+            sharding = {}
+            for path_, place in shardings_of(checkpoint.config, mesh).items():
+                set_path(sharding, path_, place)
         params = _load(checkpoint, sharding, dtype, quantize, decoding)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
-    return Model(checkpoint.config, param_dtype=param_dtype), params
+    return Model(checkpoint.config, param_dtype=param_dtype, mesh=mesh), params
 
 
 def save_checkpoint(
@@ -97,6 +109,8 @@ def save_checkpoint(
     force: bool = False,
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
+
+    Where the parameters are split over processes all must call this together; the first one writes.
 
     Args:
       path: The folder to make.
@@ -115,12 +129,20 @@ def save_checkpoint(
     dtypes = flax_layout(layer_spec(config)).dtypes(path, held)
 
     scheme = scheme_of(leaves.values())
+    values = {spec.path: leaves[spec.path] for spec in layer_spec(config)}
 
-    def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
-        leaf = leaves[spec.path]
-        return leaf.with_parts(np.asarray) if isinstance(leaf, Quantized) else np.asarray(leaf)
+    def write(arrays: Iterable[np.ndarray]) -> None:
+        pieces = iter(arrays)
 
-    save_folder(path, config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
+        def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
+            value = values[spec.path]
+            if isinstance(value, Quantized):
+                return value.with_parts(lambda _: next(pieces))
+            return next(pieces)
+
+        save_folder(path, config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
+
+    by_the_first(jax.tree.leaves(list(values.values())), write)
 
 
 def load_parameters(
@@ -158,18 +180,27 @@ def _load(
     scheme: str | None,
     decoding: bool = False,
 ) -> dict[str, Any]:
-    """Every parameter on its devices; on the host one at a time."""
+    """Every parameter on its devices; on the host one at a time, and only what it keeps of it."""
     params: dict[str, Any] = {}
     for spec in checkpoint.specs:
         set_path(params, spec.path, None)
     shardings = _shardings(params, sharding)
     wanted = None if dtype is None else float_dtype(jnp.dtype(dtype))
-    for spec, on_host in checkpoint.read_quantized(wanted, scheme):
+
+    def part(spec: ParamSpec, value: np.ndarray) -> np.ndarray:
         place = get_path(shardings, spec.path)
-        value = on_host
-        if decoding and on_one_cpu(place):
-            value = as_rows(spec, on_host, copies=False)
-        set_path(params, spec.path, jax.device_put(value, place))
+        return value[local_slices(place, spec.shape)] if spreads(place) else value
+
+    split = any(map(spreads, jax.tree.leaves(shardings)))
+    for spec, value in checkpoint.read_as(wanted, scheme, part if split else None):
+        place = get_path(shardings, spec.path)
+        if spreads(place):
+            held = put_part(value, place, spec.shape)
+        elif decoding and on_one_cpu(place):
+            held = jax.device_put(as_rows(spec, value, copies=False), place)
+        else:
+            held = jax.device_put(value, place)
+        set_path(params, spec.path, held)
     return params
 
 
@@ -178,19 +209,29 @@ def save_parameters(
 ) -> None:
     """Writes parameters as an Orbax directory, which `load_parameters` reads.
 
+    Where the parameters are split over processes all must call this together, and see the disk.
+
     Raises:
       ValueError: The path exists and `force` is not set.
     """
     import orbax.checkpoint as ocp
 
+    split = [leaf for leaf in jax.tree.leaves(params) if is_split(leaf)]
+    processes = processes_of(split[0].sharding.mesh if split else None)
     with (
-        whole_folder(checkpoint_path, force=force) as folder,
+        processes.folder(expanded(checkpoint_path).absolute(), force=force) as folder,
         ocp.PyTreeCheckpointer() as checkpointer,
     ):
         checkpointer.save(folder / "it", dict(params))  # beside which Orbax writes, too
-        for path in (folder / "it").iterdir():
-            path.rename(folder / path.name)
-        (folder / "it").rmdir()
+        if processes.is_first:
+            for path in (folder / "it").iterdir():
+                path.rename(folder / path.name)
+            (folder / "it").rmdir()
+
+
+def spreads(place: Sharding) -> bool:
+    """Whether an array with this sharding lies on several devices."""
+    return len(place.device_set) > 1
 
 
 def _shardings(tree: Mapping[str, Any], sharding: str | Sharding | Mapping[str, Any]) -> Any:

@@ -20,12 +20,13 @@ from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.capture import activations
-from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.model import Model, laid_out
 from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
 from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
+from recurrentgemma.jax.sharding import state_shardings
 
 # With more bytes of parameters a step takes so long on a CPU that its call hardly counts, and a
 # burst would hold back tokens that someone waits for.
@@ -91,6 +92,7 @@ class ModelEngine(Engine):
         params = params.get("params", params)
         expected = {spec.path: spec.shape for spec in layer_spec(self.config)}
         require_match(expected, shapes_of(params))
+        params = laid_out(self.model, params)
         if not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(params)):
             params = jax.tree.map(jnp.asarray, params)
         self._params = params
@@ -112,7 +114,7 @@ class ModelEngine(Engine):
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
         cache = self.model.init_cache(num_rows, self._compute_dtype(), capacity)
-        return jax.device_put(cache, self._placement())
+        return self._placed(cache, num_rows)
 
     def prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
         return self._functions.prefill(self._stored, cache, tokens, segment_pos)
@@ -192,10 +194,17 @@ class ModelEngine(Engine):
         return cache_to_numpy(cache)
 
     def from_numpy(self, arrays: Arrays) -> Cache:
-        return self.on_device(cache_from_numpy(self.config, arrays, self._compute_dtype()))
+        cache = cache_from_numpy(self.config, arrays, self._compute_dtype())
+        return self._placed(cache, len(next(iter(arrays.values()))))
+
+    def _placed(self, cache: Cache, rows: int) -> Cache:
+        """A state where each step leaves it: beside the parameters."""
+        if self.model.mesh is None:
+            return jax.device_put(cache, self._placement())
+        return jax.device_put(cache, state_shardings(self.config, self.model.mesh, rows))
 
     def _placement(self) -> jax.sharding.Sharding:
-        """Where a state goes: beside the parameters, where each step leaves it."""
+        """Where values go: beside the parameters."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         if isinstance(sharding, NamedSharding):
             return NamedSharding(sharding.mesh, PartitionSpec())

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
 from recurrentgemma.common.model import params
@@ -22,12 +23,13 @@ from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_his
 from recurrentgemma.jax.products import Rows, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
+from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 _METHODS = {"__call__", "encode", "decode"}
-_SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec")
+_SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec", "mesh")
 _M = TypeVar("_M", bound="SpecModule")
 
 
@@ -44,12 +46,14 @@ class SpecModule(nn.Module, kw_only=True):
       param_dtype: Of the parameters.
       scan_type: Which implementation computes a linear recurrence.
       scan_sharding_spec: How the linear recurrence is split over devices, if it is.
+      mesh: The devices that weights and activations are split over, if they are.
     """
 
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scan_type: ScanType = ScanType.AUTO
     scan_sharding_spec: ShardingSpec | None = None
+    mesh: Mesh | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in _METHODS & vars(cls).keys():
@@ -58,7 +62,7 @@ class SpecModule(nn.Module, kw_only=True):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The four attributes, for a module inside."""
+        """The five attributes, for a module inside."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def declare(self, specs: Iterable[ParamSpec]) -> list[Any]:
@@ -198,8 +202,7 @@ class Einsum(SpecModule):
         specs = params.einsum(self.w_shape, self.b_shape, self.w_init_variance_scale)
         w, *bias = self.declare(specs)
         x, w, *bias = promote_dtype(x, w, *bias, dtype=self.dtype)
-        b = bias[0] if bias else 0
-        if self.eqn != MATRICES:
+        if self.eqn != MATRICES or self.mesh is not None:  # rows and steps stay apart on a mesh
             y = jnp.einsum(self.eqn, x, dense(w))
             return y + bias[0] if bias else y
         b = bias[0].reshape(w.shape[0], 1, -1) if bias else None
@@ -220,7 +223,12 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Integer[Array, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        (x,) = promote_dtype(lookup(self.input_embedding, tokens), dtype=self.dtype)
+        table = self.input_embedding
+        if self.mesh is None or not isinstance(table, jax.Array):
+            x = lookup(table, tokens)
+        else:
+            x = split_lookup(table, tokens, self.mesh)
+        (x,) = promote_dtype(x, dtype=self.dtype)
         return x * self.scale
 
     def decode(self, x: Hidden) -> Float[Array, "b t v"]:

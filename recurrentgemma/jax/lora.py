@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.model.config import Config
@@ -25,6 +26,7 @@ from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
+from recurrentgemma.jax.sharding import put, shardings
 from recurrentgemma_conversion.adapters import open_adapters
 
 
@@ -56,7 +58,12 @@ def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[Non
 
 @default_promotion
 def adapt(
-    config: Config, params: Params, options: LoraOptions, dtype: Dtype, seed: int
+    config: Config,
+    params: Params,
+    options: LoraOptions,
+    dtype: Dtype,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """The frozen parameters under adapters, and the adapters.
 
@@ -66,12 +73,18 @@ def adapt(
       options: What to adapt, and how.
       dtype: The dtype of the adapters.
       seed: Determines their initial values.
+      mesh: The devices that the adapters are split over, if they are.
 
     Returns:
       The parameters, and A and B of each target by the paths of `adapter_specs`.
     """
     specs = trainable_specs(config, options)
-    adapters = {spec.path: jnp.asarray(sample_param(spec, seed), dtype) for spec in specs}
+    values = ((spec.path, sample_param(spec, seed)) for spec in specs)
+    if mesh is None:
+        adapters = {path: jnp.asarray(value, dtype) for path, value in values}
+    else:
+        places = shardings(config, mesh, options)
+        adapters = {path: put(value, places[path], dtype) for path, value in values}
     return dequantizing(quantize_matrices(config, params, options.scheme, False)), adapters
 
 

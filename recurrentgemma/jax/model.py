@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.errors import UserError
@@ -22,8 +22,17 @@ from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
 from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
-from recurrentgemma.jax.runtime.trees import Params, require_available, set_path
-from recurrentgemma.jax.sharding import ShardingSpec
+from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
+from recurrentgemma.jax.sharding import (
+    ShardingSpec,
+    constrained,
+    gathering,
+    is_split,
+    put,
+    scan_split,
+    shardings,
+    state_shardings,
+)
 
 
 class Model(nn.Module):
@@ -34,7 +43,9 @@ class Model(nn.Module):
       gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
       dtype: Of the computation; that of the parameters if None.
       param_dtype: Of the parameters that `init` makes.
-      scan_sharding_spec: How the linear recurrence is split over devices, if it is.
+      scan_sharding_spec: How the linear recurrence is split over devices, if it is; on a mesh None
+        splits it like the activations.
+      mesh: The devices that weights and activations are split over, if they are; see `make_mesh`.
     """
 
     config: Config
@@ -42,6 +53,7 @@ class Model(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scan_sharding_spec: ShardingSpec | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient_checkpointing, bool):
@@ -60,8 +72,9 @@ class Model(nn.Module):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        split = {"scan_type": self.config.scan_type, "scan_sharding_spec": self.scan_sharding_spec}
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype, **split}
+        split = {"scan_sharding_spec": self.scan_sharding_spec, "mesh": self.mesh}
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return {**dtypes, "scan_type": self.config.scan_type, **split}
 
     def __repr__(self) -> str:
         return f"Model({self.config!r}, {num_parameters(self.config):,} parameters)"
@@ -139,8 +152,10 @@ class Model(nn.Module):
             arrays = {name: block._asdict() for name, block in cache.items()}
             require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
         value, settings = self.config.model, self._settings
-        x = self.embedder.encode(tokens)
-        block_type = nn.remat(Block) if self.gradient_checkpointing else Block
+        if self.mesh is not None and self.scan_sharding_spec is None:
+            settings["scan_sharding_spec"] = scan_split(self.mesh, tokens.shape[0])
+        x = constrained(self.embedder.encode(tokens), self.mesh, "batch")
+        remat = nn.remat if self.gradient_checkpointing else lambda kind: kind
         variance = 2 / max(value.num_layers, 1)
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
@@ -148,8 +163,16 @@ class Model(nn.Module):
         else:
             for i, layer in enumerate(value.layers):
                 name = f"blocks.{i}"
-                block = block_type(value.width, layer, variance, **settings, name=name)
+                kind = Block
+                if self.mesh is not None and not self.is_initializing():
+                    gather = gathering(self.mesh, value.width, layer)
+                    kind = nn.map_variables(Block, "params", gather)
+                block = remat(kind)(value.width, layer, variance, **settings, name=name)
                 x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
+                x = constrained(x, self.mesh, "batch")
+            if self.mesh is not None:
+                places = state_shardings(self.config, self.mesh, x.shape[0])
+                new_cache = jax.tree.map(jax.lax.with_sharding_constraint, new_cache, places)
         if last_only:
             x = x[:, -1:]
         return RMSNorm(value.width, **settings, name="final_norm")(x), new_cache
@@ -192,14 +215,35 @@ def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
     return automatic(function, lambda results: jax.tree.map(split, results), first, *args, **kwargs)
 
 
-def init_params(config: Config, seed: int, dtype: Dtype = jnp.float32) -> Params:
+def init_params(
+    config: Config, seed: int, dtype: Dtype = jnp.float32, *, mesh: Mesh | None = None
+) -> Params:
     """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit.
 
+    Args:
+      config: The model.
+      seed: The seed.
+      dtype: The dtype of the parameters.
+      mesh: The devices that they are split over; the first device if None.
+
     Raises:
-      ValueError: JAX has the dtype turned off.
+      ValueError: JAX has the dtype turned off, or the mesh does not fit the model.
     """
     require_available(dtype)
+    places = None if mesh is None else shardings(config, mesh)
     params: dict[str, Any] = {}
     for spec, value in sample_params(config, seed):
-        set_path(params, spec.path, jnp.asarray(value, dtype))
+        on_device = put(value, places[spec.path], dtype) if places else jnp.asarray(value, dtype)
+        set_path(params, spec.path, on_device)
     return params
+
+
+def laid_out(model: Model, params: Params) -> Params:
+    """The parameters without a `params` level; on the model's mesh, if it has one."""
+    params = params.get("params", params)
+    if model.mesh is None or is_split(get_path(params, "embedder.input_embedding")):
+        return params
+    result: dict[str, Any] = {}
+    for path, place in shardings(model.config, model.mesh).items():
+        set_path(result, path, put(get_path(params, path), place))
+    return result

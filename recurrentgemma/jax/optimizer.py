@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -21,6 +22,7 @@ from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     moment_shapes,
 )
+from recurrentgemma.jax.sharding import is_split, place_beside
 
 Arrays = Mapping[str, Array]
 Optimizer = OptimizerOptions | optax.GradientTransformation
@@ -74,10 +76,25 @@ def init_state(
     optimizer: Optimizer, decay: Mapping[str, bool], parameters: Arrays
 ) -> optax.OptState:
     """The optimiser's state before the first step; it shares no array, since steps donate it."""
-    state = make_optimizer(optimizer, decay, 0.0).init(dict(parameters))
+    init = make_optimizer(optimizer, decay, 0.0).init
+    if all(map(is_split, parameters.values())):
+        return jax.jit(init, out_shardings=_places(init, parameters))(dict(parameters))
+    state = init(dict(parameters))
     if isinstance(optimizer, OptimizerOptions):
         return state
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def _places(init: Any, parameters: Arrays) -> Any:
+    """The shardings of a state: moments lie as their parameters do, other arrays are whole."""
+    first = next(iter(parameters.values()))
+
+    def place(path: Any, leaf: Any) -> Any:
+        keys = [getattr(entry, "key", None) for entry in path]
+        owner = next((parameters[key] for key in keys if key in parameters), None)
+        return place_beside(first, ()) if owner is None else place_beside(owner, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, dict(parameters)))
 
 
 def own_learning_rate(state: optax.OptState) -> Array | None:
@@ -120,10 +137,15 @@ def set_moments(
     for name, arrays in moments.items():
         field = _FIELDS.get(name, name)
         old = optax.tree.get(state, field)
-        fields[field] = {path: jnp.array(arrays[path], old[path].dtype) for path in old}
+        fields[field] = {path: cast(arrays[path], old[path].dtype) for path in old}
     if optax.tree.get(state, "count") is not None:
         fields["count"] = jnp.asarray(step, jnp.int32)
     return optax.tree.set(state, **fields)
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """An array of the host or of the devices in a dtype."""
+    return value.astype(dtype) if is_split(value) else np.asarray(value, dtype)
 
 
 def _leaves(state: optax.OptState) -> dict[str, Array]:

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax import Array
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.quantization import Quantized, input_axis, quantize, scheme_for
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+from recurrentgemma.jax.sharding import is_split, on_host, place_beside, put
 
 
 @default_promotion
@@ -36,10 +38,17 @@ def quantize_matrices(
         value = get_path(params, spec.path)
         name = scheme_for(spec, scheme) if tables or not spec.table else None
         if name is not None and not isinstance(value, Quantized):
-            held = quantize(np.asarray(value), name, input_axis(spec), spec.path)
-            value = held.with_parts(jnp.asarray)
+            held = quantize(on_host(value), name, input_axis(spec), spec.path)
+            value = held.with_parts(functools.partial(_beside, value, held.axis))
         set_path(result, spec.path, value)
     return result
+
+
+def _beside(matrix: Any, axis: int, part: np.ndarray) -> Array:
+    """A part of `Quantized` on the devices of its matrix, if that is split."""
+    if not is_split(matrix):
+        return jnp.asarray(part)
+    return put(part, place_beside(matrix, part.shape, by_rows=axis == -2))
 
 
 def dequantizing(params: Params) -> Params:

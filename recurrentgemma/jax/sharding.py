@@ -1,23 +1,25 @@
-"""How the linear recurrence is split over devices."""
+"""How arrays lie on a mesh of devices; `common.sharding` says which axis splits what."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+import numpy as np
+from jax import Array, Device
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from recurrentgemma.common import sharding as layouts
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.jax.scan.gates import Gates, Inputs, Scan, decayed
-from recurrentgemma.jax.scan.xla import decays
+from recurrentgemma.common.model.config import Config, Layer
+from recurrentgemma.common.model.layer_spec import layer_params
+from recurrentgemma.common.quantization import Quantized
+from recurrentgemma.common.training.lora import LoraOptions
 
 AxisName = str | tuple[str, ...] | None
+STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor")
 
 
 class ShardingSpec(NamedTuple):
@@ -67,166 +69,239 @@ class ShardingSpec(NamedTuple):
         return NamedSharding(self.mesh, partition)
 
 
-def split(
-    run: Callable[[Scan, Inputs, Array], tuple[Array, Array]],
-    scan: Scan,
-    spec: ShardingSpec,
-    inputs: Inputs,
-    h0: Array,
-) -> tuple[Array, Array]:
-    """Runs each device's part of `run(scan, inputs, h0)`.
+def make_mesh(
+    mesh: str | Mapping[str, int],
+    devices: Sequence[Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
+    """The mesh that a text such as "fsdp=4,tensor=2" names.
+
+    Args:
+      mesh: The text, or the sizes by axis; see `common.sharding`.
+      devices: All devices of all processes if None. A mesh of fewer takes the first.
 
     Raises:
-      ValueError: The spec splits the sequence, but has no mesh.
+      ValueError: The text is wrong, there are too few devices, or the strategy is not offered.
     """
-    batch, length, width = inputs.x.shape
-    if length == 1:
-        spec = spec._replace(sequence_axis_name=None)
-    mesh = spec.mesh
+    devices = jax.devices() if devices is None else devices
+    text = mesh if isinstance(mesh, str) else layouts.mesh_text(mesh)
+    sizes = layouts.parse_mesh(text, len(devices))
+    layouts.strategy(sizes, STRATEGIES)
+    shape = tuple(sizes.values())
+    chosen = np.array(devices[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+@functools.lru_cache
+def automatic_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with automatic axes: types of arrays do not say how they are split."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def sizes_of(mesh: Mesh) -> dict[str, int]:
+    """The sizes of a mesh by axis."""
+    return dict(mesh.shape)
+
+
+def on_mesh(mesh: Mesh, *split: AxisName) -> NamedSharding:
+    """The sharding of an array whose axes are split so."""
+    return NamedSharding(mesh, PartitionSpec(*split))
+
+
+def shardings(
+    config: Config, mesh: Mesh, lora: LoraOptions | None = None, own: layouts.Rules = ()
+) -> dict[str, NamedSharding]:
+    """The sharding of each parameter, by path; with `lora` of the adapters, too.
+
+    Args:
+      config: The model.
+      mesh: The mesh.
+      lora: Adapters beside the parameters, if any.
+      own: Rules that come before those of `common.sharding.layout`.
+
+    Raises:
+      ValueError: The mesh does not fit the model.
+    """
+    splits = layouts.layout(config, sizes_of(mesh), lora, own)
+    return {path: on_mesh(mesh, *split) for path, split in splits.items()}
+
+
+def batch_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The mesh axes that split so many rows; none where they do not divide them."""
+    sizes = sizes_of(mesh)
+    axes = layouts.activation_layout(sizes)["batch"]
+    return axes if rows % layouts.share(axes, sizes) == 0 else ()
+
+
+def constrained(x: Array, mesh: Mesh | None, *logical: str) -> Array:
+    """An activation [B, T, ...], split as its logical axes are; None where there is no mesh."""
     if mesh is None:
-        if spec.sequence_axis_name is not None:
-            raise UserError(
-                f"ShardingSpec must have a mesh to split a sequence of {length} steps over, got "
-                f"mesh=None and sequence_axis_name={spec.sequence_axis_name!r}"
-            )
-        return run(scan, inputs, h0)
-    # Inside, types do not say how arrays are sharded.
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    sharded = ShardedScan(scan, spec._replace(mesh=auto))
-
-    y, last = run(sharded, *_padded(inputs, h0, sharded.spec))
-    return y[:batch, :length, :width], last[:batch, :width]
+        return x
+    axes = layouts.activation_layout(sizes_of(mesh))
+    splits = [batch_axes(mesh, x.shape[0]), *(axes.get(name, ()) for name in logical[1:])]
+    place = on_mesh(automatic_mesh(mesh), *splits)
+    return jax.lax.with_sharding_constraint(x, place)
 
 
-def _padded(inputs: Inputs, h0: Array, spec: ShardingSpec) -> tuple[Inputs, Array]:
-    """Pads rows, steps and channels until the mesh divides them."""
-    assert spec.mesh is not None
-    spare = []
-    for size, names in zip(inputs.x.shape, spec.activations_sharding_spec, strict=True):
-        spare.append((0, -size % math.prod(spec.mesh.shape[name] for name in _axes(names))))
-    if not any(after for _, after in spare):
-        return inputs, h0
-    rows, steps, channels = spare
-    x, sequences = jax.tree.map(lambda z: jnp.pad(z, spare), inputs[:2])
-    position = inputs.position
-    if position is None:
-        position = jnp.ones(inputs.x.shape[:2], jnp.int32)
-    position = jnp.pad(position, (rows, steps), constant_values=-1)
-    padded_channels = tuple(jnp.pad(channel, channels) for channel in inputs.channels)
-    return Inputs(x, sequences, padded_channels, position), jnp.pad(h0, (rows, channels))
+def scan_split(mesh: Mesh, rows: int) -> ShardingSpec:
+    """How the linear recurrence of so many rows is split."""
+    axes = layouts.activation_layout(sizes_of(mesh))
+    (width,) = axes["lru"] or (None,)
+    return ShardingSpec(mesh, batch_axes(mesh, rows) or None, None, width)
 
 
-def _axes(names: AxisName) -> tuple[str, ...]:
-    """The mesh axes of one dimension."""
-    if names is None:
-        return ()
-    return names if isinstance(names, tuple) else (names,)
+def state_shardings(config: Config, mesh: Mesh, rows: int) -> dict[str, Any]:
+    """The shardings of a state of so many rows, in the structure of a state."""
+    places: dict[str, dict[str, NamedSharding]] = {}
+    for path, split in layouts.state_layout(config, sizes_of(mesh), rows).items():
+        block, _, field = path.rpartition(".")
+        places.setdefault(block, {})[field] = on_mesh(automatic_mesh(mesh), *split)
+    kinds = (layer.mixer.cache for layer in config.model.layers)
+    return {
+        block: kind(**fields) for (block, fields), kind in zip(places.items(), kinds, strict=True)
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardedScan(Scan):
-    """A scan in which each device runs its part.
+@functools.lru_cache
+def gathering(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
+    """From the variables of a block, split as at rest, to those that it computes with.
 
-    If the sequence is split, each part runs twice: first from a zero state, to find what it adds to
-    the state that reaches it, then from that state.
+    There only "tensor" splits them. The gradients are split as at rest again.
     """
+    sizes, parts = sizes_of(mesh), getattr(layer.mixer, "parts", None)
+    automatic = automatic_mesh(mesh)
+    pairs = {}
+    for spec in layer_params(width, layer, 1.0):
+        split = layouts.split_of(spec, sizes, parts=parts)
+        computed = tuple(axis if axis == "tensor" else None for axis in split)
+        pairs[spec.path] = (spec.shape, split, computed)
 
-    local: Scan
-    spec: ShardingSpec
-
-    def forward(
-        self, gates: Gates, inputs: Inputs, h0: Array, reverse: bool
-    ) -> tuple[Array, Array]:
-        axis = self.spec.sequence_axis_name
-
-        def local(inputs: Inputs, h0: Array) -> tuple[Array, Array]:
-            if axis is None:
-                return self.local.forward(gates, inputs, h0, reverse)
-            _, added = self.local.forward(gates, inputs, jnp.zeros_like(h0), reverse)
-            decay = decays(gates, inputs).prod(1)
-            reaching, last = _states_between(added, decay, h0, axis, reverse)
-            y, _ = self.local.forward(gates, inputs, reaching, reverse)
-            return y, last
-
-        full, inputs_spec, state = self._specs(inputs)
-        return self._map(local, (inputs_spec, state), (full, state))(inputs, h0)
-
-    def backward(
-        self,
-        gates: Gates,
-        inputs: Inputs,
-        h0: Array,
-        y: Array,
-        dy: Array,
-        dlast: Array,
-        reverse: bool,
-    ) -> tuple[Inputs, Array]:
-        axis = self.spec.sequence_axis_name
-
-        def local(
-            inputs: Inputs, h0: Array, y: Array, dy: Array, dlast: Array
-        ) -> tuple[Inputs, Array]:
-            if axis is None:
-                gradients, dh0 = self.local.backward(gates, inputs, h0, y, dy, dlast, reverse)
-            else:
-                before = _neighbour(y[:, 0 if reverse else -1].astype(h0.dtype), h0, axis, reverse)
-
-                def run(dlast: Array) -> tuple[Inputs, Array]:
-                    return self.local.backward(gates, inputs, before, y, dy, dlast, reverse)
-
-                _, added = run(jnp.zeros_like(dlast))
-                decay = decays(gates, inputs).prod(1)
-                reaching, dh0 = _states_between(added, decay, dlast, axis, not reverse)
-                gradients, _ = run(reaching)
-            axes = _axes(self.spec.batch_axis_name) + _axes(axis)
-            channels = tuple(lax.psum(channel, axes) for channel in gradients.channels)
-            return gradients._replace(channels=channels), dh0
-
-        full, inputs_spec, state = self._specs(inputs)
-        in_specs = (inputs_spec, state, full, full, state)
-        out_specs = (inputs_spec._replace(position=None), state)
-        return self._map(local, in_specs, out_specs)(inputs, h0, y, dy, dlast)
-
-    def _map(self, function, in_specs, out_specs):
-        return jax.shard_map(
-            function,
-            mesh=self.spec.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
+    def gather(path: str, leaf: Array, by_rows: bool = False) -> Array:
+        shape, *splits = pairs[path]
+        rest, computed = (
+            on_mesh(automatic, *_split_beside(split, leaf.shape, shape, by_rows))
+            for split in splits
         )
+        return _gathered(leaf, rest, computed)
 
-    def _specs(self, inputs: Inputs) -> tuple[PartitionSpec, Inputs, PartitionSpec]:
-        """How sequences, inputs and states are split."""
-        batch, sequence, width = full = self.spec.activations_sharding_spec
-        state = self.spec.rnn_state_sharding_spec
-        specs = Inputs(
-            full,
-            (full,) * len(inputs.sequences),
-            (PartitionSpec(width),) * len(inputs.channels),
-            None if inputs.position is None else PartitionSpec(batch, sequence),
+    def gather_all(tree: Any, prefix: str = "") -> Any:
+        if isinstance(tree, Quantized):
+            by_rows = tree.axis == -2
+            return tree.with_parts(lambda part: gather(prefix[1:], part, by_rows))
+        if not isinstance(tree, Mapping):
+            return jax.tree.map(functools.partial(gather, prefix[1:]), tree)
+        return {key: gather_all(value, f"{prefix}.{key}") for key, value in tree.items()}
+
+    return lambda variables: {name: gather_all(tree) for name, tree in variables.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, rest: NamedSharding, computed: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, computed)
+
+
+_gathered.defvjp(
+    lambda x, rest, computed: (_gathered(x, rest, computed), None),
+    lambda rest, computed, _, dx: (jax.lax.with_sharding_constraint(dx, rest),),
+)
+
+
+def put(array: Any, place: NamedSharding, dtype: Any = None) -> Array:
+    """An array of the host on its devices: each process gives what its devices keep, cast."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    return jax.make_array_from_callback(
+        array.shape, place, lambda index: np.asarray(array[index], dtype)
+    )
+
+
+def local_slices(place: Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The smallest part of an array that holds what this process's devices keep."""
+    bounds = [
+        [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        for index in place.addressable_devices_indices_map(shape).values()
+        if index is not None
+    ]
+    pairs = (zip(*axis, strict=True) for axis in zip(*bounds, strict=True))
+    return tuple(slice(min(starts), max(stops)) for starts, stops in pairs)
+
+
+def put_part(part: Any, place: NamedSharding, shape: tuple[int, ...]) -> Array:
+    """An array on its devices from the `local_slices` of it."""
+    begins = [kept.start for kept in local_slices(place, shape)]
+    dtype = jax.dtypes.canonicalize_dtype(part.dtype)
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = (i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
+        moved = (slice(i - b, j - b) for (i, j), b in zip(bounds, begins, strict=True))
+        return np.asarray(part[tuple(moved)], dtype)
+
+    return jax.make_array_from_callback(shape, place, piece)
+
+
+def is_split(array: Any) -> bool:
+    """Whether an array lies on a mesh."""
+    return isinstance(array, Array) and isinstance(array.sharding, NamedSharding)
+
+
+def place_beside(array: Array, shape: tuple[int, ...], by_rows: bool = False) -> NamedSharding:
+    """The sharding of what belongs to a split parameter, a moment or a scale, of this shape.
+
+    With `by_rows` its last two axes are those of the parameter, swapped; see `Quantized`.
+    """
+    place: Any = array.sharding
+    split = (*place.spec, *(None,) * (array.ndim - len(place.spec)))
+    if len(shape) != array.ndim:
+        return on_mesh(place.mesh)
+    return on_mesh(place.mesh, *_split_beside(split, shape, array.shape, by_rows))
+
+
+def _split_beside(
+    split: layouts.Split, shape: tuple[int, ...], whole: tuple[int, ...], by_rows: bool
+) -> layouts.Split:
+    if by_rows:
+        split, whole = (*split[:-2], *split[:-3:-1]), (*whole[:-2], *whole[:-3:-1])
+    return layouts.inherited(split, shape, whole)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole of an array; where processes hold parts, all must call this together."""
+    if not isinstance(array, Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))
+
+
+def row_parts(mesh: Mesh) -> tuple[list[int], int]:
+    """Which equal parts of a batch's rows this process holds, and how many there are."""
+    sizes = sizes_of(mesh)
+    axes = layouts.activation_layout(sizes)["batch"]
+    places = [mesh.axis_names.index(axis) for axis in axes]
+    shape = [sizes[axis] for axis in axes]
+    held = {
+        int(np.ravel_multi_index([place[i] for i in places], shape)) if axes else 0
+        for place, device in np.ndenumerate(mesh.devices)
+        if device.process_index == jax.process_index()
+    }
+    return sorted(held), layouts.share(axes, sizes)
+
+
+def rows_on_mesh(mesh: Mesh, array: Any) -> Array:
+    """This process's rows of a batch, [..., B, T], as part of the rows of all processes.
+
+    Processes whose devices hold the same rows give the same ones. An array of JAX that lies on a
+    mesh is the whole batch.
+
+    Raises:
+      ValueError: The mesh does not divide the rows.
+    """
+    if is_split(array):
+        return array
+    held, parts = row_parts(mesh)
+    if array.shape[-2] % len(held):
+        raise UserError(
+            f"the rows of a batch must be divisible by {layouts.mesh_text(sizes_of(mesh))}: "
+            f"{len(held)} of its {parts} parts are this process's, got {array.shape[-2]} rows"
         )
-        return full, specs, state
-
-
-def _states_between(
-    added: Array, decay: Array, h0: Array, axis: str, reverse: bool
-) -> tuple[Array, Array]:
-    """The state that reaches this device, and the state that leaves the last device."""
-    added, decay = lax.all_gather(added, axis), lax.all_gather(decay, axis)
-    order = range(added.shape[0])
-    states, state = [], h0
-    for i in reversed(order) if reverse else order:
-        states.append(state)
-        state = decayed(decay[i], state) + added[i]
-    states = jnp.stack(states[::-1] if reverse else states)
-    return lax.dynamic_index_in_dim(states, lax.axis_index(axis), keepdims=False), state
-
-
-def _neighbour(state: Array, first: Array, axis: str, reverse: bool) -> Array:
-    """The state of the previous device; `first` on the first device."""
-    here, devices = lax.axis_index(axis), lax.axis_size(axis)
-    step = -1 if reverse else 1
-    pairs = [(i, i + step) for i in range(devices) if 0 <= i + step < devices]
-    state = lax.ppermute(state, axis, pairs)
-    return jnp.where(here == (devices - 1 if reverse else 0), first, state)
+    axes = layouts.activation_layout(sizes_of(mesh))["batch"]
+    place = on_mesh(mesh, *(None,) * (array.ndim - 2), axes or None)
+    return jax.make_array_from_process_local_data(place, np.asarray(array))

@@ -25,25 +25,28 @@ from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     given_shapes,
-    grouped,
     learning_rate,
     state_shapes,
     step_settings,
 )
 from recurrentgemma.jax.lora import adapt, merge
-from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.model import Model, laid_out
 from recurrentgemma.jax.optimizer import (
     Optimizer,
-    get_moments,
     init_state,
     own_learning_rate,
     require_optimizer,
-    set_moments,
 )
 from recurrentgemma.jax.quantization import is_quantized
-from recurrentgemma.jax.runtime.compiler import platform_of
+from recurrentgemma.jax.runtime.processes import by_the_first
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
+from recurrentgemma.jax.sharding import on_host, rows_on_mesh
+from recurrentgemma.jax.training_state import layout_of as layout_of
+from recurrentgemma.jax.training_state import load_state as load_state
+from recurrentgemma.jax.training_state import load_state_tensors, state_tensors
+from recurrentgemma.jax.training_state import save_state as save_state
+from recurrentgemma.jax.training_state import write_state as write_state
 
 Metrics = dict[str, Any]
 
@@ -86,7 +89,9 @@ def create_train_state(
 
     Args:
       model: The model.
-      params: Its parameters. They are copied, or shared with LoRA; they do not change.
+      params: Its parameters. They are copied, or shared with LoRA; they do not change. On the
+        model's mesh the arrays of the state lie as `common.sharding.layout` says, or as they are
+        split already.
       optimizer: How to optimise; AdamW if None. An Optax transformation gets the gradients by the
         layer spec's paths, neither clipped nor scaled, and the keyword arguments `value`, `grad`
         and `value_fn`; its schedule is its own.
@@ -99,7 +104,7 @@ def create_train_state(
       ValueError: The parameters are not the model's, they are quantised and there is no `lora`,
         LoRA has no targets in the model, or the optimiser is neither options nor a transformation.
     """
-    params = params.get("params", params)
+    params = laid_out(model, params)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     require_optimizer(optimizer)
     specs = trainable_specs(model.config, lora)
@@ -108,7 +113,7 @@ def create_train_state(
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
         base = None
     else:
-        base, values = adapt(model.config, params, lora, state_dtype, seed)
+        base, values = adapt(model.config, params, lora, state_dtype, seed, model.mesh)
     values = _placed(values, (base, values))
     optimizer_state = init_state(optimizer, decay_mask(specs), values)
     return TrainState(
@@ -160,12 +165,10 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       and "learning_rate", where it is known: a transformation's from `optax.inject_hyperparams`.
       Arrays among them may still be computed.
     """
-    batches = batch_list(batches)
-    stacked = Batch(
-        *map(_stacked, zip(*(_on_host(state.model, batch) for batch in batches), strict=True))
-    )
+    checked = [_on_host(state.model, batch) for batch in batch_list(batches)]
+    stacked = _placed_batch(state.model, Batch(*map(_stacked, zip(*checked, strict=True))))
     rate = learning_rate(step_settings(state.optimizer), state.step)
-    parameters, optimizer_state, metrics = compiled(platform_of(state.parameters)).update(
+    parameters, optimizer_state, metrics = compiled(state.parameters, state.optimizer_state).update(
         state.model,
         state.optimizer,
         state.lora,
@@ -186,12 +189,13 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
-    function = compiled(platform_of(state.parameters)).total
+    function = compiled(state.parameters).total
     summed, tokens = 0.0, 0.0
     for batch in (_on_host(state.model, batch) for batch in batches):
-        args = state.model, state.lora, state.dtype, state.parameters, state.base, batch
+        placed = _placed_batch(state.model, batch)
+        args = state.model, state.lora, state.dtype, state.parameters, state.base, placed
         summed += float(function(*args))
-        tokens += float(np.asarray(batch.weights).sum(dtype=np.float64))
+        tokens += float(on_host(placed.weights).sum(dtype=np.float64))
     loss = summed / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -204,15 +208,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     next step. The arrays of an Optax transformation, "optimizer.<place in its state>", are for this
     twin alone.
     """
-    specs = trainable_specs(state.model.config, state.lora)
-    moments = get_moments(state.optimizer, specs, state.optimizer_state)
-    values = {spec.path: state.parameters[spec.path] for spec in specs}
-    groups = {"parameters": values, **moments}
-    return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": np.asarray(value)
-        for group, values in groups.items()
-        for path, value in values.items()
-    }
+    return {name: on_host(value) for name, value in state_tensors(state).items()}
 
 
 def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
@@ -225,16 +221,7 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     """
     specs = trainable_specs(state.model.config, state.lora)
     require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
-    dtype = next(iter(state.parameters.values())).dtype
-    moments, step = grouped(arrays), int(arrays["step"])
-    values = moments.pop("parameters")
-    parameters = {spec.path: jnp.array(values[spec.path], dtype) for spec in specs}
-    optimizer_state = set_moments(state.optimizer, state.optimizer_state, step, moments)
-    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        step=step,
-        parameters=_placed_like(parameters, state.parameters),
-        optimizer_state=_placed_like(optimizer_state, state.optimizer_state),
-    )
+    return load_state_tensors(state, arrays)
 
 
 def parameters(state: TrainState) -> Params:
@@ -255,8 +242,13 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     if state.lora is None:
         raise UserError("the state has no adapters: it was created without lora")
     specs = trainable_specs(state.model.config, state.lora)
-    arrays = {spec.path: np.asarray(state.parameters[spec.path]) for spec in specs}
-    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+    config, lora = state.model.config, state.lora
+
+    def write(arrays: Iterable[np.ndarray]) -> None:
+        values = {spec.path: array for spec, array in zip(specs, arrays, strict=True)}
+        write_adapters(path, Adapters(config, lora, values), force=force)
+
+    by_the_first((state.parameters[spec.path] for spec in specs), write)
 
 
 def _on_host(model: Model, batch: Batch) -> Batch:
@@ -273,6 +265,13 @@ def _stacked(arrays: Sequence[Any]) -> Any:
     return (jnp if on_devices else np).stack(arrays)
 
 
+def _placed_batch(model: Model, batch: Batch) -> Batch:
+    """On a mesh this process's rows, [B, T] or [N, B, T], as part of the batch of all processes."""
+    if model.mesh is None:
+        return batch
+    return Batch(*(rows_on_mesh(model.mesh, z) for z in batch))
+
+
 def _placed(tree: Any, beside: Any) -> Any:
     """The tree, its arrays that have no fixed device placed on the devices of `beside`.
 
@@ -285,12 +284,3 @@ def _placed(tree: Any, beside: Any) -> Any:
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, place), tree)
-
-
-def _placed_like(new: Any, old: Any) -> Any:
-    """The arrays of a tree, placed where another tree's are."""
-
-    def placed(x: Array, y: Any) -> Array:
-        return jax.device_put(x, y.sharding) if getattr(y, "committed", False) else x
-
-    return jax.tree.map(placed, new, old)

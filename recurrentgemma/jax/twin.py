@@ -19,9 +19,11 @@ from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
 from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
+from recurrentgemma.jax.runtime.processes import join, processes_of
 from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
+from recurrentgemma.jax.sharding import make_mesh
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
@@ -71,6 +73,15 @@ class JaxTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return jnp.asarray(array, dtype, device=_device(device))
 
+    def join(self, coordinator=None, processes=None, process_id=None):
+        join(coordinator, processes, process_id)
+
+    def mesh(self, text):
+        return make_mesh(text)
+
+    def processes(self, mesh):
+        return processes_of(mesh)
+
     def load(
         self,
         path,
@@ -80,12 +91,14 @@ class JaxTwin(Twin):
         adapter=None,
         quantize=None,
         decoding=False,
+        mesh=None,
     ):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
                 dtype=dtype,
                 device=_device(device),
+                mesh=mesh,
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
                 quantize=quantize,
@@ -106,10 +119,10 @@ class JaxTwin(Twin):
                 set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
-    def init(self, config, seed, dtype, device=None):
+    def init(self, config, seed, dtype, device=None, mesh=None):
         with self.precision(dtype), jax.default_device(_device(device)):
-            params = init_params(config, seed, dtype)
-        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), params)
+            params = init_params(config, seed, dtype, mesh=mesh)
+        return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype), mesh=mesh), params)
 
     def save(self, path, model, tokenizer, *, force=False):
         save_checkpoint(path, model.config, model.params, tokenizer, force=force)

@@ -37,6 +37,7 @@ from recurrentgemma.torch.rg_lru import RGLRU
 from recurrentgemma.torch.sampler import Sampler, SamplerOutput
 from recurrentgemma.torch.sampling import Categorical, Greedy
 from recurrentgemma.torch.scan import choose_implementation, linear_scan, rg_lru_scan, rnn_scan
+from recurrentgemma.torch.sharding import make_mesh
 from recurrentgemma_conversion.opening import load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
         TrainState,
         create_train_state,
         evaluate,
+        layout_of,
+        load_state,
         load_state_arrays,
         loss_fn,
         parameters,
         save_adapters,
+        save_state,
         state_arrays,
         train_step,
     )
@@ -86,17 +90,21 @@ __all__ = [
     "create_train_state",
     "cross_entropy",
     "evaluate",
+    "layout_of",
     "linear_scan",
     "load_adapters",
     "load_checkpoint",
+    "load_state",
     "load_state_arrays",
     "load_tokenizer",
     "loss_fn",
+    "make_mesh",
     "parameters",
     "rg_lru_scan",
     "rnn_scan",
     "save_adapters",
     "save_checkpoint",
+    "save_state",
     "state_arrays",
     "train_step",
 ]

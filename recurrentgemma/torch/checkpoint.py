@@ -14,12 +14,13 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.quantization import Quantized, input_axis, scheme_of
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.quantization import QuantizedMatrix, replace, state_of
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.sharding import by_the_first, mesh_of, part_of, shard
+from recurrentgemma.torch.runtime.processes import by_the_first
+from recurrentgemma.torch.sharding import local_slices, mesh_of, placed, shard
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint
@@ -35,7 +36,7 @@ def load_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    sharding: DeviceMesh | None = None,
+    mesh: DeviceMesh | None = None,
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
@@ -54,8 +55,8 @@ def load_checkpoint(
         stored dtype; but where the factors of matrix products are stored in several, these are
         float32 or wider.
       device: Where the parameters go; the CPU if None.
-      sharding: The mesh over which they are split instead, block by block with `fully_shard`. Each
-        process then reads the whole checkpoint and keeps its part, a tensor at a time.
+      mesh: The processes over which they are split instead (see `make_mesh`). Each reads its part
+        of every tensor, one at a time.
       config: What the model is, for weights without a `config.json`; it wins over one.
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
@@ -67,37 +68,38 @@ def load_checkpoint(
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
         `open_checkpoint`. Or it is stored in another scheme.
-      ValueError: There are both a device and a sharding, parameters cannot be of the dtype, or what
-        is to be split has several or is quantised; or the scheme is unknown, or does not fit a
-        matrix, which the message names.
+      ValueError: There are both a device and a mesh, parameters cannot be of the dtype, or what is
+        to be split has several or is quantised; the mesh does not fit the model; or the scheme is
+        unknown, or does not fit a matrix, which the message names.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
-    if device is not None and sharding is not None:
-        raise UserError(f"give either a device or a sharding, got {device=} {sharding=}")
+    if device is not None and mesh is not None:
+        raise UserError(f"give either a device or a mesh, got {device=} {mesh=}")
     if config is not None:
         overrides = overrides._replace(config=config)
     with open_checkpoint(path, overrides, adapter=adapter) as checkpoint:
         stored = sorted({dtype.name for dtype in checkpoint.dtypes.values()})
-        if sharding is not None and dtype is None and len(stored) > 1:
+        if mesh is not None and dtype is None and len(stored) > 1:
             raise UserError(
                 f"what is split must be of one dtype, got {', '.join(stored)}; pass dtype"
             )
         model = Model(checkpoint.config, device="meta")
-        if sharding is not None:
-            shard(model, sharding)
-        places = model.state_dict()
+        if mesh is not None:
+            shard(model, mesh)
+        places: dict[str, Any] = model.state_dict()
+
+        def part(spec: ParamSpec, value: np.ndarray) -> np.ndarray:
+            return value[torch_shape(spec.path, local_slices(places[torch_name(spec.path)]))]
+
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
-        for spec, on_host in checkpoint.read_quantized(wanted, quantize):
+        for spec, on_host in checkpoint.read_as(wanted, quantize, None if mesh is None else part):
             if isinstance(on_host, Quantized):
-                if sharding is not None:
-                    raise UserError("quantised weights are not split: load them without quantize")
                 held = on_host.with_parts(lambda part: to_tensor(part).to(device or "cpu"))
                 replace(model, spec, held)
                 continue
-            name = torch_name(spec.path)
-            tensor = to_tensor(to_torch(spec.path, on_host)).to(device or "cpu")
-            state[name] = tensor if sharding is None else part_of(tensor, places[name])
+            name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
+            state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
     model.load_state_dict(model.state_dict() | state, assign=True)
     return model
 
@@ -120,7 +122,7 @@ def save_checkpoint(
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
         parameters do not match the config (all that are wrong are named), or the tokenizer is
         of another size than the vocabulary.
-      RuntimeError: It is split, and another process could not write.
+      OtherProcessError: It is split, and another process could not write.
     """
     state = state_of(model)
     specs = layer_spec(model.config)
@@ -141,7 +143,4 @@ def save_checkpoint(
 
         save_folder(path, model.config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
 
-    if mesh := mesh_of(v for v in values.values() if isinstance(v, Tensor)):
-        by_the_first(mesh, tensors, write)
-    else:
-        write(tensors)
+    by_the_first(mesh_of(v for v in values.values() if isinstance(v, Tensor)), tensors, write)

@@ -26,6 +26,7 @@ from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
 from recurrentgemma.torch.scan import as_positions, wide_dtype
+from recurrentgemma.torch.sharding import part_of
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 
@@ -84,8 +85,8 @@ class SpecModule(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu")) if drawn else 0
         for spec, parameter in drawn:
-            value = to_torch(spec.path, sample_param(spec, seed))
-            parameter.copy_(torch.from_numpy(value))
+            value = torch.from_numpy(to_torch(spec.path, sample_param(spec, seed)))
+            parameter.copy_(part_of(value.to(parameter.dtype), parameter))
 
 
 class Linear(nn.Linear, SpecModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
 from recurrentgemma.common.training.lora import (
     LoraOptions,
     adapter_specs,
@@ -21,16 +21,17 @@ from recurrentgemma.common.training.lora import (
 )
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import (
     QuantizedMatrix,
     dequantizing,
     parameter,
     quantize_matrices,
+    quantized_tensor,
     replace,
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.sharding import mesh_of, owners, part_of, shard, whole
 from recurrentgemma_conversion.adapters import open_adapters
 
 
@@ -43,9 +44,12 @@ class Adapted(nn.Module):
       lora_b: B.
     """
 
-    def __init__(self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
+    def __init__(
+        self, base: nn.Module, leaf: str, a: nn.Parameter, b: nn.Parameter, scale: float
+    ) -> None:
         super().__init__()
         self.base, self.lora_a, self.lora_b, self.scale = base, a, b, scale
+        self._leaf = leaf
 
     def forward(self, x: Float[Tensor, "b t i"]) -> Any:
         y = self.base(x)
@@ -53,6 +57,10 @@ class Adapted(nn.Module):
         if isinstance(y, tuple):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape)
+
+    def owner(self, leaf: str) -> str:
+        """The adapter whose layout a tensor has."""
+        return f"{flax_path(self._leaf)}.{leaf}"
 
 
 def adapt(
@@ -69,22 +77,45 @@ def adapt(
     Returns:
       The model, and A and B of each target by the paths of `adapter_specs`.
     """
-    specs = trainable_specs(model.config, options)
-    device = next(model.parameters()).device
-    adapters = {
-        spec.path: nn.Parameter(torch.from_numpy(sample_param(spec, seed)).to(device, dtype))
-        for spec in specs
+    state, device = model.state_dict(), next(model.parameters()).device
+    drawn = {
+        spec.path: torch.from_numpy(sample_param(spec, seed)).to(device, dtype)
+        for spec in trainable_specs(model.config, options)
     }
-    result = _sharing(model)
+    mesh = mesh_of(state.values())
+    split, like = mesh is not None, model.embedder.input_embedding.dtype
+    result = Model(model.config, model.gradient_checkpointing, "meta", like) if split else None
+    result = _sharing(model) if result is None else result
     result.requires_grad_(False)
     quantize_matrices(result, options.scheme, tables=False)
     dequantizing(result)
     for target in lora_targets(model.config, options):
-        a, b = (adapters[spec.path] for spec in adapter_specs(target, options.rank))
-        path = target.path.rpartition(".")[0]
-        module = Adapted(result.get_submodule(path), a, b, options.scale)
-        result.set_submodule(path, module)
-    return result, dict(adapters)
+        pair = (drawn[spec.path] for spec in adapter_specs(target, options.rank))
+        a, b = (nn.Parameter(z.to("meta") if split else z) for z in pair)
+        path, _, leaf = torch_name(target.path).rpartition(".")
+        result.set_submodule(path, Adapted(result.get_submodule(path), leaf, a, b, options.scale))
+    if mesh is not None:
+        shard(result, mesh, options)
+        result.load_state_dict(dict(_parts(result, state | drawn)), assign=True)
+    own = {path: tensor for _, path, tensor, _ in owners(result)}
+    return result, {path: own[path] for path in drawn}
+
+
+def _parts(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """This process's parts of the tensors of an adapted model, by name.
+
+    Args:
+      model: The model, split; its tensors have no values.
+      tensors: Those of the plain model and the adapters.
+    """
+    specs = {spec.path: spec for spec in layer_spec(model.config)}
+    for name, path, place, by_rows in owners(model):
+        value = tensors[torch_name(path)]
+        if by_rows:
+            module, _, leaf = name.rpartition(".")
+            scheme: Any = model.get_submodule(module).scheme
+            value = getattr(quantized_tensor(specs[path], whole(value), scheme), leaf)
+        yield name, part_of(value, place)
 
 
 def merge(
@@ -93,13 +124,13 @@ def merge(
     """A plain model, in a dtype, that computes what the adapted one does."""
     merged: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        value = dense(parameter(model, spec)).detach()
+        value = _matrix(model, spec)
         if spec.lora in options.targets:
             a, b = (
-                adapters[matrix.path].detach().to(wide_dtype(dtype))
+                whole(adapters[matrix.path].detach()).to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
-            value = value.to(a.dtype) + options.scale * to_torch(spec.path, a @ b)
+            value = value.to(a.dtype) + part_of(options.scale * to_torch(spec.path, a @ b), value)
         merged[spec.path] = value.to(dtype)
     return _sharing(model, merged)
 
@@ -117,24 +148,38 @@ def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
     _, options, arrays = open_adapters(path, model.config)
     changed: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        value = dense(parameter(model, spec)).detach()
-        on_host = to_torch(spec.path, to_array(value))
+        value = _matrix(model, spec)
+        on_host = to_torch(spec.path, to_array(whole(value)))
         merged = merge_on_host(spec, on_host, arrays, options)
         if merged is not on_host:
             changed[spec.path] = to_tensor(to_torch(spec.path, merged)).to(value)
     return _sharing(model, changed)
 
 
+def _matrix(model: Model, spec: ParamSpec) -> Tensor:
+    """A parameter, or the whole of the matrix that a `QuantizedMatrix` stands for."""
+    value = parameter(model, spec)
+    if isinstance(value, QuantizedMatrix):
+        held = value.quantized.with_parts(whole)
+        return dequantize(held, torch.stack).to(value.dtype)
+    return value.detach()
+
+
 def _sharing(model: Model, changed: Mapping[str, Tensor] = MappingProxyType({})) -> Model:
     """A model like another, on its tensors but for some, which are given by their paths."""
     result = Model(model.config, model.gradient_checkpointing, device="meta")
-    state: dict[str, Tensor] = {}
-    for spec in layer_spec(model.config):
-        value = changed.get(spec.path, parameter(model, spec))
+    specs = layer_spec(model.config)
+    values = {spec: changed.get(spec.path, parameter(model, spec)) for spec in specs}
+    mesh = mesh_of(value for value in values.values() if isinstance(value, Tensor))
+    if mesh is not None:
+        shard(result, mesh)
+    places, state = result.state_dict(), dict[str, Tensor]()
+    for spec, value in values.items():
+        name = torch_name(spec.path)
         if isinstance(value, QuantizedMatrix):
             replace(result, spec, value.quantized)
         else:
-            state[torch_name(spec.path)] = value.detach()
+            state[name] = part_of(value.detach(), places[name])
     result.load_state_dict(result.state_dict() | state, assign=True)
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, is_integer
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock
+from recurrentgemma.torch.sharding import shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Model(SpecModule):
@@ -36,6 +40,7 @@ class Model(SpecModule):
         gradient_checkpointing: bool = True,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Builds the model with initial weights; torch's global generator gives the seed.
 
@@ -46,7 +51,14 @@ class Model(SpecModule):
           gradient_checkpointing: Recompute each block in the backward pass, for less memory.
           device: Where the parameters live; "meta" allocates and initialises nothing.
           dtype: Of the parameters and the computation; torch's default if None.
+          mesh: The processes over which the parameters are split (see `make_mesh`), instead of a
+            device. Each must give the generator the same seed.
+
+        Raises:
+          ValueError: The mesh does not fit the model, or comes with a device.
         """
+        if device is not None and mesh is not None:
+            raise UserError(f"give either a device or a mesh, got {device=} {mesh=}")
         super().__init__()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
         value, meta = config.model, {"device": "meta", "dtype": dtype}
@@ -57,8 +69,10 @@ class Model(SpecModule):
             for layer in value.layers
         )
         self.final_norm = RMSNorm(value.width, **meta)
+        if mesh is not None:
+            shard(self, mesh)
         with torch.random.fork_rng(devices=[]):
-            self.materialise(device)
+            self.materialise(device if mesh is None else mesh.device_type)
 
     def forward(
         self,

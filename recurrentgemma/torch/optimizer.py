@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.model.state_dict import is_kernel, to_torch
+from recurrentgemma.common.model.state_dict import is_kernel, to_torch, torch_shape
 from recurrentgemma.common.training.optimization import (
     ADAFACTOR_CLIP,
     ADAFACTOR_DECAY,
@@ -22,6 +22,8 @@ from recurrentgemma.common.training.optimization import (
     moment_shapes,
 )
 from recurrentgemma.torch.runtime.optimizer_state import load_own_tensors, own_tensors
+from recurrentgemma.torch.runtime.split_adafactor import SplitAdafactor
+from recurrentgemma.torch.sharding import mesh_of, part_of, zeros
 
 Tensors = Mapping[str, Tensor]
 Optimizer = OptimizerOptions | Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -58,14 +60,15 @@ def make_optimizer(
         for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
+    mesh = mesh_of(parameters.values())
     match options.name:
         case "adamw":
             betas = options.b1, options.b2
             return torch.optim.AdamW(groups, lr, betas, options.eps, fused=True)
-        case "sgd":
-            return torch.optim.SGD(groups, lr, options.momentum, fused=True)
+        case "sgd":  # the fused kernel takes no split tensors
+            return torch.optim.SGD(groups, lr, options.momentum, fused=mesh is None)
         case _:
-            return torch.optim.Adafactor(
+            return (torch.optim.Adafactor if mesh is None else SplitAdafactor)(
                 groups,
                 lr,
                 beta2_decay=-ADAFACTOR_DECAY,
@@ -120,7 +123,7 @@ def get_moments(
         parameter = parameters[path]
         found = optimizer.state[parameter].get(_key(options, name, path))
         if found is None:
-            return parameter.new_zeros(shapes[name][path])
+            found = zeros(parameter, torch_shape(path, shapes[name][path]))
         return to_torch(path, found)
 
     return {name: {path: moment(name, path) for path in paths} for name, paths in shapes.items()}
@@ -143,7 +146,7 @@ def set_moments(
         return
     for path, parameter in parameters.items():
         state = {
-            _key(options, name, path): to_torch(path, tensors[path]).to(parameter).contiguous()
+            _key(options, name, path): _moment(to_torch(path, tensors[path]), parameter)
             for name, tensors in moments.items()
             if path in tensors
         }
@@ -152,6 +155,11 @@ def set_moments(
             device = parameter.device if options.name == "adamw" else "cpu"
             state["step"] = torch.tensor(float(step), device=device)
         optimizer.state[parameter] = state
+
+
+def _moment(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A moment in the dtype and on the devices of its parameter, split as that is."""
+    return part_of(tensor.to(parameter.dtype), parameter).to(parameter.device).contiguous()
 
 
 def _key(options: OptimizerOptions, name: str, path: str) -> str:

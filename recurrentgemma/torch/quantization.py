@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from recurrentgemma.common.quantization import (
     SCHEMES,
     Quantized,
     input_axis,
+    part_shapes,
     quantize,
     scheme_for,
 )
@@ -146,9 +146,24 @@ def quantize_matrices(model: nn.Module, scheme: str | None = "q8", tables: bool 
         name = scheme_for(spec, scheme) if tables or not spec.table else None
         value = parameter(model, spec)
         if name is not None and isinstance(value, Tensor):
-            on_host = to_torch(spec.path, to_array(value))
-            held = quantize(on_host, name, input_axis(spec), spec.path).with_parts(to_tensor)
-            replace(model, spec, held.with_parts(operator.methodcaller("to", value.device)))
+            replace(model, spec, quantized_tensor(spec, value, name))
+
+
+def quantized_tensor(spec: ParamSpec, value: Tensor, scheme: str) -> Quantized:
+    """A parameter, as PyTorch has it, in a scheme; on "meta" without values."""
+    axis = input_axis(spec)
+    if value.is_meta:
+        shapes = part_shapes(spec.shape, scheme, axis, spec.path)
+        values, scale, zero = (
+            torch.empty(shapes[part][0], dtype=getattr(torch, shapes[part][1].name), device="meta")
+            if part in shapes
+            else None
+            for part in ("", ".scale", ".zero")
+        )
+        name = str(value.dtype).removeprefix("torch.")
+        return Quantized(values, scale, zero, scheme, axis, name)
+    held = quantize(to_torch(spec.path, to_array(value)), scheme, axis, spec.path)
+    return held.with_parts(lambda part: to_tensor(part).to(value.device))
 
 
 def dequantizing(model: nn.Module) -> None:

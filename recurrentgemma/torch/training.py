@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.model.layer_spec import layer_spec, require_match
-from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
 from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
@@ -23,7 +22,6 @@ from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
     given_shapes,
-    grouped,
     learning_rate,
     state_shapes,
     step_settings,
@@ -31,17 +29,26 @@ from recurrentgemma.common.training.optimization import (
 from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.optimizer import (
-    Optimizer,
-    get_moments,
-    make_optimizer,
-    set_moments,
-    step,
-)
+from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
 from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.sharding import mesh_of, reshard, whole
+from recurrentgemma.torch.training_state import (
+    copy_parameters,
+    load_state_tensors,
+    own_parameters,
+    state_tensors,
+)
+from recurrentgemma.torch.training_state import layout_of as layout_of
+from recurrentgemma.torch.training_state import load_state as load_state
+from recurrentgemma.torch.training_state import save_state as save_state
+from recurrentgemma.torch.training_state import write_state as write_state
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Metrics = dict[str, Any]
 
@@ -102,7 +109,7 @@ def create_train_state(
         model.requires_grad_(True)
         values = {
             path: p if p.dtype == state_dtype else p.detach().to(state_dtype)
-            for path, p in _own_parameters(model).items()
+            for path, p in own_parameters(model).items()
         }
     else:
         model, values = adapt(model, lora, state_dtype, seed)
@@ -127,9 +134,14 @@ def loss_fn(model: Model, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     Returns:
       The loss, and "loss" and "tokens", the sum of the weights.
     """
-    tokens = _weight(batch)
+    mesh = mesh_of(model.parameters())
+    tokens = _tokens([batch], mesh)
     loss = _total(model, batch) / _divisor(tokens)
-    return loss, {"loss": loss.detach(), "tokens": tokens}
+    value = summed(loss.detach(), mesh)
+    if mesh is not None:
+        loss = loss * mesh.size()  # FSDP takes the mean of the processes' gradients
+        loss = loss + (value - loss.detach())
+    return loss, {"loss": value, "tokens": tokens}
 
 
 def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
@@ -144,7 +156,9 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       "learning_rate"; an own optimiser's is its first group's, after the step.
     """
     batches = batch_list(batches)
-    tokens = sum(map(_weight, batches))
+    mesh = mesh_of(state.parameters.values())
+    tokens = _tokens(batches, mesh)
+    ranks = 1 if mesh is None else mesh.size()
     settings = step_settings(state.optimizer)
     rate = learning_rate(settings, state.step)
 
@@ -152,20 +166,20 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
         loss = torch.zeros((), device="cpu")
         for batch in batches:
             share = _total(state.model, batch) / _divisor(tokens)
-            share.backward()
+            (share * ranks).backward()  # FSDP takes the mean of the processes' gradients
             loss = loss.to(share) + share.detach()
             _collect_gradients(state)
-        return loss
+        return summed(loss, mesh)
 
     def again() -> Tensor:
-        _copy_parameters(state)
+        copy_parameters(state)
         state.optimizer_state.zero_grad()
         return accumulate()
 
     loss = accumulate()
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
     norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
     if settings.clip_norm is not None:
         scale = (settings.clip_norm / norm).clamp(max=1.0)
         for grad in grads:
@@ -177,7 +191,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     if not settings.skip_nonfinite or bool(torch.isfinite(loss) & torch.isfinite(norm)):
         step(state.optimizer_state, again)
     state.optimizer_state.zero_grad()
-    _copy_parameters(state)
+    copy_parameters(state)
     state.step += 1
     rate = groups[0].get("lr")
     return state, {"loss": loss, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
@@ -190,6 +204,9 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         total += float(_total(state.model, batch))
         tokens += _weight(batch)
+    reshard(state.model)
+    everywhere = gathered([total, tokens], mesh_of(state.parameters.values()))
+    total, tokens = map(sum, zip(*everywhere, strict=True))
     loss = total / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -205,15 +222,8 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     Raises:
       ValueError: An own optimiser holds more than tensors and numbers, as `LBFGS` does.
     """
-    specs = trainable_specs(state.model.config, state.lora)
-    moments = get_moments(state.optimizer, specs, state.parameters, state.optimizer_state)
-    values = {path: to_torch(path, value) for path, value in state.parameters.items()}
-    groups = {"parameters": values, **moments}
-    return {"step": np.asarray(state.step)} | {
-        f"{group}.{path}": to_array(value)
-        for group, values in groups.items()
-        for path, value in values.items()
-    }
+    arrays = {name: to_array(whole(tensor)) for name, tensor in state_tensors(state).items()}
+    return arrays | {"step": np.asarray(state.step)}
 
 
 @torch.no_grad()
@@ -227,16 +237,8 @@ def load_state_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> Tr
     """
     specs = trainable_specs(state.model.config, state.lora)
     require_match(state_shapes(state.optimizer, specs), given_shapes(state.optimizer, arrays))
-    moments = {
-        group: {path: to_tensor(np.array(array)) for path, array in part.items()}
-        for group, part in grouped(arrays).items()
-    }
-    values, state.step = moments.pop("parameters"), int(arrays["step"])
-    for path, parameter in state.parameters.items():
-        parameter.copy_(to_torch(path, values[path]))
-    set_moments(state.optimizer, state.step, moments, state.parameters, state.optimizer_state)
-    _copy_parameters(state)
-    return state
+    tensors = {name: to_tensor(np.array(array)) for name, array in arrays.items()}
+    return load_state_tensors(state, tensors)
 
 
 def parameters(state: TrainState) -> Model:
@@ -258,14 +260,19 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
     """
     if state.lora is None:
         raise UserError("the state has no adapters: it was created without lora")
-    arrays = {name: to_array(parameter) for name, parameter in state.parameters.items()}
-    write_adapters(path, Adapters(state.model.config, state.lora, arrays), force=force)
+    config, lora = state.model.config, state.lora
+
+    def write(tensors: Iterable[Tensor]) -> None:
+        arrays = dict(zip(state.parameters, map(to_array, tensors), strict=True))
+        write_adapters(path, Adapters(config, lora, arrays), force=force)
+
+    values = state.parameters.values()
+    by_the_first(mesh_of(values), values, write)
 
 
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
-    embedding = dense(model.embedder.input_embedding)
-    device = embedding.device
+    device = model.embedder.input_embedding.device
     check_batch(batch, model.config.model.vocab_size)
     tokens, segment_pos, targets, weights = (
         z.to(device) if isinstance(z, Tensor) else torch.tensor(np.asarray(z), device=device)
@@ -273,6 +280,7 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     hidden, _ = model.hidden(tokens, segment_pos)
+    embedding = dense(model.embedder.input_embedding)  # under FSDP it is whole now
     return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
 
 
@@ -284,33 +292,34 @@ def _weight(batch: Batch) -> float:
     return float(np.asarray(batch.weights).sum(dtype=np.float64))
 
 
+def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
+    """The sum of the weights over the batches of all processes.
+
+    Raises:
+      ValueError: The processes have different numbers of batches, or one has no rows.
+    """
+    rows = min((len(batch.tokens) for batch in batches), default=0)
+    everywhere = gathered([sum(map(_weight, batches)), len(batches), rows], mesh)
+    tokens, counts, least = zip(*everywhere, strict=True)
+    if mesh is not None and (len(set(counts)) > 1 or not min(least)):
+        raise UserError(
+            "each process must give as many batches as the others, of at least one row, got "
+            f"{[int(count) for count in counts]} batches, of at least {list(map(int, least))} rows"
+        )
+    return sum(tokens)
+
+
 def _divisor(tokens: float) -> float:
     return tokens if tokens > 0 else 1.0
-
-
-def _own_parameters(model: Model) -> dict[str, Tensor]:
-    """The model's parameters by the layer spec's paths."""
-    specs = layer_spec(model.config)
-    return {spec.path: model.get_parameter(torch_name(spec.path)) for spec in specs}
 
 
 def _collect_gradients(state: TrainState) -> None:
     """Moves the model's gradients to the optimiser's copy of its parameters, where it has one."""
     if state.lora is not None:
         return
-    for path, parameter in _own_parameters(state.model).items():
+    for path, parameter in own_parameters(state.model).items():
         seen = state.parameters[path]
         if seen is not parameter and parameter.grad is not None:
             grad = parameter.grad.to(seen.dtype)
             seen.grad = grad if seen.grad is None else seen.grad + grad
             parameter.grad = None
-
-
-@torch.no_grad()
-def _copy_parameters(state: TrainState) -> None:
-    """Casts the optimiser's copy of the parameters, where it has one, to the model's."""
-    if state.lora is not None:
-        return
-    for path, parameter in _own_parameters(state.model).items():
-        if state.parameters[path] is not parameter:
-            parameter.copy_(state.parameters[path])

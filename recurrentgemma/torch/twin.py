@@ -27,7 +27,9 @@ from recurrentgemma.torch.quantization import (
     state_of,
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.processes import join, processes_of
 from recurrentgemma.torch.sampler import Sampler
+from recurrentgemma.torch.sharding import make_mesh
 from recurrentgemma_conversion.overrides import NO_OVERRIDES
 
 
@@ -61,6 +63,15 @@ class TorchTwin(Twin):
     def from_numpy(self, array, dtype, device=None):
         return to_tensor(np.array(array, order="C")).to(device or "cpu", getattr(torch, dtype))
 
+    def join(self, coordinator=None, processes=None, process_id=None):
+        join(coordinator, processes, process_id)
+
+    def mesh(self, text):
+        return make_mesh(text)
+
+    def processes(self, mesh):
+        return processes_of(mesh)
+
     def load(
         self,
         path,
@@ -70,12 +81,14 @@ class TorchTwin(Twin):
         adapter=None,
         quantize=None,
         decoding=False,
+        mesh=None,
     ):
         del decoding  # the form of the parameters is the same
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
             device=device,
+            mesh=mesh,
             overrides=overrides or NO_OVERRIDES,
             adapter=adapter,
             quantize=quantize,
@@ -94,8 +107,8 @@ class TorchTwin(Twin):
         model.load_state_dict(model.state_dict() | state, assign=True)
         return model
 
-    def init(self, config, seed, dtype, device=None):
-        model = Model(config, device=device, dtype=getattr(torch, dtype))
+    def init(self, config, seed, dtype, device=None, mesh=None):
+        model = Model(config, device=device, dtype=getattr(torch, dtype), mesh=mesh)
         model.reset_parameters(seed=seed)
         return model
 

@@ -136,7 +136,7 @@ def test_what_is_quantised_is_read_in_float32(tmp_path: Path, encoding: str) -> 
 def test_what_is_quantised_is_quantised_again(tmp_path: Path, scheme: str) -> None:
     """Its groups of 32 have other steps than ours."""
     with open_checkpoint(write(tmp_path / "model.gguf", "Q4_0")) as reader:
-        for spec, value in reader.read_quantized(None, scheme):
+        for spec, value in reader.read_as(None, scheme):
             expected = quantize_parameter(spec, reader.read(spec), scheme)
             assert isinstance(value, Quantized) == isinstance(expected, Quantized)
             if isinstance(value, Quantized):

@@ -29,7 +29,14 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-REASONS = {"installs", "needs a network", "needs a server", "sets everything up", "takes minutes"}
+REASONS = {
+    "installs",
+    "needs a network",
+    "needs a server",
+    "needs several devices",
+    "sets everything up",
+    "takes minutes",
+}
 SHOWN_ONLY = {"text", "json", "toml"}
 
 

@@ -1,13 +1,10 @@
 """The scan split over devices equals the scan on one."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from meshes import run_programs
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
@@ -43,21 +40,6 @@ for spec in specs:
     split, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
     np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-5)
 assert len(jax.devices()) == 8
-"""
-# All in one process of their own: the number of devices is fixed when JAX starts.
-RUNNER = """
-import json, sys, traceback
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-
-failures = {}
-programs = json.load(sys.stdin)
-for name, program in programs.items():
-    try:
-        exec(compile(program, name, "exec"), {})
-    except Exception:
-        failures[name] = traceback.format_exc()
-print(json.dumps(failures))
 """
 SETTING = """
 import jax
@@ -274,16 +256,7 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """The programs that failed, with their tracebacks."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps({name: SETTING + program for name, program in PROGRAMS.items()}),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_programs({name: SETTING + program for name, program in PROGRAMS.items()})
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -36,7 +36,7 @@ def test_one_compilation(
     optimizer = recurrentgemma.OptimizerOptions(name=name)
     model = recurrentgemma.Griffin(config)
     state = recurrentgemma.create_train_state(model, params, optimizer=optimizer, lora=lora)
-    update: Any = compiled("cpu").update
+    update: Any = compiled(state.parameters, state.optimizer_state).update
     update.clear_cache()
     for _ in range(2):
         state, _ = recurrentgemma.train_step(state, BATCH)

@@ -1,106 +1,236 @@
-"""A model split over processes: each has its part, and together they load and save it."""
+"""A model split over processes: each has its part, and together they compute what one does.
 
-from pathlib import Path
+HYPOTHESIS_PROFILE=long runs the whole grid, also on four processes.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tokenizers
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import numpy as np
+import sharded
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from cases import make_config
+from processes import Processes
+from sharded import CONFIG, OPTIONS, PARAMS, STRATEGIES
+from sweeps import sweep
+from trainers import make_batch
 
-from recurrentgemma.common.errors import DestinationError, MismatchError, TokenizerError
-from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma.torch import Griffin, load_checkpoint, load_tokenizer, save_checkpoint
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.torch import (
+    Griffin,
+    GriffinConfig,
+    LoraOptions,
+    create_train_state,
+    layout_of,
+    load_checkpoint,
+    loss_fn,
+)
 from recurrentgemma.torch.sharding import shard
 from tolerances import assert_close
 
-TOKENS = np.arange(1, 13)[None]
-POSITIONS = np.arange(12)[None]
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is without distributed")
+
+BATCHES = [make_batch(CONFIG, seed, rows=4) for seed in range(3)]  # packed and padded rows
+GRID = [(options, mesh) for mesh in STRATEGIES for options in OPTIONS]
+SHORT = [*((options, "fsdp=2") for options in OPTIONS), ("adamw", "data=2")]
 
 
-def check(rank: int, world: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
-    whole = load_checkpoint(dtype=torch.float32)
-    sharded = load_checkpoint(dtype=torch.float32, sharding=mesh)
-    kept = 0
-    parameters = whole.state_dict()
-    for name, part in sharded.state_dict().items():
-        assert isinstance(part, DTensor)
-        local = part.to_local()
-        kept += local.untyped_storage().nbytes()
-        assert torch.equal(part.full_tensor(), parameters.pop(name))
-    assert not parameters
-    total = sum(p.nbytes for p in whole.parameters())
-    assert kept <= total / world * 1.01  # where a size is odd, one process has a row more
-    with torch.no_grad():
-        logits, _ = sharded(TOKENS, POSITIONS)
-        expected, _ = whole(TOKENS, POSITIONS)
-    assert torch.equal(logits, expected)
-    check_gradients(sharded, whole, rank)
-    with pytest.raises(ValueError, match="either a device or a sharding"):
-        load_checkpoint(device="cpu", sharding=mesh)
-    check_saving(sharded, whole, rank, Path(store).with_name("saved"))
-    dist.destroy_process_group()
+class Pools(dict[int, Processes]):
+    """Groups of processes, by how many they are."""
+
+    def __missing__(self, count: int) -> Processes:
+        self[count] = Processes(count)
+        return self[count]
 
 
-def check_gradients(sharded: Griffin, whole: Griffin, rank: int) -> None:
-    """Blocks are computed again from the parameters that are gathered again."""
-    assert sharded.gradient_checkpointing
-    whole.gradient_checkpointing = False
-    for model, scale in ((sharded, rank + 1), (whole, 1.5)):  # FSDP takes the processes' mean
-        (scale * model(TOKENS, POSITIONS)[0].square().mean()).backward()
-    for name, parameter in whole.named_parameters():
-        part = sharded.get_parameter(name).grad
-        assert isinstance(part, DTensor)
-        assert parameter.grad is not None
-        gradient = part.full_tensor().numpy()
-        assert_close(gradient, parameter.grad.numpy(), "gradient", "float32", name=name)
-        assert gradient.any()
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    for pool in pools.values():
+        pool.stop()
 
 
-def check_saving(sharded: Griffin, whole: Griffin, rank: int, folder: Path) -> None:
-    tokenizer = load_tokenizer()
-    save_checkpoint(folder, sharded, tokenizer)
-    saved = load_checkpoint(folder).state_dict()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(saved.pop(name), tensor)
-    assert not saved
-    before = sorted(path.name for path in folder.parent.iterdir())
-    error = DestinationError if rank == 0 else RuntimeError
-    with pytest.raises(error, match="DestinationError: .*force=True" if rank else "force=True"):
-        save_checkpoint(folder, sharded, tokenizer)
-    if rank == 0:  # which by the time another looks may be writing again
-        assert sorted(path.name for path in folder.parent.iterdir()) == before
-    save_checkpoint(folder, sharded, tokenizer, force=True)
-    check_refusing(sharded, rank, folder.with_name("refused"))
+def test_a_checkpoint_is_read_in_parts_and_saved_as_a_whole(pools, tmp_path) -> None:
+    pools[2].run(sharded.check_loading, tmp_path / "saved")
 
 
-def check_refusing(sharded: Griffin, rank: int, folder: Path) -> None:
-    """No process waits for another where what is to be saved is wrong."""
-    pieces = ["<bos>", "<eos>", *map(str, range(2047))]
-    vocab = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "0")
-    large = Tokenizer(tokenizers.Tokenizer(vocab))
-    with pytest.raises(RuntimeError if rank else TokenizerError, match="and the vocabulary 2048"):
-        save_checkpoint(folder, sharded, large)
-    sharded.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
-    del sharded.final_norm.scale
-    with pytest.raises(MismatchError, match=r"2 differences") as caught:
-        save_checkpoint(folder, sharded, load_tokenizer())
-    assert "missing final_norm.scale" in str(caught.value)
-    assert "unexpected extra (2,)" in str(caught.value)
-    assert not folder.exists()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_initial_values_are_those_of_one_process(pools, dtype) -> None:
+    torch.manual_seed(7)
+    expected = Griffin(CONFIG, dtype=dtype).state_dict()
+    for values in pools[2].run(sharded.draw, CONFIG, 7, dtype):
+        assert list(values) == list(expected)
+        for name, value in values.items():
+            np.testing.assert_array_equal(value, expected[name].float().numpy(), err_msg=name)
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-def test_sharded(tmp_path) -> None:
-    spawn(check, (2, str(tmp_path / "store")), nprocs=2)
+@pytest.mark.parametrize(("options", "mesh"), sweep(SHORT, GRID))
+def test_three_steps_are_those_of_one_process(pools, options, mesh) -> None:
+    count = int(mesh.partition("=")[2])
+    settings = OPTIONS[options]
+    found, *_ = pools[count].run(sharded.train, CONFIG, PARAMS, mesh, settings, BATCHES)
+    expected = sharded.steps(sharded.state_of(CONFIG, PARAMS, None, settings), BATCHES)
+    sizes, misplaced = found.pop("bytes"), found.pop("misplaced")
+    assert_close(found, expected, "state", "float64")
+    # What FSDP splits by rows though the layout keeps it whole: axes that no mesh axis divides.
+    # The scale of an int8 matrix has a 1 where the matrix may be split.
+    assert all(name.endswith((".kernel.scale", ".w.scale")) for name in misplaced), misplaced
+    state = sharded.state_of(CONFIG, PARAMS, None, settings)
+    parts = 1 if mesh.startswith("data") else count
+    ideal = layout_of(sharded.train_step(state, BATCHES[0])[0]).num_bytes / parts
+    assert max(sizes)[0] <= 1.1 * ideal
+
+
+def test_a_step_sends_blocks_twice_and_gradients_once(pools) -> None:
+    sizes: dict[str, int] = {}
+    for spec in layer_spec(CONFIG):
+        part = ".".join(spec.path.split(".")[:2]) if spec.path.startswith("blocks") else "rest"
+        sizes[part] = sizes.get(part, 0) + 8 * spec.size
+    rest = sizes.pop("rest")
+    for found in pools[2].run(sharded.sent, CONFIG, PARAMS, BATCHES[0]):
+        # A block's weights are gathered again where its activations are computed again.
+        assert sorted(found["_allgather_base_"]) == sorted([rest, *2 * list(sizes.values())])
+        assert sorted(found["_reduce_scatter_base_"]) == sorted([rest, *sizes.values()])
+
+
+def test_loss_fn_gives_the_global_mean_and_the_gradients_of_one_process(pools) -> None:
+    model = sharded.model_of(CONFIG, PARAMS, None)
+    loss, _ = loss_fn(model, BATCHES[0])
+    loss.backward()
+    expected = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    for value, gradients in pools[2].run(sharded.own_loop, CONFIG, PARAMS, BATCHES[0]):
+        assert_close(value, float(loss.detach()), "output", "float64")
+        assert_close(gradients, expected, "gradient", "float64")
+
+
+@pytest.mark.parametrize("options", ["adamw", *sweep([], ["adafactor", "lora q8"])])
+def test_a_saved_state_resumes_on_another_number_of_processes(pools, options, tmp_path) -> None:
+    settings, folder = OPTIONS[options], tmp_path / "state"
+    args = (folder, CONFIG, PARAMS)
+    pools[2].run(sharded.save_after, *args, "fsdp=2", settings, BATCHES[:2])
+    expected, loss = sharded.resume(*args, None, settings, BATCHES[2])
+    assert expected["step"] == 2
+    for count in (2, *sweep((), (4,))):
+        for mesh in (f"fsdp={count}", f"data={count}"):
+            for arrays, found in pools[count].run(
+                sharded.resume, *args, mesh, settings, BATCHES[2]
+            ):
+                assert list(arrays) == list(expected)
+                for name, array in arrays.items():
+                    np.testing.assert_array_equal(array, expected[name], err_msg=name)
+                assert_close(found, loss, "output", "float64")
+
+
+def test_mistakes_are_named_in_every_process(pools, tmp_path) -> None:
+    pools[2].run(sharded.check_mistakes, CONFIG, PARAMS, BATCHES[0], tmp_path / "state")
+
+
+@pytest.fixture
+def run_options(tmp_path) -> list[str]:
+    """A small run of `recurrentgemma train`, without its folder."""
+    texts = [{"text": f"In the beginning there were {n} words, and then more."} for n in range(30)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    config = make_config("RA", vocab_size=2048, width=16, logits_soft_cap=30.0)
+    (tmp_path / "config.json").write_text(config.to_json())
+    text = f"""train --train {tmp_path / "data.jsonl"} --config {tmp_path / "config.json"}
+      --validation-share 0.1 --length 16 --batch-size 3 --steps 4 --evaluate-every 2
+      --checkpoint-every 2 --log-every 1 --sample-tokens 2 --no-plot --framework torch
+      --optimizer sgd --learning-rate 0.1"""
+    return text.split()
+
+
+def test_the_command_trains_on_two_processes_and_resumes_on_one(
+    pools, run_options, tmp_path
+) -> None:
+    out = tmp_path / "run"
+    first, other = pools[2].run(
+        sharded.command, *run_options, "--out", str(out), "--mesh", "fsdp=2"
+    )
+    assert first[0] == other[0] == 0, first[2] + other[2]
+    assert other[1:] == ("", "")
+    assert "step 4/4: loss" in first[2]
+    shutil.rmtree(out / "checkpoints" / "step-0000004")
+    expected = load_checkpoint((out / "model").rename(tmp_path / "expected")).state_dict()
+    code, _, said = sharded.command(*run_options, "--out", str(out), "--resume")
+    assert code == 0, said
+    assert "continuing from" in said
+    found = load_checkpoint(out / "model").state_dict()
+    for name, value in expected.items():
+        assert_close(found[name].numpy(), value.numpy(), "state", "float32", name=name)
+
+
+def test_processes_that_disagree_or_have_no_mesh_are_told(
+    pools, run_options, tmp_path, monkeypatch
+) -> None:
+    args = (*run_options, "--out", str(tmp_path / "run"))
+    results = pools[2].run(sharded.command_with_another_seed, *args, "--mesh", "fsdp=2")
+    for code, _, said in results:
+        assert code == 2
+        assert "--seed is 0 in process 0 and 1 in process 1" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = sharded.command(*args)
+    assert (code, "--mesh fsdp=2 splits the model" in said) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("victim", sweep([0], [0, 1]))
+def test_a_process_killed_in_a_save_loses_nothing(pools, victim, tmp_path) -> None:
+    folder, options = tmp_path / "state", OPTIONS["adamw"]
+    args = (folder, CONFIG, PARAMS)
+    pools[2].run(sharded.save_after, *args, "fsdp=2", options, BATCHES[:1])
+    errors = pools[2].run(sharded.die_in_a_save, *args, victim, deaths=1)
+    assert errors[victim] is None
+    assert "Error" in errors[1 - victim]
+    arrays, _ = sharded.resume(*args, None, options, BATCHES[0])
+    assert arrays["step"] == 1
+    sharded.save_after(*args, None, options, BATCHES[:2])
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert sharded.resume(*args, None, options, BATCHES[0])[0]["step"] == 2
+
+
+@pytest.fixture
+def fake_mesh() -> Iterator[Any]:
+    """Makes meshes of many processes, of which only the first is here."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def make(count: int):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+        return init_device_mesh("cpu", (count,), mesh_dim_names=("fsdp",))
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("preset", [Preset.RECURRENT_GEMMA_2B_V1, *sweep([], ["GRIFFIN_PAPER_7B"])])
+def test_every_process_keeps_its_share(fake_mesh, preset) -> None:
+    config = GriffinConfig.from_preset(Preset(preset))
+    for count in (2, 4, 6, 8):
+        model = Griffin(config, device="meta", dtype=torch.bfloat16)
+        shard(model, fake_mesh(count))
+        parts: Any = model.parameters()
+        kept = sum(part.to_local().nbytes for part in parts)
+        assert kept <= 1.02 * 2 * num_parameters(config) / count, count
+
+
+def test_the_layout_of_a_state_is_printed(fake_mesh) -> None:
+    model = Griffin(CONFIG, device="meta", dtype=torch.float32)
+    shard(model, fake_mesh(2))
+    state = create_train_state(model.to_empty(device="cpu"), lora=LoraOptions(rank=2))
+    lines = str(layout_of(state)).splitlines()
+    assert lines[0].split() == ["array", "count", "shape", "split", "bytes"]
+    assert all(len(line) <= 130 for line in lines)
 
 
 def test_a_version_of_pytorch_that_does_not_split(monkeypatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from recurrentgemma.common.errors import ConfigError, TokenizerError
+from recurrentgemma.common.errors import ConfigError, TokenizerError, UserError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
@@ -221,44 +221,46 @@ class Reader(abc.ABC):
         for spec in self.specs:
             yield spec, self.read(spec)
 
-    def read_as(self, dtype: np.dtype | None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-        """Every parameter, in the order of the layer spec, in the dtype that a model computes with.
-
-        Args:
-          dtype: The dtype of all parameters. If None each keeps its stored dtype; but where the
-            factors of matrix products are stored in several, these are float32, or float64 beside
-            float64.
-        """
-        dtypes = self._computed(dtype)
-        for spec, value in self:
-            yield spec, cast(value, dtypes[spec.path])
-
-    def read_quantized(
-        self, dtype: np.dtype | None, scheme: str | None
+    def read_as(
+        self,
+        dtype: np.dtype | None,
+        scheme: str | None,
+        part: Callable[[ParamSpec, np.ndarray], np.ndarray] | None = None,
     ) -> Iterator[tuple[ParamSpec, np.ndarray | Quantized]]:
-        """`read_as`, with matrices quantised.
+        """Every parameter, in the order of the layer spec, as a model computes with it.
 
         A matrix that is stored in the scheme keeps its bytes; another is quantised from its stored
         values. With adapters it is quantised after they are added.
 
         Args:
-          dtype: The dtype of all other parameters, and of the computation; see `read_as`.
+          dtype: The dtype of the computation, and of all parameters that are not quantised. If None
+            each keeps its stored dtype; but where the factors of matrix products are stored in
+            several, these are float32, or float64 beside float64.
           scheme: The scheme. If None only what is stored quantised is quantised.
+          part: Takes the part of a parameter that is wanted, where a model is split; only its bytes
+            are read where the format maps its file.
 
         Raises:
-          ValueError: The scheme is unknown, or does not fit a matrix; the message names it.
+          ValueError: The scheme is unknown, or does not fit a matrix; the message names it. Or
+            parts are wanted of what is quantised.
           ConfigError: The checkpoint is stored in another scheme.
         """
         dtypes = self._computed(dtype)
         for spec in self.specs:
             value, computed = self.quantized(spec, scheme), dtypes[spec.path]
-            if isinstance(value, Quantized):
+            if not isinstance(value, Quantized):
+                array = np.asarray(value)
+                yield spec, cast(array if part is None else part(spec, array), computed)
+            elif part is None:
                 yield spec, value.replace(dtype=computed.name)
             else:
-                yield spec, cast(np.asarray(value), computed)
+                raise UserError(
+                    f"quantised weights are not split over devices, got {self.path} as "
+                    f"{value.scheme}: load them without a mesh"
+                )
 
     def quantized(self, spec: ParamSpec, scheme: str | None) -> np.ndarray | Stacked | Quantized:
-        """A parameter as `read_quantized` gives it, in its stored dtype."""
+        """A parameter as `read_as` gives it, in its stored dtype."""
         if self.scheme and scheme not in (None, self.scheme):
             raise ConfigError(
                 f"{self.path} is quantised as {self.scheme} already: quantise the checkpoint that "

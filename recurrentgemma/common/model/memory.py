@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.layer_spec import layer_spec, state_spec
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec, state_spec
 from recurrentgemma.common.quantization import stored_bytes
+from recurrentgemma.common.sharding import Mesh, inherited, layout, share
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
 
@@ -58,7 +59,11 @@ class TrainingBytes(NamedTuple):
 
 
 def training_bytes(
-    config: Config, dtype: str, optimizer: OptimizerOptions, lora: LoraOptions | None = None
+    config: Config,
+    dtype: str,
+    optimizer: OptimizerOptions,
+    lora: LoraOptions | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainingBytes:
     """Bytes of training with the optimiser's state in float32.
 
@@ -67,31 +72,44 @@ def training_bytes(
       dtype: The dtype of the parameters in the forward pass.
       optimizer: The optimiser.
       lora: The adapters to train; None trains the model's own parameters.
+      mesh: The mesh that all lies on, if any; the bytes are then those of one device.
     """
     size, trainable = VALUE_BYTES[dtype], trainable_specs(config, lora)
-    trained = _bytes((spec.shape for spec in trainable), _STATE_BYTES)
-    moments = moment_shapes(optimizer, trainable).values()
+    splits = {} if mesh is None else layout(config, mesh, lora)
+    shapes = {spec.path: spec.shape for spec in trainable}
+
+    def kept(moments: Mapping[str, tuple[int, ...]]) -> int:
+        """The bytes of arrays that lie as the parameters do whose paths they have."""
+        if mesh is None:
+            return _bytes(moments.values(), _STATE_BYTES)
+        parts = (
+            math.prod(shape) // share(inherited(splits[path], shape, shapes[path]), mesh)
+            for path, shape in moments.items()
+        )
+        return _STATE_BYTES * sum(parts)
+
+    def base(spec: ParamSpec) -> int:
+        scheme = None if lora is None or spec.table else lora.scheme
+        whole = stored_bytes(spec, size, scheme)
+        return whole if mesh is None else whole // share(splits[spec.path], mesh)
+
+    trained = kept(shapes)
     return TrainingBytes(
-        parameters=_base_bytes(config, size, lora),
+        parameters=sum(map(base, layer_spec(config))),
         trained=0 if lora is None and size == _STATE_BYTES else trained,
         gradients=trained,
-        optimizer=sum(_bytes(shapes.values(), _STATE_BYTES) for shapes in moments),
+        optimizer=sum(map(kept, moment_shapes(optimizer, trainable).values())),
     )
 
 
-def training_table(config: Config, dtype: str) -> dict[str, TrainingBytes]:
+def training_table(
+    config: Config, dtype: str, mesh: Mesh | None = None
+) -> dict[str, TrainingBytes]:
     """`training_bytes` of the usual methods, by name; SGD has no momentum there."""
     return {
-        name: training_bytes(config, dtype, OptimizerOptions(optimizer), lora)
+        name: training_bytes(config, dtype, OptimizerOptions(optimizer), lora, mesh)
         for name, (optimizer, lora) in _METHODS.items()
     }
-
-
-def _base_bytes(config: Config, size: int, lora: LoraOptions | None) -> int:
-    scheme = None if lora is None else lora.scheme
-    return sum(
-        stored_bytes(spec, size, None if spec.table else scheme) for spec in layer_spec(config)
-    )
 
 
 def _bytes(shapes: Iterable[tuple[int, ...]], size: int) -> int:

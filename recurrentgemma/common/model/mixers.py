@@ -32,6 +32,9 @@ class Mixer(Protocol):
     Attributes:
       kind: Its name in JSON; its parameters are under `{kind}_block`.
       cache: The named tuple that holds its state, with the fields of `state`.
+
+    A mixer may have `parts`, a mapping from logical axes to the number of parts, heads say, that
+    one device computes whole; other axes divide anywhere.
     """
 
     kind: ClassVar[str]
@@ -112,6 +115,11 @@ class Recurrent:
     def __post_init__(self) -> None:
         check_positive(self, "width", "gate_blocks", "taps")
         check_divisible(self, "width", "gate_blocks")
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The blocks of the gates, and the channels that pass them."""
+        return {"lru": self.gate_blocks}
 
     def params(self, width: int, variance: float) -> Params:
         for name in ("linear_y", "linear_x"):
@@ -200,6 +208,11 @@ class Attention:
     def turned(self) -> int:
         """Dimensions of a head that turn."""
         return int(self.head_dim * self.rope.share)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The heads."""
+        return {"heads": self.heads, "kv": self.kv_heads}
 
     def params(self, width: int, variance: float) -> Params:
         for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):

@@ -6,7 +6,9 @@ parameter has the same name and the same axes in both frameworks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def is_kernel(path: str) -> bool:
@@ -24,8 +26,8 @@ def to_torch(path: str, value: Any) -> Any:
     return value.swapaxes(-1, -2) if is_kernel(path) else value
 
 
-def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that PyTorch stores, from the shape in the Flax layout; its own inverse."""
+def torch_shape(path: str, shape: tuple[_T, ...]) -> tuple[_T, ...]:
+    """The shape, or what each axis has, in PyTorch's layout from Flax's; its own inverse."""
     return (*shape[:-2], shape[-1], shape[-2]) if is_kernel(path) else shape
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.processes import ALONE, Processes
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.packing import RowStream
 from recurrentgemma.common.training.run_folder import Best, Progress, RunFolder
@@ -99,6 +100,7 @@ class TrainingRun:
         folder: RunFolder,
         observers: Sequence[Observer],
         progress: Progress | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Prepares a run.
 
@@ -110,7 +112,10 @@ class TrainingRun:
           folder: The folder for checkpoints.
           observers: The listeners.
           progress: Where trainer and stream are; at their beginning if None.
+          processes: The processes that train together; all have the whole stream, and each takes
+            its rows of every batch.
         """
+        self._processes = processes
         self._plan, self._trainer, self._stream = plan, trainer, stream
         self._validation, self._folder, self._observers = validation, folder, observers
         self._best = None if progress is None else progress.best
@@ -138,10 +143,11 @@ class TrainingRun:
                 self._evaluate()
             while trainer.step < plan.steps:
                 batches = [self._stream.take(plan.batch_size) for _ in range(plan.accumulation)]
-                metrics = trainer.train_step(batches)
+                metrics = trainer.train_step([self._processes.rows(batch) for batch in batches])
                 self._pending.append((self._describe(batches), metrics))
                 step, last = trainer.step, trainer.step == plan.steps
-                stops = bool(signals) and not last  # a later signal stops the next step
+                number = max(self._processes.everyone(signals[0] if signals else 0))
+                stops = bool(number) and not last  # a later signal stops the next step
                 evaluates = bool(self._validation) and (last or step % plan.evaluate_every == 0)
                 saves = last or stops or step % plan.checkpoint_every == 0
                 if evaluates or saves or step % plan.log_every == 0:
@@ -152,7 +158,7 @@ class TrainingRun:
                     self._save()
                 if stops:
                     assert self._last is not None
-                    raise Interrupted(signals[0], self._last)
+                    raise Interrupted(number, self._last)
 
     def _describe(self, batches: Sequence[Batch]) -> dict[str, Any]:
         places = sum(int((batch.segment_pos >= 0).sum()) for batch in batches)
@@ -190,7 +196,8 @@ class TrainingRun:
         if not self._validation:
             return False
         trainer, plan = self._trainer, self._plan
-        entry = {"step": trainer.step, **trainer.evaluate(self._validation)}
+        own = [self._processes.rows(batch) for batch in self._validation]
+        entry = {"step": trainer.step, **trainer.evaluate(own)}
         texts = trainer.sample(plan.prompts, plan.sample_tokens) if plan.prompts else []
         entry["samples"] = [
             {"prompt": prompt, "text": text}
@@ -205,9 +212,10 @@ class TrainingRun:
         return best
 
     def _save(self) -> None:
-        trainer, folder = self._trainer, self._folder
-        self._last = folder.save(self.progress, trainer.arrays(), trainer.save, trainer.model_size)
-        folder.keep(self._plan.keep, self._best)
+        trainer, folder, processes = self._trainer, self._folder, self._processes
+        arrays = trainer.arrays() if processes.count == 1 else trainer.write_state
+        self._last = folder.save(self.progress, arrays, trainer.save, trainer.model_size)
+        processes.by_first(lambda: folder.keep(self._plan.keep, self._best))
         for observer in self._observers:
             observer.saved(self._last)
         self._logged = time.monotonic()

@@ -4,7 +4,8 @@ run.toml                  every option of the run, and the data's hashes
 train_log.jsonl           a line a step
 validation_log.jsonl      a line an evaluation
 loss.png                  both
-checkpoints/step-0000100  a checkpoint folder; its training/ holds the state to resume from
+checkpoints/step-0000100  a checkpoint folder; its training/ holds the state to resume from: a
+                          file, or a folder that several processes wrote
 best                      a link to the checkpoint with the lowest validation loss; a file with its
                           path where the file system has no links
 model                     the final checkpoint folder
@@ -22,12 +23,14 @@ from typing import NamedTuple
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, DestinationError
-from recurrentgemma.common.io.files import remove_partial, where_supported, whole_folder
+from recurrentgemma.common.io.files import remove_partial, where_supported
 from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
+from recurrentgemma.common.processes import ALONE, Processes
 from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.training.packing import Position
 
 _TRAINING, _STATE, _PROGRESS = "training", "state.safetensors", "progress.json"
+_FOLDER = "state"
 
 
 class Best(NamedTuple):
@@ -56,8 +59,8 @@ class Progress(NamedTuple):
 class RunFolder:
     """The paths of a run, and its checkpoints."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self.path, self._processes = path, processes
         self.options = path / "run.toml"
         self.train_log = path / "train_log.jsonl"
         self.validation_log = path / "validation_log.jsonl"
@@ -86,15 +89,16 @@ class RunFolder:
     def save(
         self,
         progress: Progress,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | Callable[[Path], None],
         save_model: Callable[[Path, Path], None],
         model_size: int,
     ) -> Path:
-        """Writes a checkpoint, whole or not at all.
+        """Writes a checkpoint, whole or not at all; all processes must call this together.
 
         Args:
           progress: How far the run is.
-          arrays: The arrays of the training state.
+          arrays: The arrays of the training state; or a function that all processes call, to write
+            them into the folder that it is given.
           save_model: Writes the model to the folder, and adapters to the file, that it is given.
           model_size: The model's size in bytes.
 
@@ -102,20 +106,25 @@ class RunFolder:
           DiskSpaceError: The disk is, or became, full.
         """
         path = self.checkpoint(progress.step)
-        size = model_size + sum(array.nbytes for array in arrays.values())
-        with whole_folder(path, force=True, size=size) as folder:
+        together = callable(arrays)
+        size = model_size + (0 if together else sum(array.nbytes for array in arrays.values()))
+        with self._processes.folder(path, force=True, size=size) as folder:
             model, training = folder / "model", folder / _TRAINING
-            training.mkdir()
+            training.mkdir(exist_ok=True)
             save_model(model, training / ADAPTERS)
-            for file in model.iterdir():
-                file.rename(folder / file.name)
-            model.rmdir()
-            write_tensors(training / _STATE, arrays, {})
-            (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            if together:
+                arrays(training / _FOLDER)
+            if self._processes.is_first:
+                for file in model.iterdir():
+                    file.rename(folder / file.name)
+                model.rmdir()
+                if not together:
+                    write_tensors(training / _STATE, arrays, {})
+                (training / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         return path
 
-    def load(self, step: int) -> tuple[Progress, dict[str, np.ndarray]]:
-        """How far the run was at a checkpoint, and the arrays of its training state.
+    def load(self, step: int) -> tuple[Progress, dict[str, np.ndarray] | Path]:
+        """How far the run was at a checkpoint, and the arrays of its training state, or its folder.
 
         Raises:
           DamagedError: The checkpoint cannot be read back.
@@ -127,6 +136,8 @@ class RunFolder:
             progress = Progress(
                 done, Position(*position), seconds, None if best is None else Best(*best)
             )
+            if (folder / _FOLDER).is_dir():
+                return progress, folder / _FOLDER
             file = TensorFile(folder / _STATE)
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise DamagedError(f"{folder} cannot be resumed from: {error}") from error

@@ -31,6 +31,7 @@ class Setup(NamedTuple):
       lora: Which adapters to train, if any.
       state_dtype: The dtype of the optimiser's state.
       seed: The seed of everything that begins at random.
+      mesh: The mesh of the twin over which the model is split, if any.
     """
 
     checkpoint: Path | None
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
     lora: LoraOptions | None
     state_dtype: str
     seed: int
+    mesh: Any = None
 
 
 class Trainer:
@@ -55,11 +57,15 @@ class Trainer:
     """
 
     def __init__(self, twin: Twin, setup: Setup) -> None:
-        self._twin, self._tokenizer, device = twin, setup.tokenizer, twin.default_device()
-        if setup.config is None:
-            model = twin.load(setup.checkpoint, setup.dtype, device)
+        self._twin, self._tokenizer = twin, setup.tokenizer
+        if setup.mesh is None:
+            where: dict[str, Any] = {"device": twin.default_device()}
         else:
-            model = twin.init(setup.config, setup.seed, setup.dtype, device)
+            where = {"mesh": setup.mesh}
+        if setup.config is None:
+            model = twin.load(setup.checkpoint, setup.dtype, **where)
+        else:
+            model = twin.init(setup.config, setup.seed, setup.dtype, **where)
         self._state = twin.train_state(
             model,
             gradient_checkpointing=setup.gradient_checkpointing,
@@ -92,8 +98,15 @@ class Trainer:
         del arrays["step"]
         return arrays
 
-    def load(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Restores the arrays that `arrays` returned at a step."""
+    def write_state(self, folder: Path) -> None:
+        """Writes everything that training changes into a folder, from all processes together."""
+        self._twin.training.write_state(folder, self._state)
+
+    def load(self, step: int, arrays: Mapping[str, np.ndarray] | Path) -> None:
+        """Restores the arrays that `arrays` returned at a step, or those in a folder."""
+        if isinstance(arrays, Path):
+            self._state = self._twin.training.load_state(arrays, self._state)
+            return
         arrays = {"step": np.asarray(step), **arrays}
         self._state = self._twin.training.load_state_arrays(self._state, arrays)
 

@@ -17,6 +17,7 @@ from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sampling import choose
+from recurrentgemma.jax.sharding import automatic_mesh, on_mesh
 
 
 class DecodeFunctions(NamedTuple):
@@ -51,6 +52,12 @@ def functions(model: Model) -> DecodeFunctions:
         result: Any = model.apply({"params": params}, **kwargs)
         return result
 
+    def whole(x: Array) -> Array:
+        """On a mesh every device has the result, as every process chooses a token."""
+        if model.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, on_mesh(automatic_mesh(model.mesh)))
+
     def prefill(params, cache, tokens, segment_pos):
         return apply(
             params, tokens=tokens, segment_pos=segment_pos, cache=cache, return_logits=False
@@ -60,13 +67,14 @@ def functions(model: Model) -> DecodeFunctions:
         logits, cache = apply(
             params, tokens=tokens[:, None], segment_pos=segment_pos[:, None], cache=cache
         )
-        return logits[:, 0], cache
+        return whole(logits[:, 0]), cache
 
     @default_promotion
     def score(params, cache, tokens, segment_pos, targets):
         logits, cache = apply(params, tokens=tokens, segment_pos=segment_pos, cache=cache)
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-        return logits, jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], cache
+        logprobs = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+        return whole(logits), whole(logprobs), cache
 
     @default_promotion
     def burst(variant, params, settings, cache, seen, tokens, segment_pos, left, numbers):

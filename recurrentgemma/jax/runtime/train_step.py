@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.typing import Dtype
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from recurrentgemma.common.training.lora import trainable_specs
@@ -21,7 +21,7 @@ from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
 from recurrentgemma.jax.products import dense, promote_dtype
 from recurrentgemma.jax.runtime.axes import automatic, partition
-from recurrentgemma.jax.runtime.compiler import compiler_options
+from recurrentgemma.jax.runtime.compiler import compiler_options, platform_of
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.scan.gates import wide_dtype
@@ -39,13 +39,26 @@ class Functions(NamedTuple):
     update: Callable[..., tuple[dict[str, Array], Any, dict[str, Array]]]
 
 
+def compiled(parameters: Any, optimizer_state: Any = None) -> Functions:
+    """The functions for the devices of these arrays, shared by all training on them.
+
+    A step leaves the arrays split over a mesh with automatic axes as they are.
+    """
+    leaves, tree = jax.tree.flatten((parameters, optimizer_state))
+    places = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+    split = all(isinstance(place, NamedSharding) for place in places)
+    if not split or any(place.mesh.explicit_axes for place in places):
+        return _compiled(platform_of(parameters))
+    return _compiled(platform_of(parameters), tree, places)
+
+
 @functools.lru_cache
-def compiled(platform: str) -> Functions:
-    """The functions for a platform, shared by all training on it."""
+def _compiled(platform: str, tree: Any = None, places: tuple[Any, ...] = ()) -> Functions:
     compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    out = {} if tree is None else {"out_shardings": (*jax.tree.unflatten(tree, places), None)}
     return Functions(
         compile(_trained_total, static_argnums=(0, 1, 2)),
-        compile(_update, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5)),
+        compile(_update, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5), **out),
     )
 
 
@@ -68,7 +81,7 @@ def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
     soft_cap = model.config.model.soft_cap
     targets, weights = jnp.asarray(batch.targets), as_weights(batch.weights)
-    return cross_entropy(hidden, embedding, targets, weights, soft_cap)
+    return cross_entropy(hidden, embedding, targets, weights, soft_cap, mesh=model.mesh)
 
 
 @default_promotion

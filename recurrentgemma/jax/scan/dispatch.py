@@ -30,9 +30,10 @@ from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
+from recurrentgemma.jax.scan.split import split
 from recurrentgemma.jax.scan.tangents import Linear, linear
 from recurrentgemma.jax.scan.xla import Recurrence, XLAScan
-from recurrentgemma.jax.sharding import ShardingSpec, split
+from recurrentgemma.jax.sharding import ShardingSpec
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
 SCAN_TYPES = {

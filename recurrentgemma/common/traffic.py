@@ -1,0 +1,105 @@
+"""What a training step on a mesh sends between devices and computes on each, before it runs.
+
+A block's weights are gathered twice, in the forward pass and where the backward pass computes the
+block again; their gradients are added up once. Bytes are those that one device sends where n
+devices pass parts around a ring: (n - 1) / n of an array that is gathered or scattered, twice that
+of one that is added up on all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.model.memory import VALUE_BYTES, training_bytes
+from recurrentgemma.common.sharding import Mesh, layout, require_fit, strategy
+from recurrentgemma.common.training.optimization import OptimizerOptions
+
+STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor")
+# Products over the width that "tensor" ends with a sum on all devices: those of the outputs, again
+# in the backward pass, and those of the gradients of the inputs.
+_RECURRENT_SUMS, _ATTENTION_SUMS = 2 + 1 + 3, 2 + 1 + 2
+
+
+class Traffic(NamedTuple):
+    """One step of training with AdamW, on each device.
+
+    Attributes:
+      collectives: Bytes that it sends, by kind of collective.
+      memory: Bytes that it holds all the time; activations come on top.
+      operations: Additions and multiplications of its matrix products with the weights.
+    """
+
+    collectives: dict[str, int]
+    memory: int
+    operations: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends."""
+        return sum(self.collectives.values())
+
+    def seconds(self, operations: float, sent: float) -> float:
+        """The least time of a step, with computing and sending at the same time.
+
+        Args:
+          operations: Operations that a device does in a second, at its peak.
+          sent: Bytes that a device sends in a second, at its peak.
+        """
+        return max(self.operations / operations, self.sent / sent)
+
+
+def traffic(config: Config, mesh: Mesh, rows: int, length: int, dtype: str = "bfloat16") -> Traffic:
+    """What one step on `rows` rows of `length` tokens takes.
+
+    Args:
+      config: The model.
+      mesh: The mesh, of "data", "fsdp" and "tensor".
+      rows: Rows of the whole batch.
+      length: Tokens of a row.
+      dtype: The dtype of the computation.
+
+    Raises:
+      ValueError: The mesh does not fit the model or the batch.
+    """
+    strategy(mesh, STRATEGIES)
+    require_fit(config, mesh, rows=rows, length=length)
+    size, splits = VALUE_BYTES[dtype], layout(config, mesh)
+    data, fsdp, tensor = (mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    tokens = rows * length // (data * fsdp)
+    sent: Counter[str] = Counter()
+
+    def ring(kind: str, devices: int, values: float, times: float = 1) -> None:
+        if devices > 1:
+            sent[kind] += math.ceil(times * size * values * (devices - 1) / devices)
+
+    for spec in layer_spec(config):
+        here = spec.size // (tensor if "tensor" in splits[spec.path] else 1)
+        ring("all-reduce", data, here, 2)
+        if "fsdp" not in splits[spec.path]:
+            ring("all-reduce", fsdp, here, 2)
+        elif spec.path == "embedder.input_embedding" and splits[spec.path][0] == "fsdp":
+            # The slices go around for the lookup and its gradient, and twice for the loss; their
+            # gradients, which are wide, go all the way around.
+            ring("collective-permute", fsdp, here, 4)
+            sent["collective-permute"] += 4 * here // fsdp * (fsdp - 1)
+            sent["collective-permute"] += 4 * here // fsdp
+        else:
+            ring("all-gather", fsdp, here, 2)
+            ring("reduce-scatter", fsdp, here, 2 if spec.path.startswith("embedder") else 1)
+    model = config.model
+    for layer in model.layers:
+        sums = _RECURRENT_SUMS if layer.mixer.kind == "recurrent" else _ATTENTION_SUMS
+        ring("all-reduce", tensor, tokens * model.width, 2 * sums)
+        if layer.mixer.kind == "attention" and layer.mixer.kv_heads % tensor:
+            ring("all-reduce", tensor, tokens * layer.mixer.kv_heads * layer.mixer.head_dim, 4)
+    ring("all-reduce", tensor, tokens * model.width, 2 * (1 + 4 / size))  # lookup; loss, wide
+    memory = training_bytes(config, dtype, OptimizerOptions(), mesh=mesh).total
+    # 2 forward, 2 again, 4 backward; the table has no second forward pass unless it goes around.
+    table = model.vocab_size * model.width
+    again = 2 if splits["embedder.input_embedding"][0] == "fsdp" else 0
+    each = 8 * (num_parameters(config) - table) + (6 + again) * table
+    return Traffic(dict(sent), memory, each * tokens // tensor)

@@ -1,0 +1,32 @@
+"""What a training step on a mesh is said to send and to compute."""
+
+import pytest
+
+from recurrentgemma.common.model.families import config_from_preset
+from recurrentgemma.common.model.layer_spec import num_parameters
+from recurrentgemma.common.traffic import traffic
+
+TWO_B = config_from_preset("RECURRENT_GEMMA_2B_V1")
+
+
+def test_each_kind() -> None:
+    count = num_parameters(TWO_B)
+    data = traffic(TWO_B, {"data": 8}, 64, 2048)
+    assert data.collectives.keys() == {"all-reduce"}
+    assert data.sent == pytest.approx(2 * 2 * count * 7 / 8, rel=1e-6)
+    fsdp = traffic(TWO_B, {"fsdp": 8}, 64, 2048)
+    assert fsdp.collectives.keys() == {"all-gather", "reduce-scatter", "collective-permute"}
+    assert fsdp.memory == pytest.approx(data.memory / 8, rel=0.01)
+    assert fsdp.operations / data.operations == pytest.approx(1.06, rel=0.01)  # the ring's logits
+    assert traffic(TWO_B, {"fsdp": 8}, 64, 8192).sent == fsdp.sent  # whatever the tokens
+    tensor = [traffic(TWO_B, {"tensor": 5}, 8, length).sent for length in (512, 1024)]
+    assert tensor[1] == pytest.approx(2 * tensor[0], rel=1e-6)
+    assert data.seconds(1e15, 1e30) == data.operations / 1e15
+    assert data.seconds(1e30, 1e9) == data.sent / 1e9
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"one of data, fsdp, tensor, .* which is sequence"):
+        traffic(TWO_B, {"sequence": 4}, 8, 512)
+    with pytest.raises(ValueError, match=r"divisible by data \* fsdp = 8, got 4"):
+        traffic(TWO_B, {"fsdp": 8}, 4, 512)

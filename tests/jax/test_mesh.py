@@ -1,0 +1,192 @@
+"""A model on a mesh of eight devices computes what it does on one, and each has its part."""
+
+import pytest
+
+pytest.importorskip("jax.numpy", reason="jax is not installed")
+from meshes import run_programs
+
+SETTING = """
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp
+import numpy as np
+from meshes import MESHES, difference, make_batch, mesh_config, trained
+from recurrentgemma.jax import Model, create_train_state, init_params, make_mesh, train_step
+"""
+# Each strategy once; scripts/sharding_grid.py has all methods with each.
+TRAINING = """
+from recurrentgemma.jax.training import layout_of
+cases = zip(("adamw", "adafactor", "sgd", "lora on int8"), MESHES, ("packed", "padded") * 2)
+for method, mesh, kind in cases:
+    state, metrics = trained(method, kind, mesh)
+    found = difference((state, metrics), trained(method, kind, None))
+    assert found <= 1e-10, (method, mesh, kind, found)
+    layout = layout_of(state)
+    assert not layout.misplaced, layout
+    if mesh == "fsdp=8":
+        kept = {name: p for name, p in layout.items() if name.startswith("parameters.")}
+        whole = sum(np.prod(p.shape) * np.dtype(p.dtype).itemsize for p in kept.values())
+        assert sum(p.num_bytes for p in kept.values()) <= 1.02 * whole / 8
+"""
+PROGRAM = """
+import math, re
+from recurrentgemma.common.traffic import traffic
+from recurrentgemma.jax.runtime.train_step import compiled
+from recurrentgemma.jax.training import _placed_batch, _stacked
+from recurrentgemma.common.training.batch import Batch
+
+def program(mesh):
+    made = mesh and make_mesh(mesh)
+    model = Model(mesh_config(), mesh=made)
+    state = create_train_state(model, init_params(model.config, 0, "float64", mesh=made))
+    batch = Batch(*(np.asarray(z)[None] for z in make_batch("packed", 0)))
+    batch = _placed_batch(model, batch)
+    args = (model, state.optimizer, None, state.dtype, state.parameters, state.optimizer_state)
+    update = compiled(state.parameters, state.optimizer_state).update
+    return update.lower(*args, None, batch, 0.1).compile()
+
+def gathered(text):
+    "The shapes that all-gathers give."
+    results = re.findall(r"= (.*?) all-gather(?:-start)?\\(", text)
+    return [tuple(map(int, dims.split(","))) for r in results
+            for dims in re.findall(r"\\w+\\[([\\d,]+)\\]", r)]
+
+alone = program(None).cost_analysis()["flops"]
+weights = {tuple(sorted(d for d in p.shape if d > 1)) for p in
+           jax.tree.leaves(init_params(mesh_config(), 0))}
+for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
+    made = program(mesh)
+    found = gathered(made.as_text())
+    # What is gathered is a weight, or a part that "tensor" leaves; the batch has 8 rows, 24 steps.
+    assert not [s for s in found if 24 in s or 192 in s], (mesh, found)
+    assert (256, 32) not in found, mesh  # the table
+    assert bool(found) == ("fsdp" in mesh), mesh
+    if mesh == "fsdp=8":
+        expected = traffic(mesh_config(), {"fsdp": 8}, 8, 24, "float32").collectives
+        sent = 4 * sum(map(math.prod, found)) * 7 / 8
+        assert abs(sent / expected["all-gather"] - 1) <= 0.02, (sent, expected)
+    if mesh == "data=8":
+        assert made.cost_analysis()["flops"] * 8 <= 1.25 * alone, (made.cost_analysis(), alone)
+"""
+LOSS = """
+from jax.extend import core
+from recurrentgemma.jax.loss import cross_entropy
+
+def operations(jaxpr):
+    "Multiplications of all matrix products, on one device, loops counted."
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (left, _), _ = eqn.params["dimension_numbers"]
+            contracted = np.prod([eqn.invars[0].aval.shape[i] for i in left])
+            total += contracted * eqn.outvars[0].aval.size
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            total += times * operations(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+x, table = rng.normal(size=(8, 6, 4)), rng.normal(size=(64, 4))
+targets, weights = rng.integers(64, size=(8, 6)), rng.uniform(size=(8, 6))
+
+def gradients(mesh, x, table):
+    loss = lambda x, table: cross_entropy(x, table, targets, weights, 5.0, 12, mesh)
+    return jax.value_and_grad(loss, (0, 1))(x, table)
+
+alone = operations(jax.make_jaxpr(lambda *z: gradients(None, *z))(x, table).jaxpr)
+assert alone == 3 * 48 * 64 * 4
+expected = gradients(None, x, table)
+for mesh in ("data=8", "tensor=4", "fsdp=2,tensor=4", "fsdp=8"):
+    made = make_mesh(mesh)
+    run = jax.jit(lambda *z: gradients(made, *z))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+                 run(x, table), expected)
+    found = operations(jax.make_jaxpr(lambda *z: gradients(made, *z))(x, table).jaxpr)
+    extra = 4 / 3 if mesh == "fsdp=8" else 1  # the ring computes logits twice
+    assert found * made.size == extra * alone, (mesh, found, alone)
+"""
+STATES = """
+import tempfile
+from recurrentgemma.jax.training import load_state, save_state, state_arrays, load_state_arrays
+folder = tempfile.mkdtemp() + "/state"
+state, _ = trained("adamw", "packed", "fsdp=2,tensor=4", steps=1)
+save_state(folder, state)
+try:
+    save_state(folder, state)
+    raise AssertionError
+except ValueError as error:
+    assert "force=True" in str(error)
+expected = state_arrays(state)
+for mesh in ("fsdp=8", None):
+    other, _ = trained("adamw", "packed", mesh, steps=0)
+    for loaded in (load_state(folder, other), load_state_arrays(other, expected)):
+        found = state_arrays(loaded)
+        assert found.keys() == expected.keys()
+        assert all((found[name] == expected[name]).all() for name in expected)
+        for one, before in zip(*map(jax.tree.leaves, (loaded.parameters, other.parameters))):
+            assert one.sharding == before.sharding
+"""
+SAMPLER = """
+from recurrentgemma.jax import load_checkpoint, load_tokenizer, Sampler
+vocab = load_tokenizer()
+def texts(mesh, rows):
+    model, params = load_checkpoint(dtype="float32", mesh=mesh)
+    sampler = Sampler(model, vocab, params)
+    sampler.engine.prefill_chunks = (4, 1)
+    tokens = sampler(["The river", "A mill", "In spring", "It"][:rows], 3).tokens
+    return [np.asarray(row).tolist() for row in tokens], params
+for mesh, rows in (("fsdp=4", 4), ("fsdp=2,tensor=2", 1)):
+    found, params = texts(make_mesh(mesh), rows)
+    assert found == texts(None, rows)[0]
+    parts = [max(s.data.nbytes for s in leaf.addressable_shards)
+             for leaf in jax.tree.leaves(params)]
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert sum(parts) <= 1.1 * whole / 4, (sum(parts), whole)
+"""
+MISTAKES = """
+import re
+def refused(message, call):
+    try:
+        call()
+    except ValueError as error:
+        assert re.search(message, str(error)), error
+    else:
+        raise AssertionError(message)
+
+from recurrentgemma.jax import load_checkpoint, loss_fn
+from recurrentgemma.jax.training import layout_of
+from recurrentgemma.common.training.batch import Batch
+refused("fsdp.tensor, got sequence=8, which is sequence", lambda: make_mesh("sequence"))
+refused("needs 16 devices, there are 8", lambda: make_mesh({"data": 16}))
+mesh = make_mesh("fsdp=8")
+refused("a device, a sharding or a mesh", lambda: load_checkpoint(sharding="replicated", mesh=mesh))
+refused("tensor=8 must divide the number of .* 1, 2 or 4",
+        lambda: init_params(mesh_config(), 0, mesh=make_mesh("tensor=8")))
+state = create_train_state(Model(mesh_config(), mesh=mesh), init_params(mesh_config(), 0))
+assert not layout_of(state).misplaced  # laid out, though the parameters were not
+few = Batch(*(z[:3] for z in make_batch("packed", 0)))
+refused("rows .* divisible by fsdp=8: .* got 3 rows", lambda: train_step(state, few))
+alone = create_train_state(Model(mesh_config()), init_params(mesh_config(), 0))
+refused("a layout needs a model on a mesh", lambda: layout_of(alone))
+"""
+PROGRAMS = {
+    "training": TRAINING,
+    "compiled program": PROGRAM,
+    "loss": "rng = np.random.default_rng(0)" + LOSS,
+    "states": STATES,
+    "sampler": SAMPLER,
+    "mistakes": MISTAKES,
+}
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """The programs that failed, with their tracebacks."""
+    return run_programs({name: SETTING + program for name, program in PROGRAMS.items()})
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_meshes(failures: dict[str, str], name: str) -> None:
+    assert name not in failures, failures[name]
