@@ -275,7 +275,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
             places = torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_pos)
             return torch.func.functional_call(model, {name: table}, places)[0]
 
-        def loss(table):
+        def loss(table):  # pyright: ignore[reportRedeclaration]
             return torch.func.functional_call(Loss(), {f"model.{name}": table}, ())
 
     def all_of_them(table):
@@ -291,6 +291,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
 
         with forward_ad.dual_level():  # the older way, without torch.func
             dual = loss(forward_ad.make_dual(table, direction))
-            tangent = forward_ad.unpack_dual(dual).tangent.detach()
-        assert_close(float(tangent), found[1], "gradient", "float64")
+            tangent = forward_ad.unpack_dual(dual).tangent
+        assert tangent is not None
+        assert_close(float(tangent.detach()), found[1], "gradient", "float64")
     return found
