@@ -44,8 +44,7 @@ def cross_entropy(
 @cross_entropy.defjvp
 @default_promotion
 def _jvp(soft_cap, chunk_size, primals, tangents):
-    inputs = (*primals, soft_cap, chunk_size)
-    loss, gradients = _run(*inputs, gradients=True)
+    loss, gradients = _run(*primals, soft_cap, chunk_size, gradients=True)
     dhidden, dembedding, _, dweights = tangents
     return loss, linear(_ALONG, _SCALED, gradients, (dhidden, dembedding, dweights))
 

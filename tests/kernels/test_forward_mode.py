@@ -253,7 +253,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
         def logits(table):
             return model.apply({"params": changed(table)}, batch.tokens, batch.segment_pos)[0]
 
-        def loss(table):
+        def loss(table):  # pyright: ignore[reportRedeclaration]
             return loss_fn(model, changed(table), batch)[0]
     else:
         import torch
@@ -275,7 +275,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
             places = torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_pos)
             return torch.func.functional_call(model, {name: table}, places)[0]
 
-        def loss(table):  # pyright: ignore[reportRedeclaration]
+        def loss(table):
             return torch.func.functional_call(Loss(), {f"model.{name}": table}, ())
 
     def all_of_them(table):
