@@ -64,7 +64,7 @@ def token_ids(value: Any, name: str) -> list[int]:
         if len(rows) != 1:
             raise UserError(f"{name} must be one text, got the token ids of {len(rows)}")
         value = rows[0]
-    values = value.tolist() if hasattr(value, "tolist") else value
+    values = _as_list(value)
     if isinstance(values, bytes | bytearray) or not isinstance(values, Iterable):
         raise UserError(f"{name} must be a str or token ids, got {type(value).__name__}: {value!r}")
     ids = []
@@ -97,10 +97,7 @@ def id_rows(encoding: Mapping[str, Any], name: str) -> list[Any]:
         raise UserError(
             f"{name} must be a str or token ids, or have input_ids, got {dict(encoding)!r}"
         )
-    ids, mask = (
-        value.tolist() if hasattr(value, "tolist") else value
-        for value in (encoding["input_ids"], encoding.get("attention_mask"))
-    )
+    ids, mask = (_as_list(encoding.get(key)) for key in ("input_ids", "attention_mask"))
     if is_token_ids(ids):
         ids, mask = [ids], mask if mask is None else [mask]
     if mask is None:
@@ -110,6 +107,10 @@ def id_rows(encoding: Mapping[str, Any], name: str) -> list[Any]:
         return [[token for token, counts in row if counts] for row in pairs]
     except (TypeError, ValueError):
         raise UserError(f"the attention_mask of {name} must have the shape of input_ids") from None
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_token_ids(value: Any) -> bool:

@@ -253,7 +253,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
         def logits(table):
             return model.apply({"params": changed(table)}, batch.tokens, batch.segment_pos)[0]
 
-        def loss(table):
+        def loss(table):  # pyright: ignore[reportRedeclaration]
             return loss_fn(model, changed(table), batch)[0]
     else:
         import torch
@@ -291,6 +291,7 @@ def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
 
         with forward_ad.dual_level():  # the older way, without torch.func
             dual = loss(forward_ad.make_dual(table, direction))
-            tangent = forward_ad.unpack_dual(dual).tangent.detach()
-        assert_close(float(tangent), found[1], "gradient", "float64")
+            tangent = forward_ad.unpack_dual(dual).tangent
+        assert tangent is not None
+        assert_close(float(tangent.detach()), found[1], "gradient", "float64")
     return found

@@ -17,6 +17,7 @@ import warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
 warnings.filterwarnings("ignore", ".*torch.jit.script_method")
+warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)
 
 import torch
 from functorch.compile import make_boxed_func
