@@ -81,8 +81,8 @@ FrequencyPenalty = Annotated[
 LogitBias = Annotated[
     list[str] | None,
     typer.Option(
-        help="Add B to the logit of a token id; may be repeated.",
-        metavar="ID=B",
+        help="ID=B adds B to the logit of this token id.",
+        metavar="BIAS",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

@@ -179,24 +179,25 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
         asked = make_job(sampler, LONG, 12).rows
         marks = (mark, len(tokens) - 1)
         job = Job(tokens, asked, num_logprobs=1, marks=marks, priority=1)
-        served.submit(job, turns=12)
+        served.submit(job, turns=12 if states is None else 4)
         if crowded:
             for prompt in ("x", LONG, "", "z"):
                 served.submit(make_job(sampler, prompt, 12), turns=1)
         served.finish()
         assert (served.scheduler.counts.preemptions > 0) == crowded
+        assert (served.scheduler.counts.cached_tokens > 0) == (states is not None)
         pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
         return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
 
     cold = logprobs(False)
     assert len(cold) == 12
     assert logprobs(True) == cold
-    for mark in (0, 70, 101):
+    for mark in (101, 0, 70):  # a state after 96 tokens, then the one at the end of the prompt
         other = tokens[: mark + 1] + (7,) * 9
         served = Served(sampler, reproducible=True, states=states)
         served.submit(Job(other, make_job(sampler, "x").rows, marks=(mark,), scored=mark == 70))
         served.finish()
-        assert logprobs(mark == 0, states, mark) == cold
+        assert logprobs(mark == 101, states, mark) == cold
     assert len(states) > 1  # states of beginnings alone: no reply is kept
     assert all(len(node.edge) % 32 in (0, 1) for node in states._used)
 
