@@ -22,13 +22,14 @@ MOST = {None: 0.0, "q8": 0.1, "q4": 1.0, "q4_32": 0.6}  # per cent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bits a byte with quantised weights.")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     texts = [file.read_text(encoding="utf-8") for file in sorted(TEXTS.glob("*.txt"))]
     num_bytes = sum(len(text.encode()) for text in texts)
     table = Table("twin", "scheme", "bytes of weights", "bits a byte", "more, %")
-    results, within = {"bytes_of_text": num_bytes}, True
+    results: dict[str, object] = {"bytes_of_text": num_bytes}
+    within = True
     for name in ("jax", "torch"):
         twin, plain = find_twin(name), math.nan
         for scheme, most in MOST.items():

@@ -131,7 +131,7 @@ def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path, monkeypatch) -> None:
     """NumPy holds no more than the largest tensor in bfloat16 and a few strips."""
     strip = 1 << 16
     monkeypatch.setattr(quantization, "_STRIP", strip)
-    config = make_config("RA" * 3, width=512, mlp_expanded_width=2048, vocab_size=2048 * 8)
+    config = make_config("RA" * 3, width=512, mlp_expanded_width=2048, vocab_size=2048 * 4)
     dtypes = {spec.path: BFLOAT16 for spec in layer_spec(config)}
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 16).astype(BFLOAT16)
