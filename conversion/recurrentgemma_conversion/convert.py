@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -230,7 +230,8 @@ def _write(
                 list(counts.values())[-1].result()  # so that few parameters are in memory
             parameter, dtype = _parameter(reader, spec, contents), contents.dtypes[spec.path]
             # The scale of a quantised matrix tells: one of NaN or infinity is neither finite.
-            told = (parameter.scale,) if isinstance(parameter, Quantized) else (parameter, dtype)
+            quantized = isinstance(parameter, Quantized)
+            told = (parameter.scale, None) if quantized else (parameter, dtype)
             counts[spec.path] = counter.submit(count_nonfinite, *told)
             return parameter
 
@@ -254,8 +255,9 @@ def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: 
         meter.next(spec.path)
         parameter = _parameter(reader, spec, contents)
         if isinstance(parameter, Quantized):
-            parts, back = parameter.parts, written.quantized(spec, contents.scheme).parts
-            same = all(same_bits(part, back[name]) for name, part in parts.items())
+            back: Any = written.quantized(spec, contents.scheme)
+            parts = parameter.parts.items()
+            same = all(same_bits(part, back.parts[name]) for name, part in parts)
         else:
             same = same_bits(parameter, written.read_parts(spec), contents.dtypes[spec.path])
         if not same:
@@ -288,9 +290,8 @@ def _parameter(
 def _stored_dtypes(contents: Contents, specs: Sequence[ParamSpec]) -> list[str]:
     """What the result stores: its scheme, and the dtypes of what that leaves."""
     left = [spec.path for spec in specs if scheme_for(spec, contents.scheme) is None]
-    return [contents.scheme] * bool(contents.scheme) + sorted(
-        {contents.dtypes[path].name for path in left}
-    )
+    names = sorted({contents.dtypes[path].name for path in left})
+    return names if contents.scheme is None else [contents.scheme, *names]
 
 
 class _Meter:

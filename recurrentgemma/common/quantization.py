@@ -24,8 +24,10 @@ A product with `q8` has two forms, between which `Quantized.integer` chooses:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +164,8 @@ def part_shapes(
             f"{inputs} inputs"
         )
     scales = (*rows, inputs // group)
-    parts = {"": ((*rows, inputs * bits // 8), np.dtype(np.int8 if bits == 8 else np.uint8))}
+    values = np.dtype("int8" if bits == 8 else "uint8")
+    parts: dict[str, tuple[tuple[int, ...], np.dtype]] = {"": ((*rows, inputs * bits // 8), values)}
     parts[".scale"] = (scales, np.dtype(np.float32))
     if bits == 4:
         parts[".zero"] = (scales, np.dtype(np.int8))
@@ -178,14 +181,18 @@ def spec_parts(spec: ParamSpec, scheme: str | None) -> dict[str, tuple[tuple[int
 
 def quantized_bytes(shape: tuple[int, ...], scheme: str = "q8", axis: int = -2) -> int:
     """Bytes of a quantised matrix or stack of this shape."""
-    parts = part_shapes(shape, scheme, axis).values()
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    return _bytes(part_shapes(shape, scheme, axis))
 
 
 def stored_bytes(spec: ParamSpec, size: int, scheme: str | None) -> int:
     """Bytes of a parameter in a model of a scheme, or of so many bytes a value without one."""
-    name = scheme_for(spec, scheme)
-    return quantized_bytes(spec.shape, name, input_axis(spec)) if name else size * spec.size
+    if scheme_for(spec, scheme) is None:
+        return size * spec.size
+    return _bytes(spec_parts(spec, scheme))
+
+
+def _bytes(parts: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
 
 
 def quantize_parameter(spec: ParamSpec, value: Any, scheme: str | None) -> Any:
@@ -220,7 +227,8 @@ def quantize(
     dtype = matrix.dtype.name if matrix.dtype in DTYPES.values() else "float32"
     quantized = Quantized(result[""], result[".scale"], result.get(".zero"), scheme, axis, dtype)
     for index in np.ndindex(tuple(matrix.shape[:-2])):
-        rows = np.asarray(matrix[index])
+        # A matrix at a time, for a stack of files' views, too.
+        rows = np.asarray(functools.reduce(operator.getitem, index, matrix))
         rows = rows if axis == -1 else rows.swapaxes(0, 1)
         step = max(_STRIP // rows.shape[1], 1)
         for start in range(0, len(rows), step):
@@ -233,10 +241,10 @@ def quantize(
 
 def _quantize_groups(groups: np.ndarray, result: Quantized, place: tuple[Any, ...]) -> None:
     """Writes groups of values, [rows, G, K / G], to a place of a result."""
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
     if result.zero is None:
-        scale = np.abs(groups).max(-1) / np.float32(LARGEST)
+        scale = np.maximum(-low, high) / np.float32(LARGEST)
     else:
-        low, high = (np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0))
         scale = (high - low) / np.float32(_MOST)
     result.scale[place] = scale
     if not np.isfinite(scale).all():  # nor are the values: the scale tells

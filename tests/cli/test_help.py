@@ -6,7 +6,7 @@ import pytest
 
 from recurrentgemma.cli.app import COMMANDS, NAME, program
 
-WORD = re.compile(r"[A-Z]+|[a-z0-9-]+(\|[a-z0-9-]+)+")  # a value, or all values
+WORD = re.compile(r"[A-Z]+|[a-z0-9_-]+(\|[a-z0-9_-]+)+")  # a value, or all values
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

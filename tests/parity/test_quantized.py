@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,8 @@ def test_folders(twins: tuple[Backend, Backend], scheme: str, tmp_path: Path) ->
         for path, value in twin.quantized(model).items():
             assert (value.scheme, value.dtype) == (own[path].scheme, "bfloat16")
             for part, array in value.parts.items():
-                np.testing.assert_array_equal(*map(twin.to_numpy, (array, own[path].parts[part])))
+                one, other = map(twin.to_numpy, (array, own[path].parts[part]))
+                np.testing.assert_array_equal(one, other)
 
 
 def test_adapters_on_a_quantised_model(backend: Backend) -> None:
@@ -153,12 +155,28 @@ def test_a_torch_model_is_copied_moved_and_pickled() -> None:
             torch.testing.assert_close(other(*inputs)[0], expected, rtol=0, atol=0)
         other.load_state_dict(model.state_dict())
         narrow = copy.deepcopy(model).to(torch.bfloat16)
-        matrix = narrow.embedder.input_embedding
+        matrix: Any = narrow.embedder.input_embedding
         assert (matrix.dtype, matrix.scale.dtype) == (torch.bfloat16, torch.float32)
         assert narrow.init_cache(1)["blocks.1"].keys.dtype == torch.bfloat16
         assert_close(narrow(*inputs)[0].numpy(), expected.numpy(), "logits", "bfloat16")
     assert "q4_32 [64, 64]" in repr(model.blocks[1])
     assert model.to("meta").embedder.input_embedding.device.type == "meta"
+
+
+def test_bits_per_byte_of_held_out_text(backend: Backend) -> None:
+    """8 bits cost at most 0.1 %, 4 bits 1 %, and in groups of 32 0.6 %."""
+    text = (BUNDLED.parents[2] / "notebooks/texts/emma_22.txt").read_text(encoding="utf-8")[:2500]
+    most = {"q8": 0.001, "q4": 0.01, "q4_32": 0.006}
+
+    def bits(scheme: str | None) -> float:
+        model = backend.twin.load(None, "float32", quantize=scheme)
+        (score,) = backend.twin.sampler(model, load_tokenizer()).score([text])
+        return -float(score.total)
+
+    plain = bits(None)
+    # XLA compiles each scheme.
+    for scheme in most if backend.name == "torch" else ("q8",):
+        assert bits(scheme) < plain * (1 + most[scheme]), scheme
 
 
 def test_an_engine_tells_its_dtype_and_size(backend: Backend) -> None:
