@@ -48,7 +48,7 @@ FAULTS = (
         "keepdim=True) + 10 * self.eps",
         "--dtype bfloat16",
     ),
-    Fault("RMSNorm: scale without its 1", _L, "torch.addcmul(y, y, self", "torch.mul(y, self"),
+    Fault("RMSNorm: scale without its 1", _L, "torch.addcmul(y, y, scale", "torch.mul(y, scale"),
     Fault(
         "RMSNorm: the mean taken off", _L, "y = x32 * rms", "y = (x32 - x32.mean(-1, True)) * rms"
     ),
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     # RG-LRU
     Fault("gates: transposed", _L, "x_hzi, self.w, ", "x_hzi, self.w.mT, "),
-    Fault("gates: no bias", _L, "self.w, self.b[:, None]", "self.w, 0 * self.b[:, None]"),
+    Fault("gates: no bias", _L, "self.w, self.b.unsqueeze(1)", "self.w, 0 * self.b.unsqueeze(1)"),
     Fault(
         "gates: the recurrence gate taken for the input gate",
         "jax/scan/gates.py",
@@ -232,8 +232,8 @@ FAULTS = (
     Fault(
         "decoding: the convolution's state does not move on",
         _L,
-        "state, extended[:, 1:])",
-        "state, extended[:, :-1])",
+        "new_state = extended[:, 1:]",
+        "new_state = extended[:, :-1]",
     ),
     Fault(
         "decoding: the ring's ages off by one",

@@ -150,4 +150,4 @@ def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
     if x.numel() > _FEW * x.shape[-1] or x.dtype == torch.float64:
         return None
     packed = w.pack()
-    return packed and _each(x.bfloat16(), packed, kernels.product4, w.ndim)
+    return None if packed is None else _each(x.bfloat16(), packed, kernels.product4, w.ndim)

@@ -35,6 +35,7 @@ def test_q8_is_the_definition_to_the_bit(
 ) -> None:
     if way != "exact" and not getattr(kernels, f"{way}8_works")():
         pytest.skip(f"this PyTorch or processor has no {way} products of int8")
+    monkeypatch.setattr(kernels, "LEAST_PACKED", 0)
     if way == "exact":
         monkeypatch.setattr(kernels, "plain8_works", lambda: False)
     x, quantized = drawn(shape, "q8")
@@ -61,7 +62,8 @@ def test_four_bits_are_as_exact_as_bfloat16(shape: tuple[int, ...], scheme: str)
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q4", "q4_32"])
-def test_values_outlive_their_packing(scheme: str) -> None:
+def test_values_outlive_their_packing(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LEAST_PACKED", 0)
     x, quantized = drawn((2, 128, 192), scheme)
     w = QuantizedMatrix(quantized.with_parts(lambda part: to_tensor(part.copy())))
     rows = torch.from_numpy(x)

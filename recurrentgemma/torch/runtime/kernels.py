@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recurrentgemma.common import quantization
 
+LEAST_PACKED = 2**21  # int8 values of a matrix; a smaller one stays in the processor's cache
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
 
@@ -34,12 +35,15 @@ def packed_sums8(x: Tensor, packed: Tensor) -> Tensor:
     """x W^T of int8 rows, [M, K], and packed values: the int32 sums, rounded to float32."""
     ones, zeros = _neutral(packed.shape[1])
     scales, output = (1.0, 0), (1.0, 0, torch.float32, "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise(x, *scales, packed, ones, zeros, None, *output)
+    # oneDNN has no fast kernel for one row of few inputs: two cost less.
+    rows = torch.cat([x, x]) if len(x) == 1 else x
+    y = torch.ops.onednn.qlinear_pointwise(rows, *scales, packed, ones, zeros, None, *output)
+    return y[: len(x)]
 
 
 def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
     """The int32 sums with values as they are stored, [N, K]; slower."""
-    return torch._int_mm(x, values.t())
+    return torch._int_mm(x, values.t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 @functools.lru_cache(maxsize=16)
@@ -68,6 +72,10 @@ def _places4(inputs: int) -> Tensor:
     for digit in range(0, size.bit_length(), 4):
         held |= _halves(pack4(places >> digit & 15)).long() << digit
     return held.argsort()
+
+
+def _stored4(values: Any) -> Any:
+    return quantization.pack(values)
 
 
 def _halves(packed: Tensor) -> Tensor:
@@ -172,6 +180,10 @@ class Layout(NamedTuple):
     unpack: Callable[[Any], Tensor]
 
 
+def _is_large(values: Tensor) -> bool:
+    return values.shape[-2] * values.shape[-1] >= LEAST_PACKED
+
+
 def _takes4(values: Tensor, scale: Tensor) -> bool:
     outputs, groups = scale.shape[-2:]
     fits = 2 * values.shape[-1] // groups in _GROUPS and outputs % _OUTPUTS == 0
@@ -181,7 +193,7 @@ def _takes4(values: Tensor, scale: Tensor) -> bool:
 # By the bits of a value.
 LAYOUTS = {
     8: Layout(
-        lambda values, scale: values.is_cpu and packed8_works(),
+        lambda values, scale: values.is_cpu and _is_large(values) and packed8_works(),
         lambda values, scale, zero: pack8(values),
         unpack8,
     ),
@@ -191,6 +203,6 @@ LAYOUTS = {
             pack4(quantization.unpack(values, torch.stack)),
             scales4(scale, zero),
         ),
-        lambda packed: quantization.pack(unpack4(packed[0])),
+        lambda packed: _stored4(unpack4(packed[0])),
     ),
 }
