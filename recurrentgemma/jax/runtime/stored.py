@@ -50,12 +50,12 @@ def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
       value: An array, which may also be NumPy's, or what it is kept as already.
       copies: Whether other bytes stay behind: then only bfloat16 is worth another form.
     """
-    kept = isinstance(value, Quantized | Rows) or value.dtype not in (jnp.bfloat16, jnp.float32)
-    if kept or not (spec.matrix or spec.table):
+    if isinstance(value, Quantized | Rows) or not (spec.matrix or spec.table):
+        return value
+    large = not copies and value.shape[-2] * value.shape[-1] >= _LARGE
+    if value.dtype != jnp.bfloat16 and not (large and value.dtype == jnp.float32):
         return value
     axis = input_axis(spec)
-    if value.dtype == jnp.float32 and (copies or value.shape[-2] * value.shape[-1] < _LARGE):
-        return value
     return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
 
 
