@@ -78,7 +78,7 @@ def trained(method: str, kind: str, mesh: str | None, steps: int = 3) -> Any:
 
     name, _, base = method.partition(" on ")
     lora = LoraOptions(rank=4, quantize=bool(base)) if name == "lora" else None
-    options = {"momentum": 0.9} if name == "sgd" else {}
+    options: dict[str, Any] = {"momentum": 0.9} if name == "sgd" else {}
     optimizer = OptimizerOptions(
         "adamw" if lora else name, learning_rate=1e-2, weight_decay=0.1, **options
     )

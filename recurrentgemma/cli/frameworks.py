@@ -223,7 +223,7 @@ def load_sampler(
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
-    where = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
+    where: dict[str, Any] = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
     model = twin.load(
         path, dtype, adapter=adapter, quantize=quantize, decoding=mesh is None, **where
     )

@@ -116,12 +116,12 @@ def train(
     resume = resume and folder.options.is_file()
     stored, files = read_toml(folder.options) if resume else ({}, {})
     stored.pop("mesh", None)  # a run may continue on another
-    wanted = merged(given, from_file, stored)
+    chosen = merged(given, from_file, stored)
     if resume:
-        _require_same(folder, TrainOptions(**stored), wanted)
+        _require_same(folder, TrainOptions(**stored), chosen)
     try:
-        mesh, met = _meet(wanted, coordinator, processes, process_id)
-        start = _Start(wanted, files, mesh, met, resume, force)
+        mesh, met = _meet(chosen, coordinator, processes, process_id)
+        start = _Start(chosen, files, mesh, met, resume, force)
         folder = RunFolder(out, met)
         with contextlib.ExitStack() as stack:
             if not resume:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
@@ -92,10 +92,11 @@ def traffic(config: Config, mesh: Mesh, rows: int, length: int, dtype: str = "bf
             ring("reduce-scatter", fsdp, here, 2 if spec.path.startswith("embedder") else 1)
     model = config.model
     for layer in model.layers:
-        sums = _RECURRENT_SUMS if layer.mixer.kind == "recurrent" else _ATTENTION_SUMS
+        mixer: Any = layer.mixer
+        sums = _RECURRENT_SUMS if mixer.kind == "recurrent" else _ATTENTION_SUMS
         ring("all-reduce", tensor, tokens * model.width, 2 * sums)
-        if layer.mixer.kind == "attention" and layer.mixer.kv_heads % tensor:
-            ring("all-reduce", tensor, tokens * layer.mixer.kv_heads * layer.mixer.head_dim, 4)
+        if mixer.kind == "attention" and mixer.kv_heads % tensor:
+            ring("all-reduce", tensor, tokens * mixer.kv_heads * mixer.head_dim, 4)
     ring("all-reduce", tensor, tokens * model.width, 2 * (1 + 4 / size))  # lookup; loss, wide
     memory = training_bytes(config, dtype, OptimizerOptions(), mesh=mesh).total
     # 2 forward, 2 again, 4 backward; the table has no second forward pass unless it goes around.

@@ -80,12 +80,12 @@ _SCALED = Linear(_scaled, _scaled, lambda g, _: g)
 def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, mesh, gradients):
     """The loss, and its gradients for `hidden`, `embedding` and `weights` (or None)."""
     arrays = [jnp.asarray(array) for array in (hidden, embedding, targets, weights)]
+    settings = {"soft_cap": soft_cap, "chunk_size": chunk_size, "gradients": gradients}
+    run: Any = functools.partial(_local, **settings)
     if mesh is None:
-        return _local(*arrays, soft_cap, chunk_size, gradients)
-    split = table_split(mesh, *embedding.shape, hidden.shape[0])
-    run = functools.partial(
-        _local, soft_cap=soft_cap, chunk_size=chunk_size, gradients=gradients, split=split
-    )
+        return run(*arrays)
+    split = table_split(mesh, embedding.shape[0], embedding.shape[1], hidden.shape[0])
+    run = functools.partial(run, split=split)
     rows, table = split.rows, split.table
     return jax.shard_map(
         run,
@@ -152,7 +152,9 @@ def _local(
         dtable, (dx, nll) = lax.scan(step, start, xs)
     else:
         log_sum, right = _ring_sums(ring, table, xs, logits)
-        nll, dx, dtable = log_sum - right, None, None
+        dx: Any = None
+        dtable: Any = None
+        nll = log_sum - right
         if gradients:
             dx, dtable = _ring_gradients(ring, table, xs, log_sum, logits, wide)
             dx = dx.astype(hidden.dtype)
@@ -240,8 +242,8 @@ def _ring_gradients(
     def body(carry: tuple[Array, Array], table: Array, first: Array) -> tuple[Array, Array]:
         def step(dtable, x):
             chunk, log_sum_c, dx_cd = x
-            values = (*logits(chunk, table), log_sum_c)
-            added_cd, added = _gradients(chunk, table, first, *values, wide)
+            logits_cv, slope_cv = logits(chunk, table)
+            added_cd, added = _gradients(chunk, table, first, logits_cv, slope_cv, log_sum_c, wide)
             return dtable + added, dx_cd + added_cd
 
         dx, dtable = carry

@@ -90,7 +90,7 @@ def _places(init: Any, parameters: Arrays) -> Any:
     first = next(iter(parameters.values()))
 
     def place(path: Any, leaf: Any) -> Any:
-        keys = [getattr(entry, "key", None) for entry in path]
+        keys: list[Any] = [getattr(entry, "key", None) for entry in path]
         owner = next((parameters[key] for key in keys if key in parameters), None)
         return place_beside(first, ()) if owner is None else place_beside(owner, leaf.shape)
 

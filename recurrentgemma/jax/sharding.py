@@ -229,7 +229,7 @@ def put_part(part: Any, place: NamedSharding, shape: tuple[int, ...]) -> Array:
     begins = [kept.start for kept in local_slices(place, shape)]
     dtype = jax.dtypes.canonicalize_dtype(part.dtype)
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:
         bounds = (i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
         moved = (slice(i - b, j - b) for (i, j), b in zip(bounds, begins, strict=True))
         return np.asarray(part[tuple(moved)], dtype)

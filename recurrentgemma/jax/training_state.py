@@ -132,6 +132,7 @@ def layout_of(state: TrainState) -> StateLayout:
             if path in shapes:
                 yield name, path, array
         for spec in layer_spec(model.config) if state.base is not None else ():
+            assert state.base is not None
             leaf = get_path(state.base, spec.path)
             parts = leaf._asdict() if hasattr(leaf, "_asdict") else {"": leaf}
             for part, array in parts.items():

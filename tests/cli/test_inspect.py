@@ -169,3 +169,35 @@ def test_a_config_alone_in_either_form(cli, tmp_path):
     done = cli("inspect", tmp_path / "other.json")
     assert done.code == 2
     assert "llama" in done.err
+
+
+def test_a_mesh(cli):
+    """How the parameters lie on it, what a device holds, what a step sends."""
+    options = ("inspect", "--preset", "RECURRENT_GEMMA_2B_V1", "--mesh", "fsdp=4,tensor=2")
+    report = cli(*options, "--memory", "--traffic", "64,2048", "--json").json
+    (table, *_) = report["parameters"]
+    assert table["split"] == ["tensor", "fsdp"]
+    assert table["device_count"] == table["count"] // 8
+    kept = sum(parameter["device_count"] for parameter in report["parameters"])
+    assert report["bytes"]["parameters_a_device"]["float32"] == 4 * kept
+    assert report["bytes"]["training"]["float32"]["adamw"]["total"] == 4 * 4 * kept
+    sent = report["bytes"]["sent_a_step"]["bfloat16"]
+    assert sent["all"] == sum(sent.values()) - sent["all"]
+    done = cli(*options, "--traffic", "64,2048")
+    assert "a device sends, a step" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mesh", "fsdp"), "needs the size of every axis here, as fsdp=4, got 'fsdp'"),
+        (("--mesh", "tensor=3"), "tensor=3 must divide"),
+        (("--traffic", "8,8"), "needs ROWS,TOKENS and --mesh"),
+        (("--mesh", "data=2", "--traffic", "8"), "needs ROWS,TOKENS and --mesh"),
+    ],
+)
+def test_meshes_that_do_not_fit(cli, options, message):
+    done = cli("inspect", *options)
+    assert done.code == 2
+    assert message in done.err

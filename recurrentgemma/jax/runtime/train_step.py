@@ -45,7 +45,7 @@ def compiled(parameters: Any, optimizer_state: Any = None) -> Functions:
     A step leaves the arrays split over a mesh with automatic axes as they are.
     """
     leaves, tree = jax.tree.flatten((parameters, optimizer_state))
-    places = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+    places: Any = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
     split = all(isinstance(place, NamedSharding) for place in places)
     if not split or any(place.mesh.explicit_axes for place in places):
         return _compiled(platform_of(parameters))
@@ -55,7 +55,9 @@ def compiled(parameters: Any, optimizer_state: Any = None) -> Functions:
 @functools.lru_cache
 def _compiled(platform: str, tree: Any = None, places: tuple[Any, ...] = ()) -> Functions:
     compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
-    out = {} if tree is None else {"out_shardings": (*jax.tree.unflatten(tree, places), None)}
+    out: dict[str, Any] = (
+        {} if tree is None else {"out_shardings": (*jax.tree.unflatten(tree, places), None)}
+    )
     return Functions(
         compile(_trained_total, static_argnums=(0, 1, 2)),
         compile(_update, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5), **out),

@@ -94,7 +94,7 @@ def passed(x: Array, axis: str) -> Array:
 
 def lookup(table: Array, tokens: Array, mesh: Mesh) -> Array:
     """The rows of a table [V, D] at tokens [B, T], which are [B, T, D]."""
-    split = table_split(mesh, *table.shape, tokens.shape[0])
+    split = table_split(mesh, table.shape[0], table.shape[1], tokens.shape[0])
 
     def found(table: Array, tokens: Array, first: Array) -> Array:
         local = tokens - first
