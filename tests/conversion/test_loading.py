@@ -266,7 +266,7 @@ def test_devices_and_dtypes_of_jax(make) -> None:
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     assert model.param_dtype == "float32"
     assert {leaf.device for leaf in jax.tree.leaves(params)} == {device}
-    with pytest.raises(ValueError, match="either a device or a sharding"):
+    with pytest.raises(ValueError, match="either a device, a sharding or a mesh"):
         load_checkpoint(folder, device=device, sharding="replicated")
 
 

@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 from meshes import TESTS
 
-from recurrentgemma.common.io.tensor_files import TensorFile
-
 PROGRAM = """
 import sys
 import jax
@@ -20,9 +18,10 @@ jax.config.update("jax_num_cpu_devices", 2)
 from recurrentgemma.jax.runtime.processes import join, processes_of
 index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 join(f"127.0.0.1:{port}", 2, index, 120)
-from meshes import make_batch
+from meshes import make_batch, mesh_config
 from recurrentgemma.jax import (
-    load_checkpoint, load_parameters, load_tokenizer, make_mesh, save_checkpoint, save_parameters
+    Model, init_params, load_checkpoint, load_parameters, load_tokenizer, make_mesh,
+    save_checkpoint, save_parameters,
 )
 from recurrentgemma.jax import training
 
@@ -33,7 +32,8 @@ try:
     raise AssertionError
 except ValueError as error:
     assert "--seed is 0 in process 0 and 1 in process 1" in str(error), error
-model, params = load_checkpoint(dtype="float32", mesh=mesh)
+config = mesh_config(vocab_size=2048)
+model, params = Model(config, False, mesh=mesh), init_params(config, 0, mesh=mesh)
 kept = sum(part.data.nbytes for leaf in jax.tree.leaves(params) for part in leaf.addressable_shards)
 assert kept == sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // 2
 
@@ -54,20 +54,16 @@ training.save_state(folder + "/state", state)
 expected = training.state_arrays(state)
 again = training.load_state(folder + "/state", training.create_train_state(model, params))
 assert all((z == expected[name]).all() for name, z in training.state_arrays(again).items())
-loss = training.evaluate(state, [processes.rows(batch)])["loss"]
 if index == 0:
-    import json
-    print(json.dumps([float(metrics["loss"]), loss]))
+    print(float(metrics["loss"]))
 """
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """They train as one process does, and one process reads what they write."""
-    import json
-
     from meshes import make_batch
 
-    from recurrentgemma.jax import load_checkpoint, training
+    from recurrentgemma.jax import Model, init_params, load_checkpoint, training
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,17 +81,17 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [process.returncode for process in running] == [0, 0], [
         err[-3000:] for _, err in outputs
     ]
-    found = json.loads(outputs[0][0].strip().splitlines()[-1])
+    found = float(outputs[0][0].strip().splitlines()[-1])
 
-    model, params = load_checkpoint(dtype="float32")
+    stored, _ = load_checkpoint(tmp_path / "ours")
+    model, params = Model(stored.config, False), init_params(stored.config, 0)
     state = training.create_train_state(model, params)
-    fresh, batch = state, make_batch("packed", 0)
+    state, metrics = training.train_step(state, make_batch("packed", 0))
+    np.testing.assert_allclose(found, float(metrics["loss"]), rtol=1e-5)
+    before = training.state_arrays(state)
     loaded = training.load_state(tmp_path / "state", training.create_train_state(model, params))
-    state, metrics = training.train_step(fresh, batch)
-    expected = [float(metrics["loss"]), training.evaluate(state, [batch])["loss"]]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(training.evaluate(loaded, [batch])["loss"], found[1], rtol=1e-6)
-    assert TensorFile(tmp_path / "ours" / "model.safetensors").tensors
+    for name, array in training.state_arrays(loaded).items():
+        np.testing.assert_allclose(array, before[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
