@@ -11,13 +11,16 @@ POETRY_VENV := .poetry-venv
 POETRY := $(POETRY_VENV)/bin/poetry
 LOCK ?= $(POETRY) lock
 
+# Clients of the server, whose requirements need not agree with ours.
+CLIENTS := .clients-venv
+
 # A stamp tells what the environment holds, so that a second run installs nothing.
 STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs notebooks mutation tpu gemma tiny tiny-chat lock clean
+.PHONY: help demo test lint docs notebooks mutation clients tpu gemma tiny tiny-chat lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -42,6 +45,10 @@ notebooks: $(STAMP)-test ## run the notebooks, and store them with their outputs
 
 mutation: $(STAMP)-test ## apply faults to the twins one at a time: do tests and parity see each?
 	$(BIN)/python scripts/mutation.py
+
+clients: $(STAMP)-test $(CLIENTS)/.installed ## run LangChain, llm, lm-eval and a browser against the server
+	CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest \
+	  tests/serve/test_clients.py tests/serve/test_other_clients.py tests/serve/test_page.py
 
 tpu: $(STAMP)-tpu ## compile the Pallas kernels for TPUs, without one
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/jax/test_ahead_of_time.py
@@ -68,7 +75,7 @@ lock: $(POETRY_VENV)/.installed ## write poetry.lock and constraints.txt from py
 	$(POETRY) export --all-extras --without-hashes --format constraints.txt --output constraints.txt
 
 clean: ## remove the environments, the caches and what was built
-	rm -rf $(VENV) .ci-venv $(POETRY_VENV) build dist site .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .ci-venv $(CLIENTS) $(POETRY_VENV) build dist site .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -87,6 +94,11 @@ $(STAMP)-full $(STAMP)-test $(STAMP)-dev: $(INPUTS) | $(BIN)/python
 # The TPU's compiler, 210 MB, at the version that the installed JAX asks for.
 $(STAMP)-tpu: $(STAMP)-test
 	$(PIP) install -c constraints.txt "jax[tpu]"
+	@touch $@
+
+$(CLIENTS)/.installed:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --quiet install openai langchain-openai llm "lm-eval[api]"
 	@touch $@
 
 $(POETRY_VENV)/.installed:

@@ -14,6 +14,7 @@ which shares our import name:
 
 "forward" computes the logits of every token. "prefill" computes only what sampling needs, the last
 token's logits and the state, and reads long prompts in chunks of 2048 tokens, if the contender can.
+"jax" decodes like its sampler, which also chooses the tokens: in bursts where a model is small.
 "step compiled" decodes like torch's sampler with `jit_compile`. The training step recomputes
 nothing in the backward pass unless the contender's name says remat. The bound for decoding is the
 time that it takes to read the bytes of the weights.
@@ -79,13 +80,8 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
 
     forward = jax.jit(functools.partial(apply, return_cache=False))
     prefill = jax.jit(functools.partial(apply, last_logits_only=True) if ours else apply)
-    if ours:  # as the sampler does
-        from recurrentgemma.jax.runtime.decode import compiled
-
-        feed = compiled(model, jax.default_backend()).feed
-    else:
-        feed = jax.jit(lambda params, cache, tokens, positions: apply(
-            params, tokens[:, None], positions[:, None], cache), donate_argnums=1)  # fmt: skip
+    feed = jax.jit(lambda params, cache, tokens, positions: apply(
+        params, tokens[:, None], positions[:, None], cache), donate_argnums=1)  # fmt: skip
 
     def loss(params, tokens, positions):
         logits = apply(params, tokens, positions, return_cache=False)[0][:, :-1]
@@ -128,6 +124,27 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
             logits, state["cache"] = feed(params, state["cache"], token, position)
             jax.block_until_ready(logits)
 
+    def as_the_sampler_does():
+        size = engine.long_burst
+        for _ in range(DECODED // size):
+            position = np.full(1, state["position"] + 1, np.int32)
+            left, numbers = np.full(1, DECODED, np.int32), np.ones((size, 1), np.float32)
+            inputs = state["cache"], None, token, position, left, numbers
+            sampled, state["cache"], _ = engine.decode(variant, settings, *inputs)
+            state["position"] += size
+            jax.block_until_ready(sampled)
+
+    if ours:
+        from recurrentgemma.common.generation.requests import RowRequest
+        from recurrentgemma.common.generation.settings import row_settings, variant_of
+        from recurrentgemma.common.generation.stops import Stops
+        from recurrentgemma.common.generation.strategies import Greedy
+        from recurrentgemma.jax.engine import ModelEngine
+
+        engine, rows = ModelEngine(model, params), [RowRequest(DECODED, Greedy(), Stops({}, ()))]
+        variant = variant_of(rows, config.vocab_size, None, False)
+        settings = engine.on_device(row_settings(rows, config.vocab_size))
+
     def train_task():
         value, state["params"] = step(state["params"], train_tokens, train_positions)
         jax.block_until_ready((value, state["params"]))
@@ -136,7 +153,7 @@ def griffin_jax(remat: bool, scan_type: str, ours: bool) -> Tasks:
         "forward": lambda: jax.block_until_ready(forward(params, tokens, positions)),
         "prefill": lambda: jax.block_until_ready(prefill(params, tokens, positions)),
         "long prefill": long_prefill,
-        "decode": decode_task,
+        "decode": as_the_sampler_does if ours else decode_task,
         "train": train_task,
     }
 

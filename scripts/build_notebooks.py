@@ -32,13 +32,9 @@ def read(file: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Runs every cell with this interpreter, in the notebooks' folder.
-
-    Raises:
-      CellExecutionError: A cell raised an error.
-    """
-    client = NotebookClient(
+def client(notebook: nbformat.NotebookNode) -> NotebookClient:
+    """Runs a notebook's cells in its folder."""
+    return NotebookClient(
         notebook,
         timeout=SECONDS,
         resources={"metadata": {"path": str(FOLDER)}},
@@ -46,7 +42,15 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         coalesce_streams=True,
         extra_arguments=["--HistoryManager.enabled=False"],
     )
-    client.execute()
+
+
+def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Runs every cell with this interpreter, in the notebooks' folder.
+
+    Raises:
+      CellExecutionError: A cell raised an error.
+    """
+    client(notebook).execute()
     # Leave out the version of the interpreter.
     notebook.metadata.language_info = {"name": "python", "file_extension": ".py"}
     return notebook

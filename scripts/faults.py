@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "logits: rounded to bfloat16",
         _L,
-        "x, embedding, cap = x.to(wide_dtype(x.dtype)), self",
-        "x, embedding, cap = x, self",
+        "x, cap = x.to(wide_dtype(x.dtype)), self",
+        "x, cap = x, self",
         "--dtype bfloat16",
     ),
     # MLP
@@ -93,8 +93,8 @@ FAULTS = (
     Fault(
         "MLP: ffw_up without bias",
         _L,
-        "if b is None else torch.baddbmm(b.flatten(1, -2), x_czd, self.w)",
-        "",
+        "b = None if self.b is None else self.b.flatten(1, -2)",
+        "b = None",
     ),
     # Recurrent block
     Fault(
@@ -130,10 +130,8 @@ FAULTS = (
         "(age < last_pos)",
     ),
     # RG-LRU
-    Fault("gates: transposed", _L, "x_hzi, self.w)", "x_hzi, self.w.mT)"),
-    Fault(
-        "gates: no bias", _L, "torch.baddbmm(self.b[:, None]", "torch.baddbmm(0 * self.b[:, None]"
-    ),
+    Fault("gates: transposed", _L, "x_hzi, self.w, ", "x_hzi, self.w.mT, "),
+    Fault("gates: no bias", _L, "self.w, self.b[:, None]", "self.w, 0 * self.b[:, None]"),
     Fault(
         "gates: the recurrence gate taken for the input gate",
         "jax/scan/gates.py",

@@ -1,6 +1,7 @@
 """What every test runs under: the CPU, one thread, a compilation cache, checked annotations."""
 
 import functools
+import gc
 import os
 import random
 import signal
@@ -48,6 +49,7 @@ import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from forks import ForkServer  # noqa: E402
 from sweeps import sweep  # noqa: E402
 
 from backends import BACKENDS, TWINS, Backend  # noqa: E402  # imports no twin yet
@@ -142,13 +144,33 @@ def _forget_old_entries() -> None:
             entry.unlink(missing_ok=True)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it every time."""
+    gc.collect()
+    gc.freeze()
+
+
+MOST_MAPS, MOST_MEMORY = 30_000, 2_500_000_000
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs() -> Iterator[None]:
-    """A module's compiled programs go with it: a process may map only so many pieces of memory."""
+    """Modules share compiled programs, as long as these leave enough room.
+
+    A program holds memory and maps pieces of it, and a process may map 65,530 pieces.
+    """
     yield
     jax = sys.modules.get("jax")
-    if jax is not None:
+    if jax is not None and _is_full():
         jax.clear_caches()
+
+
+def _is_full() -> bool:
+    process = Path("/proc/self")
+    if not process.exists():
+        return True
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident > MOST_MEMORY or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +198,15 @@ def _installed(twin: str) -> Backend:
     if twin not in BACKENDS:
         pytest.skip(f"{twin} is not installed")
     return BACKENDS[twin]
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs commands in processes of their own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("forks, to be quick")
+    with ForkServer(tmp_path_factory.mktemp("forks")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from sweeps import LONG, sweep
+from sweeps import sweep
 
 from backends import BACKENDS, TWINS, Backend
 from recurrentgemma.common.model import reference
@@ -31,12 +30,11 @@ SHAPES = [
 ]
 # The same for what is interpreted, which is slow: a program for each shape is built anew in every
 # process, so that the tests share these. Less than a tile of steps and several, whole and cut off;
-# several blocks of channels; and 1000 steps, which are several blocks of time.
+# several blocks of channels, and of time (see `small_tiles`).
 INTERPRETED_SHAPES = sweep(
-    [(3, 1, 96), (3, 7, 96), (1, 16, 2560), (3, 65, 96)],
+    [(3, 1, 96), (3, 7, 96), (1, 16, 640), (3, 19, 96)],
     [(3, 1, 1), (1, 2, 96), (1, 7, 2560), (3, 63, 128), (1, 64, 500), (3, 65, 96), (1, 1000, 1)],
 )
-BFLOAT16_SHAPES = [(3, 7, 96), (3, 65, 96)]
 
 
 class Implementation(NamedTuple):
@@ -49,6 +47,16 @@ class Implementation(NamedTuple):
     def dtype(self) -> str:
         """The widest that it computes in."""
         return self.backend.widest(self.name)
+
+    def steps(self, length: int | str) -> int:
+        """A length; "several" is several tiles, the last one cut off."""
+        if isinstance(length, int):
+            return length
+        return sweep(19, 65) if self.is_interpreted else 65
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.name.startswith(("pallas", "triton"))
 
     def linear_scan(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, ...]:
         return self.backend.linear_scan(*args, implementation=self.name, **kwargs)
@@ -76,15 +84,9 @@ def implementations_and_shapes() -> list[Any]:
 
 
 def _shapes(implementation: Implementation | None) -> list[tuple[int, int, int]]:
-    if implementation is None or not _is_interpreted(implementation):
+    if implementation is None or not implementation.is_interpreted:
         return SHAPES
-    # 1000 steps take Triton's interpreter 30 s: tests/torch/test_triton.py has shorter chunks.
-    several_blocks = [] if LONG or implementation.name == "triton" else [(1, 1000, 1)]
-    return INTERPRETED_SHAPES + several_blocks
-
-
-def _is_interpreted(implementation: Implementation) -> bool:
-    return implementation.name.startswith(("pallas", "triton"))
+    return INTERPRETED_SHAPES
 
 
 def implementations(*twins: str, auto: bool = False) -> list[Any]:
@@ -106,10 +108,9 @@ def implementations(*twins: str, auto: bool = False) -> list[Any]:
     return params
 
 
-@functools.partial(np.vectorize, otypes=[np.float64])
-def float32(value: float) -> np.float32:
+def float32(value: np.ndarray) -> np.ndarray:
     """Rounded to float32, so that no implementation rounds its inputs."""
-    return np.float32(value)
+    return value.astype(np.float32).astype(np.float64)
 
 
 # -------------------------------------------------------------------------------------- linear scan

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from recurrentgemma.common.io.checkpoint import checkpoint_path
 from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, require_scheme, scheme_for, stored_bytes
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, require_utf8
 from recurrentgemma_conversion.names import family_of, layout
@@ -110,6 +111,7 @@ def convert(
     ocdbt: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
     overrides: Overrides = NO_OVERRIDES,
+    quantize: str | None = None,
     allow_nonfinite: bool = False,
     strict: bool = False,
     window_as_published: bool = False,
@@ -130,6 +132,9 @@ def convert(
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A `tokenizer.model` or `tokenizer.json`, if none is beside the weights.
       overrides: What the caller says of the model.
+      quantize: The scheme in which matrices are stored (see `common.quantization`), in our own
+        format. If None a source that is quantised stays so in our own format without a dtype, and
+        is dequantised in any other case.
       allow_nonfinite: Whether NaN and infinity are accepted.
       strict: Whether a checkpoint with other parts than the text model is refused.
       window_as_published: Whether a `huggingface` result states the window as the published
@@ -169,10 +174,19 @@ def convert(
         found = find_tokenizer(reader, tokenizer) if needed or reader.tokenizer else None
         kept = to is reader.format and tokenizer is None  # what goes with the source's tokenizer
         ids = reader.special_ids if kept else {}
+        scheme = _scheme(reader, to, dtype, quantize)
         contents = Contents(
-            reader.config, dtypes, _name(reader), shard_size, found, ocdbt, ids, window_as_published
+            reader.config,
+            dtypes,
+            _name(reader),
+            shard_size,
+            found,
+            ocdbt,
+            ids,
+            window_as_published,
+            scheme,
         )
-        total = sum(spec.size * dtypes[spec.path].itemsize for spec in specs)
+        total = sum(stored_bytes(spec, dtypes[spec.path].itemsize, scheme) for spec in specs)
         with whole_folder(target, force=force, size=total) as folder:
             nonfinite = _write(reader, folder, to, contents, progress)
             if nonfinite and not allow_nonfinite:
@@ -193,7 +207,7 @@ def convert(
             tensors=len(specs),
             values=sum(spec.size for spec in specs),
             bytes=total,
-            dtypes=sorted({dtype.name for dtype in dtypes.values()}),
+            dtypes=_stored_dtypes(contents, specs),
             seconds=time.perf_counter() - started,
             verified=verify,
             nonfinite=nonfinite,
@@ -210,12 +224,15 @@ def _write(
     meter = _Meter("write", reader, contents, tell)
     with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
 
-        def read(spec: ParamSpec) -> np.ndarray | Stacked:
+        def read(spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
             meter.next(spec.path)
             if counts:
                 list(counts.values())[-1].result()  # so that few parameters are in memory
-            parameter, dtype = reader.read_parts(spec), contents.dtypes[spec.path]
-            counts[spec.path] = counter.submit(count_nonfinite, parameter, dtype)
+            parameter, dtype = _parameter(reader, spec, contents), contents.dtypes[spec.path]
+            # The scale of a quantised matrix tells: one of NaN or infinity is neither finite.
+            quantized = isinstance(parameter, Quantized)
+            told = (parameter.scale, None) if quantized else (parameter, dtype)
+            counts[spec.path] = counter.submit(count_nonfinite, *told)
             return parameter
 
         with WRITERS[to](folder, contents) as write:
@@ -230,25 +247,61 @@ def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: 
     _, weights = detect(folder)
     written = READERS[to](weights, NO_OVERRIDES)
     written.require()
-    if written.config != contents.config:
-        raise VerificationError(f"the config reads back as {written.config}")
+    if (written.config, written.scheme) != (contents.config, contents.scheme):
+        raise VerificationError(f"the config reads back as {written.config}, {written.scheme}")
     wrong = []
     meter = _Meter("verify", reader, contents, tell)
     for spec in reader.specs:
         meter.next(spec.path)
-        parameter, reads_back = reader.read_parts(spec), written.read_parts(spec)
-        if not same_bits(parameter, reads_back, contents.dtypes[spec.path]):
+        parameter = _parameter(reader, spec, contents)
+        if isinstance(parameter, Quantized):
+            back: Any = written.quantized(spec, contents.scheme)
+            parts = parameter.parts.items()
+            same = all(same_bits(part, back.parts[name]) for name, part in parts)
+        else:
+            same = same_bits(parameter, written.read_parts(spec), contents.dtypes[spec.path])
+        if not same:
             wrong.append(spec.path)
     meter.next()
     if wrong:
         raise VerificationError(f"these parameters differ when read back: {', '.join(wrong)}")
 
 
+def _scheme(reader: Reader, to: Format, dtype: str | None, wanted: str | None) -> str | None:
+    """The scheme of the result."""
+    if wanted is None:
+        return reader.scheme if to is Format.RECURRENTGEMMA and dtype is None else None
+    if to is not Format.RECURRENTGEMMA:
+        raise DestinationError(
+            f"quantised weights are stored as {Format.RECURRENTGEMMA}, got {to} with {wanted}"
+        )
+    return require_scheme(wanted)
+
+
+def _parameter(
+    reader: Reader, spec: ParamSpec, contents: Contents
+) -> np.ndarray | Stacked | Quantized:
+    """A parameter as it is written, but for a cast."""
+    if contents.scheme is None:
+        return reader.read_parts(spec)
+    return reader.quantized(spec, contents.scheme)
+
+
+def _stored_dtypes(contents: Contents, specs: Sequence[ParamSpec]) -> list[str]:
+    """What the result stores: its scheme, and the dtypes of what that leaves."""
+    left = [spec.path for spec in specs if scheme_for(spec, contents.scheme) is None]
+    names = sorted({contents.dtypes[path].name for path in left})
+    return names if contents.scheme is None else [contents.scheme, *names]
+
+
 class _Meter:
     """Tells how far a phase is."""
 
     def __init__(self, phase: str, reader: Reader, contents: Contents, tell: Tell) -> None:
-        self._sizes = {s.path: s.size * contents.dtypes[s.path].itemsize for s in reader.specs}
+        self._sizes = {
+            spec.path: stored_bytes(spec, contents.dtypes[spec.path].itemsize, contents.scheme)
+            for spec in reader.specs
+        }
         self._phase, self._tell = phase, tell
         self._tensors = self._bytes = 0
 

@@ -10,18 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recurrentgemma.common.errors import CheckpointError, DamagedError, UnknownFormatError
-from recurrentgemma.common.io.checkpoint import CONFIG, checkpoint_path
+from recurrentgemma.common.io.checkpoint import CONFIG, checkpoint_path, read_config
 from recurrentgemma.common.io.checkpoint import load_tokenizer as load_tokenizer_here
 from recurrentgemma.common.io.files import scratch_folder
 from recurrentgemma.common.io.shards import INDEX, WEIGHTS
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.training.adapters import ADAPTERS
 from recurrentgemma.common.vocabulary import TOKENIZER_FILES
 from recurrentgemma_conversion.adapters import open_adapters
 from recurrentgemma_conversion.archive import is_archive, unpack
 from recurrentgemma_conversion.formats import Format
+from recurrentgemma_conversion.names import config_from_fields
 from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
-from recurrentgemma_conversion.readers.base import Reader, read_fields
+from recurrentgemma_conversion.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from recurrentgemma_conversion.peft_reader import PEFT_PICKLE
+from recurrentgemma_conversion.readers.base import Headers, Reader, read_fields
 from recurrentgemma_conversion.readers.gguf import MAGIC, GGUFReader
 from recurrentgemma_conversion.readers.huggingface import EMBEDDING, HuggingFaceReader
 from recurrentgemma_conversion.readers.kaggle_flax import DATABASE, KaggleFlaxReader
@@ -32,7 +37,7 @@ from recurrentgemma_conversion.readers.kaggle_torch import (
 )
 from recurrentgemma_conversion.readers.native import NativeReader, open_tensors
 
-READERS: dict[Format, Callable[[Path, Overrides], Reader]] = {
+READERS: dict[Format, Callable[[Path, Overrides, Headers], Reader]] = {
     Format.KAGGLE_FLAX: KaggleFlaxReader,
     Format.KAGGLE_TORCH: KaggleTorchReader,
     Format.HUGGINGFACE: HuggingFaceReader,
@@ -92,9 +97,10 @@ def open_headers(
     source = checkpoint_path(path)
     if not source.exists():
         raise _nothing_at(path, source)
-    format_, found = detect(source.absolute())
+    headers = Headers()
+    format_, found = detect(source.absolute(), headers)
     if format_ is not None:
-        yield READERS[format_](found, overrides)
+        yield READERS[format_](found, overrides, headers)
         return
     with scratch_folder(scratch or Path(tempfile.gettempdir(), "recurrentgemma")) as folder:
         # In a folder of its own with nothing beside it, under the archive's name.
@@ -102,15 +108,26 @@ def open_headers(
         unpacked.mkdir()
         try:
             unpack(found, unpacked, folder.parent)
-            format_, weights = detect(unpacked)
+            format_, weights = detect(unpacked, headers)
             if format_ is None:
                 raise UnknownFormatError(f"{source} is an archive in an archive")
-            reader = READERS[format_](weights, overrides)
+            reader = READERS[format_](weights, overrides, headers)
             reader.named = lambda path: str(path).replace(str(unpacked), str(found))
             yield reader
         except CheckpointError as error:
             error.args = (str(error).replace(str(unpacked), str(found)),)
             raise
+
+
+def open_config(path: Path) -> Config:
+    """The config in a `config.json` alone, ours or Hugging Face's.
+
+    Raises:
+      ConfigError: It holds none.
+      OtherModelError: It is the config of a model that is not read.
+    """
+    fields = read_fields(path) if path.is_file() else {}
+    return config_from_fields(path, fields) if "model_type" in fields else read_config(path)
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -140,16 +157,17 @@ def _nothing_at(path: object, source: Path) -> UnknownFormatError:
     return UnknownFormatError(f"no checkpoint folder at {source}, nor a file{hint}")
 
 
-def detect(path: Path) -> tuple[Format | None, Path]:
+def detect(path: Path, headers: Headers | None = None) -> tuple[Format | None, Path]:
     """The format of a checkpoint and where its weights are; no format for an archive.
 
-    A training run stands for the model that it ended with.
+    A training run stands for the model that it ended with. What is parsed stays in `headers`.
 
     Raises:
       UnknownFormatError: There is no checkpoint, or several (they are named).
       OtherModelError: The checkpoint holds a model that is not read.
     """
-    path = _named_by(path)
+    path, headers = _named_by(path), headers or Headers()
+    _require_no_adapters(path)
     if (path / _RUN).is_file():
         if not (path / _RUN_MODEL).is_dir():
             raise UnknownFormatError(
@@ -165,9 +183,25 @@ def detect(path: Path) -> tuple[Format | None, Path]:
             f"safetensors it lacks {', '.join(missing)}"
         )
     if len(found) > 1:
-        several = ", ".join(f"{where} ({_format(where) or 'an archive'})" for where in found)
+        formats = [_format(where, headers) or "an archive" for where in found]
+        several = ", ".join(f"{where} ({f})" for where, f in zip(found, formats, strict=True))
         raise UnknownFormatError(f"{path} holds several checkpoints, name one: {several}")
-    return _format(found[0]), found[0]
+    return _format(found[0], headers), found[0]
+
+
+def _require_no_adapters(path: Path) -> None:
+    """Raises `UnknownFormatError` for adapters that stand without a model."""
+    names = (ADAPTERS, PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE)
+    folder = path if path.is_dir() else path.parent
+    here = any((path / name).is_file() for name in names) if path.is_dir() else path.name in names
+    if not here or (folder / CONFIG).is_file() or (folder / _RUN_MODEL).is_dir():
+        return
+    fields = read_fields(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
+    base = fields.get("base_model_name_or_path") or "the model that they were trained on"
+    raise UnknownFormatError(
+        f"{path} holds adapters and no model: give {base} as the checkpoint, and {path} as the "
+        "adapter (--adapter)"
+    )
 
 
 def _named_by(path: Path) -> Path:
@@ -262,7 +296,7 @@ def _is_orbax(path: Path) -> bool:
     return any((path / mark).is_file() for mark in marks) or any(path.glob("*/.zarray"))
 
 
-def _format(path: Path) -> Format | None:
+def _format(path: Path, headers: Headers) -> Format | None:
     """The format of weights; None for an archive.
 
     The config beside safetensors tells whether they are Hugging Face's or ours. Without it neither
@@ -273,14 +307,14 @@ def _format(path: Path) -> Format | None:
     kind = None if path.is_dir() else _kind(path)
     if kind in ("gguf", "archive"):
         return Format.GGUF if kind == "gguf" else None
-    tensors = open_tensors(path).tensors if kind == "pickle" else None
+    tensors = open_tensors(path, headers).tensors if kind == "pickle" else None
     if tensors is not None and not any(name.endswith(EMBEDDING) for name in tensors):
         return Format.KAGGLE_TORCH
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file():
-        fields = read_fields(config)
+        fields = headers.once(read_fields, config)
         return Format.HUGGINGFACE if "model_type" in fields else Format.RECURRENTGEMMA
-    names = list(open_tensors(path).tensors if tensors is None else tensors)
+    names = list(open_tensors(path, headers).tensors if tensors is None else tensors)
     require_no_other(path, names)
     ours = any(name.startswith(("embedder.", "blocks.", "final_norm.")) for name in names)
     return Format.RECURRENTGEMMA if ours else Format.HUGGINGFACE

@@ -45,9 +45,9 @@ python examples/chat_tiny/finish.py runs/chat_tiny/run
 ```
 
 {steps:,} steps of {batch} x {length} tokens, one pass, in {framework} on a CPU ({machine}). AdamW,
-weight decay {decay:g}, learning rate {lr:g} with a warm-up over {warmup} steps and then by half a
-cosine to {floor:g} of it, gradient norm clipped at {clip:g}, {dtype}, seed {seed}. Only the model's
-turns count in the loss.
+weight decay {weight_decay:g}, learning rate {learning_rate:g} with a warm-up over {warmup_steps}
+steps and then by half a cosine to {final_fraction:g} of it, gradient norm clipped at {clip_norm:g},
+{dtype}, seed {seed}. Only the model's turns count in the loss.
 
 ## Measured
 
@@ -85,7 +85,7 @@ The answers to the first {shown} free questions, right or wrong.
 
 
 def model_card(
-    options: Mapping[str, Any],
+    options: dict[str, Any],
     log: Sequence[Mapping[str, Any]],
     counts: Mapping[str, Share],
     free: Share,
@@ -109,30 +109,23 @@ def model_card(
         for question, answer in examples[:SHOWN]
     ]
     austen, bible = (read_file(HERE / f"{name}.toml") for name in ("austen", "bible"))
-    return CARD.format(
-        tokens=sum(entry["read"] for entry in log),
-        austen_people=len(austen["people"].rows),
-        places=len(austen["places"].rows),
-        couples=len(austen["couples"].rows),
-        bible_people=len(bible["people"].rows),
-        deeds=len(bible["deeds"].rows),
-        verses=len(bible["verses"].rows),
-        steps=log[-1]["step"],
-        batch=options["batch_size"] * options["accumulation"],
-        length=options["length"],
-        framework={"jax": "JAX", "torch": "PyTorch"}[options["framework"]],
-        machine=platform.machine(),
-        decay=options["weight_decay"],
-        lr=options["learning_rate"],
-        warmup=options["warmup_steps"],
-        floor=options["final_fraction"],
-        clip=options["clip_norm"],
-        dtype=options["dtype"],
-        seed=options["seed"],
-        rows="\n".join(rows),
-        free_asked=free.asked,
-        free_right=free.right,
-        free_share=free.right / free.asked,
-        shown=min(SHOWN, len(examples)),
-        samples="\n".join(f"| {question} | {answer} |" for question, answer in cells),
-    )
+    values = {
+        "framework": {"jax": "JAX", "torch": "PyTorch"}[options["framework"]],
+        "tokens": sum(entry["read"] for entry in log),
+        "austen_people": len(austen["people"].rows),
+        "places": len(austen["places"].rows),
+        "couples": len(austen["couples"].rows),
+        "bible_people": len(bible["people"].rows),
+        "deeds": len(bible["deeds"].rows),
+        "verses": len(bible["verses"].rows),
+        "steps": log[-1]["step"],
+        "batch": options["batch_size"] * options["accumulation"],
+        "machine": platform.machine(),
+        "rows": "\n".join(rows),
+        "free_asked": free.asked,
+        "free_right": free.right,
+        "free_share": free.right / free.asked,
+        "shown": min(SHOWN, len(examples)),
+        "samples": "\n".join(f"| {question} | {answer} |" for question, answer in cells),
+    }
+    return CARD.format_map(options | values)

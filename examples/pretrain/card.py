@@ -52,9 +52,9 @@ corpus, trains the tokenizer on the training chapters, trains the model with
 
 {steps:,} steps of {batch} x {length} tokens, {epochs:.1f} passes over the training text, took
 {minutes:.0f} minutes in {framework} on a CPU ({machine}). Chapters are cut into rows of {length}
-tokens, each read from a fresh state. {optimizer}, weight decay {decay:g}, learning rate {lr:g}
-with a warm-up over {warmup} steps and then by half a cosine to {floor:g} of it, gradient norm
-clipped at {clip:g}, {dtype}, seed {seed}.
+tokens, each read from a fresh state. {optimizer}, weight decay {weight_decay:g}, learning rate
+{learning_rate:g} with a warm-up over {warmup_steps} steps and then by half a cosine to
+{final_fraction:g} of it, gradient norm clipped at {clip_norm:g}, {dtype}, seed {seed}.
 
 ## Measured
 
@@ -98,7 +98,7 @@ def quoted(prompt: str, text: str) -> str:
 
 def model_card(
     config: Any,
-    options: Mapping[str, Any],
+    options: dict[str, Any],
     log: Sequence[Mapping[str, Any]],
     corpus: Corpus,
     tokens: Mapping[str, int],
@@ -126,40 +126,35 @@ def model_card(
         return sum(len(document.text.encode()) for document in getattr(corpus, part))
 
     parameters = num_parameters(config)
-    return CARD.format(
-        parameters=parameters,
-        width=config.width,
-        mlp=config.mlp_expanded_width,
-        heads=config.num_heads,
-        lru=config.lru_width,
-        window=config.attention_window_size,
-        vocab=config.vocab_size,
-        megabytes=2 * parameters / 1e6,
-        train_chapters=len(corpus.train),
-        valid_chapters=len(corpus.valid),
-        train_bytes=size("train"),
-        valid_bytes=size("valid"),
-        train_tokens=tokens["train"],
-        valid_tokens=tokens["valid"],
-        steps=log[-1]["step"],
-        batch=options["batch_size"] * options["accumulation"],
-        length=options["length"],
-        epochs=sum(entry["read"] for entry in log) / tokens["train"],
-        minutes=log[-1]["seconds"] / 60,
-        framework={"jax": "JAX", "torch": "PyTorch"}[options["framework"]],
-        machine=platform.machine(),
-        optimizer={"adamw": "AdamW", "sgd": "SGD", "adafactor": "Adafactor"}[options["optimizer"]],
-        decay=options["weight_decay"],
-        lr=options["learning_rate"],
-        warmup=options["warmup_steps"],
-        floor=options["final_fraction"],
-        clip=options["clip_norm"],
-        dtype=options["dtype"],
-        seed=options["seed"],
-        columns=" | ".join(NAMES.values()),
-        rule="---|" * len(NAMES),
-        model_rates=row(model_rates),
-        xz_saw_training=row(xz_rates["saw_training"]),
-        xz_alone=row(xz_rates["alone"]),
-        samples="\n\n---\n\n".join(quoted(*pair) for pair in continuations),
-    )
+    values = {
+        "framework": {"jax": "JAX", "torch": "PyTorch"}[options["framework"]],
+        "optimizer": {"adamw": "AdamW", "sgd": "SGD", "adafactor": "Adafactor"}[
+            options["optimizer"]
+        ],
+        "parameters": parameters,
+        "width": config.width,
+        "mlp": config.mlp_expanded_width,
+        "heads": config.num_heads,
+        "lru": config.lru_width,
+        "window": config.attention_window_size,
+        "vocab": config.vocab_size,
+        "megabytes": 2 * parameters / 1e6,
+        "train_chapters": len(corpus.train),
+        "valid_chapters": len(corpus.valid),
+        "train_bytes": size("train"),
+        "valid_bytes": size("valid"),
+        "train_tokens": tokens["train"],
+        "valid_tokens": tokens["valid"],
+        "steps": log[-1]["step"],
+        "batch": options["batch_size"] * options["accumulation"],
+        "epochs": sum(entry["read"] for entry in log) / tokens["train"],
+        "minutes": log[-1]["seconds"] / 60,
+        "machine": platform.machine(),
+        "columns": " | ".join(NAMES.values()),
+        "rule": "---|" * len(NAMES),
+        "model_rates": row(model_rates),
+        "xz_saw_training": row(xz_rates["saw_training"]),
+        "xz_alone": row(xz_rates["alone"]),
+        "samples": "\n\n---\n\n".join(quoted(*pair) for pair in continuations),
+    }
+    return CARD.format_map(options | values)

@@ -71,10 +71,8 @@ def open_batch(source: Path, output: Path, *, force: bool) -> PromptFiles:
 
 def recorded_options(sampling: Sampling, **others: Any) -> dict[str, Any]:
     """What a result depends on, as JSON values by the names of the options."""
-    asked = dataclasses.asdict(sampling)
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):  # no flag sets them
-        del asked[name]
-    return others | {"temperature": 0.0} | asked
+    options = others | {"temperature": 0.0} | dataclasses.asdict(sampling)
+    return json.loads(json.dumps(options))  # lists for tuples, as a file holds them
 
 
 def run_batch(

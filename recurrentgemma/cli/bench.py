@@ -17,9 +17,11 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     MODEL,
     Checkpoint,
+    Compiled,
     DTypeOption,
     Framework,
     FrameworkOption,
+    Quantize,
     choose_framework,
     find_checkpoint,
     load_sampler,
@@ -56,6 +58,8 @@ def bench(
     ] = False,
     framework: FrameworkOption = None,
     dtype: DTypeOption = None,
+    quantize: Quantize = None,
+    compiled: Compiled = False,
     prompt_tokens: Annotated[
         int, typer.Option(min=2, help="Length of each prompt.", metavar="N")
     ] = 2048,
@@ -72,8 +76,6 @@ def bench(
     The times are those of a second run, after one in which everything was compiled.
     """
     from recurrentgemma.common.generation.strategies import Greedy
-    from recurrentgemma.common.io.arrays import DTYPES
-    from recurrentgemma.common.model.layer_spec import layer_spec
 
     if random != (preset is not None):
         raise UserError("--preset NAME and --random go together: a preset has no weights")
@@ -81,16 +83,27 @@ def bench(
     with working(f"Loading with {framework}"):
         if preset is not None:
             name = member(Preset, preset.upper()).name
-            loaded = random_sampler(framework, name, dtype)
+            loaded = random_sampler(framework, name, dtype, quantize, compiled)
         else:
             path, tokenizer = find_checkpoint(checkpoint)
             name = path.name
-            loaded = load_sampler(framework, path, tokenizer, Greedy(), dtype, False)
+            loaded = load_sampler(
+                framework,
+                path,
+                tokenizer,
+                Greedy(),
+                dtype,
+                False,
+                quantize=quantize,
+                compiled=compiled,
+            )
     report: dict[str, Any] = {
         "model": name,
         "framework": framework,
         "device": loaded.device,
         "dtype": loaded.dtype,
+        "quantize": quantize,
+        "compile": compiled or framework is Framework.JAX,
         "batch_size": batch_size,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -98,8 +111,7 @@ def bench(
     with working("Running"):
         report |= measure(loaded.sampler, batch_size, prompt_tokens, new_tokens)
     report["peak_memory_bytes"] = find_twin(framework).memory() or 0
-    specs = layer_spec(loaded.sampler.config)
-    size = sum(spec.size for spec in specs) * DTYPES[loaded.dtype].itemsize
+    size = loaded.sampler.engine.num_bytes
     report["weight_bytes"] = size
     report["weight_bytes_per_second"] = size * report["decode_tokens_per_second"] / batch_size
     with working("Reading memory"):
@@ -126,7 +138,8 @@ def measure(
     sampler: BaseSampler[Any], batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, float]:
     """Times of the second of two runs."""
-    _run(sampler, batch_size, prompt_tokens, 2)
+    bursts = max(sampler.engine.burst, sampler.engine.long_burst) > 1  # each is a program
+    _run(sampler, batch_size, prompt_tokens, new_tokens if bursts else 2)
     first, rest = _run(sampler, batch_size, prompt_tokens, new_tokens)
     step = rest / (new_tokens - 1)
     return {

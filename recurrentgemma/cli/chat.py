@@ -17,9 +17,11 @@ from recurrentgemma.cli.console import working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -29,7 +31,10 @@ from recurrentgemma.cli.frameworks import (
 from recurrentgemma.cli.mistakes import mistake
 from recurrentgemma.cli.sampling_options import (
     END,
+    FrequencyPenalty,
+    LogitBias,
     MinP,
+    PresencePenalty,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -69,6 +74,8 @@ def chat(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     load: Annotated[
         Path | None,
@@ -97,6 +104,9 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = None,
     stop: Stop = None,
     dtype: DTypeOption = None,
@@ -112,7 +122,10 @@ def chat(
         from recurrentgemma.common.generation.conversation import Conversation  # slow, as the rest
         from recurrentgemma.common.io.checkpoint import BUNDLED
 
-        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampling, seed = strategy(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed,
+            presence_penalty, frequency_penalty, logit_bias,
+        )  # fmt: skip
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
         if vocabulary.end_of_turn_id is None:
             raise UserError(
@@ -120,7 +133,16 @@ def chat(
                 f"{_DOWNLOAD!r} gets a model that was"
             )
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, True, allow_control_tokens, adapter
+            framework,
+            path,
+            vocabulary,
+            sampling,
+            dtype,
+            True,
+            allow_control_tokens,
+            adapter,
+            quantize,
+            compiled,
         )
     conversation = Conversation(loaded.sampler, system)
     if load is not None:

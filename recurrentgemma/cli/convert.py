@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recurrentgemma.cli.frameworks import DType, choices
+from recurrentgemma.cli.frameworks import DType, Scheme, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 
@@ -31,14 +31,26 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
     to: Annotated[
-        str,
-        typer.Option(help="The format to write.", metavar=choices(FORMATS), show_default=False),
-    ],
+        str | None,
+        typer.Option(
+            help="The format to write. With --quantize it may be left out: recurrentgemma.",
+            metavar=choices(FORMATS),
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(
             help="Cast to this dtype, to nearest, ties to even. Default: no cast.",
             metavar=choices(DType),
+        ),
+    ] = None,
+    quantize: Annotated[
+        Scheme | None,
+        typer.Option(
+            help="Store matrices in 8 bits, or in 4 in groups of 128 or of 32 inputs.",
+            metavar=choices(Scheme),
+            show_default=False,
         ),
     ] = None,
     shard_size: Annotated[
@@ -93,7 +105,7 @@ def convert(
         bool, typer.Option("--json", help="Print one JSON object instead of a line.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint to another format, bit for bit.
+    """Convert a checkpoint to another format, bit for bit, or quantise it.
 
     The formats: kaggle-flax (Orbax directory), kaggle-torch (.pt file), huggingface (for
     transformers), recurrentgemma (ours). The format of the source is recognised. The result appears
@@ -101,8 +113,9 @@ def convert(
     """
     from recurrentgemma_conversion import convert as run
 
+    to = "recurrentgemma" if to is None and quantize else to
     if to not in FORMATS:
-        raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+        raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to or 'none'}")
     if not force and (destination.exists() or destination.is_symlink()):
         raise UserError(f"{destination} exists; pass --force to replace it")
     with _progress() as progress:
@@ -111,6 +124,7 @@ def convert(
             destination,
             to,
             dtype=dtype,
+            quantize=quantize,
             shard_size=parse_size(shard_size),
             ocdbt=ocdbt,
             tokenizer=tokenizer,

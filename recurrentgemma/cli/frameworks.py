@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.twin import find_twin, installed_framework
 
 if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
@@ -33,6 +36,14 @@ class DType(enum.StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Scheme(enum.StrEnum):
+    """The scheme in which matrices are quantised; see `common.quantization`."""
+
+    Q8 = "q8"
+    Q4 = "q4"
+    Q4_32 = "q4_32"
 
 
 def choices(kind: Iterable[str]) -> str:
@@ -86,6 +97,24 @@ Adapter = Annotated[
         "--adapter",
         help="LoRA adapters to add to the checkpoint: a training run's, or a folder of PEFT's.",
         metavar="PATH",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile PyTorch's step: a slow start, then faster tokens. JAX always compiles.",
+        rich_help_panel=MODEL,
+    ),
+]
+Quantize = Annotated[
+    Scheme | None,
+    typer.Option(
+        "--quantize",
+        help="Keep matrices in fewer bytes: 8 bits, or 4 in groups of 128 or of 32.",
+        metavar=choices(Scheme),
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -148,6 +177,16 @@ def find_checkpoint(
         return path, find_tokenizer(opened, tokenizer)
 
 
+def _compiling(framework: Framework, device: str, compiled: bool) -> dict[str, bool]:
+    """The settings of a sampler that compiles its decode step, where that is a choice."""
+    if not compiled or framework is not Framework.TORCH:
+        return {}
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    if device == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise UserError("--compile needs a C++ compiler such as g++, which was not found")
+    return {"jit_compile": True}
+
+
 def default_dtype(device: str) -> DType:
     """The dtype to run in on a device unless another is asked for."""
     return DType.FLOAT32 if device == "cpu" else DType.BFLOAT16
@@ -162,6 +201,8 @@ def load_sampler(
     chat: bool,
     allow_control_tokens: bool = False,
     adapter: Path | None = None,
+    quantize: Scheme | None = None,
+    compiled: bool = False,
     mesh: str | None = None,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
@@ -175,37 +216,53 @@ def load_sampler(
       chat: Whether the model is instruction-tuned.
       allow_control_tokens: Whether a user's words may spell control tokens.
       adapter: LoRA adapters to add to its parameters, if any.
+      quantize: The scheme in which matrices are kept; None keeps them as they are stored.
+      compiled: Whether PyTorch compiles the decode step; JAX always does.
       mesh: The mesh that it is split over, if any; see `common.sharding.parse_mesh`.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     where = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
-    model = twin.load(path, dtype, adapter=adapter, **where)
+    model = twin.load(
+        path, dtype, adapter=adapter, quantize=quantize, decoding=mesh is None, **where
+    )
     sampler = twin.sampler(
         model,
         tokenizer,
         is_it_model=chat,
         sampling=sampling,
         allow_control_tokens=allow_control_tokens,
+        **_compiling(framework, device, compiled),
     )
     sampler.engine.prepares = False
     return Loaded(sampler, device, dtype)
 
 
-def random_sampler(framework: Framework, preset: str, dtype: DType | None) -> Loaded:
+def random_sampler(
+    framework: Framework,
+    preset: str,
+    dtype: DType | None,
+    quantize: Scheme | None = None,
+    compiled: bool = False,
+) -> Loaded:
     """A sampler on random weights of a published size, with the bundled tokenizer."""
     from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.quantization import quantize_parameter
 
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     config = config_from_preset(preset)
-    values = ((spec.path, _random_values(spec, dtype)) for spec in layer_spec(config))
-    model = twin.make(config, values, dtype, device)
-    return Loaded(twin.sampler(model, load_tokenizer()), device, dtype)
+    values = (
+        (spec.path, quantize_parameter(spec, _random_values(spec, dtype), quantize))
+        for spec in layer_spec(config)
+    )
+    model = twin.make(config, values, dtype, device, decoding=True)
+    sampler = twin.sampler(model, load_tokenizer(), **_compiling(framework, device, compiled))
+    return Loaded(sampler, device, dtype)
 
 
 def _random_values(spec: ParamSpec, dtype: DType) -> np.ndarray:

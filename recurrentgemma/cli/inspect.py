@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recurrentgemma.cli.model_options import EmbeddingScale, SoftCap, Window, overrides
+from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.presets import Preset
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ def inspect(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder, file or archive of any format, or a config.json of ours alone. Default: "
-            "the bundled model.",
+            help="Folder, file or archive of any format, or a config.json alone. Default: the "
+            "bundled model.",
             metavar="PATH",
             show_default=False,
         ),
@@ -45,7 +47,8 @@ def inspect(
         bool, typer.Option("--all", help="List every block, not one of each kind.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Show the memory of training, too.")
+        bool,
+        typer.Option("--memory", help="Show the memory of quantised weights and of training, too."),
     ] = False,
     mesh: Annotated[
         str | None,
@@ -75,17 +78,19 @@ def inspect(
     No weights are read. Only Kaggle's formats need a framework, to read what is in them.
     """
     from recurrentgemma.cli.tables import render
-    from recurrentgemma.common.io.checkpoint import BUNDLED, read_config
+    from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
     from recurrentgemma.common.model.families import config_from_preset
+    from recurrentgemma.common.quantization import scheme_for
     from recurrentgemma_conversion import open_checkpoint
+    from recurrentgemma_conversion.opening import open_config
 
     shown = {"memory": memory, "mesh": None if mesh is None else named_mesh(mesh)}
     shown["batch"] = None if traffic is None else named_batch(traffic, mesh)
     checkpoint = checkpoint or named
     said = overrides(preset, embeddings_scale_by_sqrt_dim, attention_window_size, logits_soft_cap)
     if checkpoint is not None and checkpoint.suffix == ".json":
-        source, config = {"file": str(checkpoint)}, read_config(checkpoint)
+        source, config = {"file": str(checkpoint)}, open_config(checkpoint)
         report = described(config.overridden(**said.fields), {}, **shown)
     elif said.preset is not None and checkpoint is None:
         source, config = {"preset": said.preset.name}, config_from_preset(said.preset)
@@ -94,7 +99,10 @@ def inspect(
         with open_checkpoint(checkpoint, said) as opened:
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
+            for spec in opened.specs:
+                dtypes[spec.path] = scheme_for(spec, opened.scheme) or dtypes[spec.path]
             report = described(opened.config, dtypes, **shown)
+            report["quantization"] = opened.scheme
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes
             report["tokenizer"] = opened.tokenizer and opened.named(opened.tokenizer)
     if as_json:
@@ -140,7 +148,8 @@ def described(
 
     Args:
       config: What the model is.
-      dtypes: safetensors' name of each parameter's dtype, by path; empty if none is stored.
+      dtypes: safetensors' name of each parameter's dtype, or its scheme, by path; empty if none is
+        stored.
       memory: Whether to say what training takes, too.
       mesh: The mesh that it lies on, if any; training is then what each device keeps of it.
       batch: Rows and tokens of a batch, to say what a training step on the mesh sends.
@@ -155,6 +164,7 @@ def described(
         state_bytes,
         training_table,
     )
+    from recurrentgemma.common.quantization import SCHEMES
     from recurrentgemma.common.sharding import device_values, layout
     from recurrentgemma.common.traffic import traffic
 
@@ -168,6 +178,11 @@ def described(
         "state_per_sequence": {dtype: state_bytes(config, dtype) for dtype in VALUE_BYTES},
     }
     if memory:
+        for scheme in SCHEMES:
+            with contextlib.suppress(UserError):  # it does not fit the model
+                sizes[f"parameters {scheme}"] = {
+                    dtype: parameter_bytes(config, dtype, scheme) for dtype in VALUE_BYTES
+                }
         sizes["training"] = {
             dtype: {
                 method: {**size._asdict(), "total": size.total}

@@ -29,7 +29,8 @@ def merge(
     dtype: Annotated[
         DType | None,
         typer.Option(
-            help="Dtype of the merged parameters. Default: the base's.",
+            help="Dtype of the merged parameters. Default: the base's, or bfloat16 if that is "
+            "quantised.",
             metavar=choices(DType),
         ),
     ] = None,
@@ -56,7 +57,8 @@ def merge(
 ) -> None:
     """Merge trained adapters into their model: a checkpoint folder that needs no adapters.
 
-    Adapters that were trained on a quantised base are merged into that base.
+    Adapters that were trained on a quantised base are merged into that base. A quantised checkpoint
+    becomes a bfloat16 one, since rounding the sum to 8 bits would lose small changes.
     """
     if not force and (destination.exists() or destination.is_symlink()):
         raise UserError(f"{destination} exists; pass --force to replace it")
@@ -101,7 +103,14 @@ def _merge(
                     "and name the result with --base-name"
                 )
             return f"{destination}: {what} in PEFT's layout, for {name}{note}"
+        note = ""
+        if checkpoint.scheme is not None:
+            dtype = dtype or DType.BFLOAT16
+            note = (
+                f", as {dtype}: rounding back to {checkpoint.scheme} would lose part of what was "
+                "learned (convert --quantize does it)"
+            )
         dtypes = {p: d if dtype is None else DTYPES[dtype] for p, d in checkpoint.dtypes.items()}
         tokenizer = checkpoint.load_tokenizer()
         save_folder(destination, checkpoint.config, dtypes, checkpoint.read, tokenizer, force=force)
-    return f"{destination}: {what} merged"
+    return f"{destination}: {what} merged{note}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recurrentgemma.cli.console import working
-from recurrentgemma.cli.frameworks import Adapter, choices
+from recurrentgemma.cli.frameworks import Adapter, Quantize, choices
 from recurrentgemma.cli.model_options import EmbeddingScale, PresetName, SoftCap, Window, overrides
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
@@ -90,6 +90,7 @@ def parity(
         ),
     ] = False,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -160,14 +161,17 @@ def parity(
 
     Compares activations, logits, states and gradients. Differences must stay within a budget that
     is measured from the dtype's rounding, and within 1e-10 in float64. Exits with 0 if all do, or
-    else with 1. Adapters go to A, and to B unless you name a B.
+    else with 1. Adapters go to A, and to B unless you name a B. With --quantize the stored bytes
+    and the int32 sums of products must be equal to the bit, in both twins and in NumPy.
     """
     from recurrentgemma.cli.parity_table import render, title_of
     from recurrentgemma.common.io.checkpoint import BUNDLED
+    from recurrentgemma.common.twin import find_twin
     from recurrentgemma.parity import compare, default_length, load_model, make_batch
     from recurrentgemma.parity.models import require_installed
     from recurrentgemma.parity.plot import check_plot
     from recurrentgemma.parity.plot import plot as draw
+    from recurrentgemma.parity.quantized import compare_quantized
     from recurrentgemma.parity.report import require_same_config
     from recurrentgemma_conversion import open_checkpoint
     from recurrentgemma_conversion.names import family_of
@@ -183,6 +187,10 @@ def parity(
         raise UserError(f"--as-stored goes with --against transformers, got {against}")
     if as_stored and adapter is not None and other is None:
         raise UserError("--adapter is added to what recurrentgemma reads, not to --as-stored")
+    if quantize is not None and (gradients or against is Implementation.TRANSFORMERS):
+        raise UserError(
+            "--quantize compares the twins' outputs: not with transformers, --gradients"
+        )
     for implementation in (framework, against):
         require_installed(implementation)
     if plot is not None:
@@ -205,14 +213,24 @@ def parity(
     )
     with working("Comparing"):
         report = compare(
-            lambda: load_model(framework, paths[0], dtype, said, adapter=adapters[0]),
-            lambda: load_model(against, paths[1], dtype, said, as_stored, adapters[1]),
+            lambda: load_model(framework, paths[0], dtype, said, False, adapters[0], quantize),
+            lambda: load_model(against, paths[1], dtype, said, as_stored, adapters[1], quantize),
             batch,
             dtype,
             gradients=gradients,
             num_greedy=greedy,
             inside=every,
         )
+        differences = None
+        if quantize is not None:
+            twins = [find_twin(framework), find_twin(against)]
+            held = [
+                twin.quantized(
+                    twin.load(path, dtype, overrides=said, adapter=added, quantize=quantize)
+                )
+                for twin, path, added in zip(twins, paths, adapters, strict=True)
+            ]
+            differences = compare_quantized(twins, held, seed)
     sides = tuple(
         f"{path.resolve().name}{' with adapters' if added else ''} in {implementation}"
         for path, added, implementation in zip(paths, adapters, (framework, against), strict=True)
@@ -231,10 +249,14 @@ def parity(
             "chunks": list(batch.chunks),
             "notes": notes,
         }
+        if differences is not None:
+            ends["quantized"] = {"scheme": quantize, **differences._asdict()}
         typer.echo(json.dumps(ends | report.to_dict()))
     else:
         render(report, title, batch, notes, every=every)
-    if not report.within:
+        if differences is not None:
+            typer.echo(f"{quantize}: {differences}")
+    if not report.within or not (differences is None or differences.equal):
         raise typer.Exit(BEYOND_BUDGET)
 
 

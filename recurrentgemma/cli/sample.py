@@ -22,10 +22,12 @@ from recurrentgemma.cli.console import read_stdin, working
 from recurrentgemma.cli.frameworks import (
     Adapter,
     Checkpoint,
+    Compiled,
     ControlTokens,
     DTypeOption,
     FrameworkOption,
     MeshText,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -36,7 +38,10 @@ from recurrentgemma.cli.generation import generate
 from recurrentgemma.cli.paths import named_path
 from recurrentgemma.cli.sampling_options import (
     END,
+    FrequencyPenalty,
+    LogitBias,
     MinP,
+    PresencePenalty,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -64,6 +69,8 @@ def sample(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
+    compiled: Compiled = False,
     tokenizer: TokenizerFile = None,
     max_new_tokens: Annotated[
         int,
@@ -74,6 +81,9 @@ def sample(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = None,
     stop: Stop = None,
     stop_id: StopId = None,
@@ -194,7 +204,10 @@ def sample(
     with working(loading(checkpoint, framework)):
         from recurrentgemma.common.generation.strategies import Greedy  # slow, as all that follows
 
-        sampling, seed = strategy(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampling, seed = strategy(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed,
+            presence_penalty, frequency_penalty, logit_bias,
+        )  # fmt: skip
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat)
     if num_samples > 1 and isinstance(sampling, Greedy):
         sys.stderr.write("all samples are the likeliest text: --temperature draws others\n")
@@ -213,7 +226,17 @@ def sample(
     started = time.perf_counter()
     with working(loading(checkpoint, framework)):
         loaded = load_sampler(
-            framework, path, vocabulary, sampling, dtype, chat, allow_control_tokens, adapter, mesh
+            framework,
+            path,
+            vocabulary,
+            sampling,
+            dtype,
+            chat,
+            allow_control_tokens,
+            adapter,
+            quantize,
+            compiled,
+            mesh,
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler
@@ -242,6 +265,7 @@ def sample(
                 sampling,
                 checkpoint=None if checkpoint is None else os.path.abspath(expanded(path)),
                 adapter=None if adapter is None else os.path.abspath(expanded(adapter)),
+                **({} if quantize is None else {"quantize": quantize}),
                 framework=framework,
                 dtype=loaded.dtype,
                 chat=chat,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,31 @@ RepetitionPenalty = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+PresencePenalty = Annotated[
+    float,
+    typer.Option(
+        help="Above 0 makes tokens that were generated already less likely.",
+        metavar="A",
+        rich_help_panel=_PANEL,
+    ),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(
+        help="The same, as often as each was generated.",
+        metavar="A",
+        rich_help_panel=_PANEL,
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Add B to the logit of a token id; may be repeated.",
+        metavar="ID=B",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(
@@ -97,12 +123,20 @@ def strategy(
     min_p: float | None,
     repetition_penalty: float,
     seed: int | None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Sequence[str] | None = None,
 ) -> tuple[Sampling, int | None]:
     """The strategy that the options ask for, and a seed: the given one, or a fresh one to draw."""
     from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
     if seed is not None and not 0 <= seed < SEEDS:
         raise UserError(f"--seed must be at least 0 and below {SEEDS}, got {seed}")
+    adjusted = {
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(map(_bias, logit_bias or ())),
+    }
     # Made even if the strategy is greedy, so that a wrong value is always reported.
     categorical = Categorical(
         temperature or 1.0,
@@ -110,7 +144,17 @@ def strategy(
         1.0 if top_p is None else top_p,
         0.0 if min_p is None else min_p,
         repetition_penalty,
+        **adjusted,
     )
     if temperature == 0 or {temperature, top_k, top_p, min_p} == {None}:
-        return Greedy(repetition_penalty), seed
+        return Greedy(repetition_penalty, **adjusted), seed
     return categorical, secrets.randbelow(SEEDS) if seed is None else seed
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The token and the number of a `--logit-bias`."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"--logit-bias must be ID=B, such as 108=-5, got {text!r}") from None

@@ -17,6 +17,7 @@ from recurrentgemma.cli.frameworks import (
     DTypeOption,
     FrameworkOption,
     MeshText,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -36,6 +37,7 @@ def score(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     dtype: DTypeOption = None,
     mesh: MeshText = None,
@@ -56,7 +58,15 @@ def score(
 
         path, vocabulary = find_checkpoint(checkpoint, tokenizer)
         loaded = load_sampler(
-            framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter, mesh=mesh
+            framework,
+            path,
+            vocabulary,
+            Greedy(),
+            dtype,
+            chat=False,
+            adapter=adapter,
+            quantize=quantize,
+            mesh=mesh,
         )
     with working(f"Reading {name}"):
         (result,) = loaded.sampler.score([text])

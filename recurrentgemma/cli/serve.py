@@ -15,6 +15,7 @@ from recurrentgemma.cli.frameworks import (
     Checkpoint,
     DTypeOption,
     FrameworkOption,
+    Quantize,
     TokenizerFile,
     choose_framework,
     find_checkpoint,
@@ -33,6 +34,7 @@ def serve(
     framework: FrameworkOption = None,
     checkpoint: Checkpoint = None,
     adapter: Adapter = None,
+    quantize: Quantize = None,
     tokenizer: TokenizerFile = None,
     name: Annotated[
         str | None,
@@ -89,8 +91,8 @@ def serve(
     ] = False,
     reproducible: Annotated[
         bool,
-        typer.Option("--reproducible", help="Let no bit of an answer depend on what else runs: "
-                     "every step has all slots, and no state is kept."),
+        typer.Option("--reproducible", help="Let no bit of an answer depend on what else runs or "
+                     "is kept: every step has all slots, and answers in a chat are read again."),
     ] = False,
 ) -> None:  # fmt: skip
     """Serve a model to the clients of OpenAI's API, and a chat in the browser.
@@ -119,7 +121,9 @@ def serve(
     listener = listen(host, port)
     with working(loading(checkpoint, framework)):
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
-        loaded = load_sampler(framework, path, vocabulary, Greedy(), dtype, False, adapter=adapter)
+        loaded = load_sampler(
+            framework, path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+        )
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None
     length = max_length or (4096 if grows else 32_768)

@@ -25,6 +25,8 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     if "tokenizer" in report:
         path = report["tokenizer"]
         rows.append(("tokenizer", Path(path).name if path else "none beside the weights"))
+    if report.get("quantization"):
+        rows.append(("quantised", report["quantization"]))
     yield from _align(rows, right=())
     yield ""
     yield from _parameter_lines(report, every_block)
@@ -42,7 +44,7 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     training, sent = sizes.pop("training", {}), sizes.pop("sent_a_step", {})
     columns = list(sizes["parameters"])  # the state has no stored size
     rows = [
-        (name.replace("_", " "), *(_size(row.get(column)) for column in columns))
+        (_label(name), *(_size(row.get(column)) for column in columns))
         for name, row in sizes.items()
     ]
     header, *lines = _align([("size", *columns), *rows], right=range(1, 4))
@@ -167,6 +169,11 @@ def _align(rows: Iterable[_Row], right: Iterable[int]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _label(name: str) -> str:
+    """What a row is called: a name in JSON, or several words, of which one may be a scheme."""
+    return name if " " in name else name.replace("_", " ")
 
 
 def _bold(line: str) -> str:

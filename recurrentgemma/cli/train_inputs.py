@@ -26,15 +26,15 @@ _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 
 def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
     """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
-    from recurrentgemma.common.io.checkpoint import load_tokenizer, read_config
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.families import config_from_preset
-    from recurrentgemma_conversion.opening import open_checkpoint
+    from recurrentgemma_conversion.opening import open_checkpoint, open_config
 
     if options.preset is not None:
         tokenizer = load_tokenizer(options.tokenizer)
         return config_from_preset(options.preset.upper(), tokenizer.size), tokenizer
     if options.config is not None:
-        config, tokenizer = read_config(options.config), load_tokenizer(options.tokenizer)
+        config, tokenizer = open_config(options.config), load_tokenizer(options.tokenizer)
         _require_match(tokenizer, config)
         return config, tokenizer
     with open_checkpoint(options.checkpoint) as checkpoint:
@@ -189,7 +189,11 @@ def make_setup(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             targets=tuple(options.lora_target),
-            quantize=options.lora_quantize,
+            quantize=options.quantize or options.lora_quantize,
+        )
+    elif options.quantize is not None:
+        raise UserError(
+            "--quantize keeps the weights under adapters in fewer bytes: give --lora-rank, too"
         )
     assert options.dtype is not None
     return Setup(

@@ -183,8 +183,17 @@ class TrainOptions:
         _option(_MODEL, "The layers that get adapters.", metavar="attention|recurrent|mlp|gates"),
     ] = dataclasses.field(default_factory=lambda: ["attention", "recurrent", "mlp"])
     lora_quantize: Annotated[
-        bool, _option(_MODEL, "Keep the weights under the adapters as int8.", "--lora-quantize")
+        bool, _option(_MODEL, "The same as --quantize q8.", "--lora-quantize")
     ] = False
+    quantize: Annotated[
+        str | None,
+        _option(
+            _MODEL,
+            "Keep the weights under the adapters in 8 bits, or in 4 (groups of 128 or of 32).",
+            metavar="q8|q4|q4_32",
+            show_default=False,
+        ),
+    ] = None
 
     optimizer: Annotated[
         str, _option(_OPTIMIZER, "How parameters are updated.", metavar="adamw|sgd|adafactor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from recurrentgemma.common.errors import UserError
@@ -54,13 +54,18 @@ def with_system(system: str, words: str) -> str:
 
 
 def token_ids(value: Any, name: str) -> list[int]:
-    """Token ids in a list or in an array of any framework, [T].
+    """Token ids in a list, in an array of any framework, [T], or in what `id_rows` takes.
 
     Raises:
       ValueError: It is empty, no sequence, or holds what is no integer of at least 0.
     """
+    if isinstance(value, Mapping):
+        rows = id_rows(value, name)
+        if len(rows) != 1:
+            raise UserError(f"{name} must be one text, got the token ids of {len(rows)}")
+        value = rows[0]
     values = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(values, bytes | bytearray | dict) or not isinstance(values, Iterable):
+    if isinstance(values, bytes | bytearray) or not isinstance(values, Iterable):
         raise UserError(f"{name} must be a str or token ids, got {type(value).__name__}: {value!r}")
     ids = []
     for at, token in enumerate(values):
@@ -68,13 +73,43 @@ def token_ids(value: Any, name: str) -> list[int]:
             if isinstance(token, bool) or operator.index(token) < 0:
                 raise TypeError
         except TypeError:
+            hint = "; Conversation.ask talks in turns" if isinstance(token, Mapping) else ""
             raise UserError(
-                f"{name} must be a str or token ids, got {token!r} as token {at}"
+                f"{name} must be a str or token ids, got {token!r} as token {at}{hint}"
             ) from None
         ids.append(operator.index(token))
     if not ids:
         raise UserError(f"{name} must have at least one token id, got none; BOS alone is the least")
     return ids
+
+
+def id_rows(encoding: Mapping[str, Any], name: str) -> list[Any]:
+    """The token ids of each text in what tokenizers of `transformers` return, without padding.
+
+    Args:
+      encoding: `input_ids` of one text or of several, and perhaps their `attention_mask`.
+      name: What errors call it.
+
+    Raises:
+      ValueError: It has no `input_ids`, or the mask is of another shape.
+    """
+    if "input_ids" not in encoding:
+        raise UserError(
+            f"{name} must be a str or token ids, or have input_ids, got {dict(encoding)!r}"
+        )
+    ids, mask = (
+        value.tolist() if hasattr(value, "tolist") else value
+        for value in (encoding["input_ids"], encoding.get("attention_mask"))
+    )
+    if is_token_ids(ids):
+        ids, mask = [ids], mask if mask is None else [mask]
+    if mask is None:
+        return [*ids]
+    try:
+        pairs = (zip(*row, strict=True) for row in zip(ids, mask, strict=True))
+        return [[token for token, counts in row if counts] for row in pairs]
+    except (TypeError, ValueError):
+        raise UserError(f"the attention_mask of {name} must have the shape of input_ids") from None
 
 
 def is_token_ids(value: Any) -> bool:
@@ -102,12 +137,13 @@ class Tokenizer:
 
         Args:
           vocab: What `open_vocabulary` takes: the path of a `tokenizer.model` or `tokenizer.json`,
-            a tokenizer of sentencepiece, `tokenizers` or `transformers`, or an object like one.
+            a tokenizer of sentencepiece, `tokenizers` or `transformers`, or an object like one. Or
+            a `Tokenizer`.
 
         Raises:
           ValueError: There is no vocabulary, or BOS or EOS is missing.
         """
-        self.vocab: Any = open_vocabulary(vocab)
+        self.vocab: Any = vocab.vocab if isinstance(vocab, Tokenizer) else open_vocabulary(vocab)
         vocab = self.vocab
         if vocab.bos_id() < 0 or vocab.eos_id() < 0:
             raise UserError("the tokenizer must have a BOS and an EOS piece, it lacks one")

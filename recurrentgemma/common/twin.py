@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
     from recurrentgemma.common.generation.sampler import BaseSampler
     from recurrentgemma.common.model.config import Config
     from recurrentgemma.common.processes import Processes
+    from recurrentgemma.common.quantization import Quantized
     from recurrentgemma.common.tokenizer import Tokenizer
     from recurrentgemma_conversion.overrides import Overrides
 
@@ -56,6 +57,11 @@ class Twin(Protocol):
     @property
     def training(self) -> ModuleType:
         """Its module of training functions; both twins' have the same."""
+        ...
+
+    @property
+    def products(self) -> ModuleType:
+        """Its module of products with stored matrices; both twins' have the same functions."""
         ...
 
     def default_device(self) -> str:
@@ -102,19 +108,28 @@ class Twin(Protocol):
         device: str | None = None,
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        quantize: str | None = None,
+        decoding: bool = False,
         mesh: Any = None,
     ) -> Any:
-        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`."""
+        """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`.
+
+        With `decoding`, for a sampler alone: parameters may be in the form in which it is fast.
+        """
         ...
 
     def make(
         self,
         config: Config,
-        params: Iterable[tuple[str, np.ndarray]],
+        params: Iterable[tuple[str, np.ndarray | Quantized]],
         dtype: str,
         device: str | None = None,
+        decoding: bool = False,
     ) -> Any:
-        """A model with these parameters: pairs of a path and an array in the Flax layout."""
+        """A model with these parameters: pairs of a path and an array in the Flax layout.
+
+        A `Quantized` stays so, and computes in the dtype. For `decoding` see `load`.
+        """
         ...
 
     def init(
@@ -141,6 +156,14 @@ class Twin(Protocol):
 
     def params(self, model: Any) -> dict[str, np.ndarray]:
         """The model's parameters in the Flax layout, by path."""
+        ...
+
+    def quantized(self, model: Any) -> dict[str, Quantized]:
+        """The quantised parameters in the framework's arrays, by path."""
+        ...
+
+    def dequantizing(self, model: Any) -> Any:
+        """The model with every product in the dequantised form (see `common.quantization`)."""
         ...
 
     def init_state(self, model: Any, batch_size: int, capacity: int | None = None) -> Any:

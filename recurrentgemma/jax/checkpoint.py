@@ -18,10 +18,11 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.quantization import Quantized, scheme_of
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.processes import by_the_first, processes_of
+from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma.jax.sharding import is_split, local_slices, put_part
 from recurrentgemma.jax.sharding import shardings as shardings_of
@@ -43,6 +44,8 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
+    decoding: bool = False,
 ) -> tuple[Model, Params]:
     """The model in a checkpoint of any format, and its parameters.
 
@@ -64,13 +67,19 @@ def load_checkpoint(
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
         its folder, or a folder of PEFT's.
+      quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
+        `common.quantization`), quantised as they are read, one at a time. If None they are as they
+        are stored.
+      decoding: Whether a sampler is all that takes the parameters. On a CPU matrices are then
+        `products.Rows` where products are faster in that form. Of other parameters in bfloat16 a
+        sampler makes a copy for itself.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
-        `open_checkpoint`.
+        `open_checkpoint`. Or it is stored in another scheme.
       ValueError: The sharding is unknown, does not fit the tree, or comes with a device or a mesh;
         the mesh does not fit the model; or parameters cannot be of the dtype, or JAX has it turned
-        off.
+        off; or the scheme is unknown, or does not fit a matrix, which the message names.
     """
     require_available(dtype)
     if sum((device is not None, sharding != "single_device", mesh is not None)) > 1:
@@ -86,7 +95,7 @@ def load_checkpoint(
             sharding = {}
             for path_, place in shardings_of(checkpoint.config, mesh).items():
                 set_path(sharding, path_, place)
-        params = _load(checkpoint, sharding, dtype)
+        params = _load(checkpoint, sharding, dtype, quantize, decoding)
     param_dtype = get_path(params, "embedder.input_embedding").dtype
     return Model(checkpoint.config, param_dtype=param_dtype, mesh=mesh), params
 
@@ -95,13 +104,20 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     config: Config,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     *,
     force: bool = False,
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
     Where the parameters are split over processes all must call this together; the first one writes.
+
+    Args:
+      path: The folder to make.
+      config: What the model is.
+      params: Its parameters.
+      tokenizer: Its tokenizer: a `Tokenizer`, or what it takes, such as a path.
+      force: Whether to replace what is at `path`.
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
@@ -112,11 +128,21 @@ def save_checkpoint(
     held = {name: Held.of(leaf) for name, leaf in leaves.items()}
     dtypes = flax_layout(layer_spec(config)).dtypes(path, held)
 
+    scheme = scheme_of(leaves.values())
+    values = {spec.path: leaves[spec.path] for spec in layer_spec(config)}
+
     def write(arrays: Iterable[np.ndarray]) -> None:
         pieces = iter(arrays)
-        save_folder(path, config, dtypes, lambda _: next(pieces), tokenizer, force=force)
 
-    by_the_first((leaves[spec.path] for spec in layer_spec(config)), write)
+        def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
+            value = values[spec.path]
+            if isinstance(value, Quantized):
+                return value.with_parts(lambda _: next(pieces))
+            return next(pieces)
+
+        save_folder(path, config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
+
+    by_the_first(jax.tree.leaves(list(values.values())), write)
 
 
 def load_parameters(
@@ -144,11 +170,15 @@ def load_parameters(
     if not path.exists():
         raise UserError(f"no checkpoint directory at {path}")
     with open_headers(path) as checkpoint:
-        return _load(checkpoint, sharding, None)
+        return _load(checkpoint, sharding, None, None)
 
 
 def _load(
-    checkpoint: Reader, sharding: str | Sharding | Mapping[str, Any], dtype: Dtype | None
+    checkpoint: Reader,
+    sharding: str | Sharding | Mapping[str, Any],
+    dtype: Dtype | None,
+    scheme: str | None,
+    decoding: bool = False,
 ) -> dict[str, Any]:
     """Every parameter on its devices; on the host one at a time, and only what it keeps of it."""
     params: dict[str, Any] = {}
@@ -161,13 +191,16 @@ def _load(
         place = get_path(shardings, spec.path)
         return value[local_slices(place, spec.shape)] if spreads(place) else value
 
-    for spec, value in checkpoint.read_as(wanted, part):
+    split = any(map(spreads, jax.tree.leaves(shardings)))
+    for spec, value in checkpoint.read_as(wanted, scheme, part if split else None):
         place = get_path(shardings, spec.path)
         if spreads(place):
-            on_device = put_part(value, place, spec.shape)
+            held = put_part(value, place, spec.shape)
+        elif decoding and on_one_cpu(place):
+            held = jax.device_put(as_rows(spec, value, copies=False), place)
         else:
-            on_device = jax.device_put(value, place)
-        set_path(params, spec.path, on_device)
+            held = jax.device_put(value, place)
+        set_path(params, spec.path, held)
     return params
 
 

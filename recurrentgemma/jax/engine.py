@@ -21,10 +21,16 @@ from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.model import Model, laid_out
+from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sharding import state_shardings
+
+# With more bytes of parameters a step takes so long on a CPU that its call hardly counts, and a
+# burst would hold back tokens that someone waits for.
+_QUICK_BYTES = 2**27
 
 
 class ModelEngine(Engine):
@@ -51,11 +57,14 @@ class ModelEngine(Engine):
         self.model = model
         self._jit_compile = jit_compile
         self.params = params
-        self.burst = 1 if platform_of(self._params) == "cpu" else 8
+        on_cpu = platform_of(self._params) == "cpu"
+        self.burst = 1 if on_cpu else 8
+        self.long_burst = 16 if on_cpu and self.num_bytes <= _QUICK_BYTES else 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled steps, which are looked up again."""
-        return {name: value for name, value in vars(self).items() if name != "_functions"}
+        """Without what the setter of `params` makes again."""
+        made = ("_functions", "_stored")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -71,7 +80,7 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        return num_bytes(self._stored)
 
     @property
     def params(self) -> Params:
@@ -87,9 +96,10 @@ class ModelEngine(Engine):
         if not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(params)):
             params = jax.tree.map(jnp.asarray, params)
         self._params = params
+        self._stored = stored(self.config, params)
         self._functions = functions(self.model)
         if self._jit_compile:
-            self._functions = compiled(self.model, platform_of(self._params))
+            self._functions = compiled(self.model, platform_of(params))
         self._ready: set[tuple[int, int | None]] = set()
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
@@ -99,7 +109,7 @@ class ModelEngine(Engine):
         for length in self.prefill_chunks:
             place = np.zeros((num_rows, length), np.int32)
             prefill: Any = self._functions.prefill  # compiled
-            prefill.lower(self.params, cache, place, place).compile()
+            prefill.lower(self._stored, cache, place, place).compile()
         self._ready.add((num_rows, capacity))
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
@@ -107,15 +117,15 @@ class ModelEngine(Engine):
         return self._placed(cache, num_rows)
 
     def prefill(self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray) -> Cache:
-        return self._functions.prefill(self.params, cache, tokens, segment_pos)
+        return self._functions.prefill(self._stored, cache, tokens, segment_pos)
 
     def score(
         self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray, targets: np.ndarray
     ) -> tuple[Array, Array, Cache]:
-        return self._functions.score(self.params, cache, tokens, segment_pos, targets)
+        return self._functions.score(self._stored, cache, tokens, segment_pos, targets)
 
     def feed(self, cache: Cache, tokens: Any, segment_pos: Any) -> tuple[Array, Cache]:
-        return self._functions.feed(self.params, cache, tokens, segment_pos)
+        return self._functions.feed(self._stored, cache, tokens, segment_pos)
 
     def choose(
         self,
@@ -140,7 +150,7 @@ class ModelEngine(Engine):
     ) -> tuple[Sampled, Cache, Array | None]:
         if len(numbers) > 1:
             return self._functions.burst(
-                variant, self.params, settings, cache, seen, tokens, segment_pos, left, numbers
+                variant, self._stored, settings, cache, seen, tokens, segment_pos, left, numbers
             )
         # One step is two programs: a variant that comes first compiles the choice alone.
         logits, cache = self.feed(cache, tokens, segment_pos)
@@ -155,7 +165,7 @@ class ModelEngine(Engine):
     ) -> tuple[dict[str, bool], Cache]:
         places, names = jnp.asarray(segment_pos), activation_names(self.config, inside=True)
         outputs, logits, cache = activations(
-            self.model, self.params, jnp.asarray(tokens), places, cache, names=names
+            self.model, self._stored, jnp.asarray(tokens), places, cache, names=names
         )
         return {
             name: bool(jnp.isfinite(output).all())
@@ -201,4 +211,4 @@ class ModelEngine(Engine):
         return sharding
 
     def _compute_dtype(self) -> Dtype:
-        return self.model.dtype or jnp.result_type(*jax.tree.leaves(self.params))
+        return self.model.dtype or dtype_of(self.params)

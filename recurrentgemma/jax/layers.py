@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
@@ -18,16 +17,17 @@ from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.common.published import JAX_LAYERS, elsewhere
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
+from recurrentgemma.jax.products import Rows, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
-from recurrentgemma.jax.runtime.vocabulary import lookup
+from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.sharding import ShardingSpec
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
-MANY_STEPS = 64
 _METHODS = {"__call__", "encode", "decode"}
 _SETTINGS = ("dtype", "param_dtype", "scan_type", "scan_sharding_spec", "mesh")
 _M = TypeVar("_M", bound="SpecModule")
@@ -65,27 +65,41 @@ class SpecModule(nn.Module, kw_only=True):
         """The five attributes, for a module inside."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
-    def declare(self, specs: Iterable[ParamSpec]) -> list[Array]:
-        """The module's own parameters, in the order of their specs."""
-        return [self.param(s.path, initializer(s.init), s.shape, self.param_dtype) for s in specs]
+    def declare(self, specs: Iterable[ParamSpec]) -> list[Any]:
+        """The module's own parameters, in the order of their specs, as they are stored."""
+        found = []
+        for spec in specs:
+            stored = self.get_variable("params", spec.path)
+            if not isinstance(stored, Quantized | Rows):
+                draw = initializer(spec.init)
+                stored = self.param(spec.path, draw, spec.shape, self.param_dtype)
+            found.append(stored)
+        return found
 
     def linear(
         self, name: str, width: int, width_out: int, bias: bool = True, variance: float = 1.0
-    ) -> nn.Dense:
-        """A linear layer, y = x W + b."""
-        (kernel, *_) = params.linear((width, width_out), variance=variance)
-        return nn.Dense(
-            width_out,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=initializer(kernel.init),
-            name=name,
-        )
+    ) -> Linear:
+        """A linear layer."""
+        return self.child(Linear, name, width, width_out, bias, variance)
 
     def child(self, kind: type[_M], name: str, *sizes: Any, **options: Any) -> _M:
         """A module inside this one, with its settings."""
         return kind(*sizes, **self.settings, **options, name=name)
+
+
+class Linear(SpecModule):
+    """y = x W + b."""
+
+    width: int
+    width_out: int
+    bias: bool = True
+    variance: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b j"]:
+        sizes = (self.width, self.width_out)
+        parameters = self.declare(params.linear(sizes, variance=self.variance, bias=self.bias))
+        return product(*promote_dtype(x, *parameters, dtype=self.dtype))
 
 
 class RMSNorm(SpecModule):
@@ -116,9 +130,9 @@ class BlockDiagonalLinear(SpecModule):
         sizes = (self.width_input, self.num_blocks, self.width_output, self.w_init_variance_scale)
         w, b = self.declare(params.block_diagonal(*sizes))
         x, w, b = promote_dtype(x, w, b, dtype=self.dtype)
-        x_bthi = x.reshape(*x.shape[:-1], *w.shape[:2])
-        y_bthj = jnp.einsum("...hi,hij->...hj", x_bthi, w) + b
-        return y_bthj.reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
+        x_hzi = x.reshape(-1, *w.shape[:2]).swapaxes(0, 1)
+        y_hzj = product(x_hzi, w, b[:, None])
+        return y_hzj.swapaxes(0, 1).reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
 
 
 class Conv1D(SpecModule):
@@ -188,17 +202,12 @@ class Einsum(SpecModule):
         specs = params.einsum(self.w_shape, self.b_shape, self.w_init_variance_scale)
         w, *bias = self.declare(specs)
         x, w, *bias = promote_dtype(x, w, *bias, dtype=self.dtype)
-        b = bias[0] if bias else 0
         if self.eqn != MATRICES or self.mesh is not None:  # rows and steps stay apart on a mesh
-            return jnp.einsum(self.eqn, x, w) + b
-        x_zd = x.reshape(-1, x.shape[-1])
-        # With few steps one batched product, since separate ones take copies of the matrices; with
-        # many separate products, which are faster. jnp.einsum would copy the weight in both.
-        if x.shape[-2] < MANY_STEPS:
-            y_czm = jnp.matmul(jnp.broadcast_to(x_zd, (len(w), *x_zd.shape)), w)
-        else:
-            y_czm = jnp.stack([x_zd @ w_dm for w_dm in w])
-        return y_czm.reshape(len(w), *x.shape[:-1], w.shape[-1]) + b
+            y = jnp.einsum(self.eqn, x, dense(w))
+            return y + bias[0] if bias else y
+        b = bias[0].reshape(w.shape[0], 1, -1) if bias else None
+        y_czm = product(x.reshape(1, -1, x.shape[-1]), w, b)
+        return y_czm.reshape(w.shape[0], *x.shape[:-1], w.shape[-1])
 
 
 class Embedder(SpecModule):
@@ -215,7 +224,10 @@ class Embedder(SpecModule):
     def encode(self, tokens: Integer[Array, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
         table = self.input_embedding
-        x = table[tokens] if self.mesh is None else lookup(table, tokens, self.mesh)
+        if self.mesh is None or not isinstance(table, jax.Array):
+            x = lookup(table, tokens)
+        else:
+            x = split_lookup(table, tokens, self.mesh)
         (x,) = promote_dtype(x, dtype=self.dtype)
         return x * self.scale
 
@@ -224,8 +236,8 @@ class Embedder(SpecModule):
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
         # Matrices, since XLA transposes all logits for the gradient of an einsum over b and t.
         x_zd, wide = x.reshape(-1, x.shape[-1]), wide_dtype(x.dtype)
-        logits = jnp.matmul(x_zd, w.T, preferred_element_type=wide)
-        logits = logits.reshape(*x.shape[:2], len(w))
+        logits = product(x_zd, w, axis=-1, dtype=wide)
+        logits = logits.reshape(*x.shape[:2], w.shape[0])
         cap = self.soft_cap
         return jnp.tanh(logits / cap) * cap if cap else logits
 

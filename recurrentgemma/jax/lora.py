@@ -17,10 +17,11 @@ from jaxtyping import Array, Float
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
-from recurrentgemma.common.quantization import Quantized, dequantize
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.jax.model import Model
+from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -51,7 +52,7 @@ def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[Non
             return tuple(part + d.astype(part.dtype) for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape).astype(y.dtype)
 
-    with nn.intercept_methods(intercept), dequantizing():
+    with nn.intercept_methods(intercept):
         yield
 
 
@@ -84,7 +85,7 @@ def adapt(
     else:
         places = shardings(config, mesh, options)
         adapters = {path: put(value, places[path], dtype) for path, value in values}
-    return quantize_matrices(config, params) if options.quantize else params, adapters
+    return dequantizing(quantize_matrices(config, params, options.scheme, False)), adapters
 
 
 @default_promotion
@@ -100,7 +101,7 @@ def merge(
     for spec in layer_spec(config):
         value = get_path(base, spec.path)
         if isinstance(value, Quantized):
-            value = dequantize(value)
+            value = dense(value.replace(dtype="float32"))
         if spec.lora in options.targets:
             a, b = (
                 adapters[matrix.path].astype(wide_dtype(dtype))
@@ -126,10 +127,11 @@ def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) ->
     result: Params = {}
     for spec in layer_spec(model.config):
         value = get_path(params.get("params", params), spec.path)
-        on_host = np.asarray(value)
+        on_host = np.asarray(dense(value))
         merged = merge_on_host(spec, on_host, arrays, options)
         if merged is not on_host:
-            value = jax.device_put(merged.astype(on_host.dtype), value.sharding)
+            place = jax.tree.leaves(value)[0].sharding
+            value = jax.device_put(merged.astype(on_host.dtype), place)
         set_path(result, spec.path, value)
     return result
 

@@ -16,9 +16,10 @@ from recurrentgemma.common.generation.chunks import loss_chunk
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.vocabulary import TableSplit, around, passed, table_split
 from recurrentgemma.jax.scan.gates import wide_dtype
+from recurrentgemma.jax.scan.tangents import Linear, linear
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: Float[Array, "b t d"],
     embedding: Float[Array, "v d"],
@@ -52,21 +53,27 @@ def cross_entropy(
     return _run(hidden, embedding, targets, weights, *settings, gradients=False)[0]
 
 
-def _forward(hidden, embedding, targets, weights, soft_cap, chunk_size, mesh):
-    settings = soft_cap, chunk_size, mesh
-    return _run(hidden, embedding, targets, weights, *settings, gradients=True)
+@cross_entropy.defjvp
+@default_promotion
+def _jvp(soft_cap, chunk_size, mesh, primals, tangents):
+    loss, gradients = _run(*primals, soft_cap, chunk_size, mesh, gradients=True)
+    dhidden, dembedding, _, dweights = tangents
+    return loss, linear(_ALONG, _SCALED, gradients, (dhidden, dembedding, dweights))
 
 
 @default_promotion
-def _backward(soft_cap, chunk_size, mesh, gradients, dloss):
-    del soft_cap, chunk_size, mesh
-    dhidden, dembedding, dweights = gradients
-    scaled = ((dloss * g).astype(g.dtype) for g in (dhidden, dembedding, dweights))
-    dhidden, dembedding, dweights = scaled
-    return dhidden, dembedding, None, dweights
+def _along(gradients, tangents):
+    wide = wide_dtype(gradients[0].dtype)
+    return sum((g.astype(wide) * t).sum() for g, t in zip(gradients, tangents, strict=True))
 
 
-cross_entropy.defvjp(_forward, _backward)
+@default_promotion
+def _scaled(gradients, dloss):
+    return tuple((dloss * g).astype(g.dtype) for g in gradients)
+
+
+_ALONG = Linear(_along, _along, lambda g, _: jnp.zeros((), wide_dtype(g[0].dtype)))
+_SCALED = Linear(_scaled, _scaled, lambda g, _: g)
 
 
 @default_promotion

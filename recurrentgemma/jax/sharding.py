@@ -15,6 +15,7 @@ from recurrentgemma.common import sharding as layouts
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config, Layer
 from recurrentgemma.common.model.layer_spec import layer_params
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.training.lora import LoraOptions
 
 AxisName = str | tuple[str, ...] | None
@@ -174,14 +175,18 @@ def gathering(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
         computed = tuple(axis if axis == "tensor" else None for axis in split)
         pairs[spec.path] = (spec.shape, split, computed)
 
-    def gather(path: str, leaf: Array) -> Array:
+    def gather(path: str, leaf: Array, by_rows: bool = False) -> Array:
         shape, *splits = pairs[path]
         rest, computed = (
-            on_mesh(automatic, *layouts.inherited(split, leaf.shape, shape)) for split in splits
+            on_mesh(automatic, *_split_beside(split, leaf.shape, shape, by_rows))
+            for split in splits
         )
         return _gathered(leaf, rest, computed)
 
     def gather_all(tree: Any, prefix: str = "") -> Any:
+        if isinstance(tree, Quantized):
+            by_rows = tree.axis == -2
+            return tree.with_parts(lambda part: gather(prefix[1:], part, by_rows))
         if not isinstance(tree, Mapping):
             return jax.tree.map(functools.partial(gather, prefix[1:]), tree)
         return {key: gather_all(value, f"{prefix}.{key}") for key, value in tree.items()}
@@ -237,13 +242,24 @@ def is_split(array: Any) -> bool:
     return isinstance(array, Array) and isinstance(array.sharding, NamedSharding)
 
 
-def place_beside(array: Array, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of what belongs to a split parameter, a moment or a scale, of this shape."""
+def place_beside(array: Array, shape: tuple[int, ...], by_rows: bool = False) -> NamedSharding:
+    """The sharding of what belongs to a split parameter, a moment or a scale, of this shape.
+
+    With `by_rows` its last two axes are those of the parameter, swapped; see `Quantized`.
+    """
     place: Any = array.sharding
     split = (*place.spec, *(None,) * (array.ndim - len(place.spec)))
     if len(shape) != array.ndim:
         return on_mesh(place.mesh)
-    return on_mesh(place.mesh, *layouts.inherited(split, shape, array.shape))
+    return on_mesh(place.mesh, *_split_beside(split, shape, array.shape, by_rows))
+
+
+def _split_beside(
+    split: layouts.Split, shape: tuple[int, ...], whole: tuple[int, ...], by_rows: bool
+) -> layouts.Split:
+    if by_rows:
+        split, whole = (*split[:-2], *split[:-3:-1]), (*whole[:-2], *whole[:-3:-1])
+    return layouts.inherited(split, shape, whole)
 
 
 def on_host(array: Any) -> np.ndarray:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch, check_batch
-from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
+from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -37,6 +37,7 @@ from recurrentgemma.jax.optimizer import (
     own_learning_rate,
     require_optimizer,
 )
+from recurrentgemma.jax.quantization import is_quantized
 from recurrentgemma.jax.runtime.processes import by_the_first
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path
@@ -100,14 +101,15 @@ def create_train_state(
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: The parameters are not the model's, LoRA has no targets in it, or the optimiser
-        is neither options nor a transformation.
+      ValueError: The parameters are not the model's, they are quantised and there is no `lora`,
+        LoRA has no targets in the model, or the optimiser is neither options nor a transformation.
     """
     params = laid_out(model, params)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     require_optimizer(optimizer)
     specs = trainable_specs(model.config, lora)
     if lora is None:
+        require_plain(is_quantized(params))
         values = {s.path: jnp.array(get_path(params, s.path), state_dtype) for s in specs}
         base = None
     else:
@@ -163,8 +165,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       and "learning_rate", where it is known: a transformation's from `optax.inject_hyperparams`.
       Arrays among them may still be computed.
     """
-    batches = [batches] if isinstance(batches, Batch) else list(batches)
-    checked = [_on_host(state.model, batch) for batch in batches]
+    checked = [_on_host(state.model, batch) for batch in batch_list(batches)]
     stacked = _placed_batch(state.model, Batch(*map(_stacked, zip(*checked, strict=True))))
     rate = learning_rate(step_settings(state.optimizer), state.step)
     parameters, optimizer_state, metrics = compiled(state.parameters, state.optimizer_state).update(
@@ -252,7 +253,8 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 
 def _on_host(model: Model, batch: Batch) -> Batch:
     """The batch as arrays of JAX or NumPy, its values checked."""
-    batch = Batch(*(z if isinstance(z, jax.Array) else np.asarray(z) for z in batch))
+    arrays = (z if isinstance(z, jax.Array) else np.asarray(z) for z in require_batch(batch))
+    batch = Batch(*arrays)
     check_batch(batch, model.config.model.vocab_size)
     return batch
 

@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.layer_spec import layer_spec, spec_by_path
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.jax import products
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.products import dense
+from recurrentgemma.jax.quantization import dequantizing
 from recurrentgemma.jax.runtime.processes import join, processes_of
+from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma.jax.sharding import make_mesh
@@ -48,6 +53,10 @@ class JaxTwin(Twin):
 
         return training
 
+    @property
+    def products(self):
+        return products
+
     def default_device(self):
         return jax.default_backend()
 
@@ -73,7 +82,17 @@ class JaxTwin(Twin):
     def processes(self, mesh):
         return processes_of(mesh)
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, mesh=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+        mesh=None,
+    ):
         with self.precision(dtype):
             model, params = load_checkpoint(
                 path,
@@ -82,14 +101,22 @@ class JaxTwin(Twin):
                 mesh=mesh,
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
+                quantize=quantize,
+                decoding=decoding,
             )
         return ModelAndParams(model, params)
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:
-                set_path(tree, path, self.from_numpy(value, dtype, device))
+                if isinstance(value, Quantized):
+                    held = jax.device_put(value.replace(dtype=dtype), _device(device))
+                else:
+                    held = self.from_numpy(value, dtype, device)
+                    if decoding and on_one_cpu(held.sharding):
+                        held = as_rows(spec_by_path(config)[path], held, copies=False)
+                set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 
     def init(self, config, seed, dtype, device=None, mesh=None):
@@ -101,7 +128,15 @@ class JaxTwin(Twin):
         save_checkpoint(path, model.config, model.params, tokenizer, force=force)
 
     def params(self, model):
-        return _by_path(model.config, model.params)
+        with self.precision(model.dtype):
+            return _by_path(model.config, model.params)
+
+    def quantized(self, model):
+        leaves = {s.path: get_path(model.params, s.path) for s in layer_spec(model.config)}
+        return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
+
+    def dequantizing(self, model):
+        return model._replace(params=dequantizing(model.params))
 
     def init_state(self, model, batch_size, capacity=None):
         with self.precision(model.dtype):
@@ -125,7 +160,8 @@ class JaxTwin(Twin):
             return _by_path(model.config, _gradients(*model, tokens, segment_pos))
 
     def sampler(self, model, vocab, **settings):
-        return Sampler(model.module, vocab, model.params, **settings)
+        params = stored(model.config, model.params)  # of which the sampler makes no copy
+        return Sampler(model.module, vocab, params, **settings)
 
     def train_state(self, model, *, gradient_checkpointing, state_dtype, **options):
         module = model.module.clone(gradient_checkpointing=gradient_checkpointing)
@@ -157,7 +193,7 @@ def _gradients(module, params, tokens, segment_pos):
 
 
 def _by_path(config: Config, tree: Any) -> dict[str, np.ndarray]:
-    return {spec.path: np.asarray(get_path(tree, spec.path)) for spec in layer_spec(config)}
+    return {spec.path: np.asarray(dense(get_path(tree, spec.path))) for spec in layer_spec(config)}
 
 
 def _device(name: str | None) -> Any:

@@ -98,6 +98,7 @@ def load_model(
     overrides: Overrides = NO_OVERRIDES,
     as_stored: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> ComparedModel:
     """A checkpoint of any format, or the bundled model if None, in an implementation.
 
@@ -108,6 +109,8 @@ def load_model(
       overrides: What the checkpoint does not say of the model.
       as_stored: Whether `transformers` reads the folder by itself, with the config that is there.
       adapter: LoRA adapters to add to the parameters; see `load_checkpoint`.
+      quantize: The scheme in which a twin keeps matrices. Products are in the dequantised form: in
+        the other the rounding of rows turns a last bit into a step of 1 / 127.
 
     Raises:
       CheckpointError: The implementation is not installed, or the checkpoint cannot be loaded.
@@ -118,4 +121,5 @@ def load_model(
 
         return TransformersModel.load(path, dtype, overrides, as_stored, adapter)
     twin = find_twin(implementation)
-    return TwinModel(twin, twin.load(path, dtype, overrides=overrides, adapter=adapter))
+    model = twin.load(path, dtype, overrides=overrides, adapter=adapter, quantize=quantize)
+    return TwinModel(twin, twin.dequantizing(model))

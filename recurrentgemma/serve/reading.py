@@ -20,12 +20,20 @@ class PromptReading:
       job: Whose prompt it is.
       state: The state so far, one row of a cache.
       at: How many tokens it has read.
+      marks: Places in the prompt where a chunk ends and the state is worth keeping.
       cached: How many tokens it had read when reading began.
       waited: How many chunks of others were read since the last of its own.
     """
 
-    def __init__(self, engine: Engine, job: Job, cached: int, state: Any) -> None:
+    def __init__(
+        self, engine: Engine, job: Job, cached: int, state: Any, grid: int = 1
+    ) -> None:  # fmt: skip
+        """Begins after the tokens that a state has read; marks are moved down to a grid.
+
+        A prompt that is scored has no marks: other programs read it, which round differently.
+        """
         self.job, self.at, self.cached, self.state = job, cached, cached, state
+        self.marks = [] if job.scored else [mark - mark % grid for mark in job.marks]
         self.waited = 0
         self._engine = engine
         self._scores: list[LogProbs] = []
@@ -36,16 +44,16 @@ class PromptReading:
         return len(self.job.tokens) - 1 - self.at
 
     def read(self, longest: int) -> None:
-        """Reads a chunk of at most so many tokens; it ends at the next mark of the job."""
+        """Reads a chunk of at most so many tokens; it ends at the next mark."""
         engine, tokens = self._engine, self.job.tokens
-        marks = [mark for mark in self.job.marks if self.at < mark < len(tokens)]
+        marks = [mark for mark in self.marks if self.at < mark < len(tokens)]
         left = min(marks, default=len(tokens) - 1) - self.at
         sizes = engine.score_chunks if self.job.scored else engine.prefill_chunks
         length = count = min(left, longest, sizes[0])
-        if engine.pads_chunks:  # the padding of a part is in its first chunk
+        if engine.pads_chunks:  # the padding of a part is in its last chunk
             padded = -(-left // sizes[-1]) * sizes[-1]
             length = next(size for size in sizes if size <= max(min(longest, padded), sizes[-1]))
-            count = length - (padded - left)
+            count = min(left, length)
         chunk = tokens[self.at : self.at + count]
         placed, positions = pad_left([chunk], PAD, length, [self.at])
         if self.job.scored:

@@ -77,8 +77,8 @@ class Scheduler:
           tokenizer: Its tokenizer.
           deliver: Takes what became of jobs, once a turn; it must not wait.
           num_slots: How many rows grow at a time.
-          reproducible: Whether every step has all slots and every chunk the same length, so that
-            no bit of a row depends on what else runs.
+          reproducible: Whether no bit of a row depends on what else runs or is kept: every step has
+            all slots, every chunk ends at a multiple of one length, and so do the kept states.
           capacity: Tokens that a row has room for, in a model whose state grows with the text.
           states: Where states are kept; None keeps no state.
           most_waiting: How many jobs may wait.
@@ -87,11 +87,12 @@ class Scheduler:
         sizes = (num_slots,) if reproducible else batch_sizes(num_slots)
         self.slots = Slots(engine, sizes, capacity)
         self._num_slots, self._capacity = num_slots, capacity
-        self.states = None if reproducible else states
+        self.states = states
         self._most_waiting = most_waiting
         # The first is for chunks beside a step: on an accelerator a longer one costs no more.
         beside = engine.prefill_chunks[-1 if engine.burst == 1 else -2]
         self._chunks = beside, beside if reproducible else engine.prefill_chunks[0]
+        self._grid = beside if reproducible else 1
         self.counts = Counts()
         self.error: Exception | None = None
         self.ready = False
@@ -241,7 +242,7 @@ class Scheduler:
             else:
                 state = self.engine.snapshot(self.engine.grow(state, self._capacity))
             self.counts.cached_tokens += cached
-            self._reading.append(PromptReading(self.engine, job, cached, state))
+            self._reading.append(PromptReading(self.engine, job, cached, state, self._grid))
 
     def _read_chunk(self) -> None:
         """Reads a chunk of the prompt that is done first, or has waited for long."""
@@ -259,7 +260,7 @@ class Scheduler:
             chosen.waited, before = 0, chosen.at
             chosen.read(longest)
             self.counts.prompt_tokens += chosen.at - before
-            if chosen.at in chosen.job.marks:
+            if chosen.at in chosen.marks:
                 self._keep(chosen.job, chosen.job.tokens[: chosen.at], chosen.state)
         for reading in [reading for reading in self._reading if not reading.num_left]:
             self._reading.remove(reading)
@@ -303,9 +304,12 @@ class Scheduler:
     def _is_worth_keeping(self, row: SlotRow) -> bool:
         """Whether a later prompt may begin with what the row has read: its text spells its tokens.
 
-        Jobs without marks keep nothing.
+        Jobs without marks keep nothing. Reading a reply in chunks and growing it token by token
+        round differently, so that only a prompt's states are kept where every bit counts.
         """
         if self.states is None or not row.job.marks or not row.exact or row.job.cancelled:
+            return False
+        if self._grid > 1:
             return False
         if row.text.finish_reason == "stop_string":  # the client never sees all of the text
             return False

@@ -50,18 +50,27 @@ def _turns(
     """Sines and cosines of the angles by which positions turn; in decoding, kept for all layers."""
     if positions.shape[1] == 1 and not torch.is_grad_enabled() and is_known(positions):
         return _known_turns(tuple(positions[:, 0].tolist()), rope, half, dtype)
-    exponent = torch.arange(half, device=positions.device, dtype=dtype) / half
-    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
+    angle = positions[..., None, None] * _frequencies(rope, half, dtype, positions.device)
     return torch.sin(angle), torch.cos(angle)
+
+
+def _frequencies(
+    rope: Rope, half: int, dtype: torch.dtype, device: torch.device | str
+) -> Float[Tensor, " r"]:
+    exponent = torch.arange(half, device=device, dtype=dtype) / half
+    return rope.base**-exponent / rope.stretch
+
+
+_known_frequencies = functools.lru_cache(maxsize=8)(_frequencies)
 
 
 @functools.lru_cache(maxsize=8)
 def _known_turns(
     positions: tuple[int, ...], rope: Rope, half: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():  # or else it would be asked again
-        at = torch.tensor(positions, dtype=torch.int64, device="cpu")
-        return _turns(at[:, None], rope, half, dtype)
+    at = torch.tensor(positions, dtype=torch.int64, device="cpu")
+    angle = at[:, None, None, None] * _known_frequencies(rope, half, dtype, "cpu")
+    return torch.sin(angle), torch.cos(angle)
 
 
 def attend(

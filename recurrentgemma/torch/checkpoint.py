@@ -15,8 +15,9 @@ from recurrentgemma.common.io.arrays import float_dtype
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
-from recurrentgemma.common.tokenizer import Tokenizer
+from recurrentgemma.common.quantization import Quantized, input_axis, scheme_of
 from recurrentgemma.torch.model import Model
+from recurrentgemma.torch.quantization import QuantizedMatrix, replace, state_of
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.processes import by_the_first
 from recurrentgemma.torch.sharding import local_slices, mesh_of, placed, shard
@@ -39,6 +40,7 @@ def load_checkpoint(
     config: Config | None = None,
     overrides: Overrides = NO_OVERRIDES,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """The model in a checkpoint of any format.
 
@@ -59,12 +61,16 @@ def load_checkpoint(
       overrides: What else the caller says of the model.
       adapter: LoRA adapters that are added to the parameters as they are read: a file of ours or
         its folder, or a folder of PEFT's.
+      quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
+        `common.quantization`), quantised as they are read, one at a time. If None they are as they
+        are stored.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
-        `open_checkpoint`.
-      ValueError: There are both a device and a mesh, parameters cannot be of the dtype, or what
-        is to be split has several; or the mesh does not fit the model.
+        `open_checkpoint`. Or it is stored in another scheme.
+      ValueError: There are both a device and a mesh, parameters cannot be of the dtype, or what is
+        to be split has several or is quantised; the mesh does not fit the model; or the scheme is
+        unknown, or does not fit a matrix, which the message names.
       RuntimeError: It is to be split, and PyTorch is older than 2.10.
     """
     if device is not None and mesh is not None:
@@ -87,21 +93,30 @@ def load_checkpoint(
 
         state = {}
         wanted = None if dtype is None else float_dtype(dtype)
-        for spec, on_host in checkpoint.read_as(wanted, None if mesh is None else part):
-            name = torch_name(spec.path)
-            tensor = to_tensor(to_torch(spec.path, on_host))
+        for spec, on_host in checkpoint.read_as(wanted, quantize, None if mesh is None else part):
+            if isinstance(on_host, Quantized):
+                held = on_host.with_parts(lambda part: to_tensor(part).to(device or "cpu"))
+                replace(model, spec, held)
+                continue
+            name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
             state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(model.state_dict() | state, assign=True)
     return model
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer, *, force: bool = False
+    path: str | os.PathLike[str], model: Model, tokenizer: Any, *, force: bool = False
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
     Where the model is split over processes all must call this; the first of them writes, a tensor
     at a time.
+
+    Args:
+      path: The folder to make.
+      model: The model.
+      tokenizer: Its tokenizer: a `Tokenizer`, or what it takes, such as a path.
+      force: Whether to replace what is at `path`.
 
     Raises:
       CheckpointError: `path` exists and `force` is not set, the disk has too little room, the
@@ -109,18 +124,23 @@ def save_checkpoint(
         of another size than the vocabulary.
       OtherProcessError: It is split, and another process could not write.
     """
-    state = model.state_dict()
+    state = state_of(model)
     specs = layer_spec(model.config)
-    held = {name: Held.of(tensor) for name, tensor in state.items()}
+    held = {name: Held.of(value) for name, value in state.items()}
     dtypes = torch_layout(specs).dtypes(path, held)
-    tensors = (state[torch_name(spec.path)] for spec in specs)
+    scheme = scheme_of(v.quantized for v in state.values() if isinstance(v, QuantizedMatrix))
+    values = {spec.path: state[torch_name(spec.path)] for spec in specs}
+    tensors = (value for value in values.values() if isinstance(value, Tensor))
 
     def write(tensors: Iterable[Tensor]) -> None:
         arrays = map(to_array, tensors)
 
-        def parameter(spec: ParamSpec) -> np.ndarray:
+        def parameter(spec: ParamSpec) -> np.ndarray | Quantized:
+            value = values[spec.path]
+            if isinstance(value, QuantizedMatrix):
+                return value.quantized.with_parts(to_array).replace(axis=input_axis(spec))
             return to_torch(spec.path, next(arrays))
 
-        save_folder(path, model.config, dtypes, parameter, tokenizer, force=force)
+        save_folder(path, model.config, dtypes, parameter, tokenizer, force=force, scheme=scheme)
 
-    by_the_first(mesh_of(state.values()), tensors, write)
+    by_the_first(mesh_of(v for v in values.values() if isinstance(v, Tensor)), tensors, write)

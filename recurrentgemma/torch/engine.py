@@ -17,6 +17,7 @@ from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.model import Model
+from recurrentgemma.torch.quantization import QuantizedMatrix, keep_values
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.runtime.steps import giving_up
@@ -66,7 +67,8 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedMatrix))
+        return sum(held.nbytes for held in (*self.model.parameters(), *quantized))
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
         """Nothing is compiled to read prompts."""
@@ -195,7 +197,10 @@ class ModelEngine(Engine):
     def _prepare(self) -> _Prepared:
         """The steps of the model, which may have taken the place of another."""
         if self._prepared is None or self._prepared.model is not self.model:
-            step = torch.compile(self.model, dynamic=False) if self._jit_compile else self.model
+            step = self.model
+            if self._jit_compile:
+                keep_values(step)
+                step = torch.compile(step, dynamic=False)
             self._prepared = _Prepared(self.model, step, {})
         return self._prepared
 

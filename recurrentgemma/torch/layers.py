@@ -15,13 +15,20 @@ from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
-from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
-from recurrentgemma.torch.runtime.arrays import without_autocast
+from recurrentgemma.torch.cache import (
+    Hidden,
+    Positions,
+    inside_documents,
+    num_padding,
+    prepend_history,
+)
+from recurrentgemma.torch.products import dense, lookup, product
+from recurrentgemma.torch.quantization import QuantizedMatrix
+from recurrentgemma.torch.runtime.arrays import as_dtype
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.sharding import part_of
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
-_PART_ELEMENTS = 2**19  # of a part of the vocabulary, which then stays in the processor's cache
 
 
 class SpecModule(nn.Module):
@@ -71,10 +78,10 @@ class SpecModule(nn.Module):
             (spec._replace(path=f"{prefix}.{spec.path}" if prefix else spec.path), parameter)
             for prefix, module in self.named_modules()
             for spec in (module.specs if isinstance(module, SpecModule) else ())
+            if isinstance(parameter := getattr(module, torch_name(spec.path)), Tensor)
             # The storage of a fake tensor is on no other device.
-            if (parameter := module.get_parameter(torch_name(spec.path)))
-            .untyped_storage().device.type != "meta"
-        ]  # fmt: skip
+            and parameter.untyped_storage().device.type != "meta"
+        ]
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu")) if drawn else 0
         for spec, parameter in drawn:
@@ -95,6 +102,9 @@ class Linear(nn.Linear, SpecModule):
         """As `SpecModule`, whose method `nn.Linear` hides."""
         SpecModule.reset_parameters(self, seed)
 
+    def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b j"]:
+        return product(input, self.weight, self.bias, axis=-1)
+
 
 class RMSNorm(SpecModule):
     """y = x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32."""
@@ -106,16 +116,16 @@ class RMSNorm(SpecModule):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32 = x.to(wide_dtype(x.dtype))
+        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.scale)
         rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         y = x32 * rms
-        return torch.addcmul(y, y, self.scale.to(x32.dtype)).to(x.dtype)
+        return torch.addcmul(y, y, scale).to(x.dtype)
 
 
 class BlockDiagonalLinear(SpecModule):
     """y_h = x_h W_h + b_h over blocks h of the last axis."""
 
-    w: nn.Parameter
+    w: nn.Parameter | QuantizedMatrix
     b: nn.Parameter
 
     def __init__(
@@ -125,8 +135,8 @@ class BlockDiagonalLinear(SpecModule):
         super().__init__(specs, device, dtype)
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
-        x_hzi = x.reshape(-1, x.shape[-1]).unflatten(-1, (len(self.w), -1)).transpose(0, 1)
-        y_hzj = torch.baddbmm(self.b[:, None], x_hzi, self.w)
+        x_hzi = x.reshape(-1, *self.w.shape[:2]).transpose(0, 1)
+        y_hzj = product(x_hzi, self.w, self.b.unsqueeze(1))
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
 
@@ -148,7 +158,7 @@ class Conv1D(SpecModule):
         """Returns the outputs and the state after them (see `RecurrentBlockCache`)."""
         segment_pos = as_positions(segment_pos, x)
         length, reach, wide = x.shape[1], len(self.w) - 1, wide_dtype(x.dtype)
-        w, b = self.w.to(wide), self.b.to(wide)
+        w, b = as_dtype(wide, self.w, self.b)
         if cache is not None and length == 1:
             y, new_cache = _step(x, segment_pos, cache, w, b)
             return y, new_cache if return_cache else None
@@ -171,10 +181,15 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One token a row."""
     # Zeros stand for inputs that the document lacks; its start forgets another document's.
-    state = state.to(x.dtype).masked_fill((segment_pos == 0)[..., None], 0)
+    (state,), inside = as_dtype(x.dtype, state), inside_documents(segment_pos)
+    if not inside:
+        state = state.masked_fill((segment_pos == 0)[..., None], 0)
     extended = torch.cat([state, x], 1)
-    y = (extended * w).sum(1, keepdim=True) + b
-    return y.to(x.dtype), torch.where((segment_pos < 0)[..., None], state, extended[:, 1:])
+    (y,) = as_dtype(x.dtype, (extended * w).sum(1, keepdim=True) + b)
+    new_state = extended[:, 1:]
+    if not inside:
+        new_state = torch.where((segment_pos < 0)[..., None], state, new_state)
+    return y, new_state
 
 
 def _new_state(extended: Tensor, segment_pos: Tensor, reach: int, continues: bool) -> Tensor:
@@ -190,7 +205,7 @@ def _new_state(extended: Tensor, segment_pos: Tensor, reach: int, continues: boo
 class Einsum(SpecModule):
     """y = einsum(eqn, x, w) + b."""
 
-    w: nn.Parameter
+    w: nn.Parameter | QuantizedMatrix
     b: nn.Parameter | None
 
     def __init__(
@@ -209,18 +224,18 @@ class Einsum(SpecModule):
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.eqn != MATRICES:
-            y = torch.einsum(self.eqn, x, self.w)
+            y = torch.einsum(self.eqn, x, dense(self.w))
             return y if self.b is None else y + self.b
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
-        x_czd, b = x.flatten(0, -2).expand(len(self.w), -1, -1), self.b
-        y_czm = x_czd @ self.w if b is None else torch.baddbmm(b.flatten(1, -2), x_czd, self.w)
-        return y_czm.unflatten(1, x.shape[:-1])
+        b = None if self.b is None else self.b.flatten(1, -2)
+        y_czm = product(x.flatten(0, -2)[None], self.w, b)
+        return y_czm.view(-1, *x.shape[:-1], y_czm.shape[-1])
 
 
 class Embedder(SpecModule):
     """Token embeddings, tied between input and output."""
 
-    input_embedding: nn.Parameter
+    input_embedding: nn.Parameter | QuantizedMatrix
 
     def __init__(
         self,
@@ -236,23 +251,15 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        x = nn.functional.embedding(tokens, self.input_embedding)
+        x = lookup(self.input_embedding, tokens)
         # A plain number is not rounded; a scalar of the CPU goes with any device.
         return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, embedding, cap = x.to(wide_dtype(x.dtype)), self.input_embedding, self.soft_cap
+        x, cap = x.to(wide_dtype(x.dtype)), self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less
-        # In parts, since in a narrower dtype each is copied to the wide one.
-        parts = (
-            [embedding]
-            if embedding.dtype == x.dtype
-            else embedding.split(max(_PART_ELEMENTS // x.shape[-1], 1))
-        )
-        with without_autocast(x.device):
-            logits = [nn.functional.linear(x, part.to(x.dtype)) for part in parts]
-        logits = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
+        logits = product(x, self.input_embedding, axis=-1, dtype=x.dtype)
         return logits.tanh_() * cap if cap else logits
 
 

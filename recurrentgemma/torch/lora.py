@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from recurrentgemma.common.training.lora import (
 )
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.quantization import quantize_matrices, quantized_tensor
+from recurrentgemma.torch.quantization import (
+    QuantizedMatrix,
+    dequantizing,
+    parameter,
+    quantize_matrices,
+    quantized_tensor,
+    replace,
+)
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.scan.gates import wide_dtype
 from recurrentgemma.torch.sharding import mesh_of, owners, part_of, shard, whole
@@ -50,10 +58,6 @@ class Adapted(nn.Module):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape)
 
-    def get_parameter(self, target: str) -> Any:
-        """A parameter of the base."""
-        return self.base.get_parameter(target)
-
     def owner(self, leaf: str) -> str:
         """The adapter whose layout a tensor has."""
         return f"{flax_path(self._leaf)}.{leaf}"
@@ -81,10 +85,10 @@ def adapt(
     mesh = mesh_of(state.values())
     split, like = mesh is not None, model.embedder.input_embedding.dtype
     result = Model(model.config, model.gradient_checkpointing, "meta", like) if split else None
-    result = _sharing(state, model) if result is None else result
+    result = _sharing(model) if result is None else result
     result.requires_grad_(False)
-    if options.quantize:
-        quantize_matrices(result)
+    quantize_matrices(result, options.scheme, tables=False)
+    dequantizing(result)
     for target in lora_targets(model.config, options):
         pair = (drawn[spec.path] for spec in adapter_specs(target, options.rank))
         a, b = (nn.Parameter(z.to("meta") if split else z) for z in pair)
@@ -93,7 +97,7 @@ def adapt(
     if mesh is not None:
         shard(result, mesh, options)
         result.load_state_dict(dict(_parts(result, state | drawn)), assign=True)
-    own = {path: parameter for _, path, parameter in owners(result)}
+    own = {path: tensor for _, path, tensor, _ in owners(result)}
     return result, {path: own[path] for path in drawn}
 
 
@@ -104,10 +108,13 @@ def _parts(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, T
       model: The model, split; its tensors have no values.
       tensors: Those of the plain model and the adapters.
     """
-    for name, path, place in owners(model):
-        value, leaf = tensors[torch_name(path)], name.rpartition(".")[2]
-        if leaf != torch_name(path).rpartition(".")[2]:
-            value = getattr(quantized_tensor(path, whole(value)), leaf)
+    specs = {spec.path: spec for spec in layer_spec(model.config)}
+    for name, path, place, by_rows in owners(model):
+        value = tensors[torch_name(path)]
+        if by_rows:
+            module, _, leaf = name.rpartition(".")
+            scheme: Any = model.get_submodule(module).scheme
+            value = getattr(quantized_tensor(specs[path], whole(value), scheme), leaf)
         yield name, part_of(value, place)
 
 
@@ -115,19 +122,17 @@ def merge(
     model: Model, adapters: Mapping[str, Tensor], options: LoraOptions, dtype: torch.dtype
 ) -> Model:
     """A plain model, in a dtype, that computes what the adapted one does."""
-    state: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        path, _, leaf = torch_name(spec.path).rpartition(".")
-        value = model.get_submodule(path).get_parameter(leaf).detach()
+        value = _matrix(model, spec)
         if spec.lora in options.targets:
             a, b = (
                 whole(adapters[matrix.path].detach()).to(wide_dtype(dtype))
                 for matrix in adapter_specs(spec, options.rank)
             )
-            added = part_of(options.scale * to_torch(spec.path, a @ b), value)
-            value = value.to(a.dtype) + added
-        state[torch_name(spec.path)] = value.to(dtype)
-    return _sharing(state, model)
+            value = value.to(a.dtype) + part_of(options.scale * to_torch(spec.path, a @ b), value)
+        merged[spec.path] = value.to(dtype)
+    return _sharing(model, merged)
 
 
 def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
@@ -141,25 +146,41 @@ def load_adapters(path: str | os.PathLike[str], model: Model) -> Model:
       CheckpointError: There are no adapters, they are damaged, or belong to another model.
     """
     _, options, arrays = open_adapters(path, model.config)
-    result = model.state_dict()
+    changed: dict[str, Tensor] = {}
     for spec in layer_spec(model.config):
-        value = result[torch_name(spec.path)]
+        value = _matrix(model, spec)
         on_host = to_torch(spec.path, to_array(whole(value)))
         merged = merge_on_host(spec, on_host, arrays, options)
         if merged is not on_host:
-            tensor = to_tensor(to_torch(spec.path, merged)).to(value)
-            result[torch_name(spec.path)] = tensor
-    return _sharing(result, model)
+            changed[spec.path] = to_tensor(to_torch(spec.path, merged)).to(value)
+    return _sharing(model, changed)
 
 
-def _sharing(state: Mapping[str, Tensor], model: Model) -> Model:
-    """A model like another, with these tensors; split where they are."""
+def _matrix(model: Model, spec: ParamSpec) -> Tensor:
+    """A parameter, or the whole of the matrix that a `QuantizedMatrix` stands for."""
+    value = parameter(model, spec)
+    if isinstance(value, QuantizedMatrix):
+        held = value.quantized.with_parts(whole)
+        return dequantize(held, torch.stack).to(value.dtype)
+    return value.detach()
+
+
+def _sharing(model: Model, changed: Mapping[str, Tensor] = MappingProxyType({})) -> Model:
+    """A model like another, on its tensors but for some, which are given by their paths."""
     result = Model(model.config, model.gradient_checkpointing, device="meta")
-    if mesh := mesh_of(state.values()):
+    specs = layer_spec(model.config)
+    values = {spec: changed.get(spec.path, parameter(model, spec)) for spec in specs}
+    mesh = mesh_of(value for value in values.values() if isinstance(value, Tensor))
+    if mesh is not None:
         shard(result, mesh)
-        places = result.state_dict()
-        state = {name: part_of(value, places[name]) for name, value in state.items()}
-    result.load_state_dict(state, assign=True)
+    places, state = result.state_dict(), dict[str, Tensor]()
+    for spec, value in values.items():
+        name = torch_name(spec.path)
+        if isinstance(value, QuantizedMatrix):
+            replace(result, spec, value.quantized)
+        else:
+            state[name] = part_of(value.detach(), places[name])
+    result.load_state_dict(result.state_dict() | state, assign=True)
     return result
 
 

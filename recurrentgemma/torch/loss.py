@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recurrentgemma.common.generation.chunks import loss_chunk
 from recurrentgemma.torch.runtime.arrays import without_autocast
-from recurrentgemma.torch.scan.gates import wide_dtype
+from recurrentgemma.torch.scan.gates import forward_levels, wide_dtype
 
 _VOCABULARY_PART = 16_384
 
@@ -26,8 +26,8 @@ def cross_entropy(
     Logits are `hidden` times the embedding, soft-capped, in float32 or wider; they are computed and
     differentiated so many tokens at a time, in one pass: the gradients, unscaled, are what the
     forward pass leaves behind. Products have their factors in the dtype of `hidden` and
-    `embedding`, and sums are wide. Derivatives of the gradients, and torch.func's transforms, take
-    all logits at a time.
+    `embedding`, and sums are wide. Derivatives of the gradients, those in forward mode, and
+    torch.func's transforms take all logits at a time.
 
     Args:
       hidden: The output of `Model.hidden`.
@@ -39,8 +39,8 @@ def cross_entropy(
     """
     inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
     with without_autocast(hidden.device):
-        # torch.func's transforms accept no in-place operations.
-        if torch._C._are_functorch_transforms_active():
+        # They accept no in-place operations.
+        if torch._C._are_functorch_transforms_active() or forward_levels():
             return _definition(hidden, embedding, weights, targets, soft_cap)
         if not torch.is_grad_enabled():
             return _run(*inputs, needed=(False, False))[0]

@@ -1,70 +1,213 @@
-"""Computing with matrices that are kept as int8: each is dequantised where it is used."""
+"""A model's matrices in fewer bytes (see `common.quantization`)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from recurrentgemma.common.model.layer_spec import layer_spec
-from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
-from recurrentgemma.common.quantization import Quantized, dequantize, quantize
-from recurrentgemma.torch.model import Model
-from recurrentgemma.torch.runtime.arrays import to_array
+from recurrentgemma.common.model.params import ParamSpec
+from recurrentgemma.common.model.state_dict import is_kernel, to_torch, torch_name
+from recurrentgemma.common.quantization import (
+    SCHEMES,
+    Quantized,
+    input_axis,
+    part_shapes,
+    quantize,
+    scheme_for,
+)
+from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.kernels import LAYOUTS
 
 
-def quantize_matrices(model: Model) -> None:
-    """Puts a `Dequantizing` in the place of each module that holds a matrix."""
-    for spec in layer_spec(model.config):
-        if spec.matrix:
-            path, _, leaf = torch_name(spec.path).rpartition(".")
-            module = model.get_submodule(path)
-            quantized = quantized_tensor(spec.path, module.get_parameter(leaf))
-            model.set_submodule(path, Dequantizing(module, leaf, quantized))
+class QuantizedMatrix(nn.Module):
+    """A `Quantized` in the place of a module's parameter, under its name.
 
-
-def quantized_tensor(path: str, weight: Tensor) -> Quantized:
-    """A parameter, as PyTorch has it, in its two parts; on "meta" without values."""
-    if weight.is_meta:
-        whole = to_torch(path, torch.empty(weight.shape, device="meta"))
-        scale = to_torch(path, whole[..., :1, :])
-        return Quantized(torch.empty_like(weight, dtype=torch.int8), torch.empty_like(scale))
-    parts = quantize(to_torch(path, to_array(weight)))
-    return Quantized(*(to_torch(path, torch.from_numpy(part)).to(weight.device) for part in parts))
-
-
-class Dequantizing(nn.Module):
-    """A module that computes with a `Quantized` in the place of a parameter.
-
-    The matrix has the dtype of the module's input: it exists only during the module's call.
+    Its arrays are buffers, so that state dicts, copies, pickles and `to` treat them as they treat
+    parameters; their dtypes never change. A cast of the model changes `dtype`.
 
     Attributes:
-      base: The module, without the parameter.
-      leaf: Its name for the parameter.
+      values: See `Quantized`, whose other fields this has, too.
+      scale: See `Quantized`.
+      zero: See `Quantized`.
+      shape: The shape of the matrix that this stands for.
+      dtype: The dtype that the matrix has in a computation.
+      packs: Whether a kernel's own layout may take the place of the values (see `pack`).
     """
 
-    values: Tensor
+    values: Any
     scale: Tensor
+    zero: Tensor | None
 
-    def __init__(self, base: nn.Module, leaf: str, quantized: Quantized) -> None:
+    def __init__(self, quantized: Quantized, packs: bool = True) -> None:
         super().__init__()
-        self.base, self.leaf = base, leaf
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
-        base.register_parameter(leaf, None)
+        self.register_buffer("zero", quantized.zero)
+        self.scheme, self.axis, self.integer = quantized.scheme, quantized.axis, quantized.integer
+        self.packs, self._packed = packs, None
+        self.shape = torch.Size(quantized.shape)
+        self.dtype: torch.dtype = getattr(torch, quantized.dtype)
 
-    def forward(self, x: Tensor) -> Any:
-        matrix = self.get_parameter(self.leaf).to(x.dtype)
-        return functional_call(self.base, {self.leaf: matrix}, (x,))
+    @property
+    def quantized(self) -> Quantized:
+        """The same as a `Quantized` of tensors."""
+        parts = self._values(), self.scale, self.zero
+        name = str(self.dtype).removeprefix("torch.")
+        return Quantized(*parts, self.scheme, self.axis, name, self.integer)
 
-    def get_parameter(self, target: str) -> Any:
-        """A parameter of the module; the quantised one in float32."""
-        if target != self.leaf:
-            return self.base.get_parameter(target)
-        return dequantize(Quantized(self.values, self.scale))
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
 
-    def owner(self, leaf: str) -> str:
-        """The parameter whose layout its tensors have."""
-        return flax_path(self.leaf)
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors, packed or not."""
+        values = math.prod(self.shape) * SCHEMES[self.scheme].bits // 8
+        return values + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.scale.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme} {list(self.shape)}"
+
+    def pack(self) -> list[Any] | None:
+        """The matrices as a kernel of this processor takes them; None where there is none.
+
+        They hold the values from then on: `values` is None until `unpack`.
+        """
+        if self._packed is None and self.packs and not torch.compiler.is_compiling():
+            layout = LAYOUTS[SCHEMES[self.scheme].bits]
+            if layout.takes(self.values, self.scale):
+                zeros = self.scale if self.zero is None else self.zero
+                parts = (self.values, self.scale, zeros)
+                matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)
+                self._packed = [layout.pack(*matrix) for matrix in matrices]
+                self.values = None
+        return self._packed
+
+    def unpack(self) -> None:
+        """Makes the values again from the packed ones, if there are any."""
+        if self._packed is not None:
+            self.values, self._packed = self._values(), None
+
+    def _values(self) -> Tensor:
+        if self._packed is None:
+            return self.values
+        unpack = LAYOUTS[SCHEMES[self.scheme].bits].unpack
+        matrices = [unpack(matrix) for matrix in self._packed]
+        return torch.stack(matrices) if self.ndim > 2 else matrices[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return vars(self)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedMatrix:
+        """Moves the tensors; a cast of floating-point parameters changes `dtype` alone."""
+        self.unpack()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        for name, buffer in self.named_buffers(recurse=False):
+            # As bytes, which no cast of floating-point tensors changes.
+            setattr(self, name, fn(buffer.view(torch.uint8)).view(buffer.dtype))
+        return self
+
+
+def quantize_matrices(model: nn.Module, scheme: str | None = "q8", tables: bool = True) -> None:
+    """Puts a `QuantizedMatrix` in the place of each matrix of a model.
+
+    Args:
+      model: The model. What is quantised already stays as it is.
+      scheme: The scheme; None changes nothing.
+      tables: Whether the embedding is quantised, too.
+
+    Raises:
+      ValueError: The scheme is unknown, or does not fit a matrix; the message names it.
+    """
+    for spec in layer_spec(model.config):  # pyright: ignore[reportArgumentType]
+        name = scheme_for(spec, scheme) if tables or not spec.table else None
+        value = parameter(model, spec)
+        if name is not None and isinstance(value, Tensor):
+            replace(model, spec, quantized_tensor(spec, value, name))
+
+
+def quantized_tensor(spec: ParamSpec, value: Tensor, scheme: str) -> Quantized:
+    """A parameter, as PyTorch has it, in a scheme; on "meta" without values."""
+    axis = input_axis(spec)
+    if value.is_meta:
+        shapes = part_shapes(spec.shape, scheme, axis, spec.path)
+        values, scale, zero = (
+            torch.empty(shapes[part][0], dtype=getattr(torch, shapes[part][1].name), device="meta")
+            if part in shapes
+            else None
+            for part in ("", ".scale", ".zero")
+        )
+        name = str(value.dtype).removeprefix("torch.")
+        return Quantized(values, scale, zero, scheme, axis, name)
+    held = quantize(to_torch(spec.path, to_array(value)), scheme, axis, spec.path)
+    return held.with_parts(lambda part: to_tensor(part).to(value.device))
+
+
+def dequantizing(model: nn.Module) -> None:
+    """Has a model compute in a form that has gradients: no product quantises its rows."""
+    for module in model.modules():
+        if isinstance(module, QuantizedMatrix):
+            module.integer = False
+
+
+def keep_values(model: nn.Module) -> None:
+    """Has a model compute with values as they are stored, which `torch.compile` can trace."""
+    for module in model.modules():
+        if isinstance(module, QuantizedMatrix):
+            module.packs = False
+            module.unpack()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any parameter is quantised."""
+    return any(isinstance(module, QuantizedMatrix) for module in model.modules())
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """A model's state dict, in which a `QuantizedMatrix` stands under the parameter's name."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedMatrix):
+            for part in module.state_dict():
+                del state[f"{name}.{part}"]
+            state[name] = module
+    return state
+
+
+def parameter(model: nn.Module, spec: ParamSpec) -> Any:
+    """A parameter of a model, or of the base under adapters: a tensor or a `QuantizedMatrix`."""
+    path, _, leaf = torch_name(spec.path).rpartition(".")
+    module = model.get_submodule(path)
+    return getattr(getattr(module, "base", module), leaf)
+
+
+def replace(model: nn.Module, spec: ParamSpec, quantized: Quantized) -> None:
+    """Puts a quantised parameter, whose axis is the Flax layout's, in the place of another."""
+    path, _, leaf = torch_name(spec.path).rpartition(".")
+    module = model.get_submodule(path)
+    axis = -1 if is_kernel(spec.path) else quantized.axis
+    delattr(module, leaf)
+    module.add_module(leaf, QuantizedMatrix(quantized.replace(axis=axis), packs=not spec.table))

@@ -8,9 +8,9 @@ from torch import nn
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
-from recurrentgemma.torch.cache import Hidden, Positions
+from recurrentgemma.torch.cache import Hidden, Positions, inside_documents
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
-from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan
+from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan, rg_lru_step
 
 
 class RGLRU(SpecModule):
@@ -43,13 +43,10 @@ class RGLRU(SpecModule):
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
-        y, new_cache = rg_lru_scan(
-            x,
-            self.input_gate(x),
-            self.a_gate(x),
-            self.a_param,
-            segment_pos,
-            cache,
-            implementation=SCAN_TYPES[self.scan_type],
-        )
+        inputs = x, self.input_gate(x), self.a_gate(x), self.a_param
+        if cache is not None and inside_documents(segment_pos):
+            y, new_cache = rg_lru_step(*inputs, cache)
+        else:
+            choice = SCAN_TYPES[self.scan_type]
+            y, new_cache = rg_lru_scan(*inputs, segment_pos, cache, implementation=choice)
         return y, new_cache if return_cache else None

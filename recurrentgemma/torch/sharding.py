@@ -25,6 +25,7 @@ from recurrentgemma.common.sharding import (
     strategy,
 )
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.processes import join
 
 if TYPE_CHECKING:
@@ -113,8 +114,9 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
     splits, parts = splits_of(model.config, mesh, lora), sizes["fsdp"]
     axes: dict[int, int] = {}
     total, kept = 0, 0
-    for _, path, parameter in owners(model):
-        split = torch_shape(path, splits[path])
+    for _, path, parameter, by_rows in owners(model):
+        split = splits[path]
+        split = (*split[:-2], *split[:-3:-1]) if by_rows else torch_shape(path, split)
         found = [i for i, axis in enumerate(split) if axis == "fsdp"]
         # The scale of a quantised matrix has a 1 where the matrix is reduced.
         axis = next((i for i in found if parameter.shape[i] % parts == 0), 0)
@@ -154,19 +156,21 @@ def splits_of(
     return {spec.path: split_of(spec, sizes) for spec in specs}
 
 
-def owners(model: Model) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, path in the layout and tensor of each parameter and buffer of a model.
+def owners(model: Model) -> Iterator[tuple[str, str, Tensor, bool]]:
+    """Name, path in the layout, tensor and form of each parameter and buffer of a model.
 
     The model may have adapters: a module around another, its `base`, says by `owner` whose layout
-    its own tensors have.
+    its own tensors have. The form is whether a tensor is a part of a `QuantizedMatrix`, which has
+    rows of outputs.
     """
     for name, module in model.named_modules():
         place = [part for part in name.split(".") if part != "base"]
-        owner = getattr(module, "owner", flax_path)
+        owner, by_rows = getattr(module, "owner", flax_path), isinstance(module, QuantizedMatrix)
         own = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
         for leaf, parameter in itertools.chain(*own):
             full = f"{name}.{leaf}" if name else leaf
-            yield full, ".".join([*place, owner(leaf)]), parameter
+            path = flax_path(".".join(place)) if by_rows else ".".join([*place, owner(leaf)])
+            yield full, path, parameter, by_rows
 
 
 def part_of(tensor: Tensor, place: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
-from recurrentgemma.common.training.batch import Batch, check_batch
-from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
+from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
 from recurrentgemma.common.training.optimization import (
     OptimizerOptions,
     decay_mask,
@@ -30,6 +30,8 @@ from recurrentgemma.torch.lora import adapt, merge
 from recurrentgemma.torch.loss import cross_entropy
 from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
+from recurrentgemma.torch.products import dense
+from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
 from recurrentgemma.torch.scan.gates import wide_dtype
@@ -96,13 +98,14 @@ def create_train_state(
       seed: The seed of the adapters' initial values.
 
     Raises:
-      ValueError: LoRA has no targets in the model, or the optimiser is neither options nor a
-        function that makes one of the tensors.
+      ValueError: The weights are quantised and there is no `lora`, LoRA has no targets in the
+        model, or the optimiser is neither options nor a function that makes one of the tensors.
     """
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     specs = trainable_specs(model.config, lora)
     dtype = model.embedder.input_embedding.dtype
     if lora is None:
+        require_plain(is_quantized(model))
         model.requires_grad_(True)
         values = {
             path: p if p.dtype == state_dtype else p.detach().to(state_dtype)
@@ -152,7 +155,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
       The state, and "loss", "tokens" (the sum of the weights), "grad_norm" (before clipping) and
       "learning_rate"; an own optimiser's is its first group's, after the step.
     """
-    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    batches = batch_list(batches)
     mesh = mesh_of(state.parameters.values())
     tokens = _tokens(batches, mesh)
     ranks = 1 if mesh is None else mesh.size()
@@ -277,12 +280,13 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     hidden, _ = model.hidden(tokens, segment_pos)
-    embedding = model.embedder.input_embedding  # under FSDP it is whole now
+    embedding = dense(model.embedder.input_embedding)  # under FSDP it is whole now
     return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
 
 
 def _weight(batch: Batch) -> float:
     """The sum of a batch's weights."""
+    require_batch(batch)
     if isinstance(batch.weights, Tensor):
         return float(batch.weights.sum(dtype=torch.float64))
     return float(np.asarray(batch.weights).sum(dtype=np.float64))

@@ -195,11 +195,10 @@ def layout_of(state: TrainState) -> StateLayout:
             path = name.partition(".")[2]
             if path in shapes:
                 yield name, path, tensor
-        for name, path, tensor in owners(state.model) if state.lora else ():
+        for name, path, tensor, by_rows in owners(state.model) if state.lora else ():
             if path not in state.parameters:
-                leaf = name.rpartition(".")[2]
-                part = "" if leaf == torch_name(path).rpartition(".")[2] else f".{leaf}"
-                yield f"base.{path}{part}", path, to_torch(path, tensor)
+                part = f".{name.rpartition('.')[2]}" if by_rows else ""
+                yield f"base.{path}{part}", path, tensor.mT if by_rows else to_torch(path, tensor)
 
     return StateLayout(
         (name, _placed(tensor, inherited(splits[path], tuple(tensor.shape), shapes[path])))

@@ -12,10 +12,20 @@ import torch
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.quantization import Quantized, input_axis
 from recurrentgemma.common.twin import Outputs, Twin, process_memory
+from recurrentgemma.torch import products
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.checkpoint import load_checkpoint, save_checkpoint
 from recurrentgemma.torch.model import Model
+from recurrentgemma.torch.products import dense
+from recurrentgemma.torch.quantization import (
+    QuantizedMatrix,
+    dequantizing,
+    parameter,
+    replace,
+    state_of,
+)
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.processes import join, processes_of
 from recurrentgemma.torch.sampler import Sampler
@@ -33,6 +43,10 @@ class TorchTwin(Twin):
         from recurrentgemma.torch import training  # slow to import, and sampling needs none of it
 
         return training
+
+    @property
+    def products(self):
+        return products
 
     def default_device(self):
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +72,18 @@ class TorchTwin(Twin):
     def processes(self, mesh):
         return processes_of(mesh)
 
-    def load(self, path, dtype, device=None, overrides=None, adapter=None, mesh=None):
+    def load(
+        self,
+        path,
+        dtype,
+        device=None,
+        overrides=None,
+        adapter=None,
+        quantize=None,
+        decoding=False,
+        mesh=None,
+    ):
+        del decoding  # the form of the parameters is the same
         return load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
@@ -66,15 +91,20 @@ class TorchTwin(Twin):
             mesh=mesh,
             overrides=overrides or NO_OVERRIDES,
             adapter=adapter,
+            quantize=quantize,
         )
 
-    def make(self, config, params, dtype, device=None):
+    def make(self, config, params, dtype, device=None, decoding=False):
+        del decoding
         model = Model(config, device="meta")
-        state = {
-            torch_name(path): self.from_numpy(to_torch(path, value), dtype, device)
-            for path, value in params
-        }
-        model.load_state_dict(state, assign=True)
+        specs, state = {spec.path: spec for spec in layer_spec(config)}, {}
+        for path, value in params:
+            if isinstance(value, Quantized):
+                held = value.replace(dtype=dtype).with_parts(to_tensor)
+                replace(model, specs[path], held.with_parts(lambda part: part.to(device or "cpu")))
+            else:
+                state[torch_name(path)] = self.from_numpy(to_torch(path, value), dtype, device)
+        model.load_state_dict(model.state_dict() | state, assign=True)
         return model
 
     def init(self, config, seed, dtype, device=None, mesh=None):
@@ -86,7 +116,19 @@ class TorchTwin(Twin):
         save_checkpoint(path, model, tokenizer, force=force)
 
     def params(self, model):
-        return _by_path(model.config, model.state_dict())
+        return _by_path(model.config, {n: dense(v) for n, v in state_of(model).items()})
+
+    def quantized(self, model):
+        values = {spec: parameter(model, spec) for spec in layer_spec(model.config)}
+        return {
+            spec.path: value.quantized.replace(axis=input_axis(spec))
+            for spec, value in values.items()
+            if isinstance(value, QuantizedMatrix)
+        }
+
+    def dequantizing(self, model):
+        dequantizing(model)
+        return model
 
     def init_state(self, model, batch_size, capacity=None):
         return model.init_cache(batch_size, capacity=capacity)

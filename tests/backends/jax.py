@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
+
+from sweeps import sweep
 
 from backends.base import (
     Backend,
@@ -119,6 +123,24 @@ class JaxBackend(Backend):
 
 
 PALLAS_TARGETS = ("tpu", "gpu")
+SMALL_TILES = {
+    "tpu": {"_TILE": 8, "_BLOCK_TIME": 16},
+    "gpu": {"_TILE": 2, "_SHORTEST_CHUNK": 8},
+}
+
+
+@contextlib.contextmanager
+def small_tiles(target: str) -> Iterator[None]:
+    """A context in which few steps are several tiles, blocks and chunks of a Pallas kernel.
+
+    Interpreted steps are slow, and an unrolled tile is slow to compile. The long profile and
+    tests/jax/test_pallas.py interpret the kernels as they are.
+    """
+    kernels = importlib.import_module(f"recurrentgemma.jax.scan.pallas_{target}")
+    with contextlib.ExitStack() as patches:
+        for name, value in sweep(SMALL_TILES[target], {}).items():
+            patches.enter_context(mock.patch.object(kernels, name, value))
+        yield
 
 
 @contextlib.contextmanager
@@ -137,7 +159,10 @@ def jax_implementation(label: str = "auto"):
     from recurrentgemma.jax.scan import pallas_target
 
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with pallas_target(target, interpret=params if target == "tpu" else True):
+    with (
+        small_tiles(target),
+        pallas_target(target, interpret=params if target == "tpu" else True),
+    ):
         yield name
 
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -321,6 +320,8 @@ def test_results_of_other_options_are_not_mixed(batch, prompts, tmp_path):
     batch("--stop", "x")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]))
+    biased = batch("--stop", "x", "--logit-bias", "7=2")[0].err
+    assert "other options: --logit-bias was [], is [[7, 2.0]]; --force begins anew" in biased
     done, _ = batch("--max-new-tokens", "5", "--temperature", "1.5", "--seed", "3")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
@@ -352,32 +353,22 @@ def test_draws_with_fresh_seeds_are_gone_on_with(batch, tmp_path):
     assert len(results) == 7
 
 
-def start(checkpoint, prompts, path, limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
-    """Runs a batch in a process that may write files of so many bytes."""
-    code = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    args = ["sample", "--checkpoint", checkpoint, "--max-new-tokens", "6", "--input", prompts,
-            "--output", path, "--batch-size", "1", "--framework", "torch"]  # fmt: skip
-    command = [sys.executable, "-B", "-c", code, *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
-
-
-def test_killed_and_full(batch, checkpoint, tmp_path):
+def test_killed_and_full(forks, batch, checkpoint, tmp_path):
     """Every finished line is there, and the same command goes on after it."""
     pytest.importorskip("torch.nn")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps(PROMPTS[0]) for _ in range(400)) + "\n")
     path = tmp_path / "killed.jsonl"
-    process = start(checkpoint, prompts, path)
+    options = ("--max-new-tokens", "6", "--batch-size", "1", "--framework", "torch")
+    args = ("sample", "--checkpoint", checkpoint, "--input", prompts, *options, "--output")
+    process = forks.start(*args, path)
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     lines = path.read_bytes().splitlines(keepends=True)
     finished = [json.loads(line) for line in lines if line.endswith(b"\n")]
     assert 3 <= len(finished) < 400
@@ -385,12 +376,11 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
 
     prompts.write_text("\n".join(json.dumps(prompt) for prompt in PROMPTS) + "\n")
     full = tmp_path / "full.jsonl"
-    process = start(checkpoint, prompts, full, limit=700)
-    _, err = process.communicate(timeout=120)
+    process = forks.run(*args, full, file_size=700)
     assert process.returncode == 2
-    assert b"cannot write" in err
-    assert b"File too large; the lines before are kept" in err
-    assert err.count(b"\n") == 1
+    assert "cannot write" in process.stderr
+    assert "File too large; the lines before are kept" in process.stderr
+    assert process.stderr.count("\n") == 1
     kept = full.read_bytes()
     assert len(kept) == 700
     assert 0 < kept.count(b"\n") < len(PROMPTS)
@@ -413,6 +403,10 @@ def test_killed_and_full(batch, checkpoint, tmp_path):
         ("prompt --stop-id 99999", "--stop-id must be tokens of the vocabulary of 2048, got 99999"),
         ("prompt --min-p 2", "--min-p must be in [0, 1], got 2.0"),
         ("prompt --repetition-penalty 0", "--repetition-penalty must be above 0"),
+        ("prompt --frequency-penalty inf", "--frequency-penalty must be"),
+        ("prompt --logit-bias 7", "--logit-bias must be ID=B, such as 108=-5, got '7'"),
+        ("prompt --logit-bias -7=1", "--logit-bias must have token ids, got -7"),
+        ("prompt --logit-bias 9999=1", "--logit-bias must have tokens of the vocabulary of 2048"),
         ("prompt --num-samples 0", "--num-samples"),
         ("prompt --logprobs -1", "--logprobs"),
         ("prompt --load-state /nowhere", "/nowhere: No such file"),

@@ -24,14 +24,14 @@ def alone(monkeypatch, tmp_path) -> Path:
     return tmp_path / "recurrentgemma" / "jax"
 
 
-def test_commands_fill_the_cache(tmp_path) -> None:
+def test_commands_fill_the_cache(tmp_path, checkpoint) -> None:
     pytest.importorskip("jax.numpy")
     folder = tmp_path / "recurrentgemma" / "jax"
 
     def run(*options: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPIL")}
         environment["XDG_CACHE_HOME"] = str(tmp_path)
-        command = [sys.executable, "-c", CODE, *options, *ARGS]
+        command = [sys.executable, "-c", CODE, *options, *ARGS, "--checkpoint", checkpoint]
         subprocess.run(command, env=environment, capture_output=True, check=True)
 
     run("--no-compilation-cache")

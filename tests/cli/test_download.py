@@ -12,15 +12,15 @@ import json
 import os
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import CONFIGS, files, write_checkpoint
+from forks import Forked, ForkServer
 
 from recurrentgemma.common.errors import DiskSpaceError, DownloadError
 from recurrentgemma_conversion import Format, open_checkpoint
@@ -134,27 +134,27 @@ def site(tmp_path: Path) -> Iterator[Site]:
         thread.join()
 
 
-def run(tmp_path: Path, port: int, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    endpoint = f"http://127.0.0.1:{port}"
-    sites = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-    # kagglehub lets a stand-in have the name of this machine, and no port of its own.
-    sites |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
-    if args[0].startswith("kaggle:"):
-        sites |= {"HTTP_PROXY": endpoint, "http_proxy": endpoint, "NO_PROXY": "", "no_proxy": ""}
-    sites |= {"HF_HOME": str(tmp_path / "home"), "KAGGLE_CONFIG_DIR": str(tmp_path / "home")}
-    sites |= {"KAGGLEHUB_CACHE": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "KAGGLE"))}
-    return subprocess.run(
-        [sys.executable, "-m", "recurrentgemma.cli", "download", *args],
-        env=kept | sites | env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run(forks: ForkServer, tmp_path: Path, site: Site) -> Callable[..., Forked]:
+    """Runs `recurrentgemma download` against the stand-in, or against another port."""
+
+    def download(*args: str, port: int = site.server_port, **env: str) -> Forked:
+        endpoint = f"http://127.0.0.1:{port}"
+        sites = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        # kagglehub lets a stand-in have the name of this machine, and no port of its own.
+        sites |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+        if args[0].startswith("kaggle:"):
+            proxies = {"HTTP_PROXY": endpoint, "http_proxy": endpoint}
+            sites |= proxies | {"NO_PROXY": "", "no_proxy": ""}
+        sites |= {"HF_HOME": str(tmp_path / "home"), "KAGGLE_CONFIG_DIR": str(tmp_path / "home")}
+        sites |= {"KAGGLEHUB_CACHE": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "KAGGLE"))}
+        return forks.run("download", *args, cwd=tmp_path, env=kept | sites | env)
+
+    return download
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], tmp_path: Path, *words: str) -> None:
+def assert_refused(done: Forked, tmp_path: Path, *words: str) -> None:
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("recurrentgemma: error: ")
@@ -162,19 +162,19 @@ def assert_refused(done: subprocess.CompletedProcess[str], tmp_path: Path, *word
     assert {path.name for path in tmp_path.iterdir()} <= {"home", "source"}
 
 
-def test_hugging_face(tmp_path: Path, site: Site) -> None:
+def test_hugging_face(run, tmp_path: Path, site: Site) -> None:
     site.folder = write_checkpoint(tmp_path / "source", Format.HUGGINGFACE)
     (site.folder / "recurrentgemma.gguf").write_text("not wanted")
-    done = run(tmp_path, site.server_port, HF)
+    done = run(HF)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"recurrentgemma-2b-it: huggingface from {HF}\n"
     (site.folder / "recurrentgemma.gguf").unlink()
     assert files(tmp_path / "recurrentgemma-2b-it") == files(site.folder)
     with open_checkpoint(tmp_path / "recurrentgemma-2b-it") as reader:
         assert reader.config == CONFIGS["griffin"]
-    done = run(tmp_path, site.server_port, HF)
+    done = run(HF)
     assert "exists; pass --force" in done.stderr
-    done = run(tmp_path, site.server_port, HF, "elsewhere", "--json")
+    done = run(HF, "elsewhere", "--json")
     assert json.loads(done.stdout) == {
         "source": HF,
         "destination": "elsewhere",
@@ -182,27 +182,27 @@ def test_hugging_face(tmp_path: Path, site: Site) -> None:
     }
 
 
-def test_refusals_of_hugging_face(tmp_path: Path, site: Site) -> None:
+def test_refusals_of_hugging_face(run, tmp_path: Path, site: Site) -> None:
     site.folder = tmp_path / "source"
     site.status = 401
-    assert_refused(run(tmp_path, site.server_port, HF), tmp_path, "needs credentials: hf auth")
+    assert_refused(run(HF), tmp_path, "needs credentials: hf auth")
     site.status = 403
-    done = run(tmp_path, site.server_port, HF, HF_TOKEN="hf_x")
+    done = run(HF, HF_TOKEN="hf_x")
     assert_refused(done, tmp_path, "licence is not accepted", "huggingface.co/google/recurrent")
     with contextlib.closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
-        done = run(tmp_path, unused.getsockname()[1], HF)
+        done = run(HF, port=unused.getsockname()[1])
     assert_refused(done, tmp_path, "cannot reach huggingface.co", "check the network")
 
 
 @pytest.mark.parametrize("format_", [Format.KAGGLE_TORCH, Format.KAGGLE_FLAX])
-def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
+def test_kaggle(run, tmp_path: Path, site: Site, format_: Format) -> None:
     site.folder = write_checkpoint(tmp_path / "source", format_)
-    done = run(tmp_path, site.server_port, KAGGLE)
+    done = run(KAGGLE)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"recurrentgemma-flax-2b-it: {format_} from {KAGGLE}\n"
     assert files(tmp_path / "recurrentgemma-flax-2b-it") == files(site.folder)
-    done = run(tmp_path, site.server_port, KAGGLE, "elsewhere", "--json")
+    done = run(KAGGLE, "elsewhere", "--json")
     assert json.loads(done.stdout) == {
         "source": KAGGLE,
         "destination": "elsewhere",
@@ -210,15 +210,15 @@ def test_kaggle(tmp_path: Path, site: Site, format_: Format) -> None:
     }
 
 
-def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
+def test_refusals_of_kaggle(run, tmp_path: Path, site: Site) -> None:
     site.folder = tmp_path / "source"
     site.status = 403
-    assert_refused(run(tmp_path, site.server_port, KAGGLE), tmp_path, "needs credentials: make a")
+    assert_refused(run(KAGGLE), tmp_path, "needs credentials: make a")
     credentials = {"KAGGLE_USERNAME": "someone", "KAGGLE_KEY": "0"}
-    done = run(tmp_path, site.server_port, KAGGLE, **credentials)
+    done = run(KAGGLE, **credentials)
     assert_refused(done, tmp_path, "licence is not accepted", "kaggle.com/models/google/recurrent")
     site.status = 404
-    done = run(tmp_path, site.server_port, KAGGLE, **credentials)
+    done = run(KAGGLE, **credentials)
     assert_refused(done, tmp_path, "there is no kaggle:google")
 
 
@@ -233,12 +233,12 @@ def test_refusals_of_kaggle(tmp_path: Path, site: Site) -> None:
     ],
 )
 def test_sites_that_fail(
-    tmp_path: Path, site: Site, source: str, status: int, weights: str, words: list[str]
+    run, tmp_path: Path, site: Site, source: str, status: int, weights: str, words: list[str]
 ) -> None:
     format_ = Format.HUGGINGFACE if source == HF else Format.KAGGLE_TORCH
     site.folder = write_checkpoint(tmp_path / "source", format_)
     site.status, site.weights = status, weights
-    assert_refused(run(tmp_path, site.server_port, source), tmp_path, *words)
+    assert_refused(run(source), tmp_path, *words)
 
 
 def wrapped(error: Exception, cause: Exception) -> Exception:

@@ -156,3 +156,16 @@ def test_mixed_dtypes_have_a_column(cli, checkpoint, monkeypatch):
     assert ["final_norm.scale", "32", "width", "BF16", "32"] in rows
     stored = {p["path"]: p["dtype"] for p in json.loads(cli("inspect", "--json").out)["parameters"]}
     assert stored["final_norm.scale"] == "BF16"
+
+
+def test_a_config_alone_in_either_form(cli, tmp_path):
+    """Ours, and Hugging Face's; a model that is not read is named."""
+    folder = tmp_path / "folder"
+    recurrentgemma_conversion.convert(BUNDLED, folder, "huggingface")
+    whole = cli("inspect", BUNDLED, "--json").json["config"]
+    for place in (BUNDLED, folder):
+        assert cli("inspect", place / "config.json", "--json").json["config"] == whole
+    (tmp_path / "other.json").write_text('{"model_type": "llama"}')
+    done = cli("inspect", tmp_path / "other.json")
+    assert done.code == 2
+    assert "llama" in done.err

@@ -159,6 +159,17 @@ def test_greedy_or_not(sample):
     assert sample(*args).json["tokens"] != greedy["tokens"]
 
 
+def test_penalties_and_biases(sample):
+    def tokens(*args: str) -> list[int]:
+        return sample(PROMPT, "--json", *args, steps=6).json["tokens"]
+
+    biased = ("--logit-bias", "9=300", "--logit-bias", "8=290")
+    assert tokens(*biased) == [9] * 6
+    assert tokens(*biased, "--presence-penalty", "50") == [9, 8] + [9] * 4
+    drawn = ("--frequency-penalty", "50", "--temperature", "0.1")
+    assert tokens(*biased, *drawn) == [9, 8] * 3
+
+
 def test_bfloat16(sample, framework):
     done = sample(PROMPT, "--json", "--dtype", "bfloat16", "--framework", framework, steps=1).json
     assert done["dtype"] == "bfloat16"

@@ -20,6 +20,7 @@ from recurrentgemma.common import errors
 from recurrentgemma.common.io.arrays import BFLOAT16
 from recurrentgemma.common.io.checkpoint import load_tokenizer
 from recurrentgemma.common.model.gemma import GemmaConfig
+from recurrentgemma.common.quantization import SCHEMES, Quantized, quantize_parameter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion import Format, convert, detect, open_checkpoint
 from recurrentgemma_conversion.convert import WRITERS
@@ -129,6 +130,18 @@ def test_what_is_quantised_is_read_in_float32(tmp_path: Path, encoding: str) -> 
         norm = stored["blk.1.ffn_norm.weight"].data
         spec = next(s for s in reader.specs if s.path == "blocks.1.channel_pre_norm.scale")
         np.testing.assert_array_equal(reader.read(spec), norm - np.float32(1))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_quantised_is_quantised_again(tmp_path: Path, scheme: str) -> None:
+    """Its groups of 32 have other steps than ours."""
+    with open_checkpoint(write(tmp_path / "model.gguf", "Q4_0")) as reader:
+        for spec, value in reader.read_as(None, scheme):
+            expected = quantize_parameter(spec, reader.read(spec), scheme)
+            assert isinstance(value, Quantized) == isinstance(expected, Quantized)
+            if isinstance(value, Quantized):
+                np.testing.assert_array_equal(value.values, expected.values)
+                np.testing.assert_array_equal(value.scale, expected.scale)
 
 
 def test_eight_bits_by_hand(tmp_path: Path) -> None:

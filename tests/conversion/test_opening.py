@@ -1,6 +1,7 @@
 """Where a config comes from, and how often headers are read."""
 
 import dataclasses
+import io
 
 import pytest
 from checkpoints import CONFIGS
@@ -50,6 +51,34 @@ def test_a_header_is_parsed_once(make, monkeypatch, format_: Format) -> None:
     with open_checkpoint(source) as reader:
         assert reader.config == CONFIGS["griffin"]
     assert read == [source / "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "format_", [Format.HUGGINGFACE, Format.RECURRENTGEMMA, Format.KAGGLE_TORCH, Format.KAGGLE_FLAX]
+)
+def test_a_config_is_read_once(make, monkeypatch, format_: Format) -> None:
+    if format_ is Format.KAGGLE_TORCH:
+        pytest.importorskip("torch.nn", reason="torch is not installed")
+    source, opened, open_ = make("source", format_), [], io.open
+
+    def counting(file, mode="r", *args, **kwargs):
+        if "b" not in mode:  # the first bytes of any file may tell a format
+            opened.append(file)
+        return open_(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", counting)  # which paths call
+    with open_checkpoint(source) as reader:
+        assert reader.config == CONFIGS["griffin"]
+    assert opened.count(source / "config.json") == 1
+
+
+def test_a_pickle_is_parsed_once(make, monkeypatch) -> None:
+    torch = pytest.importorskip("torch")
+    source, loaded, load = make("source", Format.KAGGLE_TORCH), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda f, **kw: (loaded.append(f), load(f, **kw))[1])
+    with open_checkpoint(source) as reader:
+        assert reader.config == CONFIGS["griffin"]
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("format_", [Format.KAGGLE_FLAX, Format.KAGGLE_TORCH])

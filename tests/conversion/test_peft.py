@@ -21,7 +21,7 @@ from recurrentgemma.common.errors import (
 from recurrentgemma.common.io.tensor_files import TensorFile, write_tensors
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.gemma import GemmaConfig
-from recurrentgemma.common.training.adapters import Adapters
+from recurrentgemma.common.training.adapters import ADAPTERS, Adapters, write_adapters
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma_conversion import Format, open_checkpoint
 from recurrentgemma_conversion.adapters import open_adapters
@@ -220,6 +220,26 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         open_adapters(folder, config)
     with pytest.raises(UnknownFormatError, match="neither adapters"):
         open_adapters(tmp_path, config)
+
+
+def test_adapters_alone_are_no_checkpoint(tmp_path: Path) -> None:
+    """PEFT's folder and ours, and a file in it; the error names the base and the option."""
+    adapters = random_adapters(CONFIGS["griffin"], LoraOptions(rank=2))
+    write_peft(tmp_path / "peft", adapters, base="google/recurrentgemma-2b")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").touch()
+    write_adapters(tmp_path / "run" / ADAPTERS, adapters)
+    for path, base in (
+        (tmp_path / "peft", "give google/recurrentgemma-2b as the checkpoint"),
+        (tmp_path / "peft" / PEFT_WEIGHTS, "give google/recurrentgemma-2b as"),
+        (tmp_path / "run", "give the model that they were trained on as"),
+        (tmp_path / "run" / ADAPTERS, "give the model that they were trained on as"),
+    ):
+        alone = pytest.raises(
+            UnknownFormatError, match=rf"adapters and no model: {base}.*--adapter"
+        )
+        with alone, open_checkpoint(path):
+            pass
 
 
 def test_dora_is_not_written(tmp_path: Path) -> None:

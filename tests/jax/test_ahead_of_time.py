@@ -1,4 +1,4 @@
-"""The Pallas kernels compiled for accelerators that need not be there.
+"""The Pallas kernels and int8 products, compiled for accelerators that need not be there.
 
 For TPUs with the `libtpu` wheel (`make tpu`), for the H200 with JAX's CUDA 12 plugin; each skips
 where its compiler is not installed. One process a target: the compiler reads it once.
@@ -44,7 +44,9 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.jax import linear_scan, rg_lru_scan
+from recurrentgemma.jax.products import product
 from recurrentgemma.jax.scan import pallas_target
 
 platform, topology, options, shapes = json.loads(sys.argv[1])
@@ -91,6 +93,12 @@ for batch, length, width in shapes:
             position,
         )
         compiled += 10
+for rows in (1, 64) if device.platform == "tpu" else ():
+    values, scale = array(7680, 2560, dtype=jnp.int8), array(7680, 1, dtype=jnp.float32)
+    x = array(rows, 2560, dtype=jnp.bfloat16)
+    program = jax.jit(product).lower(x, Quantized(values, scale, None, "q8")).compile()
+    assert f"s32[{rows},7680]" in program.as_text()  # sums of int8 products
+    compiled += 1
 print(compiled, "programs for", device.device_kind)
 """
 
@@ -117,7 +125,7 @@ def test_tpu(generation: str) -> None:
         "TPU_ACCELERATOR_TYPE": kind,
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    assert compile_for("tpu", topology, {}, env).startswith("100 programs for TPU")
+    assert compile_for("tpu", topology, {}, env).startswith("102 programs for TPU")
 
 
 @pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 from scans import RGLRUCase, ScanCase, make_rg_lru, make_scan
 
 from backends import BACKENDS
-from backends.jax import PALLAS_TARGETS
+from backends.jax import PALLAS_TARGETS, small_tiles
 from tolerances import assert_close
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
@@ -66,7 +66,9 @@ def test_transforms(operation: str, target: str, transform) -> None:
         return outputs, pullback(cotangents)
 
     expected = jax.tree.leaves(evaluate("xla", jax.vmap if several else lambda f: f))
-    with pallas_target(target, interpret=True):
+    as_they_are = transform is jax.jit
+    tiles = contextlib.nullcontext() if as_they_are else small_tiles(target)
+    with tiles, pallas_target(target, interpret=True):
         actual = jax.tree.leaves(evaluate("pallas", transform))
     assert len(actual) == len(expected) == 2 + len(floats)
     for got, want in zip(actual, expected, strict=True):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import make_batch, make_config
+from cases import make_config
 from scans import (
     Implementation,
     implementations,
@@ -16,15 +17,20 @@ from scans import (
     make_scan,
     rg_lru_scan_grads,
 )
+from sweeps import LONG, sweep
+from trainers import make_batch
 
 from backends import BACKENDS, Backend
+from backends.jax import jax_implementation
+from backends.torch import TorchBackend
 from tolerances import assert_close
 
 # The rules are the same for all implementations; others take seconds for each derivative.
 QUICK = [p for p in implementations() if str(p.id).endswith(("xla", "native"))]
+OTHERS = [p for p in implementations() if p not in QUICK]
 # PyTorch warns of what its own forward mode does.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 Arrays = tuple[Any, ...]
@@ -69,6 +75,17 @@ class Derivatives:
             self.grad(slope, every)(*inputs),
             self.jvp(slope, inputs, tangents)[1],
         )
+
+
+@contextlib.contextmanager
+def implemented(backend: Backend, name: str) -> Iterator[str]:
+    """Runs an implementation, interpreted if it is a kernel; yields the package's name for it."""
+    if isinstance(backend, TorchBackend):
+        with backend.running(implementation=name):
+            yield name
+    else:
+        with jax_implementation(name) as chosen:
+            yield chosen
 
 
 def along(one: Any, other: Any) -> float:
@@ -141,6 +158,41 @@ def test_scans(implementation: Implementation, function: str) -> None:
     assert_close((slope(1e-5) - slope(-1e-5)) / 2e-5, second, "slope", "float64")
 
 
+@pytest.mark.parametrize("function", sweep(["rg_lru_scan"], ["rg_lru_scan", "linear_scan"]))
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_every_implementation(implementation: Implementation, function: str) -> None:
+    """Tangents are those of the quick implementation, kernels too.
+
+    So is a Hessian times a vector; Pallas, interpreted, takes 10 s for it, and a long sweep has it.
+    """
+    twice = LONG or not implementation.name.startswith("pallas")
+    backend, dtype = implementation.backend, implementation.dtype
+    case: Any = (make_rg_lru if function == "rg_lru_scan" else make_scan)(1, 3, 2)
+    make: Any = backend.rg_lru_arguments if len(case) == 8 else backend.scan_arguments
+    tools, quick = Derivatives(backend), {"jax": "xla", "torch": "native"}[backend.name]
+
+    def derivatives(name: str) -> Any:
+        with backend.precision(dtype), implemented(backend, name) as chosen:
+            run = getattr(backend.module, function)
+            place = 1 if function == "linear_scan" else 2
+            inputs = make(*case.inputs, dtype)
+
+            def loss(varied):
+                args = [varied if i == place else z for i, z in enumerate(inputs)]
+                return (run(*args, implementation=chosen)[0] ** 2).sum()
+
+            def both(varied, direction):
+                slope = tools.jvp(loss, (varied,), (direction,))[1]
+                if not twice:
+                    return (slope,)
+                return slope, tools.jvp(tools.grad(loss), (varied,), (direction,))[1]
+
+            return backend.to_numpy(tools.compiled(both)(inputs[place], inputs[0]))
+
+    for got, want in zip(derivatives(implementation.name), derivatives(quick), strict=True):
+        assert_close(got, want, "gradient", dtype)
+
+
 def implementation_free(function: str, case: Any) -> tuple[np.ndarray, np.ndarray]:
     """The outputs as the reference defines them."""
     from recurrentgemma.common.model import reference
@@ -172,49 +224,73 @@ def test_a_hessian(backend: Backend) -> None:
 
 
 def test_models() -> None:
-    """Both twins: the tangents of a whole model, and a Hessian times a vector."""
+    """Both twins: the tangents of a model, and of its training loss twice."""
     config = make_config("RA")
-    tokens, segment_pos = make_batch(config, 12)
+    batch = make_batch(config, 0)
     found = []
     for backend in BACKENDS.values():
         with backend.precision("float64"):
-            found.append(model_derivatives(backend, config, tokens, segment_pos))
+            found.append(model_derivatives(backend, config, batch))
     for other in found[1:]:
         for got, want in zip(other, found[0], strict=True):
             assert_close(got, want, "gradient", "float64")
 
 
-def model_derivatives(backend: Backend, config: Any, tokens: Any, segment_pos: Any) -> Any:
-    """Along one direction for the table of embeddings: of the logits, and of a loss's gradient."""
+def model_derivatives(backend: Backend, config: Any, batch: Any) -> Any:
+    """Along one direction for the table of embeddings: of the logits, the loss, its gradient."""
     tools, name = Derivatives(backend), "embedder.input_embedding"
     values = np.random.default_rng(0).standard_normal((config.vocab_size, config.width))
     direction = backend.array(values, "float64")
     if backend.name == "jax":
-        from recurrentgemma.jax import Griffin, init_params
+        from recurrentgemma.jax import Griffin, init_params, loss_fn
 
         model, params = Griffin(config), init_params(config, 0, "float64")
         table = params["embedder"]["input_embedding"]
 
+        def changed(table):
+            return {**params, "embedder": {"input_embedding": table}}
+
         def logits(table):
-            changed = {**params, "embedder": {"input_embedding": table}}
-            return model.apply({"params": changed}, tokens, segment_pos)[0]
+            return model.apply({"params": changed(table)}, batch.tokens, batch.segment_pos)[0]
+
+        def loss(table):
+            return loss_fn(model, changed(table), batch)[0]
     else:
         import torch
 
+        from recurrentgemma.torch import loss_fn
+
         model, _ = backend.raw_griffin(config, backend.init_params(config, 0, "float64"), "float64")
-        table = dict(model.named_parameters())[name].detach()
-        places = torch.from_numpy(tokens), torch.from_numpy(segment_pos)
+        table = model.get_parameter(name).detach()
+
+        class Loss(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self):
+                return loss_fn(self.model, batch)[0]
 
         def logits(table):
+            places = torch.from_numpy(batch.tokens), torch.from_numpy(batch.segment_pos)
             return torch.func.functional_call(model, {name: table}, places)[0]
 
-    def loss(table):
-        return (logits(table) ** 2).sum()
+        def loss(table):
+            return torch.func.functional_call(Loss(), {f"model.{name}": table}, ())
 
-    def both(table):
+    def all_of_them(table):
         return (
             tools.jvp(logits, (table,), (direction,))[1],
+            tools.jvp(loss, (table,), (direction,))[1],
             tools.jvp(tools.grad(loss), (table,), (direction,))[1],
         )
 
-    return backend.to_numpy(tools.compiled(both)(table))
+    found = backend.to_numpy(tools.compiled(all_of_them)(table))
+    if backend.name == "torch":
+        from torch.autograd import forward_ad
+
+        with forward_ad.dual_level():  # the older way, without torch.func
+            dual = loss(forward_ad.make_dual(table, direction))
+            tangent = forward_ad.unpack_dual(dual).tangent.detach()
+        assert_close(float(tangent), found[1], "gradient", "float64")
+    return found

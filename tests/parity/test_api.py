@@ -88,6 +88,9 @@ ALLOWED = {
         "load_parameters*",
         "save_parameters*",
     ],
+    "on a CPU XLA multiplies fast with one form of a matrix, which a tree of parameters has not": [
+        "load_checkpoint(decoding)"
+    ],
     "a decode step is compiled at once in JAX, and in minutes by PyTorch": ["Sampler(jit_compile)"],
 }
 

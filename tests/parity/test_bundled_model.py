@@ -73,7 +73,7 @@ def test_greedy_tokens_are_the_same_in_both_twins(batch) -> None:
 @pytest.mark.parametrize("twin", ["jax", "torch"])
 def test_greedy_tokens_are_the_same_one_by_one(samplers, batch, twin: str) -> None:
     prompts = list(zip(PROMPTS, batch[twin], strict=True))
-    for prompt, tokens in prompts[:: sweep(5, 1)]:
+    for prompt, tokens in prompts[:: sweep(10, 1)]:
         (alone,) = generate(samplers[twin], [prompt])
         np.testing.assert_array_equal(tokens, alone, err_msg=prompt)
 

@@ -55,7 +55,7 @@ def large() -> Tokenizer:
     )
 
 
-def save(twin: str, path: Path, tokenizer: Tokenizer, dtype: str = "float32", **kwargs) -> None:
+def save(twin: str, path: Path, tokenizer: Any, dtype: str = "float32", **kwargs) -> None:
     module = importlib.import_module(f"recurrentgemma.{twin}")
     if twin == "jax":
         params = module.init_params(CONFIG, 5, dtype)
@@ -66,6 +66,16 @@ def save(twin: str, path: Path, tokenizer: Tokenizer, dtype: str = "float32", **
         model = module.Griffin(CONFIG, dtype=getattr(torch, dtype))
         model.reset_parameters(seed=5)
         module.save_checkpoint(path, model, tokenizer, **kwargs)
+
+
+def test_any_tokenizer_is_saved(twin: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """All that a sampler takes: a path, a processor, a tokenizer of `tokenizers`."""
+    pieces = {piece: i for i, piece in enumerate(["<bos>", "<eos>", *map(str, range(2046))])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, "0"))
+    for number, given in enumerate((str(BUNDLED), tokenizer.vocab, words)):
+        save(twin, tmp_path / str(number), given)
+        saved = load_tokenizer(tmp_path / str(number))
+        assert saved.encode("7") == Tokenizer(given).encode("7")
 
 
 def load(

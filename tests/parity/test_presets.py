@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from cases import make_params
 from comparing import make_model
+from sweeps import sweep
 
 from backends import Backend
 from recurrentgemma.common.model.activations import activation_names
@@ -22,9 +23,10 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 
 
 def reduced(preset: Preset) -> Config:
-    """Its layers, heads, scales and caps; the ratio of the recurrent width to the width.
+    """Its heads, scales and caps; the ratio of the recurrent width to the width.
 
-    A Gemma keeps seven layers, in which its pattern shows.
+    A Griffin keeps its last eleven layers, three times its pattern as it ends and a name of two
+    digits, and in the long profile all; a Gemma keeps seven layers, in which its pattern shows.
     """
     config = config_from_preset(preset, vocab_size=61)
     if isinstance(config, GemmaConfig):
@@ -36,6 +38,7 @@ def reduced(preset: Preset) -> Config:
     heads = config.num_heads
     return dataclasses.replace(
         config,
+        block_types=config.block_types[sweep(-11, None) :],
         width=8 * heads,
         lru_width=config.lru_width * 8 * heads // config.width,
         mlp_expanded_width=3 * 8 * heads,
@@ -48,7 +51,9 @@ def test_preset(twins: tuple[Backend, Backend], preset: Preset) -> None:
     config, full = reduced(preset), config_from_preset(preset)
     if isinstance(config, GriffinConfig):
         assert isinstance(full, GriffinConfig)
-        assert config.num_layers == full.num_layers
+        pattern = full.block_types[:3]
+        assert full.block_types == (pattern * full.num_layers)[: full.num_layers]
+        assert config.block_types == (pattern * full.num_layers)[: config.num_layers]
         assert config.lru_width * full.width == full.lru_width * config.width
     batch = make_batch(config, 16)
     one, other = (make_model(backend, config, make_params(config), "float64") for backend in twins)

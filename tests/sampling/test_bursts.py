@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from samplers import PROMPTS, generate, lists, make_sampler
 
+from recurrentgemma.common.generation import loop
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
 
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
@@ -55,6 +56,23 @@ def test_bursts_generate_the_same(pair) -> None:
     for expected, logprobs in zip(one.logprobs, other.logprobs, strict=True):
         np.testing.assert_allclose(logprobs.chosen, expected.chosen, atol=1e-5)
         np.testing.assert_array_equal(logprobs.top_tokens, expected.top_tokens)
+
+
+def test_long_texts_go_in_long_bursts(twin: str, monkeypatch) -> None:
+    """Where compiling a burst pays only for long texts, shorter ones go token by token."""
+    monkeypatch.setattr(loop, "LONG", LONG)
+    sampler = burst_sampler(twin, 1)
+    sampler.engine.long_burst = 4
+    sizes: list[int] = []
+
+    def decode(*args):
+        sizes.append(len(args[-1]))
+        return type(sampler.engine).decode(sampler.engine, *args)
+
+    monkeypatch.setattr(sampler.engine, "decode", decode)
+    for steps in (LONG - 1, LONG):
+        generate(sampler, PROMPTS, steps, **FREE)
+    assert sizes == [1] * (LONG - 1) + [1, 4, 4, 4, 4, 4, 1, 1]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6, 20, 22])

@@ -1,5 +1,8 @@
 """Prompts: texts and token ids, alone and mixed; a user's words, which are text and no control."""
 
+from collections import UserDict
+from typing import Any
+
 import numpy as np
 import pytest
 from samplers import CONFIG, generate, lists, make_sampler
@@ -49,6 +52,38 @@ def test_token_ids_are_prompts(twin: str, sampler) -> None:
     assert out.text == sampler(TEXTS, 5, echo=True).text
     state = sampler.prefill(ids)
     assert lists(sampler.generate(state, 5).tokens) == expected
+
+
+def test_what_tokenizers_of_transformers_return(twin: str, sampler) -> None:
+    """`input_ids` with their mask, in one array or in lists, padded on either side."""
+    ids = [sampler.tokenizer.encode(text) for text in TEXTS]
+    expected, longest = generate(sampler, ids, 4), max(map(len, ids))
+    for on_the_left in (True, False):
+        filled = [(row, [0] * (longest - len(row))) for row in ids]
+        rows = [gap + row if on_the_left else row + gap for row, gap in filled]
+        mask = [
+            gap + [1] * len(row) if on_the_left else [1] * len(row) + gap for row, gap in filled
+        ]
+        encoding = UserDict({"input_ids": rows, "attention_mask": mask})
+        assert generate(sampler, encoding, 4) == expected
+        arrays = {name: sampler.engine.on_device(np.array(z)) for name, z in encoding.items()}
+        assert generate(sampler, arrays, 4) == expected
+    one = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
+    assert generate(sampler, one, 4) == generate(sampler, [one], 4) == expected[:1]
+    assert [token for token, _ in sampler.stream(one, 4)] == expected[0]
+    assert generate(sampler, {"input_ids": ids}, 4) == expected
+    wrong: list[tuple[Any, str]] = [
+        ({"text": "x"}, "or have input_ids, got {.text"),
+        (
+            {"input_ids": ids, "attention_mask": [[1]]},
+            "attention_mask of .* the shape of input_ids",
+        ),
+        ([{"input_ids": ids}], "prompt 0 must be one text, got the token ids of 3"),
+        ([[{"role": "user", "content": "x"}]], r"as token 0; Conversation\.ask talks in turns"),
+    ]
+    for prompts, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            sampler(prompts, 4)
 
 
 def test_token_ids_go_on_with_a_state(sampler) -> None:

@@ -76,5 +76,5 @@ def test_what_lacks_a_method_is_no_vocabulary() -> None:
 def test_a_sampler_shows_its_sizes(twin: str) -> None:
     sampler = make_sampler(twin)
     size = sampler.engine.num_bytes
-    engine = f"ModelEngine(layers=3, width=32, {size=})"
+    engine = f"ModelEngine(layers=2, width=32, {size=})"
     assert repr(sampler) == f"Sampler({engine}, vocab=2048, Greedy())"

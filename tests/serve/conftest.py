@@ -83,8 +83,3 @@ def each_server(sampler) -> Iterator[Running]:
     """A server of each twin."""
     with running(sampler) as server:
         yield server
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs() -> None:
-    """Compiled programs stay: the modules here share the samplers."""

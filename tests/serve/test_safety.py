@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -147,7 +146,8 @@ def test_many_clients_complete_or_are_told_to_wait(start) -> None:
     with start(most_waiting=20) as server:
         files = "/proc/self/fd"
         before = len(os.listdir(files)) if os.path.isdir(files) else 0
-        report = script["load"](server.url, clients=40, requests=60, max_tokens=4, leaving=0.3)
+        with script["never_reading"](server.url):
+            report = script["load"](server.url, clients=40, requests=60, max_tokens=4, leaving=0.3)
         assert report.complete + report.told_to_wait + report.left == 60
         assert report.complete >= 10
         assert report.wrong == []
@@ -156,22 +156,19 @@ def test_many_clients_complete_or_are_told_to_wait(start) -> None:
 
 
 def test_a_draining_server_ends_with_the_last_answer(start) -> None:
-    with start() as server:
-        results = []
-        body = LONG | {"max_tokens": 60}
-        asking = threading.Thread(
-            target=lambda: results.append(ask(server, "/v1/completions", body))
-        )
-        asking.start()
-        wait_until(lambda: server.service.num_open)
+    """Also of those that wait for a slot."""
+    with start() as server, ThreadPoolExecutor(12) as pool:
+        body = LONG | {"max_tokens": 40}
+        answers = [pool.submit(ask, server, "/v1/completions", body) for _ in range(12)]
+        wait_until(lambda: server.service.num_open == 12)
         server.server.drain()
         # On a connection of its own the next request may be refused in either way.
         with contextlib.suppress(OSError):
             assert ask(server, "/v1/completions", {"prompt": "x"})[0] == 503
             assert ask(server, "/health")[0] == 503
-        asking.join()
-        assert results[0][0] == 200
-        assert results[0][1]["usage"]["completion_tokens"] == 60
+        for answer in answers:
+            status, whole = answer.result()
+            assert (status, whole["usage"]["completion_tokens"]) == (200, 40)
 
 
 def test_a_broken_engine_is_told(start, monkeypatch, caplog) -> None:

@@ -117,6 +117,18 @@ def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
     assert "".join(piece.text for piece in whole) == text
 
 
+def test_a_seed_draws_the_same_alone_and_among_31(sampler) -> None:
+    served, hot = Served(sampler), Categorical(1.5)
+    prompts = [*PROMPTS, LONG, "y", "z", "Emma was"]
+    jobs = [
+        served.submit(make_job(sampler, prompts[seed % 8], 6, hot, seed), turns=seed % 2)
+        for seed in range(32)
+    ]
+    served.finish()
+    for seed in (0, 13, 28, 31):
+        assert served.tokens(jobs[seed]) == alone(sampler, prompts[seed % 8], 6, hot, seed)
+
+
 def test_samples_read_the_prompt_once(sampler) -> None:
     served = Served(sampler, num_slots=1)
     hot = Categorical(1.5)
@@ -154,13 +166,20 @@ def test_the_lower_number_goes_first_and_the_other_comes_back(sampler) -> None:
 
 
 def test_no_bit_depends_on_neighbours(sampler) -> None:
-    """Log-probabilities are equal to the bit: alone, beside others, preempted and put back."""
+    """Log-probabilities are equal to the bit: alone, beside others, preempted and put back.
 
-    def logprobs(crowded: bool) -> list[float]:
-        served = Served(sampler, reproducible=True)
+    So they are where the beginning of the prompt is kept, cut at any place.
+    """
+    states, tokens = StateCache(1 << 24), tuple(sampler.tokenizer.encode(LONG * 3))
+
+    def logprobs(crowded: bool, states: StateCache | None = None, mark: int = 0) -> list[float]:
+        served = Served(sampler, reproducible=True, states=states)
         if crowded:
             served.submit(make_job(sampler, "y", 9, Categorical(1.2), 3), turns=2)
-        job = served.submit(make_job(sampler, LONG, 12, num_logprobs=1, priority=1), turns=6)
+        asked = make_job(sampler, LONG, 12).rows
+        marks = (mark, len(tokens) - 1)
+        job = Job(tokens, asked, num_logprobs=1, marks=marks, priority=1)
+        served.submit(job, turns=12)
         if crowded:
             for prompt in ("x", LONG, "", "z"):
                 served.submit(make_job(sampler, prompt, 12), turns=1)
@@ -169,8 +188,17 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
         pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
         return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
 
-    assert len(logprobs(False)) == 12
-    assert logprobs(True) == logprobs(False)
+    cold = logprobs(False)
+    assert len(cold) == 12
+    assert logprobs(True) == cold
+    for mark in (0, 70, 101):
+        other = tokens[: mark + 1] + (7,) * 9
+        served = Served(sampler, reproducible=True, states=states)
+        served.submit(Job(other, make_job(sampler, "x").rows, marks=(mark,), scored=mark == 70))
+        served.finish()
+        assert logprobs(mark == 0, states, mark) == cold
+    assert len(states) > 1  # states of beginnings alone: no reply is kept
+    assert all(len(node.edge) % 32 in (0, 1) for node in states._used)
 
 
 def test_nothing_compiles_once_the_scheduler_is_ready() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CONFIGS, make_params
+from cases import make_config, make_params
 from trainers import Trainer, make_batch
 
 from recurrentgemma.common.generation.requests import checked_integer
@@ -14,7 +14,7 @@ from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.common.training.optimization import OptimizerOptions
 
-CONFIG = CONFIGS["attention_last"]
+CONFIG = make_config("R")
 FORMS = ["numpy", "int64", "lists", "own", "own bfloat16", "truth", "other"]
 
 
@@ -65,6 +65,23 @@ def test_any_arrays_have_a_loss(trainer: Trainer, form: str) -> None:
     (_, metrics), (_, others) = losses
     assert float(metrics["loss"]) == float(others["loss"])
     assert float(metrics["tokens"]) == float(others["tokens"]) == batch.weights.sum()
+
+
+@pytest.mark.parametrize("wrong", [{"input_ids": [[2, 3]]}, ([[2, 3]], [[0, 1]]), None])
+def test_what_is_no_batch_says_how_to_make_one(
+    trainer: Trainer, wrong: Any, unchecked_types
+) -> None:
+    state = trainer.state(CONFIG, make_params(CONFIG))
+    model = trainer.backend.twin.make(CONFIG, make_params(CONFIG).items(), "float32")
+    args = (model,) if trainer.name == "torch" else (model.module, model.params)
+    message = r"must be a Batch: Batch\.from_labels\(\*\*collated\)"
+    for call in (
+        lambda: trainer.module.loss_fn(*args, wrong),
+        lambda: trainer.module.train_step(state, wrong),
+        lambda: trainer.module.evaluate(state, [wrong]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def numbers(trainer: Trainer, value: float | int) -> Iterator[Any]:

@@ -97,6 +97,12 @@ def test_bad_lines_are_named_by_number_and_reason(read, tmp_path, tokenizer):
         read_examples(tmp_path / "empty.jsonl", tokenizer)
 
 
+def test_a_path_and_a_tokenizer_as_users_have_them(read, tmp_path, tokenizer):
+    expected = read({"text": "In the beginning"})[0].tokens.tolist()
+    path = str(tmp_path / "data.jsonl")
+    assert read_examples(path, tokenizer.vocab)[0].tokens.tolist() == expected
+
+
 def test_what_is_too_long():
     examples = [document(4), document(11, 200), document(5, 300), document(12, 400, prompt=6)]
     skipped = cut(examples, 4, TooLong.SKIP)

@@ -222,7 +222,7 @@ def test_the_state_of_both_twins(
 
 def test_what_clips(trainer: Trainer) -> None:
     """SGD's update is the learning rate times the gradient, scaled to the given norm."""
-    config = CONFIGS["griffin"]
+    config = make_config("R")
     batch = make_batch(config, 0)
     options = OptimizerOptions("sgd", 0.5, clip_norm=None)
     moved = {}

@@ -7,12 +7,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from sweeps import sweep
 
 from recurrentgemma.common.training.run_folder import RunFolder
@@ -44,50 +43,36 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-class Command:
-    """A command in a process of its own.
-
-    What it says goes to a file: a pipe that nobody reads yet would stop it when full.
-    """
-
-    def __init__(self, words: list[str], said: Path) -> None:
-        code = "import sys; from recurrentgemma.cli import main; sys.exit(main(sys.argv[1:]))"
-        self._said = said
-        with said.open("wb") as file:
-            self.process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=file)
-
-    def wait_for(self, folder: Path, step: int) -> None:
-        """Waits until the process has made its folder and logged so many steps."""
-        log = folder / "train_log.jsonl"
-        deadline = time.monotonic() + 240
-        while not (folder.exists() and _lines(log) >= step):
-            assert self.process.poll() is None, self._said.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-
-    def ended(self, *codes: int) -> str:
-        """The process's messages, after it ended with one of these codes."""
-        found = self.process.wait(timeout=300)
-        said = self._said.read_text()
-        assert found in codes, said
-        return said
+def wait_for(run: Forked, folder: Path, step: int) -> None:
+    """Waits until a process has made its folder and logged so many steps."""
+    log = folder / "train_log.jsonl"
+    deadline = time.monotonic() + 240
+    while not (folder.exists() and _lines(log) >= step):
+        assert run.poll() is None, run.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
-def test_resumed_after_being_killed(corpus, command, framework, train, losses):
+def ended(run: Forked, *codes: int) -> str:
+    """A process's messages, after it ended with one of these codes."""
+    assert run.wait() in codes, run.stderr
+    return run.stderr
+
+
+def test_resumed_after_being_killed(forks, corpus, command, framework, train, losses):
     options = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "evaluate_every": 10}
-    said = corpus / "said"
     assert train(framework, out=corpus / "whole", **options).code == 0
     draw = random.Random(os.environ.get("KILLS_SEED", framework))
     moments = [0, *sorted(draw.randint(1, STEPS // 2) for _ in range(KILLS - 1))]
     folder, killed = corpus / "run", 0
     words = command(framework, resume=True, **options)
     for step in moments:
-        run = Command(words, said)
-        run.wait_for(folder, step)
+        run = forks.start(*words)
+        wait_for(run, folder, step)
         time.sleep(draw.random() * (0.05 if step else 0.1))  # step 0: before the first
-        run.process.kill()
-        run.ended(-signal.SIGKILL, 0)  # 0 if the signal came late
-        killed += run.process.returncode != 0
+        run.send_signal(signal.SIGKILL)
+        ended(run, -signal.SIGKILL, 0)  # 0 if the signal came late
+        killed += run.returncode != 0
         if folder.exists():
             require_readable(folder)
     assert killed
@@ -99,14 +84,14 @@ def test_resumed_after_being_killed(corpus, command, framework, train, losses):
     assert not list(folder.rglob(".*"))
 
 
-def test_a_signal_saves_and_leaves(corpus, command, losses):
+def test_a_signal_saves_and_leaves(forks, corpus, command, losses):
     pytest.importorskip("torch.nn")
     framework, number = "torch", signal.SIGTERM
     options = {"steps": 400, "log_every": 1, "checkpoint_every": 1000, "evaluate_every": 1000}
-    run = Command(command(framework, out=corpus / "run", **options), corpus / "said")
-    run.wait_for(corpus / "run", 3)
-    run.process.send_signal(number)
-    assert run.ended(128 + number).splitlines()[-1].endswith("is written; --resume continues")
+    run = forks.start(*command(framework, out=corpus / "run", **options))
+    wait_for(run, corpus / "run", 3)
+    run.send_signal(number)
+    assert ended(run, 128 + number).splitlines()[-1].endswith("is written; --resume continues")
     (step,) = RunFolder(corpus / "run").steps()
     assert losses()[-1][0] == step < 400
     require_readable(corpus / "run")

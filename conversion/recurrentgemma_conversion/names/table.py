@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from recurrentgemma.common.errors import ConfigError, MismatchError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, dtype_name
 from recurrentgemma.common.io.shards import Tensors
 from recurrentgemma.common.model.layer_spec import ParamSpec, mismatches
+from recurrentgemma.common.quantization import Quantized, scheme_for, spec_parts
 from recurrentgemma_conversion.formats import Format, Tensor
 
 Array = np.ndarray | Stacked
@@ -130,10 +131,20 @@ class Layout:
             for piece in entry.pieces:
                 self.pieces[piece.path].append(piece)
 
-    def encode(self, read: Callable[[ParamSpec], Array]) -> Iterator[tuple[str, Array]]:
-        """The stored tensors, by name; `read` gives each parameter in the Flax layout, once."""
+    def encode(self, read: Callable[[ParamSpec], Array | Quantized]) -> Iterator[tuple[str, Array]]:
+        """The stored tensors, by name; `read` gives each parameter in the Flax layout, once.
+
+        A `Quantized`, which a tensor of its own must hold, becomes its parts.
+        """
         for entry in self.entries:
-            parameters = {spec.path: read(spec) for spec in entry.specs}
+            parameters: dict[str, Any] = {}
+            for spec in entry.specs:
+                value = parameters[spec.path] = read(spec)
+                if isinstance(value, Quantized):
+                    for part, array in value.parts.items():
+                        yield entry.pieces[0].name + part, array
+            if any(isinstance(value, Quantized) for value in parameters.values()):
+                continue
             for name, pieces in itertools.groupby(entry.pieces, lambda piece: piece.name):
                 parts = [piece.encode(parameters[piece.path]) for piece in pieces]
                 yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -144,10 +155,15 @@ class Layout:
         parts = [piece.decode(fetch(piece.name), spec.shape) for piece in pieces]
         return parts[0] if pieces[0].part is None else Stacked(parts)
 
-    def tensors(self, dtypes: Mapping[str, np.dtype]) -> Tensors:
+    def tensors(self, dtypes: Mapping[str, np.dtype], scheme: str | None = None) -> Tensors:
         """Shape and dtype of each stored tensor, from the dtype of each parameter.
 
+        Args:
+          dtypes: The dtypes, by path.
+          scheme: The scheme in which matrices are stored, if they are quantised.
+
         Raises:
+          ValueError: The scheme does not fit a matrix.
           MismatchError: Parameters that share a tensor have several dtypes.
         """
         found: dict[str, list[np.dtype]] = {name: [] for name in self.shapes}
@@ -156,7 +172,13 @@ class Layout:
         several = [name for name, held in found.items() if len(set(held)) > 1]
         if several:
             raise MismatchError("parameters that share a tensor must have one dtype", several)
-        return {name: (shape, found[name][0]) for name, shape in self.shapes.items()}
+        tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        quantized = {self.pieces[s.path][0].name: s for s in self.specs if scheme_for(s, scheme)}
+        for name, shape in self.shapes.items():
+            spec = quantized.get(name)
+            parts = {"": (shape, found[name][0])} if spec is None else spec_parts(spec, scheme)
+            tensors |= {name + part: tensor for part, tensor in parts.items()}
+        return tensors
 
     def dtypes(
         self, path: object, tensors: Mapping[str, Tensor], problems: Sequence[str] = ()

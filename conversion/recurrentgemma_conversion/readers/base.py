@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from recurrentgemma.common.errors import ConfigError, TokenizerError
+from recurrentgemma.common.errors import ConfigError, TokenizerError, UserError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
-from recurrentgemma.common.io.checkpoint import CONFIG, no_tokenizer, read_config
+from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, quantize_parameter
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -30,7 +31,22 @@ from recurrentgemma_conversion.names.others import require_no_other
 from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 
+T = TypeVar("T")
+
 GIVE_CONFIG = ": put it there, or give load_checkpoint a config"
+
+
+class Headers:
+    """What was parsed of a checkpoint's files: of each the config or the headers, once."""
+
+    def __init__(self) -> None:
+        self._parsed: dict[tuple[Callable[[Path], Any], Path], Any] = {}
+
+    def once(self, parse: Callable[[Path], T], path: Path) -> T:
+        """What `parse` makes of a file; the same object every time."""
+        if (parse, path) not in self._parsed:
+            self._parsed[parse, path] = parse(path)
+        return self._parsed[parse, path]
 
 
 class Reader(abc.ABC):
@@ -49,6 +65,7 @@ class Reader(abc.ABC):
       special_ids: The special tokens' ids in its config, by their names there.
       named: What the user calls a path in it: in an archive, the archive's name.
       adapters: Adapters that are added to the parameters as they are read, if any.
+      scheme: The scheme in which its matrices are stored, if they are quantised.
     """
 
     format: Format
@@ -58,9 +75,12 @@ class Reader(abc.ABC):
     special_ids: Mapping[str, Any] = MappingProxyType({})
     named: Callable[[Path], str] = staticmethod(str)
     adapters: Adapters | None = None
+    scheme: str | None = None
 
-    def __init__(self, path: Path, overrides: Overrides = NO_OVERRIDES) -> None:
-        self.path, self._overrides = path, overrides
+    def __init__(
+        self, path: Path, overrides: Overrides = NO_OVERRIDES, headers: Headers | None = None
+    ) -> None:
+        self.path, self._overrides, self._headers = path, overrides, headers or Headers()
         self._open()
         require_no_other(path, self.tensors)
         self.left_out, buffers = other_parts(self.tensors)
@@ -83,10 +103,16 @@ class Reader(abc.ABC):
     def _stated(self) -> Any:
         """The config that the checkpoint states, or None: here ours, beside the weights."""
         for path in (folder / CONFIG for folder in around(self.path)):
-            fields = read_fields(path) if path.is_file() else {"model_type": None}
-            if "model_type" not in fields:  # or else Hugging Face's
-                return read_config(path)
+            if path.is_file() and "model_type" not in self._fields_at(path):  # Hugging Face's
+                return self._config_at(path)
         return None
+
+    def _fields_at(self, path: Path) -> dict[str, Any]:
+        return self._headers.once(read_fields, path)
+
+    def _config_at(self, path: Path) -> Config:
+        """The config in a file of ours."""
+        return config_of(self._fields_at(path), path)
 
     @abc.abstractmethod
     def fetch(self, name: str) -> np.ndarray:
@@ -198,26 +224,65 @@ class Reader(abc.ABC):
     def read_as(
         self,
         dtype: np.dtype | None,
+        scheme: str | None,
         part: Callable[[ParamSpec, np.ndarray], np.ndarray] | None = None,
-    ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-        """Every parameter, in the order of the layer spec, in the dtype that a model computes with.
+    ) -> Iterator[tuple[ParamSpec, np.ndarray | Quantized]]:
+        """Every parameter, in the order of the layer spec, as a model computes with it.
+
+        A matrix that is stored in the scheme keeps its bytes; another is quantised from its stored
+        values. With adapters it is quantised after they are added.
 
         Args:
-          dtype: The dtype of all parameters. If None each keeps its stored dtype; but where the
-            factors of matrix products are stored in several, these are float32, or float64 beside
-            float64.
-          part: Takes the part of a parameter that is wanted; only its bytes are read where the
-            format maps its file.
+          dtype: The dtype of the computation, and of all parameters that are not quantised. If None
+            each keeps its stored dtype; but where the factors of matrix products are stored in
+            several, these are float32, or float64 beside float64.
+          scheme: The scheme. If None only what is stored quantised is quantised.
+          part: Takes the part of a parameter that is wanted, where a model is split; only its bytes
+            are read where the format maps its file.
+
+        Raises:
+          ValueError: The scheme is unknown, or does not fit a matrix; the message names it. Or
+            parts are wanted of what is quantised.
+          ConfigError: The checkpoint is stored in another scheme.
         """
+        dtypes = self._computed(dtype)
+        for spec in self.specs:
+            value, computed = self.quantized(spec, scheme), dtypes[spec.path]
+            if not isinstance(value, Quantized):
+                array = np.asarray(value)
+                yield spec, cast(array if part is None else part(spec, array), computed)
+            elif part is None:
+                yield spec, value.replace(dtype=computed.name)
+            else:
+                raise UserError(
+                    f"quantised weights are not split over devices, got {self.path} as "
+                    f"{value.scheme}: load them without a mesh"
+                )
+
+    def quantized(self, spec: ParamSpec, scheme: str | None) -> np.ndarray | Stacked | Quantized:
+        """A parameter as `read_as` gives it, in its stored dtype."""
+        if self.scheme and scheme not in (None, self.scheme):
+            raise ConfigError(
+                f"{self.path} is quantised as {self.scheme} already: quantise the checkpoint that "
+                f"it was made from to get {scheme}"
+            )
+        adapted = self.adapters is not None and self.adapters.options.changes(spec)
+        value = self.read_parts(spec) if adapted else self.read_stored(spec)
+        return quantize_parameter(spec, value, scheme or self.scheme)
+
+    def read_stored(self, spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
+        """A parameter as it is stored, without adapters."""
+        return self.layout.decode(spec, self.fetch)
+
+    def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
+        """The dtypes that `read_as` gives, by path."""
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
         found = {dtypes[path] for path in factors}
         if len(found) > 1:
             widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
             dtypes |= dict.fromkeys(factors, widest)
-        for spec, value in self:
-            wanted = value if part is None else part(spec, value)
-            yield spec, cast(wanted, dtypes[spec.path])
+        return dtypes
 
 
 def around(weights: Path) -> list[Path]:
@@ -256,6 +321,7 @@ class Contents(NamedTuple):
         tokenizer's, or the published vocabulary's.
       as_published: Whether Hugging Face's config is as published, where that differs from what
         `transformers` needs to compute the same.
+      scheme: The scheme in which matrices are stored, if they are quantised.
     """
 
     config: Config
@@ -266,6 +332,7 @@ class Contents(NamedTuple):
     ocdbt: bool = False
     special_ids: Mapping[str, Any] = MappingProxyType({})
     as_published: bool = False
+    scheme: str | None = None
 
 
 # Writes a stored tensor, by name, cast to the dtype of its parameters. A format's writer is a

@@ -19,7 +19,7 @@ from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format
 from recurrentgemma_conversion.names import config_from_fields, family_of, layout
 from recurrentgemma_conversion.names.family import COUNTS_ITSELF
-from recurrentgemma_conversion.readers.base import Contents, Write, read_fields
+from recurrentgemma_conversion.readers.base import Contents, Write
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
 from recurrentgemma_conversion.readers.native import SafetensorsReader
 
@@ -49,7 +49,7 @@ class HuggingFaceReader(SafetensorsReader):
         if (folder / CONFIG).is_file() or (
             self._overrides.config or self._overrides.preset
         ) is None:
-            self._fields = read_fields(folder / CONFIG)
+            self._fields = self._fields_at(folder / CONFIG)
         super()._open()
         # Some tools store the tied output matrix, too.
         heads = [name for name in self.tensors if name.endswith(_HEAD)]

@@ -62,7 +62,7 @@ class KaggleTorchReader(Reader):
     format = Format.KAGGLE_TORCH
 
     def _open(self) -> None:
-        self._state = StateDict(self.path)
+        self._state = self._headers.once(StateDict, self.path)
         self.tensors = self._state.tensors
         self.homes = [*around(self.path), self.path.parent.parent]
 

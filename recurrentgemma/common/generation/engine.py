@@ -13,6 +13,8 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import grows, state_spec
 from recurrentgemma.common.model.state import Arrays, capacity_of, round_capacity
 
+LONG = 64  # tokens
+
 
 class LogProbs(NamedTuple):
     """Log-probabilities under the model itself: softmax(logits), before any sampling strategy.
@@ -56,6 +58,8 @@ class Engine(abc.ABC):
       score_chunks: The same where there are logits in every place, [T, V].
       pads_chunks: Whether only chunks of these lengths are read, since each length is compiled.
       burst: How many tokens a row the loop decodes between two looks from the host.
+      long_burst: The same where a text gets `LONG` tokens or more, which pay for compiling such a
+        burst; `burst` if that is larger.
       prepares: Whether the first prompt compiles what any later one needs. A command reads few
         prompts: it compiles what they need alone.
     """
@@ -64,6 +68,7 @@ class Engine(abc.ABC):
     score_chunks: Sequence[int] = (256, 32)
     pads_chunks: bool
     burst: int
+    long_burst: int = 1
     prepares: bool = True
 
     def __repr__(self) -> str:

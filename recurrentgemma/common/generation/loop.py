@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
+from recurrentgemma.common.generation.engine import LONG, Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.prefill import PAD, nonfinite_logits, read
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import row_settings, variant_of
@@ -96,6 +96,7 @@ class Generation:
         seen = engine.on_device(self._occurrences()) if variant.penalised else None
         keys = [row.key for row in rows]
         burst = 1  # the first token comes as soon as it can
+        most = engine.burst if left.max() < LONG else max(engine.burst, engine.long_burst)
         while left.any():
             active = left > 0
             before = self._cache = engine.snapshot(cache) if burst > 1 else None
@@ -137,7 +138,7 @@ class Generation:
                 if over:
                     break
             position = position + fed
-            burst = engine.burst if left.max() >= engine.burst else 1
+            burst = most if left.max() >= most else 1
 
     def _add(self, row: int, token: int, last: bool) -> str:
         if token < 0:

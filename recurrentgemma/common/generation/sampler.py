@@ -38,7 +38,7 @@ from recurrentgemma.common.io.state_files import (
 )
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.state import State, StateError, empty_state
-from recurrentgemma.common.tokenizer import Tokenizer, check_text, is_token_ids, token_ids
+from recurrentgemma.common.tokenizer import Tokenizer, check_text, id_rows, is_token_ids, token_ids
 
 Prompt = str | Sequence[int]  # a text, or its token ids (also as an array) from BOS on
 _Array = TypeVar("_Array")
@@ -315,6 +315,8 @@ class BaseSampler(Generic[_Array]):
           template: Whether texts are put into an instruction-tuned model's template.
           bos: Whether texts begin with BOS.
         """
+        if isinstance(prompts, Mapping):
+            prompts = id_rows(prompts, "input_strings")
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
             raise UserError(
                 "input_strings must be a sequence of texts, or of lists of token ids, got "

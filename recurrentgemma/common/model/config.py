@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Self
 
 from recurrentgemma.common.errors import UserError
@@ -238,9 +238,14 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     return from_dict(fields)
 
 
-def config_from_json(text: str) -> Config:
-    """The configuration that `to_json` gave; `ValueError` when the text holds none."""
+def config_from_json(text: str, beside: Container[str] = ()) -> Config:
+    """The configuration that `to_json` gave; `ValueError` when the text holds none.
+
+    Args:
+      text: A JSON object.
+      beside: Fields of it that are not the configuration's.
+    """
     fields = json.loads(text)
     if not isinstance(fields, dict):
         raise UserError(f"a configuration is a JSON object, got {type(fields).__name__}")
-    return config_from_dict(fields)
+    return config_from_dict({name: fields[name] for name in fields if name not in beside})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec, state_spec
-from recurrentgemma.common.quantization import quantized_bytes
+from recurrentgemma.common.quantization import stored_bytes
 from recurrentgemma.common.sharding import Mesh, inherited, layout, share
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
 from recurrentgemma.common.training.optimization import OptimizerOptions, moment_shapes
@@ -25,9 +25,9 @@ _METHODS: Mapping[str, tuple[str, LoraOptions | None]] = {
 }
 
 
-def parameter_bytes(config: Config, dtype: str) -> int:
-    """Bytes of all parameters, stored in one dtype."""
-    return _bytes((spec.shape for spec in layer_spec(config)), VALUE_BYTES[dtype])
+def parameter_bytes(config: Config, dtype: str, scheme: str | None = None) -> int:
+    """Bytes of all parameters, stored in one dtype, or the matrices in a scheme."""
+    return sum(stored_bytes(spec, VALUE_BYTES[dtype], scheme) for spec in layer_spec(config))
 
 
 def state_bytes(config: Config, dtype: str, capacity: int | None = None) -> int:
@@ -89,8 +89,8 @@ def training_bytes(
         return _STATE_BYTES * sum(parts)
 
     def base(spec: ParamSpec) -> int:
-        quantized = lora is not None and lora.quantize and spec.matrix
-        whole = quantized_bytes(spec.shape) if quantized else size * spec.size
+        scheme = None if lora is None or spec.table else lora.scheme
+        whole = stored_bytes(spec, size, scheme)
         return whole if mesh is None else whole // share(splits[spec.path], mesh)
 
     trained = kept(shapes)

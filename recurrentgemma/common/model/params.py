@@ -28,6 +28,7 @@ class ParamSpec(NamedTuple):
       matrix: Whether it is a matrix, or a stack of matrices, that may be quantised.
       wide: Whether it is computed with in float32 or wider, whatever its own dtype; the others meet
         in matrix products, which take one dtype.
+      table: Whether it is a table of rows that may be quantised, each an output of a product.
     """
 
     path: str
@@ -38,6 +39,7 @@ class ParamSpec(NamedTuple):
     lora: str | None = None
     matrix: bool = False
     wide: bool = False
+    table: bool = False
 
     @property
     def size(self) -> int:
@@ -114,7 +116,7 @@ def embedder(vocab_size: int, width: int) -> Params:
     """The table of token embeddings."""
     require_positive(vocab_size=vocab_size, embed_dim=width)
     init = Normal(math.sqrt(1 / width))
-    yield ParamSpec("input_embedding", (vocab_size, width), init, ("vocab", "width"))
+    yield ParamSpec("input_embedding", (vocab_size, width), init, ("vocab", "width"), table=True)
 
 
 def linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
@@ -85,7 +86,24 @@ def _as_array(values: Any) -> Any:
     return np.asarray(values)
 
 
+def require_batch(batch: Any) -> Batch:
+    """The batch, or a `ValueError` that says how to make one."""
+    if not isinstance(batch, Batch):
+        raise UserError(
+            "a batch must be a Batch: Batch.from_labels(**collated) makes one of input_ids, labels "
+            f"and attention_mask; got {type(batch).__name__}"
+        )
+    return batch
+
+
+def batch_list(batches: Batch | Sequence[Batch]) -> list[Batch]:
+    """One batch, or several, as a list; raises `ValueError` for what is no batch."""
+    several = isinstance(batches, Iterable) and not isinstance(batches, Batch | Mapping)
+    return [*map(require_batch, batches if several else [batches])]
+
+
 def check_batch(batch: Batch, vocab_size: int) -> None:
     """Raises `ValueError` for values that give no meaning, where arrays are NumPy's."""
+    require_batch(batch)
     check_inputs(batch.tokens, batch.segment_pos, vocab_size)
     check_targets(batch.targets, batch.weights, vocab_size)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from recurrentgemma.common.errors import UserError
+from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.io.jsonl import json_value
 from recurrentgemma.common.io.text import as_utf8
 from recurrentgemma.common.messages import encode_messages, read_messages
@@ -46,7 +47,11 @@ class Example(NamedTuple):
 
 
 def read_examples(
-    path: Path, tokenizer: Tokenizer, *, eos: bool = True, allow_control_tokens: bool = False
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    eos: bool = True,
+    allow_control_tokens: bool = False,
 ) -> list[Example]:
     """The examples of a file, one on each line; empty lines are skipped, and gzip is read.
 
@@ -60,7 +65,7 @@ def read_examples(
 
     Args:
       path: The file.
-      tokenizer: The model's tokenizer.
+      tokenizer: The model's tokenizer: a `Tokenizer`, or what it takes.
       eos: Whether EOS ends texts and completions.
       allow_control_tokens: Whether `<end_of_turn>` and the like, spelled in a message, are tokens.
 
@@ -68,6 +73,7 @@ def read_examples(
       DataError: There are no examples, or some lines hold none; the message has the first few.
       OSError: The file cannot be read.
     """
+    path, tokenizer = expanded(path), Tokenizer(tokenizer)
     examples, problems = [], []
     with path.open("rb") as file:
         for number, data in enumerate(as_utf8(file, str(path)), 1):

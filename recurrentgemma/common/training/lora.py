@@ -18,7 +18,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.init import Init, Normal, Zeros
 from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
-from recurrentgemma.common.quantization import dequantize, quantize
+from recurrentgemma.common.quantization import dequantize, quantize, require_scheme, scheme_for
 from recurrentgemma.common.scalars import make_plain
 
 TARGETS = ("attention", "recurrent", "mlp", "gates")
@@ -34,7 +34,8 @@ class LoraOptions:
       alpha: The adapters' product is scaled by alpha / rank.
       targets: `ParamSpec.lora` of these parameters: some of "attention", "recurrent", "mlp" and
         "gates".
-      quantize: Whether all matrices under the adapters are kept as int8 (`common.quantization`).
+      quantize: The scheme of `common.quantization` in which all matrices under the adapters are
+        kept, or False; True means "q8". The embedding stays as it is.
 
     Raises:
       ValueError: An option is out of range; the message names it.
@@ -43,7 +44,7 @@ class LoraOptions:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("attention", "recurrent", "mlp")
-    quantize: bool = False
+    quantize: bool | str = False
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -51,13 +52,34 @@ class LoraOptions:
             raise UserError(f"rank must be at least 1, got {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"alpha must be positive, got {self.alpha}")
+        if self.scheme is not None:
+            require_scheme(self.scheme)
         if not self.targets or not set(self.targets) <= set(TARGETS):
             raise UserError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of the matrices under the adapters, if they are quantised."""
+        return "q8" if self.quantize is True else self.quantize or None
+
+    def changes(self, spec: ParamSpec) -> bool:
+        """Whether `merge` changes a parameter."""
+        return spec.lora in self.targets or (spec.matrix and self.scheme is not None)
 
     @property
     def scale(self) -> float:
         """The factor of A B."""
         return self.alpha / self.rank
+
+
+def require_plain(quantized: bool) -> None:
+    """Raises `ValueError` for a training of all parameters where some are quantised."""
+    if quantized:
+        raise UserError(
+            "quantised weights cannot be trained, since a small change is lost in the rounding: "
+            "train adapters on them (lora=LoraOptions(), --lora-rank 8), or load the checkpoint "
+            "that they were made from"
+        )
 
 
 @functools.lru_cache(maxsize=32)
@@ -125,8 +147,8 @@ def merge(
       Any other is `value` itself.
     """
     wide = np.float64 if value.dtype == np.float64 else np.float32
-    if options.quantize and spec.matrix:
-        value = np.asarray(dequantize(quantize(value)), wide)
+    if spec.matrix and (scheme := scheme_for(spec, options.scheme)):
+        value = np.asarray(dequantize(quantize(value, scheme, name=spec.path)), wide)
     if spec.lora not in options.targets:
         return value
     a, b = (np.asarray(adapters[s.path], wide) for s in adapter_specs(spec, options.rank))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -20,6 +19,7 @@ from recurrentgemma.common.training.optimization import decay_mask, step_setting
 from recurrentgemma.jax.lora import adapted
 from recurrentgemma.jax.loss import cross_entropy
 from recurrentgemma.jax.optimizer import make_optimizer
+from recurrentgemma.jax.products import dense, promote_dtype
 from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.compiler import compiler_options, platform_of
 from recurrentgemma.jax.runtime.promotion import default_promotion
@@ -77,7 +77,7 @@ def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
         hidden, _ = model.apply(
             {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
         )
-    embedding = get_path(params, "embedder.input_embedding")
+    embedding = dense(get_path(params, "embedder.input_embedding"))
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
     soft_cap = model.config.model.soft_cap
     targets, weights = jnp.asarray(batch.targets), as_weights(batch.weights)

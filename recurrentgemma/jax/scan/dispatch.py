@@ -231,7 +231,8 @@ def _derivative(scan: Scan, gates: Gates, reverse: bool) -> Linear:
         dinputs = Inputs(dx, dsequences, dchannels, None)
         return XLAScan(_recurrence(scan)).tangents(gates, inputs, h0, y, dinputs, dh0, reverse)
 
-    return Linear(default_promotion(run), default_promotion(run), lambda r, _: (r[2], r[1]))
+    run = default_promotion(run)
+    return Linear(run, run, lambda r, _: (r[2], r[1]), _is_interpreted(scan))
 
 
 def _adjoint(scan: Scan, gates: Gates, reverse: bool) -> Linear:
@@ -247,7 +248,11 @@ def _adjoint(scan: Scan, gates: Gates, reverse: bool) -> Linear:
 
     each = scan, XLAScan(_recurrence(scan))
     run, derivable = (default_promotion(functools.partial(backward, scan)) for scan in each)
-    return Linear(run, derivable, like, bool(getattr(scan, "interpret", False)))
+    return Linear(run, derivable, like, _is_interpreted(scan))
+
+
+def _is_interpreted(scan: Scan) -> bool:
+    return bool(getattr(scan, "interpret", False))
 
 
 def _with_x(residuals: Any) -> tuple[Inputs, Array, Array]:

@@ -29,6 +29,11 @@ def to_array(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def as_dtype(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in a dtype; a call of `to` takes as long as a small sum where nothing changes."""
+    return tuple(z if z.dtype == dtype else z.to(dtype) for z in tensors)
+
+
 def is_integer(z: Tensor | np.ndarray) -> bool:
     """Whether it holds integers, and no truth values."""
     if not isinstance(z, Tensor):

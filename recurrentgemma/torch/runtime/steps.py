@@ -55,9 +55,12 @@ def step_at(
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     keys, values = (_with_token(ring, new, place) for ring, new in pairs)
     seen = min(place, slots) + 1
-    encoded = attend_masked(q_b1nh, keys[:, :seen], values[:, :seen], None, mixer)
-    new_cache = AttentionBlockCache(keys[:, :slots], values[:, :slots], cache.num_tokens + 1)
-    return encoded, new_cache
+    encoded = attend_masked(q_b1nh, *_first(seen, keys, values), None, mixer)
+    return encoded, AttentionBlockCache(*_first(slots, keys, values), cache.num_tokens + 1)
+
+
+def _first(count: int, *arrays: Tensor) -> tuple[Tensor, ...]:
+    return tuple(z if z.shape[1] == count else z[:, :count] for z in arrays)
 
 
 def _with_token(

@@ -8,7 +8,7 @@ from recurrentgemma.torch.scan.dispatch import (
     linear_scan,
     rg_lru_scan,
 )
-from recurrentgemma.torch.scan.gates import forward_levels, wide_dtype
+from recurrentgemma.torch.scan.gates import forward_levels, rg_lru_step, wide_dtype
 from recurrentgemma.torch.scan.published import rnn_scan
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "forward_levels",
     "linear_scan",
     "rg_lru_scan",
+    "rg_lru_step",
     "rnn_scan",
     "wide_dtype",
 ]

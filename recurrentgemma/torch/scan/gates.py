@@ -14,6 +14,8 @@ from torch.nn.functional import softplus
 
 from recurrentgemma.common.model.numerics import MAX_SQRT_GRADIENT, RG_LRU_C
 
+_MINUS_C = torch.tensor(-RG_LRU_C, device="cpu")
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and of sensitive arithmetic: float32, or float64 for float64."""
@@ -76,3 +78,21 @@ def rg_lru_gates(
     multiplier = bounded_sqrt(-torch.expm1(2 * log_a)).masked_fill(start, 1)
     gated_x = (multiplier * torch.sigmoid(input_gate) * x).masked_fill(padding, 0)
     return gated_x, torch.exp(log_a).masked_fill(padding, 1)
+
+
+def rg_lru_step(
+    x: Tensor, input_gate: Tensor, a_gate: Tensor, a_param: Tensor, h0: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The RG-LRU for a token a row inside a document, [B, 1, D], without derivatives.
+
+    Small operations cost by their number: none has a number of Python's, which becomes a tensor.
+    """
+    dtype = wide_dtype(x.dtype)
+    x_wide, input_gate, a_gate, a_param, h0 = (
+        z if z.dtype == dtype else z.to(dtype) for z in (x, input_gate, a_gate, a_param, h0)
+    )
+    log_a = torch.sigmoid(a_gate).mul_(softplus(a_param)).mul_(_MINUS_C)
+    multiplier = torch.expm1(log_a + log_a).neg_().sqrt_()
+    gated_x = torch.sigmoid(input_gate).mul_(x_wide).mul_(multiplier)
+    y = gated_x.addcmul_(log_a.exp_(), h0.unsqueeze(1))
+    return y if x.dtype == dtype else y.to(x.dtype), y.squeeze(1)

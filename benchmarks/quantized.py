@@ -1,0 +1,177 @@
+"""Decoding with weights in fewer bytes: both twins, every form of the weights, one row and many.
+
+    python benchmarks/quantized.py --size 2b-6 --output benchmarks/results/NAME
+    python benchmarks/quantized.py --size 2b --rounds 3
+
+A contender is a framework and the form of its weights: a dtype, or a scheme of
+`recurrentgemma.common.quantization`, which computes in float32. Weights are random. "2b" is
+RecurrentGemma 2B; "2b-6" has its widths, 6 layers and a vocabulary of 32,000; "23m" is the workload
+of `benchmarks/model.py`. A step feeds one token to each row and computes its logits, as the sampler
+does. It reads the weights once, whatever the number of rows. The share of memory is the rate at
+which a step of one row reads them, beside the rate at which memory is read in the same run.
+
+Contenders run in turns, each in its own process. Where they do not fit the memory together, each
+turn starts the process anew. Bfloat16 and int8 are fast only where the CPU has instructions for
+them: the results name those that decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleaved import Seconds, Task, Worker, measure, publish, serve, spread
+from model import config_of
+
+ROWS = (1, 8, 32)
+FORMS = {"float32": 4.0, "bfloat16": 2.0, "q8": 1.0, "q4": 0.6, "q4_32": 0.8}  # bytes a weight
+FRAMEWORKS = ("jax", "torch")
+SIZES = ("23m", "2b-6", "2b")
+LAYERS, VOCABULARY = 6, 32_000
+SHARE = 0.5  # of the memory, for the weights of processes that live side by side
+READ = 2**30
+PLACE = 300  # the position of a measured token
+BLOCK = 1 << 20  # random values; a larger parameter repeats them
+BOUND, SIZE = "memory", "bytes"
+
+
+def config(size: str) -> Any:
+    """The config of a size."""
+    from recurrentgemma.common.model import griffin, presets
+
+    if size == "23m":
+        return config_of(griffin)
+    whole = griffin.GriffinConfig.from_preset(presets.Preset.RECURRENT_GEMMA_2B_V1)
+    if size == "2b":
+        return whole
+    return whole._replace(vocab_size=VOCABULARY, block_types=whole.block_types[:LAYERS])
+
+
+def values(spec: Any, dtype: str) -> np.ndarray:
+    """Random values of a parameter."""
+    from recurrentgemma.common.io.arrays import DTYPES
+
+    block = spec.init.sample(np.random.default_rng(0), (min(spec.size, BLOCK),))
+    return np.resize(block.astype(DTYPES[dtype]), spec.shape)
+
+
+def decoding(framework: str, form: str, size: str) -> dict[str, Task]:
+    """A task for each number of rows, and one that gives the bytes of the weights."""
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.quantization import SCHEMES, quantize_parameter
+    from recurrentgemma.common.twin import find_twin
+
+    made, twin = config(size), find_twin(framework)
+    dtype, scheme = ("float32", form) if form in SCHEMES else (form, None)
+
+    parameters = (
+        (spec.path, quantize_parameter(spec, values(spec, dtype), scheme))
+        for spec in layer_spec(made)
+    )
+    engine = twin.sampler(
+        twin.make(made, parameters, dtype, decoding=True), load_tokenizer()
+    ).engine
+    caches: dict[int, Any] = {}
+
+    def step(rows: int) -> float:
+        if rows not in caches:
+            caches[rows] = engine.begin(rows)
+        tokens, places = np.ones(rows, np.int32), np.full(rows, PLACE, np.int32)
+        start = time.perf_counter()
+        logits, caches[rows] = engine.feed(caches[rows], tokens, places)
+        engine.on_host(logits[0, :1])  # waits for the step
+        return time.perf_counter() - start
+
+    tasks: dict[str, Task] = {str(rows): functools.partial(step, rows) for rows in ROWS}
+    return tasks | {SIZE: lambda: float(engine.num_bytes)}
+
+
+def reading() -> dict[str, Task]:
+    """Reads a large array with all cores."""
+    import torch
+
+    array = torch.ones(READ // 4)
+    return {"1": lambda: torch.dot(array, array)}
+
+
+def contenders(size: str, only: list[str] | None) -> dict[str, list[str]]:
+    """The command of each contender's process."""
+    names = [f"{framework} {form}" for framework in FRAMEWORKS for form in FORMS]
+    names = [name for name in names if not only or name in only]
+    command = [sys.executable, __file__, "--size", size, "--worker"]
+    return {name: [*command, name] for name in (*names, BOUND)}
+
+
+def run(commands: dict[str, list[str]], rounds: int, together: bool) -> Seconds:
+    """Seconds by contender and task."""
+    if together:
+        workers = {name: Worker(command) for name, command in commands.items()}
+        found = measure(workers, rounds)[1]
+        for worker in workers.values():
+            worker.close()
+        return found
+    found: Seconds = {name: {} for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            worker = Worker(command)
+            for task, seconds in measure({name: worker}, 1)[1][name].items():
+                found[name].setdefault(task, []).extend(seconds)
+            worker.close()
+    return found
+
+
+def main() -> None:
+    """Measures every contender and prints tokens a second, shares of the bound and ratios."""
+    from rich.table import Table
+
+    from recurrentgemma.common.model.layer_spec import num_parameters
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--size", choices=SIZES, default="2b-6")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", help='contenders, such as "jax q8"')
+    parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        framework, _, form = arguments.worker.partition(" ")
+        serve(decoding(framework, form, arguments.size) if form else reading())
+        return
+    commands = contenders(arguments.size, arguments.only)
+    weights = num_parameters(config(arguments.size))
+    needed = weights * sum(FORMS[name.split()[1]] for name in commands if name != BOUND)
+    room = SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    seconds = run(commands, arguments.rounds, needed < room)
+    rate = READ / statistics.median(seconds.pop(BOUND)["1"])
+    sizes = {name: found.pop(SIZE)[0] for name, found in seconds.items()}
+    steps = {
+        name: {rows: statistics.median(found[str(rows)]) for rows in ROWS}
+        for name, found in seconds.items()
+    }
+    columns = [f"{rows} row{'s' * (rows > 1)}, ms" for rows in ROWS]
+    table = Table("", "GB", *columns, "tokens/s", "x float32", "of memory")
+    for name, found in steps.items():
+        plain = steps.get(f"{name.split()[0]} float32")
+        table.add_row(
+            name,
+            f"{sizes[name] / 1e9:.2f}",
+            *(spread(seconds[name][str(rows)]) for rows in ROWS),
+            " / ".join(f"{rows / found[rows]:.3g}" for rows in ROWS),
+            " / ".join(f"{plain[rows] / found[rows]:.2f}" for rows in ROWS) if plain else "",
+            f"{sizes[name] / found[1] / rate:.0%}",
+        )
+    table.caption = f"memory is read at {rate / 1e9:.1f} GB/s; tokens/s at {ROWS} rows"
+    results = {"seconds": seconds, "bytes": sizes, "bytes_per_second": rate, "size": arguments.size}
+    publish(table, results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Parameters in the form in which a step is fast on the device that holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from recurrentgemma.common.model.config import Config
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.params import ParamSpec
+from recurrentgemma.common.quantization import LARGEST, SCHEMES, Quantized, input_axis
+from recurrentgemma.jax.products import Rows, dense
+from recurrentgemma.jax.runtime.promotion import default_promotion
+from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
+
+_LARGE = 2**22  # float32 values of a matrix from which a single row gains; with fewer it loses
+
+
+def num_bytes(params: Params) -> int:
+    """The size of the parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def stored(config: Config, params: Params) -> Params:
+    """The parameters for an engine: on one CPU, matrices that XLA multiplies fast.
+
+    Matrices in bfloat16 become `Rows`. Matrices of 4 bits become int8, rounded once more: an error
+    of at most half a step, 1/254 of an output's largest weight. All other leaves are shared, and so
+    are the bytes of a table.
+    """
+    if not all(on_one_cpu(leaf.sharding) for leaf in jax.tree.leaves(params)):
+        return params
+    result: dict[str, Any] = {}
+    for spec in layer_spec(config):
+        value = get_path(params, spec.path)
+        if isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
+            value = as_q8(value)
+        set_path(result, spec.path, as_rows(spec, value))
+    return result
+
+
+def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
+    """An array of matrices that XLA multiplies faster as `Rows`; anything else as it is.
+
+    Args:
+      spec: The parameter.
+      value: An array, which may also be NumPy's, or what it is kept as already.
+      copies: Whether other bytes stay behind: then only bfloat16 is worth another form.
+    """
+    kept = isinstance(value, Quantized | Rows) or value.dtype not in (jnp.bfloat16, jnp.float32)
+    if kept or not (spec.matrix or spec.table):
+        return value
+    axis = input_axis(spec)
+    if value.dtype == jnp.float32 and (copies or value.shape[-2] * value.shape[-1] < _LARGE):
+        return value
+    return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
+
+
+def on_one_cpu(sharding: Sharding) -> bool:
+    """Whether arrays are on one device, which is a CPU."""
+    (device, *_) = sharding.device_set
+    return device.platform == "cpu" and isinstance(sharding, SingleDeviceSharding)
+
+
+@jax.jit
+@default_promotion
+def as_q8(w: Quantized) -> Quantized:
+    """A matrix of 4 bits as int8; see `common.quantization.quantize`."""
+    matrix = dense(w.replace(dtype="float32"))
+    rows = matrix if w.axis == -1 else matrix.swapaxes(-1, -2)
+    scale = jnp.abs(rows).max(-1, keepdims=True) / LARGEST
+    values = jnp.rint(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return w.replace(values=values, scale=scale, zero=None, scheme="q8")

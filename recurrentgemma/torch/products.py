@@ -1,0 +1,153 @@
+"""Products with stored matrices: the one way through which every layer multiplies.
+
+`torch.quantization` makes the matrices that are in fewer bytes; `common.quantization` defines what
+they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int8, Shaped
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from recurrentgemma.common.quantization import LARGEST, dequantize
+from recurrentgemma.torch.quantization import QuantizedMatrix
+from recurrentgemma.torch.runtime import kernels
+from recurrentgemma.torch.runtime.arrays import without_autocast
+
+_PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
+_MOST = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
+_FEW = 256  # rows; for more, it is faster to dequantise the matrix
+_EXACT = 1024  # products of two int8 values whose sum float32 holds exactly
+
+
+def dense(w: Tensor | QuantizedMatrix) -> Tensor:
+    """The tensor itself, or the matrix that a `QuantizedMatrix` stands for, in its dtype."""
+    if isinstance(w, QuantizedMatrix):
+        return dequantize(w.quantized, torch.stack).to(w.dtype)
+    return w
+
+
+def lookup(w: Tensor | QuantizedMatrix, index: Int[Tensor, "..."]) -> Shaped[Tensor, "... d"]:
+    """The rows of a table."""
+    if isinstance(w, QuantizedMatrix):
+        rows = w.quantized.with_parts(lambda part: part[index])
+        return dequantize(rows, torch.stack).to(w.dtype)
+    return embedding(index, w)
+
+
+def product(
+    x: Float[Tensor, "*b k"],
+    w: Tensor | QuantizedMatrix,
+    bias: Tensor | None = None,
+    *,
+    axis: int = -2,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*c n"]:
+    """x W + b for a matrix, [K, N], or for each matrix of a stack, [C, K, N].
+
+    A matrix takes any x, [..., K]. A stack takes rows for each of its matrices, [C, Z, K], or the
+    same rows for all, [1, Z, K], and gives [C, Z, N].
+
+    A `QuantizedMatrix` whose `integer` is set quantises the rows of x; any other is dequantised
+    (see `common.quantization`).
+
+    Args:
+      x: The rows, in the dtype of the matrix; or in `dtype`.
+      w: The matrix or stack.
+      bias: Added; it broadcasts to the result.
+      axis: The axis of inputs of `w`: -2, or -1 where it is [..., N, K].
+      dtype: The dtype in which products are summed, and of the result; that of x if None.
+    """
+    if isinstance(w, QuantizedMatrix) and w.integer and w.device.type == "cpu":
+        y = _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
+        if y is not None:
+            y = y.to(dtype or x.dtype)
+            return y if bias is None else y + bias
+    return _product(x, dense(w), bias, axis, dtype)
+
+
+def _product(
+    x: Tensor, w: Tensor, bias: Tensor | None, axis: int, dtype: torch.dtype | None
+) -> Tensor:
+    if w.ndim > 2:
+        w = w if axis == -2 else w.mT
+        x = x.expand(len(w), -1, -1)
+        return x @ w if bias is None else torch.baddbmm(bias, x, w)
+    w = w.T if axis == -2 else w
+    if dtype is None:
+        if _is_bfloat16_row(x, w) and kernels.bfloat16_row_works():
+            y = torch.mv(w, x.flatten()) if bias is None else torch.addmv(bias, w, x.flatten())
+            return y.view(*x.shape[:-1], -1)
+        return linear(x, w, bias)
+    # In parts, since in a narrower dtype each is copied to the wide one.
+    parts = [w] if w.dtype == dtype else w.split(max(_PART_ELEMENTS // x.shape[-1], 1))
+    with without_autocast(x.device):
+        y = [linear(x.to(dtype), part.to(dtype)) for part in parts]
+    y = torch.cat(y, -1) if len(y) > 1 else y[0]
+    return y if bias is None else y + bias
+
+
+def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
+    """Whether this is a row on a CPU: as a vector, it takes half the time that `linear` does."""
+    return (
+        x.dtype == w.dtype == torch.bfloat16
+        and x.numel() == x.shape[-1]
+        and x.is_cpu
+        and type(w) in (Tensor, nn.Parameter)  # a subclass knows `linear`
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
+    values, scale = quantize_rows(x)
+    packed = w.pack()
+    if packed is None:
+        sums = integer_sums(values, w.values).float()
+    else:
+        sums = _each(values, packed, kernels.packed_sums8, w.ndim)
+    return sums.mul_(scale).mul_(w.scale.mT)
+
+
+def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float[Tensor, "*b 1"]]:
+    """See `common.quantization.quantize_rows`."""
+    x = x.float()
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+    # A quotient of two tensors, since a number divided by one is rounded twice.
+    inverse = torch.div(_MOST, largest).clamp_(max=torch.finfo(torch.float32).max)
+    return (x * inverse).round_().to(torch.int8), largest * (1 / LARGEST)
+
+
+def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int[Tensor, "*d n"]:
+    """See `common.quantization.integer_sums`."""
+    if x.is_cpu and kernels.plain8_works():
+        return _each(x, values if values.ndim > 2 else [values], kernels.plain_sums8, values.ndim)
+    # By products in float32, of as many inputs at a time as it adds exactly.
+    sums = torch.zeros((), dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[-1], _EXACT):
+        part = slice(start, start + _EXACT)
+        with without_autocast(x.device):
+            products = x[..., part].float() @ values[..., part].float().mT
+        sums = sums + products.to(torch.int32)
+    return sums
+
+
+def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) -> Tensor:
+    """The products of rows with each matrix of a stack, or with the only one."""
+    if ndim == 2:
+        return multiply(x.flatten(0, -2), matrices[0]).view(*x.shape[:-1], -1)
+    rows = x.expand(len(matrices), -1, -1)
+    return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
+
+
+def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
+    """x W of few rows in bfloat16 by the kernel of 4 bits; None where it does not serve."""
+    if x.numel() > _FEW * x.shape[-1] or x.dtype == torch.float64:
+        return None
+    packed = w.pack()
+    return packed and _each(x.bfloat16(), packed, kernels.product4, w.ndim)

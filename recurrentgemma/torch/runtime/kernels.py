@@ -1,0 +1,196 @@
+"""Products with quantised matrices on a CPU, by private operators of PyTorch.
+
+An operator is looked up by its name, and its results are compared with exact ones before it is
+used; where it is missing or wrong, callers take a slower way. Some operators want the values in a
+layout of their own, from which the values can be read back: so no matrix is held twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recurrentgemma.common import quantization
+
+_GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
+_OUTPUTS = 64  # divide the number of outputs in that kernel's layout
+
+
+def pack8(values: Tensor) -> Tensor:
+    """int8 values, [N, K], in oneDNN's layout."""
+    return torch.ops.onednn.qlinear_prepack(values, None)
+
+
+def unpack8(packed: Tensor) -> Tensor:
+    """The inverse of `pack8`."""
+    return packed.to_dense().t().contiguous()
+
+
+def packed_sums8(x: Tensor, packed: Tensor) -> Tensor:
+    """x W^T of int8 rows, [M, K], and packed values: the int32 sums, rounded to float32."""
+    ones, zeros = _neutral(packed.shape[1])
+    scales, output = (1.0, 0), (1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(x, *scales, packed, ones, zeros, None, *output)
+
+
+def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
+    """The int32 sums with values as they are stored, [N, K]; slower."""
+    return torch._int_mm(x, values.t())
+
+
+@functools.lru_cache(maxsize=16)
+def _neutral(outputs: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(outputs, device="cpu"), torch.zeros(outputs, dtype=torch.int64, device="cpu")
+
+
+def pack4(values: Tensor) -> Tensor:
+    """4-bit values, one a byte, [N, K], in the layout of PyTorch's kernel, [N, K / 2]."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+
+
+def unpack4(packed: Tensor) -> Tensor:
+    """The inverse of `pack4`."""
+    outputs, half = packed.shape
+    blocks = _halves(packed).view(outputs // _OUTPUTS, -1)
+    return blocks[:, _places4(2 * half)].view(outputs, 2 * half)
+
+
+@functools.lru_cache(maxsize=8)
+def _places4(inputs: int) -> Tensor:
+    """Where the layout keeps the values of a block of outputs: it packs the digits of places."""
+    size = _OUTPUTS * inputs
+    places = torch.arange(size, dtype=torch.int32, device="cpu").view(_OUTPUTS, inputs)
+    held = torch.zeros(size, dtype=torch.int64, device="cpu")
+    for digit in range(0, size.bit_length(), 4):
+        held |= _halves(pack4(places >> digit & 15)).long() << digit
+    return held.argsort()
+
+
+def _halves(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten()
+
+
+def scales4(scale: Tensor, zero: Tensor) -> Tensor:
+    """Scales and zeros, [N, G], as the kernel takes them, [G, N, 2]: (value - 8) s + z."""
+    return (
+        torch.stack([scale, scale * (8 - zero.float())], -1).transpose(0, 1).bfloat16().contiguous()
+    )
+
+
+def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    """x W of rows in bfloat16, [M, K], with packed values and their `scales4`."""
+    values, scales = packed
+    group = x.shape[1] // len(scales)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), values, group, scales)
+
+
+def _works(check: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether a check holds, found once; an operator that is missing or refuses does not work."""
+    found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
+
+    @torch.compiler.assume_constant_result
+    def works() -> bool:
+        if not found:
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    found.append(check())
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+                found.append(False)
+        return found[0]
+
+    return works
+
+
+def _extremes(rows: int, inputs: int) -> Tensor:
+    """int8 rows with the largest sums, at which narrow instructions would overflow."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=generator)
+    some[0], some[-1] = 127, -127
+    return some
+
+
+def _exact(x: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]) -> bool:
+    wanted = (x.double() @ values.double().t()).float()
+    return all(torch.equal(sums(x[:rows]).float(), wanted[:rows]) for rows in (1, len(x)))
+
+
+@_works
+def packed8_works() -> bool:
+    """Whether `packed_sums8` is exact."""
+    x, values = _extremes(5, 320), _extremes(48, 320)
+    packed = pack8(values)
+    kept = torch.equal(unpack8(packed), values)
+    return kept and _exact(x, values, lambda rows: packed_sums8(rows, packed))
+
+
+@_works
+def plain8_works() -> bool:
+    """Whether `plain_sums8` is exact."""
+    x, values = _extremes(5, 320), _extremes(48, 320)
+    return _exact(x, values, lambda rows: plain_sums8(rows, values))
+
+
+@_works
+def packed4_works() -> bool:
+    """Whether `product4` is as exact as bfloat16."""
+    outputs = 2 * _OUTPUTS
+    values = (_extremes(outputs, 256) & 15).to(torch.uint8)
+    scale = torch.arange(1, 2 * outputs + 1).view(outputs, 2) / 256  # exact in bfloat16
+    zero = (_extremes(outputs, 2) & 15).to(torch.int8)
+    groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
+    x, packed = _extremes(5, 256).bfloat16(), pack4(values)
+    wanted = x.float() @ groups.flatten(1).t()
+    error = (product4(x, (packed, scales4(scale, zero))).float() - wanted).abs().max()
+    kept = torch.equal(unpack4(packed), values)
+    return kept and bool(error <= 2**-7 * wanted.abs().max())
+
+
+@_works
+def bfloat16_row_works() -> bool:
+    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does."""
+    w = _extremes(9, 4096).bfloat16()
+    x = torch.linspace(-1, 1, 4096).bfloat16()
+    wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
+    return bool(((w @ x).float() - wanted).abs().sub(2**-8 * wanted.abs()).le(error).all())
+
+
+class Layout(NamedTuple):
+    """A kernel's own layout of matrices.
+
+    Attributes:
+      takes: Whether the kernel takes a matrix with such values and scales, and works.
+      pack: The layout of a matrix, [N, K], from its values, scales and zeros.
+      unpack: The values as they are stored.
+    """
+
+    takes: Callable[[Tensor, Tensor], bool]
+    pack: Callable[..., Any]
+    unpack: Callable[[Any], Tensor]
+
+
+def _takes4(values: Tensor, scale: Tensor) -> bool:
+    outputs, groups = scale.shape[-2:]
+    fits = 2 * values.shape[-1] // groups in _GROUPS and outputs % _OUTPUTS == 0
+    return fits and values.is_cpu and packed4_works()
+
+
+# By the bits of a value.
+LAYOUTS = {
+    8: Layout(
+        lambda values, scale: values.is_cpu and packed8_works(),
+        lambda values, scale, zero: pack8(values),
+        unpack8,
+    ),
+    4: Layout(
+        _takes4,
+        lambda values, scale, zero: (
+            pack4(quantization.unpack(values, torch.stack)),
+            scales4(scale, zero),
+        ),
+        lambda packed: quantization.pack(unpack4(packed[0])),
+    ),
+}

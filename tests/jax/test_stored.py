@@ -1,0 +1,112 @@
+"""The forms in which an engine keeps matrices on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import make_tokens
+from samplers import make_sampler
+
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.quantization import SCHEMES, dequantize, quantize
+from recurrentgemma.jax.checkpoint import load_checkpoint
+from recurrentgemma.jax.engine import ModelEngine
+from recurrentgemma.jax.products import Rows, dense, product
+from recurrentgemma.jax.quantization import quantize_matrices
+from recurrentgemma.jax.runtime.stored import as_q8, as_rows
+from recurrentgemma.jax.runtime.trees import get_path
+from tolerances import assert_close
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """A model in bfloat16."""
+    return make_sampler("jax", dtype="bfloat16")
+
+
+def decoded(engine: ModelEngine, rows: int) -> np.ndarray:
+    """Logits after each of a few tokens, the same in all rows, [T, B, V]."""
+    cache, found = engine.begin(rows), []
+    for place, token in enumerate(make_tokens(engine.config, STEPS)):
+        tokens, places = np.full(rows, token, np.int32), np.full(rows, place, np.int32)
+        logits, cache = engine.feed(cache, tokens, places)
+        found.append(np.asarray(logits))
+    return np.stack(found)
+
+
+def test_the_model_is_the_same(sampler) -> None:
+    """The user's tree stays as it is; its bytes are not copied where the form is the same."""
+    engine = sampler.engine
+    held = engine._stored["embedder"]["input_embedding"]
+    assert isinstance(held, Rows)
+    assert held.values is engine.params["embedder"]["input_embedding"]
+    kernel = engine._stored["blocks.0"]["mlp_block"]["ffw_down"]["kernel"]
+    given = engine.params["blocks.0"]["mlp_block"]["ffw_down"]["kernel"]
+    assert (kernel.shape, kernel.ndim, kernel.dtype) == (given.shape, given.ndim, given.dtype)
+    np.testing.assert_array_equal(dense(kernel), given)
+    tokens = make_tokens(sampler.config, 1, STEPS)
+    logits, _ = jax.jit(sampler.model.apply)(
+        {"params": sampler.params}, tokens, np.arange(STEPS, dtype=np.int32)[None]
+    )
+    assert_close(decoded(engine, 1)[:, 0], logits[0], "logits", "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 6, 4)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products(shape: tuple[int, ...], rows: int) -> None:
+    """In each form a product is that with the array, whatever rows a stack shares or has."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kept = Rows(w.swapaxes(-1, -2))
+    for leading in {(), *((n,) for n in (1, 2) if len(shape) == 3)}:
+        x = jnp.asarray(rng.normal(size=(*leading, rows, 6)), jnp.float32)
+        if leading or len(shape) == 2:
+            np.testing.assert_allclose(product(x, kept), product(x, w), rtol=1e-5, atol=1e-6)
+    gradients = [jax.grad(lambda w: product(jnp.ones((1, rows, 6)), w).sum())(z) for z in (kept, w)]
+    np.testing.assert_allclose(dense(gradients[0]), gradients[1], rtol=1e-6)
+
+
+def test_rows_do_not_matter_in_int8(sampler) -> None:
+    """To the bit, whatever the number of rows."""
+    params = quantize_matrices(sampler.config, sampler.params, "q8")
+    alone, other = (decoded(ModelEngine(sampler.model, params), rows) for rows in (1, 3))
+    np.testing.assert_array_equal(other, np.broadcast_to(alone, other.shape))
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if SCHEMES[name].bits == 4])
+def test_four_bits_become_int8(scheme: str) -> None:
+    """Quantised once more as the definition says, so off by half a step of int8 at most."""
+    rng = np.random.default_rng(0)
+    given = quantize(rng.normal(size=(2, 64, 24)).astype(np.float32), scheme)
+    kept = as_q8(given.with_parts(jnp.asarray))
+    matrix = dequantize(given)
+    assert (kept.scheme, kept.zero) == ("q8", None)
+    np.testing.assert_allclose(kept.scale, quantize(matrix).scale, rtol=1e-6)
+    off = np.abs(np.asarray(dense(kept)) - matrix)
+    assert (off <= np.asarray(kept.scale).swapaxes(-1, -2) * 0.5001).all()
+
+
+def test_float32_gains_in_large_matrices(sampler) -> None:
+    """Where no second copy stays behind."""
+    (spec, *_) = (spec for spec in layer_spec(sampler.config) if spec.matrix)
+    small, large = np.zeros((8, 8), np.float32), np.zeros((2048, 2048), np.float32)
+    assert isinstance(as_rows(spec, large, copies=False), Rows)
+    assert as_rows(spec, large) is large
+    assert as_rows(spec, small, copies=False) is small
+    assert as_rows(spec._replace(matrix=False), large, copies=False) is large
+
+
+def test_a_checkpoint_for_decoding() -> None:
+    """Its matrices have the engine's form already, which is then not made again."""
+    model, plain = load_checkpoint(dtype="bfloat16")
+    model, params = load_checkpoint(dtype="bfloat16", decoding=True)
+    engine = ModelEngine(model, params)
+    for spec in layer_spec(model.config):
+        value, given = get_path(params, spec.path), get_path(plain, spec.path)
+        assert isinstance(value, Rows) == (spec.matrix or spec.table), spec.path
+        assert value.shape == spec.shape
+        np.testing.assert_array_equal(dense(value), given)
+        held = get_path(engine._stored, spec.path)
+        assert held is value or held.values is value.values

@@ -1,0 +1,104 @@
+"""Products with quantised matrices by each way that a CPU has for them."""
+
+import copy
+import pickle
+
+import pytest
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import numpy as np
+import torch
+
+from recurrentgemma.common.quantization import product as definition
+from recurrentgemma.common.quantization import quantize
+from recurrentgemma.torch.products import product
+from recurrentgemma.torch.quantization import QuantizedMatrix
+from recurrentgemma.torch.runtime import kernels
+from recurrentgemma.torch.runtime.arrays import to_tensor
+
+SHAPES = ((320, 64), (2, 64, 128), (4, 128, 64))
+
+
+def drawn(shape: tuple[int, ...], scheme: str, rows: int = 5):
+    """Rows, and a quantised stack of matrices or one matrix."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=shape).astype(np.float32)
+    x = rng.normal(size=(*shape[:-2], rows, shape[-2])).astype(np.float32)
+    x[..., 0, :] = 0
+    return x, quantize(w, scheme)
+
+
+@pytest.mark.parametrize("way", ["packed", "plain", "exact"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_q8_is_the_definition_to_the_bit(
+    shape: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "exact" and not getattr(kernels, f"{way}8_works")():
+        pytest.skip(f"this PyTorch or processor has no {way} products of int8")
+    if way == "exact":
+        monkeypatch.setattr(kernels, "plain8_works", lambda: False)
+    x, quantized = drawn(shape, "q8")
+    w = QuantizedMatrix(quantized.with_parts(to_tensor), packs=way == "packed")
+    with torch.no_grad():
+        y = product(torch.from_numpy(x), w)
+        rows = [product(torch.from_numpy(x[..., i : i + 1, :]), w) for i in range(x.shape[-2])]
+    assert (w.values is None) == (way == "packed")
+    np.testing.assert_array_equal(y.numpy(), definition(x, quantized))
+    assert torch.equal(torch.cat(rows, -2), y)
+
+
+@pytest.mark.parametrize("scheme", ["q4", "q4_32"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_four_bits_are_as_exact_as_bfloat16(shape: tuple[int, ...], scheme: str) -> None:
+    x, quantized = drawn(shape, scheme)
+    w = QuantizedMatrix(quantized.with_parts(to_tensor))
+    with torch.no_grad():
+        y = product(torch.from_numpy(x), w).numpy()
+        many = product(torch.from_numpy(x).repeat_interleave(100, -2), w).numpy()[..., ::100, :]
+    expected = definition(x, quantized)
+    assert np.abs(y - expected).max() < 2**-7 * np.abs(expected).max()
+    np.testing.assert_allclose(many, expected, rtol=1e-5, atol=1e-5)  # dequantised
+
+
+@pytest.mark.parametrize("scheme", ["q8", "q4", "q4_32"])
+def test_values_outlive_their_packing(scheme: str) -> None:
+    x, quantized = drawn((2, 128, 192), scheme)
+    w = QuantizedMatrix(quantized.with_parts(lambda part: to_tensor(part.copy())))
+    rows = torch.from_numpy(x)
+    with torch.no_grad():
+        y = product(rows, w)
+        np.testing.assert_array_equal(w.quantized.values.numpy(), quantized.values)
+        others = [copy.deepcopy(w), pickle.loads(pickle.dumps(w))]
+        for other in others:
+            assert torch.equal(product(rows, other), y)
+            np.testing.assert_array_equal(other.state_dict()["values"].numpy(), quantized.values)
+        loaded = QuantizedMatrix(quantized.with_parts(lambda part: to_tensor(part * 0)))
+        product(rows, loaded)
+        loaded.load_state_dict(w.state_dict())
+        assert torch.equal(product(rows, loaded), y)
+        half = w.bfloat16()
+    assert half.dtype == torch.bfloat16
+    np.testing.assert_array_equal(half.quantized.values.numpy(), quantized.values)
+    assert w.nbytes == quantized.nbytes
+
+
+def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = kernels._extremes(3, 64)
+
+    def exact() -> bool:
+        return kernels._exact(x, x, lambda rows: kernels.plain_sums8(rows, x))
+
+    assert kernels._works(exact)() == kernels.plain8_works()
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: x.new_zeros(len(x), w.shape[1]))
+    assert not kernels._works(exact)()
+    monkeypatch.delattr(torch, "_int_mm")
+    assert not kernels._works(exact)()
+
+
+def test_a_row_in_bfloat16_is_what_linear_gives() -> None:
+    rng = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(n, 512, generator=rng).bfloat16() for n in (96, 1))
+    bias = torch.randn(96, generator=rng).bfloat16()
+    for b in (None, bias):
+        row = product(x[None], w, b, axis=-1)
+        torch.testing.assert_close(row, torch.nn.functional.linear(x[None], w, b))
