@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
+from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import flax_path, to_torch, torch_name
+from recurrentgemma.common.quantization import dequantize
 from recurrentgemma.common.training.lora import (
     LoraOptions,
     adapter_specs,
