@@ -98,7 +98,8 @@ def load_checkpoint(
                 held = on_host.with_parts(lambda part: to_tensor(part).to(device or "cpu"))
                 replace(model, spec, held)
                 continue
-            name, tensor = torch_name(spec.path), to_tensor(to_torch(spec.path, on_host))
+            name = torch_name(spec.path)
+            tensor = to_tensor(to_torch(spec.path, on_host))
             state[name] = placed(tensor, places[name]) if mesh else tensor.to(device or "cpu")
     model.load_state_dict(model.state_dict() | state, assign=True)
     return model

@@ -107,6 +107,8 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
     from torch.distributed.tensor import Shard
 
     for module in model.modules():  # FSDP splits parameters alone
+        if isinstance(module, QuantizedMatrix):
+            module.packs = False  # into the layout of a kernel, which is not split
         for name, buffer in list(module.named_buffers(recurse=False)):
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
