@@ -32,6 +32,7 @@ from recurrentgemma_conversion.opening import READERS, detect, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.readers.base import (
     Contents,
+    Headers,
     Reader,
     Writer,
     require_size,
@@ -244,8 +245,9 @@ def _write(
 
 def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell) -> None:
     """Reads what was written and compares it with the source, bit for bit after the cast."""
-    _, weights = detect(folder)
-    written = READERS[to](weights, NO_OVERRIDES)
+    headers = Headers()
+    _, weights = detect(folder, headers)
+    written = READERS[to](weights, NO_OVERRIDES, headers)
     written.require()
     if (written.config, written.scheme) != (contents.config, contents.scheme):
         raise VerificationError(f"the config reads back as {written.config}, {written.scheme}")

@@ -56,7 +56,9 @@ def cross_entropy(
 @cross_entropy.defjvp
 @default_promotion
 def _jvp(soft_cap, chunk_size, mesh, primals, tangents):
-    loss, gradients = _run(*primals, soft_cap, chunk_size, mesh, gradients=True)
+    hidden, embedding, targets, weights = primals
+    settings = soft_cap, chunk_size, mesh
+    loss, gradients = _run(hidden, embedding, targets, weights, *settings, gradients=True)
     dhidden, dembedding, _, dweights = tangents
     return loss, linear(_ALONG, _SCALED, gradients, (dhidden, dembedding, dweights))
 

@@ -35,6 +35,7 @@ def require_readable(folder: Path) -> None:
         assert all(opened.shards.read(name).size for name in opened.shards.tensors)
         progress, arrays = run.load(step)
         assert progress.step == step
+        assert isinstance(arrays, dict)
         assert all(array.sum() == array.sum() for array in arrays.values())
     assert not run.best.is_symlink() or NativeReader(run.best)
 

@@ -44,7 +44,7 @@ def _update(p: Any, grad: Any, state: dict[str, Any], group: dict[str, Any]) -> 
     if grad.ndim > 1:
         row = average("row_var", _mean_square(grad, -1))
         column = average("col_var", _mean_square(grad, -2))
-        mean = row.mean(-2, keepdim=True)
+        mean: Any = row.mean(-2, keepdim=True)
         mean = mean.redistribute(placements=inherited(p, mean.shape))
         variance = row * column / mean.clamp(min=eps1)
     else:
