@@ -15,6 +15,7 @@ from jax import Array
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.io.files import expanded
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.sharding import inherited
 from recurrentgemma.common.training.lora import trainable_specs
 from recurrentgemma.common.training.optimization import given_shapes, grouped, state_shapes
@@ -126,27 +127,30 @@ def layout_of(state: TrainState) -> StateLayout:
     specs = (*layer_spec(model.config), *trainable_specs(model.config, state.lora))
     shapes = {spec.path: spec.shape for spec in specs}
 
-    def arrays() -> Iterator[tuple[str, str, Any]]:
+    def arrays() -> Iterator[tuple[str, str, Any, bool]]:
         for name, array in state_tensors(state).items():
             path = name.partition(".")[2]
             if path in shapes:
-                yield name, path, array
+                yield name, path, array, False
         for spec in layer_spec(model.config) if state.base is not None else ():
             assert state.base is not None
             leaf = get_path(state.base, spec.path)
-            parts = leaf._asdict() if hasattr(leaf, "_asdict") else {"": leaf}
-            for part, array in parts.items():
-                yield f"base.{spec.path}{part and f'.{part}'}", spec.path, array
+            is_quantized = isinstance(leaf, Quantized)
+            for part, array in leaf.parts.items() if is_quantized else [("", leaf)]:
+                by_rows = is_quantized and leaf.axis == -2
+                yield f"base.{spec.path}{part}", spec.path, array, by_rows
 
-    def placed(path: str, array: Any) -> Placed:
+    def placed(path: str, array: Any, by_rows: bool) -> Placed:
         wanted = (*places[path].spec, *(None,) * (array.ndim - len(places[path].spec)))
         actual: Any = array.sharding.spec if is_split(array) else ()
-        actual = (*actual, *(None,) * (array.ndim - len(actual)))
-        requested = inherited(wanted, array.shape, shapes[path])
+        actual, shape = (*actual, *(None,) * (array.ndim - len(actual))), tuple(array.shape)
+        if by_rows:
+            actual, shape = (*actual[:-2], *actual[:-3:-1]), (*shape[:-2], *shape[:-3:-1])
+        requested = inherited(wanted, shape, shapes[path])
         num_bytes = array.addressable_shards[0].data.nbytes
-        return Placed(tuple(array.shape), str(array.dtype), requested, actual, num_bytes)
+        return Placed(shape, str(array.dtype), requested, actual, num_bytes)
 
-    return StateLayout((name, placed(path, array)) for name, path, array in arrays())
+    return StateLayout((name, placed(*found)) for name, *found in arrays())
 
 
 def _abstract(array: Any) -> Any:

@@ -197,7 +197,8 @@ def layout_of(state: TrainState) -> StateLayout:
                 yield name, path, tensor
         for name, path, tensor, by_rows in owners(state.model) if state.lora else ():
             if path not in state.parameters:
-                part = f".{name.rpartition('.')[2]}" if by_rows else ""
+                part = name.rpartition(".")[2] if by_rows else "values"
+                part = "" if part == "values" else f".{part}"  # as `Quantized.parts`
                 yield f"base.{path}{part}", path, tensor.mT if by_rows else to_torch(path, tensor)
 
     return StateLayout(

@@ -64,7 +64,9 @@ for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
     if mesh == "fsdp=8":
         expected = traffic(mesh_config(), {"fsdp": 8}, 8, 24, "float32").collectives
         sent = 4 * sum(map(math.prod, found)) * 7 / 8
-        assert abs(sent / expected["all-gather"] - 1) <= 0.02, (sent, expected)
+        # XLA on a CPU merges a block's second gather, for its recomputation, with the first.
+        times = sent / expected["all-gather"]
+        assert min(abs(times - 1), abs(2 * times - 1)) <= 0.02, (sent, expected)
     if mesh == "data=8":
         assert made.cost_analysis()["flops"] * 8 <= 1.25 * alone, (made.cost_analysis(), alone)
 """
