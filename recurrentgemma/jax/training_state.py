@@ -150,7 +150,9 @@ def layout_of(state: TrainState) -> StateLayout:
         num_bytes = array.addressable_shards[0].data.nbytes
         return Placed(shape, str(array.dtype), requested, actual, num_bytes)
 
-    return StateLayout((name, placed(*found)) for name, *found in arrays())
+    return StateLayout(
+        (name, placed(path, array, by_rows)) for name, path, array, by_rows in arrays()
+    )
 
 
 def _abstract(array: Any) -> Any:
