@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
@@ -53,6 +54,13 @@ jax.tree_util.register_dataclass(
     Quantized, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
 )
 jax.tree_util.register_dataclass(Rows, ["values"], ["axis"])
+flax.serialization.register_serialization_state(
+    Quantized,
+    lambda quantized: {name or "values": part for name, part in quantized.parts.items()},
+    lambda quantized, state: quantized.replace(
+        values=state["values"], scale=state[".scale"], zero=state.get(".zero")
+    ),
+)
 
 
 def promote_dtype(*values: Any, dtype: Dtype | None = None) -> list[Any]:
@@ -123,7 +131,7 @@ def _product(x: Array, w: Array, axis: int, dtype: Dtype | None) -> Array:
     if w.ndim > 2 and len(x) == 1:
         # With few rows one batched product, since separate ones take copies of the matrices; with
         # many separate products, which are faster. jnp.einsum would copy the weight in both.
-        if x.shape[1] >= MANY_ROWS:
+        if isinstance(x.shape[1], int) and x.shape[1] >= MANY_ROWS:  # not where it is symbolic
             return jnp.stack([jnp.matmul(x[0], part, preferred_element_type=dtype) for part in w])
         x = jnp.broadcast_to(x, (len(w), *x.shape[1:]))
     return jnp.matmul(x, w, preferred_element_type=dtype)

@@ -70,18 +70,22 @@ def is_known(values: Tensor) -> bool:
     return values.device.type == "cpu" and _has_values(values)
 
 
-def inside_documents(segment_pos: Positions) -> bool:
-    """Whether the host knows that this is a step without a start of a document or padding.
+def is_plain_step(segment_pos: Positions) -> bool:
+    """Whether this is a step at positions that the host knows, and no derivative is asked for.
 
-    No derivative is asked for, either: then a step takes fewer operations.
+    Then it takes fewer operations.
     """
     return (
         segment_pos.shape[1] == 1
         and not torch.is_grad_enabled()
         and not forward_levels()
         and is_known(segment_pos)
-        and min(segment_pos[:, 0].tolist(), default=0) > 0
     )
+
+
+def inside_documents(segment_pos: Positions) -> bool:
+    """Whether this is a plain step without a start of a document or padding."""
+    return is_plain_step(segment_pos) and min(segment_pos[:, 0].tolist(), default=0) > 0
 
 
 def _has_values(values: Tensor) -> bool:

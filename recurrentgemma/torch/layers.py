@@ -229,7 +229,7 @@ class Einsum(SpecModule):
         # One product a matrix: torch.einsum would copy the weight to bring its axes together.
         b = None if self.b is None else self.b.flatten(1, -2)
         y_czm = product(x.flatten(0, -2)[None], self.w, b)
-        return y_czm.view(-1, *x.shape[:-1], y_czm.shape[-1])
+        return y_czm.view(len(y_czm), *x.shape[:-1], y_czm.shape[-1])
 
 
 class Embedder(SpecModule):

@@ -21,7 +21,7 @@ from recurrentgemma.common.quantization import (
     scheme_for,
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.kernels import LAYOUTS
+from recurrentgemma.torch.runtime.kernels import LAYOUTS, plain8_works
 
 
 class QuantizedMatrix(nn.Module):
@@ -50,6 +50,7 @@ class QuantizedMatrix(nn.Module):
         self.register_buffer("zero", quantized.zero)
         self.scheme, self.axis, self.integer = quantized.scheme, quantized.axis, quantized.integer
         self.packs, self._packed = packs, None
+        plain8_works()  # found before anything traces it
         self.shape = torch.Size(quantized.shape)
         self.dtype: torch.dtype = getattr(torch, quantized.dtype)
 

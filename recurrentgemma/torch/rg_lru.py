@@ -8,7 +8,7 @@ from torch import nn
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
-from recurrentgemma.torch.cache import Hidden, Positions, inside_documents
+from recurrentgemma.torch.cache import Hidden, Positions, inside_documents, is_plain_step
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan, rg_lru_step
 
@@ -44,8 +44,9 @@ class RGLRU(SpecModule):
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
         inputs = x, self.input_gate(x), self.a_gate(x), self.a_param
-        if cache is not None and inside_documents(segment_pos):
-            y, new_cache = rg_lru_step(*inputs, cache)
+        if cache is not None and is_plain_step(segment_pos):
+            positions = None if inside_documents(segment_pos) else segment_pos
+            y, new_cache = rg_lru_step(*inputs, cache, positions)
         else:
             choice = SCAN_TYPES[self.scan_type]
             y, new_cache = rg_lru_scan(*inputs, segment_pos, cache, implementation=choice)

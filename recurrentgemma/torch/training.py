@@ -298,8 +298,9 @@ def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
     Raises:
       ValueError: The processes have different numbers of batches, or one has no rows.
     """
+    weight = sum(map(_weight, batches))
     rows = min((len(batch.tokens) for batch in batches), default=0)
-    everywhere = gathered([sum(map(_weight, batches)), len(batches), rows], mesh)
+    everywhere = gathered([weight, len(batches), rows], mesh)
     tokens, counts, least = zip(*everywhere, strict=True)
     if mesh is not None and (len(set(counts)) > 1 or not min(least)):
         raise UserError(

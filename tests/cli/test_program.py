@@ -121,7 +121,7 @@ def test_broken_checkpoints(cli, checkpoint, tmp_path):
 
 def test_only_mistakes_are_told_in_a_line(cli, monkeypatch):
     def raising(error: BaseException):
-        def detect(_):
+        def detect(*_):
             raise error
 
         monkeypatch.setattr("recurrentgemma_conversion.opening.detect", detect)
@@ -135,7 +135,7 @@ def test_only_mistakes_are_told_in_a_line(cli, monkeypatch):
         assert caught.value is defect
         assert mistake(defect) is None
     # Nor is what a library raises right below the package's own code.
-    monkeypatch.setattr("recurrentgemma_conversion.opening.detect", [].remove)
+    monkeypatch.setattr("recurrentgemma_conversion.opening.detect", lambda *_: [].remove(0))
     with pytest.raises(ValueError, match="not in list"):
         cli("inspect")
 

@@ -172,7 +172,7 @@ def test_what_is_split_is_of_one_dtype(make) -> None:
     folder = make("model", Format.RECURRENTGEMMA, CONFIG, "bfloat16", dtypes=dtypes)
     load_checkpoint = importlib.import_module("recurrentgemma.torch").load_checkpoint
     with pytest.raises(ValueError, match="of one dtype, got bfloat16, float32; pass dtype"):
-        load_checkpoint(folder, sharding="a mesh")
+        load_checkpoint(folder, mesh="a mesh")
 
 
 def test_jax_models_are_of_no_dtype_that_is_turned_off() -> None:

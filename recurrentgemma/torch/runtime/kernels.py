@@ -100,7 +100,6 @@ def _works(check: Callable[[], bool]) -> Callable[[], bool]:
     """Whether a check holds, found once; an operator that is missing or refuses does not work."""
     found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
 
-    @torch.compiler.assume_constant_result
     def works() -> bool:
         if not found:
             try:

@@ -81,10 +81,16 @@ def rg_lru_gates(
 
 
 def rg_lru_step(
-    x: Tensor, input_gate: Tensor, a_gate: Tensor, a_param: Tensor, h0: Tensor
+    x: Tensor,
+    input_gate: Tensor,
+    a_gate: Tensor,
+    a_param: Tensor,
+    h0: Tensor,
+    segment_pos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The RG-LRU for a token a row inside a document, [B, 1, D], without derivatives.
+    """The RG-LRU for a token a row, [B, 1, D], without derivatives.
 
+    Without positions every row is inside its document; its result is the same to the bit with them.
     Small operations cost by their number: none has a number of Python's, which becomes a tensor.
     """
     dtype = wide_dtype(x.dtype)
@@ -93,6 +99,11 @@ def rg_lru_step(
     )
     log_a = torch.sigmoid(a_gate).mul_(softplus(a_param)).mul_(_MINUS_C)
     multiplier = torch.expm1(log_a + log_a).neg_().sqrt_()
-    gated_x = torch.sigmoid(input_gate).mul_(x_wide).mul_(multiplier)
-    y = gated_x.addcmul_(log_a.exp_(), h0.unsqueeze(1))
+    gated_x, a, h0 = torch.sigmoid(input_gate).mul_(x_wide), log_a.exp_(), h0.unsqueeze(1)
+    if segment_pos is not None:
+        start, padding = (segment_pos == 0)[..., None], (segment_pos < 0)[..., None]
+        multiplier, h0 = multiplier.masked_fill(start, 1), h0.masked_fill(start, 0)
+        gated_x, a = gated_x.masked_fill(padding, 0), a.masked_fill(padding, 1)
+        multiplier = multiplier.masked_fill(padding, 0)
+    y = gated_x.mul_(multiplier).addcmul_(a, h0)
     return y if x.dtype == dtype else y.to(x.dtype), y.squeeze(1)
