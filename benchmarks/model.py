@@ -12,6 +12,8 @@ which shares our import name:
     pip install torch jax flax orbax-checkpoint sentencepiece einops jaxtyping "typeguard<3" rich
     pip install --no-deps recurrentgemma==1.0.1
 
+`--before` names another checkout of this repository, whose code runs in the same turns.
+
 "forward" computes the logits of every token. "prefill" computes only what sampling needs, the last
 token's logits and the state, and reads long prompts in chunks of 2048 tokens, if the contender can.
 "jax" decodes like its sampler, which also chooses the tokens: in bursts where a model is small.
@@ -281,6 +283,7 @@ PUBLISHED: dict[str, Callable[[], Tasks]] = {
     "published torch": lambda: griffin_torch(False, False),
 }
 BOUND: dict[str, Callable[[], Tasks]] = {"bound": memory}
+BEFORE = ", before"  # after the name of a contender from another checkout
 EVERY = OURS | PEERS | PUBLISHED | BOUND
 
 
@@ -291,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--published", metavar="PYTHON", help="Python with the published package")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout of ours")
     parser.add_argument("--only", nargs="+", help="contenders, by name")
     parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
     parser.add_argument("--worker", choices=EVERY, help=argparse.SUPPRESS)
@@ -298,13 +302,20 @@ def main() -> None:
     if arguments.worker:
         serve(EVERY[arguments.worker]())
         return
-    pythons: dict[str, str] = dict.fromkeys(OURS | PEERS | BOUND, sys.executable)
+    here, before = Path(__file__).resolve(), arguments.before
+    # The Python, the script and the variables of each contender.
+    contenders: dict[str, tuple[str, Path, dict[str, str]]] = dict.fromkeys(
+        OURS | PEERS | BOUND, (sys.executable, here, {})
+    )
     if arguments.published:
-        pythons |= dict.fromkeys(PUBLISHED, str(arguments.published))
+        contenders |= dict.fromkeys(PUBLISHED, (arguments.published, here, {}))
+    if before:
+        old = before / "benchmarks/model.py", {"PYTHONPATH": f"{before}:{before}/conversion"}
+        contenders |= {f"{name}{BEFORE}": (sys.executable, *old) for name in OURS}
     workers = {
-        name: Worker([python, __file__, "--worker", name])
-        for name, python in pythons.items()
-        if not arguments.only or name in arguments.only or name in BOUND
+        name: Worker([python, str(script), "--worker", name.removesuffix(BEFORE)], **variables)
+        for name, (python, script, variables) in contenders.items()
+        if not arguments.only or name.removesuffix(BEFORE) in arguments.only or name in BOUND
     }
     first, later = measure(workers, arguments.rounds)
     for tasks in (*first.values(), *later.values()):
@@ -319,10 +330,10 @@ def main() -> None:
         cells = (spread(seconds[task]) for task in TASKS)
         table.add_row(name, *cells, calls, f"{peaks[name] / 1e9:.2f}")
     table.add_section()
-    peers = [name for name in later if name not in OURS]
+    peers = [name for name in later if name in PEERS | PUBLISHED]
     if peers:
         fastest = {task: min(statistics.median(later[p][task]) for p in peers) for task in TASKS}
-        for name in later.keys() & OURS.keys():
+        for name in later.keys() - peers:
             ratios = (f"{fastest[t] / statistics.median(later[name][t]):.2f} x" for t in TASKS)
             table.add_row(f"{name} against the fastest peer", *ratios, "", "")
     shares = {n: f"{bound / statistics.median(s['decode']):.0%}" for n, s in later.items()}
