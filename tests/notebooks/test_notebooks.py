@@ -167,7 +167,10 @@ def test_it_runs(name, small_checkpoint, kernel):
     for cell in notebook.cells:
         for long, short in smaller.items():
             cell.source = cell.source.replace(long, short)
-    assert outputs(execute(kernel, notebook)) == outputs(stored(name))
+    # Settings of matplotlib outlive a notebook, and change the layout of these pictures.
+    alone = name == "inside_griffin"
+    done = builder.execute(notebook) if alone else execute(kernel, notebook)
+    assert outputs(done) == outputs(stored(name))
 
 
 def test_the_sizes_that_are_made_smaller_are_there():

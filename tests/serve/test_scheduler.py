@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samplers import PROMPTS
-from serving import sampler_of
+from samplers import PROMPTS, make_sampler
 
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
@@ -216,7 +215,7 @@ def test_nothing_compiles_once_the_scheduler_is_ready() -> None:
         if here and event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    sampler = sampler_of("jax")
+    sampler = make_sampler("jax")  # not one whose programs were dropped since it was prepared
     served = Served(sampler, states=StateCache(1 << 20))
     served.scheduler.prepare()
     rng = np.random.default_rng(0)
