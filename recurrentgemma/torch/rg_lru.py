@@ -10,7 +10,7 @@ from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.cache import Hidden, Positions, inside_documents, is_plain_step
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
-from recurrentgemma.torch.scan import SCAN_TYPES, rg_lru_scan, rg_lru_step
+from recurrentgemma.torch.scan import SCAN_TYPES, as_positions, rg_lru_scan, rg_lru_step
 
 
 class RGLRU(SpecModule):
@@ -43,6 +43,7 @@ class RGLRU(SpecModule):
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the last state."""
+        segment_pos = as_positions(segment_pos, x)
         inputs = x, self.input_gate(x), self.a_gate(x), self.a_param
         if cache is not None and is_plain_step(segment_pos):
             positions = None if inside_documents(segment_pos) else segment_pos
