@@ -84,7 +84,7 @@ class QuantizedMatrix(nn.Module):
         return f"{self.scheme} {list(self.shape)}"
 
     def pack(self) -> list[Any] | None:
-        """The matrices as a kernel of this processor takes them; None where there is none.
+        """The matrices as a kernel of this processor takes them; None if no kernel does.
 
         They hold the values from then on: `values` is None until `unpack`.
         """

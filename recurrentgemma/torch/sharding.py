@@ -71,7 +71,7 @@ def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
 
     Raises:
       ValueError: The text is wrong, the mesh does not take all processes, they do not meet, or the
-        strategy is none of `STRATEGIES`.
+        strategy is not in `STRATEGIES`.
     """
     from torch.distributed.device_mesh import init_device_mesh
 

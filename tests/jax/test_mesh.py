@@ -57,7 +57,7 @@ weights = {tuple(sorted(d for d in p.shape if d > 1)) for p in
 for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
     made = program(mesh)
     found = gathered(made.as_text())
-    # What is gathered is a weight, or a part that "tensor" leaves; the batch has 8 rows, 24 steps.
+    # Only weights are gathered, or the parts that "tensor" leaves: the batch has 8 rows, 24 steps.
     assert not [s for s in found if 24 in s or 192 in s], (mesh, found)
     assert (256, 32) not in found, mesh  # the table
     assert bool(found) == ("fsdp" in mesh), mesh
