@@ -93,7 +93,7 @@ def _product(
 
 
 def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
-    """Whether this is one row on a CPU: as a vector, it takes two thirds of the time of `linear`."""
+    """Whether this is one row on a CPU: as a vector it takes two thirds of the time."""
     return (
         x.dtype == w.dtype == torch.bfloat16
         and x.numel() == x.shape[-1]
