@@ -38,7 +38,7 @@ class Rows:
     values: Any
     axis: int = -2
 
-    # The matrix that this stands for has this dtype.
+    # The matrix that this stands for has these.
     shape = property(lambda self: _matrix_shape(self.values.shape, self.axis))
     ndim = property(lambda self: self.values.ndim)
     dtype = property(lambda self: self.values.dtype)
