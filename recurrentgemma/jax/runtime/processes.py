@@ -47,6 +47,7 @@ def join(
         counts = [os.environ.get(name, "") for name in _FOUND_BY_JAX]
         if any(count not in ("", "1", "localhost") for count in counts):
             jax.distributed.initialize(initialization_timeout=int(timeout))
+            _compile_anew_on_cpu()
         return
     if coordinator is None or processes is None or process_id is None:
         raise UserError(
@@ -70,6 +71,16 @@ def join(
             f"process {process_id} of {processes} did not meet the others at {coordinator}: "
             f"{reason}"
         ) from error
+    _compile_anew_on_cpu()
+
+
+def _compile_anew_on_cpu() -> None:
+    """Leaves JAX's compilation cache alone: on CPUs, a step read from it can wait for ever.
+
+    Seen with JAX 0.10.2 and XLA's `--xla_backend_optimization_level=0`, in the exchange of arrays.
+    """
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 class MeshProcesses(Processes):
