@@ -169,13 +169,11 @@ def test_it_runs(name, small_checkpoint, kernel):
     notebook = builder.read(FOLDER / f"{name}.py")
     smaller = sweep(SMALLER, {})
     if smaller and name != "inside_griffin":  # which draws what a trained model remembers
-        smaller |= {BUNDLED: f"checkpoint = Path({small_checkpoint!r}) if SOURCE is None"}
+        smaller = smaller | {BUNDLED: f"checkpoint = Path({small_checkpoint!r}) if SOURCE is None"}
     for cell in notebook.cells:
         for long, short in smaller.items():
             cell.source = cell.source.replace(long, short)
-    # Settings of matplotlib outlive a notebook, and change the layout of these pictures.
-    alone = name == "inside_griffin"
-    done = builder.execute(notebook) if alone else execute(kernel, notebook)
+    done = execute(kernel, notebook)
     assert warnings(done) == []
     assert outputs(done) == outputs(stored(name))
 
