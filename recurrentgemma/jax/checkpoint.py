@@ -192,14 +192,16 @@ def _load(
         return value[local_slices(place, spec.shape)] if spreads(place) else value
 
     split = any(map(spreads, jax.tree.leaves(shardings)))
+    # Without a choice, arrays go where other arguments are, like those that JAX makes.
+    chosen = sharding != "single_device"
     for spec, value in checkpoint.read_as(wanted, scheme, part if split else None):
         place = get_path(shardings, spec.path)
         if spreads(place):
             held = put_part(value, place, spec.shape)
         elif decoding and on_one_cpu(place):
-            held = jax.device_put(as_rows(spec, value, copies=False), place)
+            held = jax.device_put(as_rows(spec, value, copies=False), place if chosen else None)
         else:
-            held = jax.device_put(value, place)
+            held = jax.device_put(value, place if chosen else None)
         set_path(params, spec.path, held)
     return params
 

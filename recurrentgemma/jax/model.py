@@ -81,7 +81,13 @@ class Model(nn.Module):
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's `apply`; outputs are split over explicit axes as the rows of tokens are."""
+        """Linen's `apply`; outputs are split over explicit axes as the rows of tokens are.
+
+        Raises:
+          ValueError: `variables` has no "params".
+        """
+        if "params" not in variables:
+            raise UserError(f'variables must be {{"params": params}}, got {", ".join(variables)}')
         return _on_any_axes(super().apply, variables, *args, **kwargs)
 
     @nn.nowrap

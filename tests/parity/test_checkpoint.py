@@ -345,3 +345,16 @@ def test_orbax_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         recurrentgemma.load_parameters("empty")
     with pytest.raises(ValueError, match='must be "single_device", "replicated" or a tree'):
         recurrentgemma.load_parameters("relative", "everywhere")
+
+
+def test_parameters_of_jax_go_where_other_arguments_are() -> None:
+    """They are fixed to a device only where the user names one; `apply` says what it takes."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    from recurrentgemma.jax import load_checkpoint, load_parameters
+
+    model, free = load_checkpoint()
+    _, fixed = load_checkpoint(device=jax.devices()[0])
+    for params, committed in ((free, False), (load_parameters(BUNDLED), False), (fixed, True)):
+        assert all(leaf.committed == committed for leaf in jax.tree.leaves(params))
+    with pytest.raises(ValueError, match=r'must be \{"params": params\}, got embedder, '):
+        model.apply(free, TOKENS, SEGMENT_POS)
