@@ -19,6 +19,8 @@ A product with `q8` has two forms, between which `Quantized.integer` chooses:
                  prefill and scores on a CPU or TPU
     dequantised  y = x (scale * (value - zero)), the matrix in the dtype of x: training on a frozen
                  base (LoRA), a GPU with more than 16 rows, and every 4-bit matrix
+
+The derivative of both is that of the dequantised form.
 """
 
 from __future__ import annotations

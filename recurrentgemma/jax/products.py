@@ -137,10 +137,18 @@ def _product(x: Array, w: Array, axis: int, dtype: Dtype | None) -> Array:
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
+@jax.custom_jvp
 def _integer_product(x: Array, w: Quantized) -> Array:
     values, scale = quantize_rows(x)
     sums = integer_sums(values, w.values).astype(jnp.float32)
     return sums * scale * w.scale.swapaxes(-1, -2)
+
+
+@_integer_product.defjvp
+def _slope(primals: tuple[Array, Quantized], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    """That of the dequantised product, since rounding has none."""
+    (x, w), (dx, _) = primals, tangents
+    return _integer_product(x, w), _product(dx, dense(w).astype(dx.dtype), w.axis, jnp.float32)
 
 
 def by_rows(

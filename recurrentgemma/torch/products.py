@@ -67,6 +67,10 @@ def product(
         y = _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
         if y is not None:
             y = y.to(dtype or x.dtype)
+            if x.requires_grad and torch.is_grad_enabled():
+                # Rounding has no slope: the derivative is that of the dequantised product.
+                slope = _product(x, dense(w).to(x.dtype), None, axis, dtype)
+                y = y + (slope - slope.detach())
             return y if bias is None else y + bias
     return _product(x, dense(w), bias, axis, dtype)
 

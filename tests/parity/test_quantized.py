@@ -95,6 +95,29 @@ def test_products(backend: Backend, shape: tuple[int, ...], scheme: str) -> None
         np.testing.assert_array_equal(computed(x[..., :1, :]), y[..., :1, :])
 
 
+def test_an_integer_product_has_the_slope_of_the_dequantised_one(backend: Backend) -> None:
+    rng, twin = np.random.default_rng(0), backend.twin
+    w = quantize(rng.standard_normal((64, 5)).astype(np.float32), "q8")
+    x, dy = rng.standard_normal((3, 64)), rng.standard_normal((3, 5))
+    x, dy = (twin.from_numpy(z.astype(np.float32), "float32") for z in (x, dy))
+    matrix = w.with_parts(lambda part: twin.from_numpy(part, part.dtype.name))
+    if twin.name == "torch":
+        from recurrentgemma.torch.quantization import QuantizedMatrix
+
+        x.requires_grad_()
+        y = twin.products.product(x, QuantizedMatrix(matrix))
+        y.backward(dy)
+        dx = x.grad
+    else:
+        import jax
+
+        y, backward = jax.vjp(lambda x: twin.products.product(x, matrix), x)
+        (dx,) = backward(dy)
+    x, y, dx, dy = (twin.to_numpy(z) for z in (x, y, dx, dy))
+    assert_close(y, quantization.product(x, w), "logits", "float32")
+    assert_close(dx, dy @ dequantize(w).T, "gradient", "float32")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_folders(twins: tuple[Backend, Backend], scheme: str, tmp_path: Path) -> None:
     """What either twin saves is what `convert` writes; a folder loads as the weights quantise."""
