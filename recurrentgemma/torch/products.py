@@ -64,7 +64,8 @@ def product(
       dtype: The dtype in which products are summed, and of the result; that of x if None.
     """
     if isinstance(w, QuantizedMatrix) and w.integer and w.device.type == "cpu":
-        y = _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
+        rows = x.detach()
+        y = _integer_product(rows, w) if w.scheme == "q8" else _few_rows(rows, w)
         if y is not None:
             y = y.to(dtype or x.dtype)
             if x.requires_grad and torch.is_grad_enabled():
