@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import make_tokens
-from gguf_files import CONFIG, gguf, write_gguf
+from gguf_files import CONFIG, gguf, trained, write_gguf
 
 from backends import Backend
 from recurrentgemma.common.errors import MissingExtraError, NonFiniteError
@@ -153,8 +153,8 @@ def test_rows_in_another_order(turned: None, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(values[spec.path].values, expected.values)
 
 
-def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path) -> None:
-    """Loaded without a dtype: exact values, and the logits of the dequantised model."""
+def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path, tmp_path: Path) -> None:
+    """Loaded without a dtype: exact values, the logits of the dequantised model, and saved so."""
     twin, tokens = backend.twin, make_tokens(CONFIG, 1, 8)
     positions = np.arange(8, dtype=np.int32)[None]
     module = importlib.import_module(f"recurrentgemma.{twin.name}")
@@ -172,6 +172,10 @@ def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path) -> None
     assert_close(loaded, expected, "logits", "bfloat16")  # of PyTorch's kernel
     plain = twin.forward(twin.dequantizing(model), tokens, positions).activations["logits"]
     assert_close(plain, expected, "logits", "float32")
+    twin.save(tmp_path / "saved", model, trained())
+    saved = read(tmp_path / "saved")
+    assert kept(saved) == MATRICES
+    assert_exact(saved, path)
     with pytest.raises(ValueError, match=r"cannot be trained.*\(a GGUF: with a dtype\)"):
         twin.train_state(model, gradient_checkpointing=False, state_dtype="float32")
 

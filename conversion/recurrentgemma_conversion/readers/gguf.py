@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import struct
 from pathlib import Path
@@ -142,12 +143,13 @@ class GGUFReader(Reader):
         if encoding.dtype:
             return data.view(DTYPES[encoding.dtype]).reshape(shape)
         try:
-            from gguf import GGMLQuantizationType, dequantize
+            library = importlib.import_module("gguf")
         except ImportError as error:
             what = f"reading {encoding.name} from a GGUF"
             raise MissingExtraError(what, "gguf", "'recurrentgemma[gguf]'") from error
         rows = data.reshape(math.prod(shape[:-1]), -1)
-        return dequantize(rows, GGMLQuantizationType[encoding.name]).reshape(shape)
+        kind = library.GGMLQuantizationType[encoding.name]
+        return library.dequantize(rows, kind).reshape(shape)
 
     def stored_in(self, spec: ParamSpec) -> str | None:
         """The scheme that holds a matrix as it is stored: the blocks of its rows, in any order."""
