@@ -81,7 +81,6 @@ def inspect(
     from recurrentgemma.common.io.checkpoint import BUNDLED
     from recurrentgemma.common.io.tensor_files import DTYPE_NAMES
     from recurrentgemma.common.model.families import config_from_preset
-    from recurrentgemma.common.quantization import scheme_for
     from recurrentgemma_conversion import open_checkpoint
     from recurrentgemma_conversion.opening import open_config
 
@@ -100,7 +99,7 @@ def inspect(
             source = {"checkpoint": str(checkpoint or BUNDLED), "format": str(opened.format)}
             dtypes = {path: DTYPE_NAMES[dtype] for path, dtype in opened.dtypes.items()}
             for spec in opened.specs:
-                dtypes[spec.path] = scheme_for(spec, opened.scheme) or dtypes[spec.path]
+                dtypes[spec.path] = opened.stored_in(spec) or dtypes[spec.path]
             report = described(opened.config, dtypes, **shown)
             report["quantization"] = opened.scheme
             report["bytes"]["parameters"]["stored"] = opened.stored_bytes

@@ -27,6 +27,8 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
         rows.append(("tokenizer", Path(path).name if path else "none beside the weights"))
     if report.get("quantization"):
         rows.append(("quantised", report["quantization"]))
+    elif kept := sum(parameter["dtype"] == "q4_32" for parameter in report["parameters"]):
+        rows.append(("quantised", f"{kept} matrices in Q4_0, which --quantize q4_32 keeps"))
     yield from _align(rows, right=())
     yield ""
     yield from _parameter_lines(report, every_block)

@@ -201,3 +201,18 @@ def test_meshes_that_do_not_fit(cli, options, message):
     done = cli("inspect", *options)
     assert done.code == 2
     assert message in done.err
+
+
+def test_blocks_of_a_gguf_that_stay(cli, tmp_path):
+    """Matrices in Q4_0 are `q4_32`; a line says how many there are and how to keep them."""
+    write_gguf = pytest.importorskip("gguf_files", reason="gguf is not installed").write_gguf
+    others = {"token_embd": "F16", "blk.0.ffn_down": "Q8_0"}
+    path = write_gguf(tmp_path / "model.gguf", "Q4_0", others=others)
+    report = cli("inspect", path, "--json").json
+    dtypes = {parameter["path"]: parameter["dtype"] for parameter in report["parameters"]}
+    assert report["quantization"] is None
+    assert dtypes["embedder.input_embedding"] == "F16"
+    assert dtypes["blocks.0.mlp_block.ffw_down.kernel"] == "F32"
+    assert dtypes["blocks.1.mlp_block.ffw_down.kernel"] == "q4_32"
+    line = "quantised              11 matrices in Q4_0, which --quantize q4_32 keeps"
+    assert line in cli("inspect", path).out.splitlines()

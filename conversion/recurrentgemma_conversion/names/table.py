@@ -85,6 +85,20 @@ class Piece(NamedTuple):
         value = value.transpose(np.argsort(self.order))
         return value.reshape(shape if self.part is None else shape[1:])
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether the last axis of the tensor is the first of the parameter or part, whole."""
+        return not self.add and self.order[-1] == 0 and self.split[0] == self.shape[-1]
+
+    def decode_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of outputs, [N, C], in the parameter's order, from an array in the tensor's.
+
+        The array has C columns in the place of the inputs, which are `in_rows`.
+        """
+        columns = rows.shape[-1]
+        piece = self._replace(part=None, split=(columns, *self.split[1:]))
+        return np.ascontiguousarray(piece.decode(rows, (columns, -1)).swapaxes(0, 1))
+
 
 class Entry(NamedTuple):
     """Parameters that are stored together, and where."""
@@ -154,6 +168,28 @@ class Layout:
         pieces = self.pieces[spec.path]
         parts = [piece.decode(fetch(piece.name), spec.shape) for piece in pieces]
         return parts[0] if pieces[0].part is None else Stacked(parts)
+
+    def in_rows(self, spec: ParamSpec) -> bool:
+        """Whether a matrix, or each of a stack, is stored as rows of outputs in any order."""
+        pieces = self.pieces[spec.path]
+        axes = len(spec.shape) - (pieces[0].part is not None)
+        return axes == 2 and all(piece.in_rows for piece in pieces)
+
+    def decode_rows(
+        self, spec: ParamSpec, fetch: Callable[[str], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """The parts of a quantised matrix or stack that is stored `in_rows`.
+
+        Args:
+          spec: The parameter.
+          fetch: Gives such parts of a stored tensor: each has columns of its own in the place of
+            the inputs.
+        """
+        pieces = self.pieces[spec.path]
+        found = [[piece.decode_rows(part) for part in fetch(piece.name)] for piece in pieces]
+        if pieces[0].part is None:
+            return found[0]
+        return [np.stack(parts) for parts in zip(*found, strict=True)]
 
     def tensors(self, dtypes: Mapping[str, np.dtype], scheme: str | None = None) -> Tensors:
         """Shape and dtype of each stored tensor, from the dtype of each parameter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.quantization import Quantized, quantize_parameter
+from recurrentgemma.common.quantization import Quantized, quantize_parameter, scheme_for
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -229,14 +229,15 @@ class Reader(abc.ABC):
     ) -> Iterator[tuple[ParamSpec, np.ndarray | Quantized]]:
         """Every parameter, in the order of the layer spec, as a model computes with it.
 
-        A matrix that is stored in the scheme keeps its bytes; another is quantised from its stored
-        values. With adapters it is quantised after they are added.
+        A matrix that is stored in the scheme keeps its values and scales (`stored_in`); another is
+        quantised from its stored values. With adapters it is quantised after they are added.
 
         Args:
           dtype: The dtype of the computation, and of all parameters that are not quantised. If None
             each keeps its stored dtype; but where the factors of matrix products are stored in
             several, these are float32, or float64 beside float64.
-          scheme: The scheme. If None only what is stored quantised is quantised.
+          scheme: The scheme. If None what is stored quantised stays so, and nothing else is: in a
+            GGUF only where neither a dtype nor a part is given.
           part: Takes the part of a parameter that is wanted, where a model is split; only its bytes
             are read where the format maps its file.
 
@@ -247,7 +248,9 @@ class Reader(abc.ABC):
         """
         dtypes = self._computed(dtype)
         for spec in self.specs:
-            value, computed = self.quantized(spec, scheme), dtypes[spec.path]
+            keeps = scheme or self.scheme or (dtype is None and part is None)
+            value = self.quantized(spec, scheme) if keeps else self.read_parts(spec)
+            computed = dtypes[spec.path]
             if not isinstance(value, Quantized):
                 array = np.asarray(value)
                 yield spec, cast(array if part is None else part(spec, array), computed)
@@ -267,22 +270,32 @@ class Reader(abc.ABC):
                 f"it was made from to get {scheme}"
             )
         adapted = self.adapters is not None and self.adapters.options.changes(spec)
-        value = self.read_parts(spec) if adapted else self.read_stored(spec)
-        return quantize_parameter(spec, value, scheme or self.scheme)
+        scheme = scheme or self.scheme
+        value = self.read_parts(spec) if adapted else self.read_stored(spec, scheme)
+        return quantize_parameter(spec, value, scheme)
 
-    def read_stored(self, spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
-        """A parameter as it is stored, without adapters."""
+    def stored_in(self, spec: ParamSpec) -> str | None:
+        """The scheme that holds a parameter as it is stored, if it is stored quantised."""
+        return scheme_for(spec, self.scheme)
+
+    def read_stored(
+        self, spec: ParamSpec, scheme: str | None = None
+    ) -> np.ndarray | Stacked | Quantized:
+        """A parameter as it is stored, without adapters; for a scheme that it is not in, dense."""
         return self.layout.decode(spec, self.fetch)
 
     def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
         """The dtypes that `read_as` gives, by path."""
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
-        found = {dtypes[path] for path in factors}
-        if len(found) > 1:
-            widest = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
-            dtypes |= dict.fromkeys(factors, widest)
-        return dtypes
+        return dtypes | dict.fromkeys(factors, common_dtype(dtypes[path] for path in factors))
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype of factors of matrix products: of several, float32, or float64 beside float64."""
+    found = set(dtypes)
+    several = max(DTYPES["float32"], *found, key=lambda dtype: dtype.itemsize)
+    return several if len(found) > 1 else found.pop()
 
 
 def around(weights: Path) -> list[Path]:

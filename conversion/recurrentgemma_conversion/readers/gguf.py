@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import struct
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
-from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.io.arrays import DTYPES, Stacked
+from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, input_axis, pack
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import config_from_metadata
@@ -46,7 +49,7 @@ class _Encoding(NamedTuple):
     bytes: int
 
 
-# By ggml's number. Quantised values are read in float32, which holds them exactly.
+# By ggml's number. Quantised values are read in float32, which holds them exactly, or kept.
 ENCODINGS = {
     0: _Encoding("F32", "float32", 1, 4),
     1: _Encoding("F16", "float16", 1, 2),
@@ -62,6 +65,8 @@ ENCODINGS = {
     14: _Encoding("Q6_K", "", 256, 210),
     30: _Encoding("BF16", "bfloat16", 1, 2),
 }
+# Blocks that a scheme of ours holds bit for bit: Q4_0 is 32 values of 4 bits, each scale * (q - 8).
+KEPT = {"Q4_0": "q4_32"}
 _UNREAD = {
     9: "Q8_1",
     15: "Q8_K",
@@ -138,12 +143,40 @@ class GGUFReader(Reader):
         if encoding.dtype:
             return data.view(DTYPES[encoding.dtype]).reshape(shape)
         try:
-            from gguf import GGMLQuantizationType, dequantize
+            library = importlib.import_module("gguf")
         except ImportError as error:
             what = f"reading {encoding.name} from a GGUF"
             raise MissingExtraError(what, "gguf", "'recurrentgemma[gguf]'") from error
         rows = data.reshape(math.prod(shape[:-1]), -1)
-        return dequantize(rows, GGMLQuantizationType[encoding.name]).reshape(shape)
+        kind = library.GGMLQuantizationType[encoding.name]
+        return library.dequantize(rows, kind).reshape(shape)
+
+    def stored_in(self, spec: ParamSpec) -> str | None:
+        """The scheme that holds a matrix as it is stored: the blocks of its rows, in any order."""
+        stored = [self._stored[piece.name] for piece in self.layout.pieces[spec.path]]
+        whole = all(tensor.shape[-1] % tensor.encoding.values == 0 for tensor in stored)
+        schemes = {KEPT.get(tensor.encoding.name) for tensor in stored}
+        kept = spec.matrix and whole and len(schemes) == 1 and self.layout.in_rows(spec)
+        return schemes.pop() if kept else None
+
+    def read_stored(
+        self, spec: ParamSpec, scheme: str | None = None
+    ) -> np.ndarray | Stacked | Quantized:
+        """A parameter as it is stored, without adapters; for a scheme that it is not in, dense."""
+        kept = self.stored_in(spec)
+        if kept is None or scheme not in (None, kept):
+            return super().read_stored(spec, scheme)
+        values, scale, zero = self.layout.decode_rows(spec, self._blocks)
+        return Quantized(values, scale, zero, kept, input_axis(spec))
+
+    def _blocks(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The values of a tensor in Q4_0, two a byte in our order, and its scales and zeros."""
+        shape, encoding, start, size = self._stored[name]
+        blocks = self._bytes[start : start + size].reshape(*shape[:-1], -1, encoding.bytes)
+        scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+        lower, upper = blocks[..., 2:] & 15, blocks[..., 2:] >> 4  # the first 16 values, the others
+        values = np.concatenate([pack(lower), pack(upper)], -1).reshape(*shape[:-1], -1)
+        return values, scale, np.full(scale.shape, 8, np.int8)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -42,6 +42,7 @@ from recurrentgemma_conversion.readers.base import (
     Headers,
     Reader,
     Write,
+    common_dtype,
     require_size,
     write_files,
 )
@@ -128,12 +129,14 @@ class NativeReader(SafetensorsReader):
         held: Any = self.read_stored(spec)
         return cast(to_torch(spec.path, dequantize(held)), DTYPES[held.dtype])
 
-    def read_stored(self, spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
+    def read_stored(
+        self, spec: ParamSpec, scheme: str | None = None
+    ) -> np.ndarray | Stacked | Quantized:
         """A parameter as it is stored, without adapters."""
         if torch_name(spec.path) not in self._quantized:
             return super().read_stored(spec)
         assert self._quantization is not None
-        name, scheme = torch_name(spec.path), scheme_for(spec, self._quantization.scheme)
+        name, scheme = torch_name(spec.path), self.stored_in(spec)
         assert scheme is not None
         parts = {part: self.shards.read(name + part) for part in spec_parts(spec, scheme)}
         arrays = parts[""], parts[".scale"], parts.get(".zero")
@@ -145,8 +148,9 @@ def write_native(folder: Path, contents: Contents) -> Iterator[Write]:
     """Writes `config.json` and the weights."""
     config, quantization = contents.config, None
     if contents.scheme is not None:
-        dtype = contents.dtypes["embedder.input_embedding"].name
-        quantization = Quantization(contents.scheme, dtype)
+        held = [spec.path for spec in layer_spec(config) if scheme_for(spec, contents.scheme)]
+        dtype = common_dtype(contents.dtypes[path] for path in held)
+        quantization = Quantization(contents.scheme, dtype.name)
     tensors = layout(config, Format.RECURRENTGEMMA).tensors(contents.dtypes, contents.scheme)
     said = metadata(config, quantization)
     with ShardsWriter(folder, tensors, said, contents.shard_size) as shards:

@@ -78,7 +78,7 @@ def require_plain(quantized: bool) -> None:
         raise UserError(
             "quantised weights cannot be trained, since a small change is lost in the rounding: "
             "train adapters on them (lora=LoraOptions(), --lora-rank 8), or load the checkpoint "
-            "that they were made from"
+            "that they were made from (a GGUF: with a dtype)"
         )
 
 
