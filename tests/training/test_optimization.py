@@ -193,22 +193,32 @@ GATES = LoraOptions(rank=2, targets=("gates", "mlp"))
 def test_the_state_of_both_twins(
     trainers: tuple[Trainer, Trainer], name: str, lora: LoraOptions | None
 ) -> None:
-    """Names, shapes and, after three steps, values are the same."""
+    """Names, shapes and, after three steps, values are the same; each goes on with the other's."""
     config = CONFIGS["attention_last"]
-    batches = [make_batch(config, seed) for seed in range(3)]
-    arrays = []
+    batches = [make_batch(config, seed) for seed in range(5)]
+
+    def fresh(trainer: Trainer) -> Any:
+        return trainer.state(
+            config,
+            make_params(config),
+            dtype="float64",
+            state_dtype="float64",
+            optimizer=OPTIMIZERS[name],
+            lora=lora,
+        )
+
+    arrays, losses = [], []
     for trainer in trainers:
         with trainer.precision("float64"):
-            state = trainer.state(
-                config,
-                make_params(config),
-                dtype="float64",
-                state_dtype="float64",
-                optimizer=OPTIMIZERS[name],
-                lora=lora,
-            )
-            state, _ = trainer.steps(state, batches)
-            arrays.append(trainer.module.state_arrays(state))
+            state, _ = trainer.steps(fresh(trainer), batches[:3])
+            saved = trainer.module.state_arrays(state)
+            arrays.append({path: array.copy() for path, array in saved.items()})
+            losses.append(trainer.steps(state, batches[3:])[1]["loss"])
+    for trainer, saved, expected in zip(trainers, arrays[::-1], losses[::-1], strict=True):
+        with trainer.precision("float64"):
+            state = trainer.module.load_state_arrays(fresh(trainer), saved)
+            actual = trainer.steps(state, batches[3:])[1]["loss"]
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
     expected = state_shapes(OPTIMIZERS[name], trainable_specs(config, lora))
     for given in arrays:
         assert {path: array.shape for path, array in given.items()} == expected
