@@ -133,7 +133,7 @@ def defined(options: OptimizerOptions, decays: bool):
 def test_a_step_is_its_definition(trainer: Trainer, name: str) -> None:
     """Three steps in float64, on gradients that do not depend on the parameters."""
     options = OPTIMIZERS[name]
-    config = make_config(num_heads=6)  # gates whose largest axes are not the last
+    config = make_config("RA", num_heads=6)  # gates whose largest axes are not the last
     params = make_params(config)
     specs = trainable_specs(config, None)
     rng = np.random.default_rng(0)
@@ -156,17 +156,23 @@ def run_optimizer(trainer: Trainer, options, config, params, gradients) -> dict[
     mask = decay_mask(specs)
     with trainer.precision("float64"):
         if trainer.name == "jax":
+            import jax
             import optax
 
             from recurrentgemma.jax.optimizer import make_optimizer
 
             values: Any = {s.path: trainer.backend.array(params[s.path], "float64") for s in specs}
             optimizer = make_optimizer(options, mask, options.learning_rate)
-            state = optimizer.init(values)
+            state = jax.jit(optimizer.init)(values)
+
+            @jax.jit
+            def step(arrays, state, values):
+                updates, state = optimizer.update(arrays, state, values)
+                return optax.apply_updates(values, updates), state
+
             for grads in gradients:
                 arrays = {path: trainer.backend.array(g, "float64") for path, g in grads.items()}
-                updates, state = optimizer.update(arrays, state, values)
-                values = optax.apply_updates(values, updates)
+                values, state = step(arrays, state, values)
             return {path: np.asarray(value) for path, value in values.items()}
         from recurrentgemma.torch.optimizer import make_optimizer
 
