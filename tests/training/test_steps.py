@@ -25,7 +25,7 @@ def batches(count: int, config: GriffinConfig = CONFIG) -> list[Batch]:
 
 
 def test_many_steps_are_the_same_in_both(trainers: tuple[Trainer, Trainer]) -> None:
-    config = CONFIGS["griffin"]
+    config = sweep(make_config("RA"), CONFIGS["griffin"])
     optimizer = OptimizerOptions(
         learning_rate=3e-3, weight_decay=0.1, warmup_steps=10, total_steps=100
     )
