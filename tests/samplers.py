@@ -1,6 +1,9 @@
 """Samplers of both twins on one small model with random weights."""
 
+import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -58,6 +61,17 @@ def make_sampler(
     model = module.Griffin(config, dtype=getattr(torch, dtype))
     model.reset_parameters(seed)
     return module.Sampler(model=model, vocab=vocab, **kwargs)
+
+
+@functools.cache
+def sampling_function(twin: str, name: str, *static: int) -> Callable[..., Any]:
+    """A function of a twin's `sampling`, compiled as in a sampler: each shape is one program."""
+    function = getattr(importlib.import_module(f"recurrentgemma.{twin}.sampling"), name)
+    if twin == "torch":
+        return function
+    import jax
+
+    return jax.jit(function, static_argnums=static)
 
 
 def lists(tokens) -> list[list[int]]:

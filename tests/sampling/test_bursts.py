@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from samplers import PROMPTS, generate, lists, make_sampler
+from sweeps import sweep
 
 from recurrentgemma.common.generation import loop
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
@@ -75,18 +76,24 @@ def test_long_texts_go_in_long_bursts(twin: str, monkeypatch) -> None:
     assert sizes == [1] * (LONG - 1) + [1, 4, 4, 4, 4, 4, 1, 1]
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6, 20, 22])
-def test_rows_stop_within_a_burst(pair, place: int) -> None:
+PLACES = (0, 1, 2, 3, 4, 6, 20, 22)  # each is the end of a row by an id, a string or a length
+ENDS = [(0, 1, 2), (4, 3, 6), (20, 22, 0), (3, 4, 22)]
+
+
+@pytest.mark.parametrize(
+    ("by_id", "by_string", "length"), sweep(ENDS, [(place,) * 3 for place in PLACES] + ENDS)
+)
+def test_rows_stop_within_a_burst(pair, by_id: int, by_string: int, length: int) -> None:
     """At ids, at strings, and at lengths of their own; what was decoded too far is dropped."""
     tokens = generate(pair[0], PROMPTS, LONG, **HOT)
     assert len(set(tokens[0])) > 15
-    part = pair[0].tokenizer.decode(tokens[1][: place + 1])[-4:]
+    part = pair[0].tokenizer.decode(tokens[1][: by_string + 1])[-4:]
     asked = {
-        "stop_ids": [[tokens[0][place]], [], [], []],
+        "stop_ids": [[tokens[0][by_id]], [], [], []],
         "stop_strings": [[], [part], [], []],
         **HOT,
     }
-    steps = [LONG, LONG, place, LONG]
+    steps = [LONG, LONG, length, LONG]
     one, other = (s.generate(s.prefill(PROMPTS), steps, **asked) for s in pair)
     check_same(one, other, pair[0])
 

@@ -21,7 +21,7 @@ FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
 
 def test_greedy_batches_of_ragged_prompts_over_every_split(twin: str) -> None:
     """A batch of 8 equals each alone, for many windows, however prompts are cut into chunks."""
-    steps = sweep(64, 256)
+    steps = sweep(32, 256)
     prompts = [*PROMPTS, "And", "He said to them, ", "Emma Woodhouse, handsome, clever", "ab " * 30]
     sampler = make_sampler(twin)
     batch = without_eos(sampler, prompts, steps)
@@ -52,15 +52,15 @@ def test_draws_do_not_depend_on_place_or_neighbours(twin: str) -> None:
 
 def test_seeds_come_in_arrays_of_any_framework(twin: str) -> None:
     sampler = make_sampler(twin, sampling=HOT)
-    one, several = (generate(sampler, PROMPTS[:2], rng=rng, **FREE) for rng in (3, [3, 4]))
+    one, several = (generate(sampler, PROMPTS[:2], 5, rng=rng, **FREE) for rng in (3, [3, 4]))
     for make in array_makers():
-        assert generate(sampler, PROMPTS[:2], rng=make(3), **FREE) == one
-        assert generate(sampler, PROMPTS[:2], rng=make([3, 4]), **FREE) == several
-        assert generate(sampler, PROMPTS[:2], rng=[make(3), make(4)], **FREE) == several
+        assert generate(sampler, PROMPTS[:2], 5, rng=make(3), **FREE) == one
+        assert generate(sampler, PROMPTS[:2], 5, rng=make([3, 4]), **FREE) == several
+        assert generate(sampler, PROMPTS[:2], 5, rng=[make(3), make(4)], **FREE) == several
         for bad in (make([0.5, 1.5]), make([True, False]), make([[3], [4]])):
             with pytest.raises(ValueError, match="rng must be an integer or one a text, got"):
                 sampler(PROMPTS[:2], 1, rng=bad)
-        assert generate(sampler, PROMPTS[:2], rng=3, stop_ids=make([3]), **FREE) == one
+        assert generate(sampler, PROMPTS[:2], 5, rng=3, stop_ids=make([3]), **FREE) == one
         with pytest.raises(ValueError, match="stop_ids must be tokens of the vocabulary"):
             sampler(PROMPTS[:2], 1, stop_ids=make([1.5]))
 
@@ -134,16 +134,16 @@ def test_several_samples_of_a_prompt(twin: str) -> None:
     sampler.engine.prefill = lambda cache, tokens, pos: (
         read.append(len(tokens)) or original(cache, tokens, pos)
     )
-    out = sampler(PROMPTS[:2], STEPS, rng=[3, 4], num_samples=3, echo=True, **FREE)
+    out = sampler(PROMPTS[:2], STEPS, rng=[3, 4], num_samples=2, echo=True, **FREE)
     assert read == [2] * len(read)  # rows: each prompt is read once
     rows = lists(out.tokens)
-    assert len({tuple(row) for row in rows}) == 6
-    assert [text.startswith(PROMPTS[0]) for text in out.text[:3]] == [True] * 3
+    assert len({tuple(row) for row in rows}) == 4
+    assert [text.startswith(PROMPTS[0]) for text in out.text] == [True, True, False, False]
     # A sample is the same without the other prompt, and the first without the other samples.
-    alone = sampler(PROMPTS[1:2], STEPS, rng=[4], num_samples=3, echo=True, **FREE)
-    assert lists(alone.tokens) == rows[3:]
+    alone = sampler(PROMPTS[1:2], STEPS, rng=[4], num_samples=2, echo=True, **FREE)
+    assert lists(alone.tokens) == rows[2:]
     first = sampler(PROMPTS[1:2], STEPS, rng=[4], echo=True, **FREE)
-    assert lists(first.tokens) == rows[3:4]
+    assert lists(first.tokens) == rows[2:3]
 
 
 def test_a_call_may_sample_in_its_own_way(twin: str) -> None:

@@ -1,11 +1,11 @@
 """The sampling methods by themselves: which tokens they keep, and how often each is drawn."""
 
 import copy
-import importlib
+import itertools
 
 import numpy as np
 import pytest
-from samplers import generate, make_sampler
+from samplers import generate, make_sampler, sampling_function
 from sweeps import sweep
 
 from recurrentgemma.common.generation.requests import RowRequest
@@ -39,10 +39,9 @@ def settings(twin: str, sampling, num_rows: int):
 
 
 def draw(twin: str, sampling, logits, numbers, seen=None) -> np.ndarray:
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     variant, arrays = settings(twin, sampling, len(logits))
     variant = variant._replace(width=min(variant.width, logits.shape[1]))
-    return np.asarray(module.draw(variant, arrays, logits, numbers, seen))
+    return np.asarray(sampling_function(twin, "draw", 0)(variant, arrays, logits, numbers, seen))
 
 
 def draw_many(twin: str, sampling, logits: np.ndarray, count: int, dtype: str = "float32"):
@@ -63,9 +62,13 @@ def rounded(logits: np.ndarray, dtype: str) -> np.ndarray:
     return logits.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("shape", ["uniform", "shuffled"])
+@pytest.mark.parametrize(
+    ("shape", "temperature", "dtype"),
+    sweep(
+        [("uniform", 1.0, "float32"), ("shuffled", 0.5, "bfloat16")],
+        list(itertools.product(["uniform", "shuffled"], [1.0, 0.5], ["float32", "bfloat16"])),
+    ),
+)
 def test_draws_follow_the_softmax(twin: str, dtype: str, temperature: float, shape: str) -> None:
     """Chi-square over 4096 tokens in groups of 64."""
     logits = np.zeros(SIZE) if shape == "uniform" else np.linspace(0, 3, SIZE)
@@ -80,12 +83,13 @@ def test_draws_follow_the_softmax(twin: str, dtype: str, temperature: float, sha
 
 @pytest.mark.parametrize("sampling", [Categorical(top_p=0.999999), Categorical(top_k=SIZE)])
 def test_sorted_draws_follow_the_softmax_too(twin: str, sampling: Categorical) -> None:
-    logits = np.random.default_rng(0).permutation(np.linspace(0, 3, SIZE))
-    count = 1024  # sorting takes long
+    size = sweep(1024, SIZE)  # sorting takes long
+    logits = np.random.default_rng(0).permutation(np.linspace(0, 3, size))
+    count = 1024
     drawn = draw_many(twin, sampling, logits, count)
     weights = np.exp(logits)
     expected = count * (weights / weights.sum()).reshape(GROUPS, -1).sum(1)
-    observed = np.bincount(drawn // (SIZE // GROUPS), minlength=GROUPS)
+    observed = np.bincount(drawn // (size // GROUPS), minlength=GROUPS)
     assert ((observed - expected) ** 2 / expected).sum() < CRITICAL
 
 
@@ -99,14 +103,14 @@ def test_both_twins_draw_the_same() -> None:
 
 
 def kept(twin: str, sampling: Categorical, probabilities) -> list[int]:
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
     with np.errstate(divide="ignore"):
         logits = np.log(np.asarray([probabilities], np.float32))
     variant, arrays = settings(twin, sampling, 1)
     values, ids = array(twin, logits), None
     if variant.width:
-        values, ids = module.top(values, min(variant.width, logits.shape[1]))
-    values = module.cut_off(arrays, values, ids is not None)
+        width = min(variant.width, logits.shape[1])
+        values, ids = sampling_function(twin, "top", 1)(values, width)
+    values = sampling_function(twin, "cut_off", 2)(arrays, values, ids is not None)
     finite = np.isfinite(np.asarray(values[0]))
     ids = np.arange(len(finite)) if ids is None else np.asarray(ids[0])
     return sorted(ids[finite].tolist())
@@ -175,9 +179,10 @@ def test_any_kind_of_number_will_do(value) -> None:
 def test_temperatures_at_the_ends_of_their_range(twin: str, others: dict) -> None:
     """The least takes the likeliest token, the most makes all that are kept equally likely."""
     logits = np.random.default_rng(0).permutation(np.linspace(-30, 30, SIZE))
-    drawn = draw_many(twin, Categorical(TINY, **others), logits, 1024)
+    count = sweep(128, 1024)
+    drawn = draw_many(twin, Categorical(TINY, **others), logits, count)
     assert set(drawn.tolist()) == {int(logits.argmax())}
-    drawn = draw_many(twin, Categorical(HUGE, **others), logits, 1024)
+    drawn = draw_many(twin, Categorical(HUGE, **others), logits, count)
     likely = np.argsort(-logits)[:40] if "top_k" in others else np.arange(SIZE)
     assert set(drawn.tolist()) <= set(likely.tolist())
     assert len(set(drawn.tolist())) > 30
@@ -288,7 +293,7 @@ def test_a_sampler_counts_what_it_generates(twin: str) -> None:
 
 def test_log_probabilities(twin: str) -> None:
     """They are the model's, whatever the strategy."""
-    module = importlib.import_module(f"recurrentgemma.{twin}.sampling")
+    choose = sampling_function(twin, "choose", 0)
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     logits[1, 7] = logits[1, 9] = 9.0  # equals in order of id
     expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
@@ -296,14 +301,14 @@ def test_log_probabilities(twin: str) -> None:
     numbers = array(twin, [0.1, 0.5, 0.9])
     variant, arrays = settings(twin, strategy, 3)
     variant = variant._replace(width=50, num_logprobs=4)
-    tokens, logprobs, _ = module.choose(variant, arrays, array(twin, logits), numbers)
+    tokens, logprobs, _ = choose(variant, arrays, array(twin, logits), numbers)
     tokens = np.asarray(tokens)
     np.testing.assert_allclose(logprobs.chosen, expected[np.arange(3), tokens], rtol=1e-5)
     order = np.argsort(-expected, axis=-1, kind="stable")[:, :4]
     np.testing.assert_array_equal(logprobs.top_tokens, order)
     np.testing.assert_allclose(logprobs.top, np.take_along_axis(expected, order, -1), rtol=1e-5)
     variant = variant._replace(num_logprobs=None)
-    assert module.choose(variant, arrays, array(twin, logits), numbers)[1:] == (None, None)
+    assert choose(variant, arrays, array(twin, logits), numbers)[1:] == (None, None)
 
 
 def test_random_streams() -> None:

@@ -10,7 +10,7 @@ from samplers import CONFIG, generate, lists, make_sampler
 from recurrentgemma.common.generation.conversation import Conversation
 from recurrentgemma.common.io.checkpoint import load_tokenizer
 
-TEXTS = ["In the beginning", "x", "It was"]
+TEXTS = ["In the beginning", "x", "It was", "And"]  # four share programs with other tests
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_token_ids_are_prompts(twin: str, sampler) -> None:
     expected = generate(sampler, TEXTS, 5)
     ids = [sampler.tokenizer.encode(text) for text in TEXTS]
     assert generate(sampler, ids, 5) == expected
-    assert generate(sampler, [TEXTS[0], ids[1], TEXTS[2]], 5) == expected
+    assert generate(sampler, [TEXTS[0], ids[1], *TEXTS[2:]], 5) == expected
     for form in arrays(twin, ids[0]):
         assert generate(sampler, [form], 5) == expected[:1]
         assert [token for token, _ in sampler.stream(form, 5)] == expected[0]
@@ -78,7 +78,7 @@ def test_what_tokenizers_of_transformers_return(twin: str, sampler) -> None:
             {"input_ids": ids, "attention_mask": [[1]]},
             "attention_mask of .* the shape of input_ids",
         ),
-        ([{"input_ids": ids}], "prompt 0 must be one text, got the token ids of 3"),
+        ([{"input_ids": ids}], "prompt 0 must be one text, got the token ids of 4"),
         ([[{"role": "user", "content": "x"}]], r"as token 0; Conversation\.ask talks in turns"),
     ]
     for prompts, message in wrong:

@@ -13,7 +13,7 @@ from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, row_keys, uniform
 from recurrentgemma.common.model.state import State, empty_state
 
-SLOTS, HOT = 3, Categorical(1.5)
+SLOTS, HOT = 4, Categorical(1.5)  # as many as there are prompts: programs are shared
 FREE: dict[str, Any] = {"end_sampling_at_eos_token": False}
 
 

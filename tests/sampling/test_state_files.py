@@ -3,6 +3,7 @@
 A damaged file gives a named error or a state that can be continued.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,13 @@ def test_a_whole_file_is_read(sampler, path: Path, data: bytes, form) -> None:
     assert sampler.generate(sampler.load_state(path), 5).text == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("twin", OTHER)
+@pytest.mark.parametrize(
+    ("twin", "dtype"),
+    sweep(
+        [("jax", "float32"), ("torch", "bfloat16")],
+        list(itertools.product(OTHER, ["float32", "bfloat16"])),
+    ),
+)
 def test_the_bits_survive_in_the_other_framework(tmp_path: Path, twin: str, dtype: str) -> None:
     for module in SUBMODULES.values():
         pytest.importorskip(module, reason="one of the frameworks is not installed")

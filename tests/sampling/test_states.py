@@ -1,12 +1,14 @@
 """States: a prompt paid once, forks and rewinds, files that either framework goes on from."""
 
 import dataclasses
+import itertools
 import os
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from samplers import CONFIG, PROMPTS, STEPS, SUBMODULES, lists, make_sampler, without_eos
+from sweeps import sweep
 
 from recurrentgemma.common.errors import DestinationError
 from recurrentgemma.common.generation.prefill import scored
@@ -80,7 +82,13 @@ def test_the_documented_size_of_a_2b_state() -> None:
     assert round(state_bytes(config, "bfloat16") / 1e6, 1) == 17.2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("twin", "dtype"),
+    sweep(
+        [("jax", "float32"), ("torch", "float32"), ("jax", "bfloat16"), ("torch", "float16")],
+        list(itertools.product(OTHER, ["float32", "bfloat16", "float16"])),
+    ),
+)
 def test_a_file_goes_on_in_the_other_framework(twin: str, dtype: str, tmp_path) -> None:
     for submodule in SUBMODULES.values():
         pytest.importorskip(submodule, reason="parity needs both frameworks")

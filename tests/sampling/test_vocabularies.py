@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import pytest
 from samplers import CONFIG, lists, make_sampler
+from sweeps import sweep
 
 from recurrentgemma.common.tokenizer import Tokenizer
 
@@ -34,8 +36,10 @@ class WordVocabulary:
         return " ".join(WORDS[token] for token in ids)
 
 
-@pytest.mark.parametrize("echo", [True, False])
-@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize(
+    ("echo", "return_logits"),
+    sweep([(True, True), (False, False)], list(itertools.product([True, False], [True, False]))),
+)
 def test_a_sampler_needs_six_methods_alone(twin: str, echo: bool, return_logits: bool) -> None:
     config = dataclasses.replace(CONFIG, vocab_size=len(WORDS))
     sampler = make_sampler(twin, config=config, vocab=WordVocabulary())

@@ -49,7 +49,7 @@ def test_any_arrays_are_a_batch(trainer: Trainer, form: str) -> None:
     for some in (batches, given):
         state = trainer.state(CONFIG, make_params(CONFIG))
         before = trainer.module.evaluate(state, some)
-        state, metrics = trainer.steps(state, [some[0], some])
+        state, metrics = trainer.steps(state, [some])
         results.append({**before, **{k: v.tolist() for k, v in metrics.items()}})
     assert results[0] == results[1]
 

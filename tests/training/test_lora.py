@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CONFIGS, make_config, make_params
+from sweeps import sweep
 from trainers import Trainer, make_batch
 
 from recurrentgemma.common.errors import (
@@ -105,7 +106,7 @@ def test_merged_and_unmerged_are_the_reference(trainer: Trainer, kind: str) -> N
         assert (np.abs(value - plain[spec.path]).max() > 1e-5) == changes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sweep(["quantized"], list(KINDS)))
 def test_merged_is_unmerged_in_float32(trainer: Trainer, kind: str) -> None:
     """The logits agree within the tolerance of logits, as after a real run."""
     options, batch = KINDS[kind], make_batch(CONFIG, 0)
@@ -186,7 +187,7 @@ def test_the_base_is_shared_and_stays(trainer: Trainer) -> None:
 
 def test_a_bfloat16_base(trainer: Trainer) -> None:
     """On a bfloat16 base the adapters are float32, and learn as they do on a float32 base."""
-    options, batch = LoraOptions(rank=4), make_batch(CONFIG, 0)
+    options, batch = KINDS["every"], make_batch(CONFIG, 0)
     losses = []
     for dtype in ("bfloat16", "float32"):
         kwargs = {"optimizer": OPTIMIZER, "lora": options}

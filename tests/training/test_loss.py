@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from cases import CONFIGS, make_params, next_token_loss
+from cases import CONFIGS, make_config, make_params, next_token_loss
+from sweeps import sweep
 from trainers import TRAINERS, Trainer, make_batch
 
 from recurrentgemma.common.generation.chunks import loss_chunk
@@ -79,7 +80,7 @@ def test_second_derivatives(trainer: Trainer, soft_cap: float) -> None:
     assert_close(slope, expected, "slope", "float64")
 
 
-@pytest.mark.parametrize("name", ["griffin", "attention_last"])
+@pytest.mark.parametrize("name", sweep(["attention_first"], list(CONFIGS)))
 def test_of_a_model(trainer: Trainer, name: str) -> None:
     """`loss_fn` equals the reference's loss, and its gradient the one through the logits."""
     config = CONFIGS[name]
@@ -181,7 +182,8 @@ def test_of_no_tokens(trainer: Trainer, shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(dembedding, np.zeros_like(embedding))
     zeros = np.zeros(shape, np.int32)
     nothing = Batch(zeros, zeros, zeros, np.zeros(shape, np.float32))
-    state = trainer.state(CONFIGS["griffin"], make_params(CONFIGS["griffin"]))
+    config = make_config("R")
+    state = trainer.state(config, make_params(config))
     params = [trainer.module.parameters(state)] if trainer.name == "jax" else []
     _, metrics = trainer.module.loss_fn(state.model, *params, nothing)
     assert float(metrics["loss"]) == float(metrics["tokens"]) == 0

@@ -133,7 +133,7 @@ def defined(options: OptimizerOptions, decays: bool):
 def test_a_step_is_its_definition(trainer: Trainer, name: str) -> None:
     """Three steps in float64, on gradients that do not depend on the parameters."""
     options = OPTIMIZERS[name]
-    config = make_config(num_heads=6)  # gates whose largest axes are not the last
+    config = make_config("RA", num_heads=6)  # gates whose largest axes are not the last
     params = make_params(config)
     specs = trainable_specs(config, None)
     rng = np.random.default_rng(0)
@@ -156,17 +156,23 @@ def run_optimizer(trainer: Trainer, options, config, params, gradients) -> dict[
     mask = decay_mask(specs)
     with trainer.precision("float64"):
         if trainer.name == "jax":
+            import jax
             import optax
 
             from recurrentgemma.jax.optimizer import make_optimizer
 
             values: Any = {s.path: trainer.backend.array(params[s.path], "float64") for s in specs}
             optimizer = make_optimizer(options, mask, options.learning_rate)
-            state = optimizer.init(values)
+            state = jax.jit(optimizer.init)(values)
+
+            @jax.jit
+            def step(arrays, state, values):
+                updates, state = optimizer.update(arrays, state, values)
+                return optax.apply_updates(values, updates), state
+
             for grads in gradients:
                 arrays = {path: trainer.backend.array(g, "float64") for path, g in grads.items()}
-                updates, state = optimizer.update(arrays, state, values)
-                values = optax.apply_updates(values, updates)
+                values, state = step(arrays, state, values)
             return {path: np.asarray(value) for path, value in values.items()}
         from recurrentgemma.torch.optimizer import make_optimizer
 
@@ -193,22 +199,32 @@ GATES = LoraOptions(rank=2, targets=("gates", "mlp"))
 def test_the_state_of_both_twins(
     trainers: tuple[Trainer, Trainer], name: str, lora: LoraOptions | None
 ) -> None:
-    """Names, shapes and, after three steps, values are the same."""
+    """Names, shapes and, after three steps, values are the same; each goes on with the other's."""
     config = CONFIGS["attention_last"]
-    batches = [make_batch(config, seed) for seed in range(3)]
-    arrays = []
+    batches = [make_batch(config, seed) for seed in range(5)]
+
+    def fresh(trainer: Trainer) -> Any:
+        return trainer.state(
+            config,
+            make_params(config),
+            dtype="float64",
+            state_dtype="float64",
+            optimizer=OPTIMIZERS[name],
+            lora=lora,
+        )
+
+    arrays, losses = [], []
     for trainer in trainers:
         with trainer.precision("float64"):
-            state = trainer.state(
-                config,
-                make_params(config),
-                dtype="float64",
-                state_dtype="float64",
-                optimizer=OPTIMIZERS[name],
-                lora=lora,
-            )
-            state, _ = trainer.steps(state, batches)
-            arrays.append(trainer.module.state_arrays(state))
+            state, _ = trainer.steps(fresh(trainer), batches[:3])
+            saved = trainer.module.state_arrays(state)
+            arrays.append({path: array.copy() for path, array in saved.items()})
+            losses.append(trainer.steps(state, batches[3:])[1]["loss"])
+    for trainer, saved, expected in zip(trainers, arrays[::-1], losses[::-1], strict=True):
+        with trainer.precision("float64"):
+            state = trainer.module.load_state_arrays(fresh(trainer), saved)
+            actual = trainer.steps(state, batches[3:])[1]["loss"]
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
     expected = state_shapes(OPTIMIZERS[name], trainable_specs(config, lora))
     for given in arrays:
         assert {path: array.shape for path, array in given.items()} == expected

@@ -17,7 +17,7 @@ from sweeps import sweep
 from recurrentgemma.common.training.run_folder import RunFolder
 from recurrentgemma_conversion.readers.native import NativeReader
 
-KILLS, STEPS = sweep((2, 30), (10, 200))
+KILLS, STEPS = sweep((2, 20), (10, 200))
 
 
 def final(folder: Path) -> dict[str, bytes]:

@@ -228,7 +228,7 @@ def test_ours_is_theirs_without_its_errors(choice: str) -> None:
             model, params, optimizer=options, state_dtype=jnp.float64
         )
         theirs, expected, _ = train_step(
-            model, params, optimizer, optimizer.init(params), PAD, given
+            model, params, optimizer, jax.jit(optimizer.init)(params), PAD, given
         )
         state, metrics = recurrentgemma.train_step(state, as_batch(given))
         updated = recurrentgemma.parameters(state)
