@@ -3,7 +3,8 @@
 import pytest
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
-from meshes import run_programs
+from meshes import EIGHT_DEVICES
+from programs import run_programs
 
 SETTING = """
 import jax
@@ -186,7 +187,8 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """The programs that failed, with their tracebacks."""
-    return run_programs({name: SETTING + program for name, program in PROGRAMS.items()})
+    programs = {name: SETTING + program for name, program in PROGRAMS.items()}
+    return run_programs(programs, EIGHT_DEVICES)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
