@@ -75,8 +75,10 @@ class Implementation(NamedTuple):
         return self.backend.rg_lru_scan_second_vjp(*args, implementation=self.name, **kwargs)
 
 
-def each(names: str, every: Iterable[Any], interpreted: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrises `scan` and these names: every implementation of both twins on each of its cases.
+def each(
+    names: str, every: Iterable[Any], interpreted: Iterable[Any], *twins: str, scan: str = "scan"
+) -> pytest.MarkDecorator:
+    """Parametrises `scan` and these names: every implementation of the twins on each of its cases.
 
     Those that are interpreted have cases of their own.
     """
@@ -88,10 +90,10 @@ def each(names: str, every: Iterable[Any], interpreted: Iterable[Any]) -> pytest
             id=f"{param.id}-{case}",
             marks=param.marks,
         )
-        for param in implementations()
+        for param in implementations(*twins)
         for case in (interpreted if _is_interpreted(*param.values) else every)
     ]
-    return pytest.mark.parametrize(f"scan,{names}", params)
+    return pytest.mark.parametrize(f"{scan},{names}", params)
 
 
 def both_ways(cases: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
