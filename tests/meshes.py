@@ -1,46 +1,17 @@
-"""Programs on eight devices of a process of their own, and training that is compared with one."""
+"""What runs on eight devices, and training on them that is compared with training on one."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TESTS = Path(__file__).parent
 # The number of devices is fixed when JAX starts.
-RUNNER = """
-import json, sys, traceback
+EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-
-failures = {}
-programs = json.load(sys.stdin)
-for name, program in programs.items():
-    try:
-        exec(compile(program, name, "exec"), {})
-    except Exception:
-        failures[name] = traceback.format_exc()
-print(json.dumps(failures))
 """
 MESHES = ("data=8", "fsdp=8", "tensor=4", "fsdp=2,tensor=4")
 METHODS = ("adamw", "sgd", "adafactor", "lora", "lora on int8")
 BATCHES = ("packed", "padded")
-
-
-def run_programs(programs: dict[str, str]) -> dict[str, str]:
-    """Runs programs one after the other; returns the tracebacks of those that failed."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(programs),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=TESTS,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def mesh_config(**changes: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,19 +75,41 @@ class Implementation(NamedTuple):
         return self.backend.rg_lru_scan_second_vjp(*args, implementation=self.name, **kwargs)
 
 
-def implementations_and_shapes() -> list[Any]:
-    """Test parameters: every implementation of both twins on each of its shapes."""
-    return [
-        pytest.param(*param.values, shape, id=f"{param.id}-{shape}", marks=param.marks)
-        for param in implementations()
-        for shape in _shapes(*param.values)
+def each(
+    names: str, every: Iterable[Any], interpreted: Iterable[Any], *twins: str, scan: str = "scan"
+) -> pytest.MarkDecorator:
+    """Parametrises `scan` and these names: every implementation of the twins on each of its cases.
+
+    Those that are interpreted have cases of their own.
+    """
+    every, interpreted = list(every), list(interpreted)
+    params = [
+        pytest.param(
+            *param.values,
+            *(case if "," in names else (case,)),
+            id=f"{param.id}-{case}",
+            marks=param.marks,
+        )
+        for param in implementations(*twins)
+        for case in (interpreted if _is_interpreted(*param.values) else every)
     ]
+    return pytest.mark.parametrize(f"{scan},{names}", params)
 
 
-def _shapes(implementation: Implementation | None) -> list[tuple[int, int, int]]:
-    if implementation is None or not implementation.is_interpreted:
-        return SHAPES
-    return INTERPRETED_SHAPES
+def both_ways(cases: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Each case forward and in reverse."""
+    return [(*case, reverse) for case in cases for reverse in (False, True)]
+
+
+def in_turn(cases: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """One case forward, the next in reverse; in the long profile each both ways."""
+    cases = list(cases)
+    turns = [(*case, bool(i % 2)) for i, case in enumerate(cases)]
+    return sweep(turns, both_ways(cases))
+
+
+def _is_interpreted(implementation: Implementation | None) -> bool:
+    return implementation is not None and implementation.is_interpreted
 
 
 def implementations(*twins: str, auto: bool = False) -> list[Any]:

@@ -42,7 +42,7 @@ from recurrentgemma.torch.runtime.processes import gathered
 from recurrentgemma.torch.sharding import part_of, shard, whole
 
 Params = Mapping[str, np.ndarray]
-CONFIG = make_config()
+CONFIG = make_config("RA")
 PARAMS = {path: np.array(value) for path, value in make_params(CONFIG).items()}
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)},

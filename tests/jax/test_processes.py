@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
-from meshes import TESTS
+from programs import TESTS
 
 PROGRAM = """
 import sys

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from meshes import run_programs
+from meshes import EIGHT_DEVICES
+from programs import run_programs
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
@@ -26,7 +27,7 @@ def loss(x, a, h0, reverse, spec):
 run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=(3, 4))
 for reverse in (False, True):
     expected = jax.tree.leaves(run(x, a, h0, reverse, None))
-    for spec in specs:
+    for spec in sweep(specs[reverse : 2 + reverse], specs):  # a split sequence both ways
         actual = jax.tree.leaves(run(x, a, h0, reverse, spec))
         assert len(actual) == len(expected) == 6
         for one, other in zip(actual, expected, strict=True):
@@ -35,7 +36,7 @@ for reverse in (False, True):
 tokens = rng.integers(16, size=(2, 8))
 positions = np.broadcast_to(np.arange(8), (2, 8))
 plain, _ = jax.jit(Griffin(config).apply)({"params": params}, tokens, positions)
-for spec in specs:
+for spec in sweep(specs[::2], specs):  # each axis once
     model = Griffin(config, scan_sharding_spec=spec)
     split, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
     np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-5)
@@ -47,6 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lowering import gpu_mesh
+from sweeps import sweep
 from recurrentgemma.jax import (
     Griffin, GriffinConfig, ShardingSpec, init_params, linear_scan, rg_lru_scan
 )
@@ -256,7 +258,8 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """The programs that failed, with their tracebacks."""
-    return run_programs({name: SETTING + program for name, program in PROGRAMS.items()})
+    programs = {name: SETTING + program for name, program in PROGRAMS.items()}
+    return run_programs(programs, EIGHT_DEVICES)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

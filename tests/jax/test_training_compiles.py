@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import make_config
+from sweeps import sweep
 
 pytest.importorskip("flax.linen")
 import jax
@@ -21,17 +22,16 @@ BATCH = recurrentgemma.Batch(
 )
 
 
-@pytest.mark.parametrize("on_a_device", [False, True], ids=["anywhere", "on a device"])
-@pytest.mark.parametrize(
-    ("name", "lora"),
-    [("adamw", None), ("adafactor", None), ("adamw", recurrentgemma.LoraOptions(2))],
-)
-def test_one_compilation(
-    name: str, lora: recurrentgemma.LoraOptions | None, on_a_device: bool
-) -> None:
-    config = make_config("RA")
+KINDS = [("adamw", None), ("adafactor", None), ("adamw", recurrentgemma.LoraOptions(2))]
+# Parameters on a device are the harder case: what is made beside them is not on one.
+CASES = [(*kind, place) for place in ("on a device", "anywhere") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("name", "lora", "place"), sweep(CASES[:4], CASES))
+def test_one_compilation(name: str, lora: recurrentgemma.LoraOptions | None, place: str) -> None:
+    config = make_config("R")
     params = recurrentgemma.init_params(config, 0)
-    if on_a_device:  # as `load_checkpoint` puts them
+    if place == "on a device":  # as `load_checkpoint` puts them
         params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     optimizer = recurrentgemma.OptimizerOptions(name=name)
     model = recurrentgemma.Griffin(config)

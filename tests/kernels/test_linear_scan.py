@@ -1,17 +1,23 @@
 """The linear recurrence: one suite that every implementation of both twins inherits."""
 
 import importlib
+import itertools
 
 import numpy as np
 import pytest
 from cases import bfloat16
 from scans import (
+    INTERPRETED_SHAPES,
+    SHAPES,
     Implementation,
+    both_ways,
+    each,
     implementations,
-    implementations_and_shapes,
+    in_turn,
     linear_scan_grads,
     make_scan,
 )
+from sweeps import sweep
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -35,13 +41,21 @@ def check(scan: Implementation, case, dtype: str, reverse: bool) -> None:
         assert_close(got, want, "gradient", dtype, name=name)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+GIVEN = [("nothing",), ("h0",), ("reset",)]
+DTYPES = [("float32",), ("widest",)]
+LENGTHS = [(7,), ("several",)]
+RESETS = both_ways(itertools.product([1, 7, "several"], [np.inf, np.nan]))
+# Each direction of several tiles, one of fewer: in programs of `test_states_and_gradients`.
+FEW_RESETS = in_turn([(1, np.inf), (7, np.nan), ("several", np.inf), ("several", np.nan)])
+
+
 class TestScan:
-    @pytest.mark.parametrize(("scan", "shape"), implementations_and_shapes())
+    @each("shape,reverse", in_turn((s,) for s in SHAPES), in_turn((s,) for s in INTERPRETED_SHAPES))
     def test_states_and_gradients(self, scan: Implementation, shape, reverse: bool) -> None:
         check(scan, make_scan(*shape), scan.dtype, reverse)
 
-    @pytest.mark.parametrize("given", ["nothing", "h0", "reset"])
+    @each("given,reverse", both_ways(GIVEN), in_turn(GIVEN))
     def test_what_is_left_out(self, scan: Implementation, given: str, reverse: bool) -> None:
         case = make_scan(3, 17, 96)
         h0 = case.h0 if given == "h0" else None
@@ -51,22 +65,24 @@ class TestScan:
         for got, want in zip(actual, expected, strict=True):
             assert_close(got, want, "state", scan.dtype)
 
+    @each("reverse", [False, True], sweep([False], [False, True]))
     def test_float32(self, scan: Implementation, reverse: bool) -> None:
         check(scan, make_scan(3, scan.steps("several"), 96), "float32", reverse)
 
-    @pytest.mark.parametrize("dtype", ["float32", "widest"])
+    @each("dtype,reverse", both_ways(DTYPES), in_turn(DTYPES))
     def test_decays_at_the_ends(self, scan: Implementation, dtype: str, reverse: bool) -> None:
         """Nothing kept, almost everything, everything."""
         case = make_scan(3, scan.steps("several"), 96, decays=(0.0, 1 - 1e-7, 1.0))
         check(scan, case, dtype.replace("widest", scan.dtype), reverse)
 
+    @both_directions
     def test_long_products_underflow_quietly(self, scan: Implementation, reverse: bool) -> None:
         """Decays of many steps vanish in float32; the states do not."""
         case = make_scan(3, scan.steps("several"), 96)
         case = case._replace(a=case.a * 1e-6, reset=np.zeros_like(case.reset))
         check(scan, case, "float32", reverse)
 
-    @pytest.mark.parametrize("length", [7, "several"])
+    @each("length,reverse", both_ways(LENGTHS), in_turn(LENGTHS))
     def test_bfloat16_keeps_a_float32_state(
         self, scan: Implementation, length, reverse: bool
     ) -> None:
@@ -87,8 +103,7 @@ class TestScan:
         assert_close(gradients[1], da, "output", "bfloat16")  # from states rounded to bfloat16
         assert_close(gradients[2], dh0, "gradient", "float32")
 
-    @pytest.mark.parametrize("value", [np.inf, np.nan])
-    @pytest.mark.parametrize("length", [1, 7, "several"])
+    @each("length,value,reverse", RESETS, sweep(FEW_RESETS, RESETS))
     def test_nothing_crosses_a_reset(
         self, scan: Implementation, length, value: float, reverse: bool
     ) -> None:
@@ -109,6 +124,7 @@ class TestScan:
         assert_close(dx, expected_dx, "gradient", scan.dtype, name="x")
         assert_close(dh0, expected_dh0, "gradient", scan.dtype, name="h0")
 
+    @both_directions
     @pytest.mark.parametrize("shape", [(3, 0, 5), (0, 7, 5), (0, 0, 5)], ids=str)
     def test_nothing_to_do(self, scan: Implementation, shape, reverse: bool) -> None:
         batch, length, _ = shape

@@ -1,24 +1,30 @@
 """The fused RG-LRU recurrence: one suite that every implementation of both twins inherits."""
 
 import importlib
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import bfloat16
 from scans import (
+    INTERPRETED_SHAPES,
+    SHAPES,
     Implementation,
+    each,
     implementations,
-    implementations_and_shapes,
     make_rg_lru,
     rg_lru_scan_grads,
 )
+from sweeps import sweep
 
 from backends import Backend
 from recurrentgemma.common.model import reference
 from tolerances import assert_close, assert_close_where_finite
 
 NAMES = ("x", "input_gate", "a_gate", "a_param", "h0")
+STARTS = list(itertools.product([1, 7, "several"], [np.inf, np.nan]))
+FEW_STARTS = [(1, np.inf), (7, np.nan), ("several", np.inf)]
 
 
 @pytest.fixture(scope="module", params=implementations())
@@ -38,14 +44,14 @@ def check(scan: Implementation, case, dtype: str) -> None:
 
 
 class TestRGLRUScan:
-    @pytest.mark.parametrize(("scan", "shape"), implementations_and_shapes())
+    @each("shape", SHAPES, INTERPRETED_SHAPES)
     def test_states_and_gradients(self, scan: Implementation, shape) -> None:
         check(scan, make_rg_lru(*shape), scan.dtype)
 
     def test_float32(self, scan: Implementation) -> None:
         check(scan, make_rg_lru(3, scan.steps("several"), 96), "float32")
 
-    @pytest.mark.parametrize("dtype", ["float32", "widest"])
+    @each("dtype", ["float32", "widest"], sweep(["widest"], ["float32", "widest"]))
     def test_decays_at_the_ends(self, scan: Implementation, dtype: str) -> None:
         """Gates for which a is 0, 1 - 1e-7 and 1; the square root's gradient is clipped there."""
         case = make_rg_lru(3, scan.steps("several"), 96, a_gates=(400.0, 10.0, -18.0, -200.0))
@@ -58,7 +64,7 @@ class TestRGLRUScan:
         for got, want in zip(actual, reference.rg_lru_scan(*inputs), strict=True):
             assert_close(got, want, "state", scan.dtype)
 
-    @pytest.mark.parametrize("length", [7, "several"])
+    @each("length", [7, "several"], sweep(["several"], [7, "several"]))
     def test_bfloat16_keeps_a_float32_state(self, scan: Implementation, length) -> None:
         if scan.name == "triton":
             pytest.skip("interpreted, Triton truncates to bfloat16; see tests/torch/test_triton.py")
@@ -100,8 +106,7 @@ class TestRGLRUScan:
         expected = sum((d * g).sum() for d, g in zip(along, seconds, strict=True))
         assert_close(slope, expected, "slope", "float64")
 
-    @pytest.mark.parametrize("value", [np.inf, np.nan])
-    @pytest.mark.parametrize("length", [1, 7, "several"])
+    @each("length,value", STARTS, sweep(FEW_STARTS, STARTS))
     def test_nothing_crosses_a_start(self, scan: Implementation, length, value: float) -> None:
         """Neither an initial state nor a step's that is not finite."""
         case = make_rg_lru(3, scan.steps(length), 96)

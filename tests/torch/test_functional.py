@@ -7,14 +7,14 @@ import pytest
 pytest.importorskip("torch.nn", reason="torch is not installed")
 import numpy as np
 import torch
-from cases import CONFIGS, make_batch
+from cases import CONFIGS, make_batch, make_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recurrentgemma.common.model.config import Layer, ModelConfig
 from recurrentgemma.common.model.mixers import Attention, Rope
-from recurrentgemma.torch import Griffin, cross_entropy
+from recurrentgemma.torch import Griffin, GriffinConfig, cross_entropy
 from recurrentgemma.torch.attention import BLOCKS_PER_WINDOW
 from tolerances import assert_close
 
@@ -29,8 +29,8 @@ def batch_of(length: int) -> tuple[torch.Tensor, ...]:
 BATCH = batch_of(11)
 
 
-def make_model(checkpointing: bool) -> Griffin:
-    model = Griffin(CONFIG, checkpointing, dtype=torch.float64)
+def make_model(checkpointing: bool, config: ModelConfig | GriffinConfig = CONFIG) -> Griffin:
+    model = Griffin(config, checkpointing, dtype=torch.float64)
     model.reset_parameters(seed=0)
     return model
 
@@ -201,7 +201,7 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.Expo
 @pytest.mark.parametrize("grad", [False, True])
 def test_exported_models(grad: bool) -> None:
     """A prompt of any number of blocks, a step of any number of rows; with gradients to be had."""
-    model, rows = make_model(True), {0: torch.export.Dim("rows", min=2)}
+    model, rows = make_model(True, make_config("RA")), {0: torch.export.Dim("rows", min=2)}
     block = CONFIG.attention_window_size // BLOCKS_PER_WINDOW
     prompt = rows | {1: block * torch.export.Dim("blocks", min=BLOCKS_PER_WINDOW + 2)}
     with torch.set_grad_enabled(grad):

@@ -1,12 +1,16 @@
 """The recurrence under torch's transforms: gradcheck, torch.func.grad and vmap."""
 
+import functools
 from typing import Any
 
 import pytest
 from scans import (
     Implementation,
     ScanCase,
+    both_ways,
+    each,
     implementations,
+    in_turn,
     linear_scan_grads,
     make_rg_lru,
     make_scan,
@@ -33,19 +37,20 @@ def only(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("torch_scan", chosen, indirect=True)
 
 
+# Interpreted kernels are slow: fewer cases, and shorter ones.
+torch_each = functools.partial(each, scan="torch_scan")
+
+
 def tensors(case: ScanCase) -> Any:
     return BACKENDS["torch"].scan_arguments(*case.inputs, dtype="float64")
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("length", [1, 5, 40])
+@torch_each("length,reverse", both_ways([(1,), (5,), (40,)]), in_turn([(1,), (5,)]), "torch")
 def test_gradcheck(torch_scan: Implementation, length: int, reverse: bool) -> None:
     import torch
 
     from recurrentgemma.torch import linear_scan
 
-    if torch_scan.name == "triton" and length > 5:
-        pytest.skip("interpreted kernels are slow")
     x, a, h0, reset = tensors(make_scan(2, length, 1))
 
     def run(x, a, h0):
@@ -127,16 +132,15 @@ def test_func_grad(torch_scan: Implementation, length: int | str, reverse: bool)
         assert_close(got.numpy(), want, "gradient", "float64")
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("length", [7, 65])
+@torch_each(
+    "length,reverse", both_ways([(7,), (65,)]), sweep([(5, True)], both_ways([(7,)])), "torch"
+)
 def test_vmap(torch_scan: Implementation, length: int, reverse: bool) -> None:
     """Over cases that share the decays, mapped axes first and last; and its gradients."""
     import torch
 
     from recurrentgemma.torch import linear_scan
 
-    if torch_scan.name == "triton" and length > 7:
-        pytest.skip("interpreted kernels are slow")
     case = make_scan(3, length, 5)
     x, a, h0, reset = tensors(case)
     several = torch.stack([x, 2 * x, x.flip(0)], -1)

@@ -67,8 +67,8 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiles, "_MIN_CHUNKED_LENGTH", 16)
     monkeypatch.setattr(tiles, "_MIN_CHUNK", 8)
-    cut = tiles.tiling((2, 44, 3), 8, tiles.FORWARD_ELEMENTS, tiles.INTERPRETER)
-    assert (cut.chunk, cut.num_chunks) == (8, 6)
+    cut = tiles.tiling((2, 28, 3), 8, tiles.FORWARD_ELEMENTS, tiles.INTERPRETER)
+    assert (cut.chunk, cut.num_chunks) == (8, 4)
 
 
 def assert_all_close(states, expected, gradients, expected_gradients) -> None:
@@ -81,7 +81,7 @@ def assert_all_close(states, expected, gradients, expected_gradients) -> None:
 @pytest.mark.usefixtures("_short_chunks")
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_many_chunks(reverse: bool) -> None:
-    case = make_scan(2, 44, 3)
+    case = make_scan(2, 28, 3)
     states, gradients = BACKENDS["torch"].linear_scan_vjp(
         *case.inputs, dy=case.dy, dlast=case.dlast, reverse=reverse, implementation="triton"
     )
@@ -91,7 +91,7 @@ def test_many_chunks(reverse: bool) -> None:
 
 @pytest.mark.usefixtures("_short_chunks")
 def test_many_chunks_with_gates() -> None:
-    case = make_rg_lru(2, 44, 3)
+    case = make_rg_lru(2, 28, 3)
     states, gradients = BACKENDS["torch"].rg_lru_scan_vjp(
         *case.inputs, dy=case.dy, dlast=case.dlast, implementation="triton"
     )
