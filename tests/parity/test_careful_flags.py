@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from samplers import make_sampler
+from sweeps import sweep
 from trainers import make_batch
 
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
@@ -63,22 +64,29 @@ def forward(sampler, twin: str, tokens, places, cache=None):
     return logits.detach().cpu().float(), cache
 
 
-@pytest.mark.parametrize("flag", ["strict ranks and dtypes", "debug_nans", "check_tracer_leaks"])
-def test_jax(flag: str) -> None:
+FLAGS = ("strict ranks and dtypes", "debug_nans", "check_tracer_leaks")
+
+
+# JAX compiles everything anew under other flags. The last keeps no traces: it goes alone.
+@pytest.mark.parametrize(
+    "flags", sweep([FLAGS[:2], FLAGS[2:]], [(flag,) for flag in FLAGS]), ids=", ".join
+)
+def test_jax(flags: tuple[str, ...]) -> None:
     jax = pytest.importorskip("jax")
 
     @contextlib.contextmanager
     def under():
-        match flag:
-            case "debug_nans":
-                with jax.debug_nans(True):
-                    yield
-            case "check_tracer_leaks":
-                with jax.checking_leaks():
-                    yield
-            case _:
-                with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-                    yield
+        with contextlib.ExitStack() as stack:
+            for flag in flags:
+                match flag:
+                    case "debug_nans":
+                        stack.enter_context(jax.debug_nans(True))
+                    case "check_tracer_leaks":
+                        stack.enter_context(jax.checking_leaks())
+                    case _:
+                        stack.enter_context(jax.numpy_rank_promotion("raise"))
+                        stack.enter_context(jax.numpy_dtype_promotion("strict"))
+            yield
 
     expected = without_flags("jax", "bfloat16")
     assert everything("jax", "bfloat16", under) == expected
