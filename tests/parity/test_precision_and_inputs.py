@@ -105,9 +105,10 @@ def test_float32_parameters_of_gates_and_norms_are_not_rounded() -> None:
 
     model = Griffin(CONFIG, dtype=jnp.bfloat16)
     params: Any = init_params(CONFIG, 0)
+    apply = jax.jit(model.apply)
 
     def state(params):
-        cache: Any = model.apply({"params": params}, TOKENS, SEGMENT_POS)[1]
+        cache: Any = apply({"params": params}, TOKENS, SEGMENT_POS)[1]
         return np.asarray(cache["blocks.0"].rg_lru_state)
 
     rg_lru = params["blocks.0"]["recurrent_block"]["rg_lru"]
