@@ -17,9 +17,13 @@ from recurrentgemma.common.training.optimization import OptimizerOptions
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 PLACES = np.array([[-1, -1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]], np.int32)
 STRATEGIES = [Greedy(1.3), Categorical(0.7, top_k=5, top_p=0.9, min_p=0.1), Categorical()]
+TRAININGS: list[dict[str, Any]] = [
+    {"optimizer": OptimizerOptions(weight_decay=0.1)},
+    {"lora": LoraOptions(rank=2, quantize=True)},
+]
 
 
-def everything(twin: str, dtype: str, under) -> dict[str, Any]:
+def everything(twin: str, dtype: str, under, trainings=TRAININGS) -> dict[str, Any]:
     """Forward and backward, sampling, scoring, training and adapters, all under a flag."""
     import importlib
 
@@ -37,10 +41,7 @@ def everything(twin: str, dtype: str, under) -> dict[str, Any]:
         sampler.engine.burst = 2
         results["bursts"] = sampler(["In"], 4, num_samples=2, rng=1, sampling=STRATEGIES[1]).text
         results["score"] = sampler.score(["In the beginning"])[0].logprobs.tolist()
-        for options in (
-            {"optimizer": OptimizerOptions(weight_decay=0.1)},
-            {"lora": LoraOptions(rank=2, quantize=True)},
-        ):
+        for options in trainings:
             state = module.create_train_state(*model, **options)
             state, metrics = module.train_step(state, [batch, batch])
             results |= {f"{name} of {[*options]}": float(metrics[name]) for name in metrics}
@@ -64,32 +65,28 @@ def forward(sampler, twin: str, tokens, places, cache=None):
     return logits.detach().cpu().float(), cache
 
 
-FLAGS = ("strict ranks and dtypes", "debug_nans", "check_tracer_leaks")
-
-
-# JAX compiles everything anew under other flags. The last keeps no traces: it goes alone.
-@pytest.mark.parametrize(
-    "flags", sweep([FLAGS[:2], FLAGS[2:]], [(flag,) for flag in FLAGS]), ids=", ".join
-)
-def test_jax(flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("flag", ["strict ranks and dtypes", "debug_nans", "check_tracer_leaks"])
+def test_jax(flag: str) -> None:
     jax = pytest.importorskip("jax")
 
     @contextlib.contextmanager
     def under():
-        with contextlib.ExitStack() as stack:
-            for flag in flags:
-                match flag:
-                    case "debug_nans":
-                        stack.enter_context(jax.debug_nans(True))
-                    case "check_tracer_leaks":
-                        stack.enter_context(jax.checking_leaks())
-                    case _:
-                        stack.enter_context(jax.numpy_rank_promotion("raise"))
-                        stack.enter_context(jax.numpy_dtype_promotion("strict"))
-            yield
+        match flag:
+            case "debug_nans":
+                with jax.debug_nans(True):
+                    yield
+            case "check_tracer_leaks":
+                with jax.checking_leaks():
+                    yield
+            case _:
+                with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+                    yield
 
     expected = without_flags("jax", "bfloat16")
-    assert everything("jax", "bfloat16", under) == expected
+    # Under this flag JAX traces again at every call: adapters are trained by the same step.
+    fewer = flag == "check_tracer_leaks" and sweep(True, False)
+    found = everything("jax", "bfloat16", under, TRAININGS[1:] if fewer else TRAININGS)
+    assert found == {name: expected[name] for name in (found if fewer else expected)}
 
 
 @pytest.mark.parametrize("flag", ["default dtype", "default device", "deterministic"])
