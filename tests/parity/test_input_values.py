@@ -58,7 +58,7 @@ def test_batches_of_the_host_are_checked(backend: Backend) -> None:
         import jax
 
         # Traced, which is enough to check a batch of the host.
-        jax.eval_shape(lambda params: module.loss_fn(args[0], params, batch), args[1])
+        jax.eval_shape(lambda params: module.loss_fn(model.module, params, batch), model.params)
     else:
         module.loss_fn(*args, batch)  # targets of -100, which count nothing
     beyond = np.where(batch.weights > 0, CONFIG.vocab_size, batch.targets).astype(np.int32)
