@@ -183,9 +183,12 @@ def test_simple_run(twin: str, config: GriffinConfig) -> None:
     pytest.importorskip(SUBMODULES[twin], reason=f"{twin} is not installed")
     module = __import__(f"recurrentgemma.{twin}", fromlist=["Griffin"])
     if twin == "jax":
+        import jax
+
         params = module.init_params(config, seed=0)
         model = module.Griffin(config)
 
+        @jax.jit
         def run(tokens, segment_pos, cache):
             return model.apply(
                 {"params": params}, tokens=tokens, segment_pos=segment_pos, cache=cache

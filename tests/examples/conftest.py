@@ -1,5 +1,6 @@
 """Examples as a user runs them, in this process; in one of their own where a package is absent."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -34,19 +35,31 @@ def example(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def example_without(tmp_path):
-    """Runs a script where importing a package fails; what it says to that."""
+WITHOUT = """
+import contextlib, io, json, runpy, sys
+absent, *scripts = sys.argv[1:]
+sys.modules[absent] = None
+for script in scripts:
+    sys.argv, said = [script], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    print(json.dumps([code, said.getvalue()]))
+"""
 
-    def run(name: str, absent: str) -> str:
-        script = str(ROOT / "examples" / name)
-        program = (
-            f"import runpy, sys\nsys.modules[{absent!r}] = None\nsys.argv = {[script]!r}\n"
-            f"runpy.run_path({script!r}, run_name='__main__')"
-        )
+
+@pytest.fixture
+def examples_without(tmp_path):
+    """Runs scripts where importing a package fails; what each says to that."""
+
+    def run(absent: str, *names: str) -> list[str]:
+        scripts = [str(ROOT / "examples" / name) for name in names]
         paths = [str(ROOT), str(ROOT / "conversion"), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
+            [sys.executable, "-W", "error", "-c", WITHOUT, absent, *scripts],
             check=False,
             capture_output=True,
             text=True,
@@ -54,7 +67,9 @@ def example_without(tmp_path):
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             timeout=300,
         )
-        assert done.returncode == 2, done.stderr
-        return done.stderr
+        assert done.returncode == 0, done.stderr
+        codes, said = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+        assert set(codes) == {2}, said
+        return list(said)
 
     return run

@@ -90,7 +90,7 @@ def test_converting(example, tmp_path):
 
 @pytest.mark.usefixtures("both_frameworks")
 def test_a_state_that_changes_frameworks(example):
-    out = example("cross_framework_state.py")
+    out = example("cross_framework_state.py", "--total_sampling_steps=8")
     assert "JAX reads, PyTorch continues" in out
     assert "PyTorch reads, JAX continues" in out
     assert out.endswith("The same text as without a change of framework.\n")
@@ -208,17 +208,8 @@ def test_mistakes(example, name, flag, words):
     assert_one_line(example(name, flag, code=2), name, *words)
 
 
-@pytest.mark.parametrize(
-    ("name", "absent"),
-    [
-        ("sampling_jax.py", "jax"),
-        ("simple_run_jax.py", "jax"),
-        ("sampling_torch.py", "torch"),
-        ("simple_run_torch.py", "torch"),
-        ("cross_framework_state.py", "torch"),
-        ("cross_framework_state.py", "jax"),
-    ],
-)
-def test_missing_extras(example_without, name, absent):
-    message = example_without(name, absent)
-    assert_one_line(message, name, f"needs {absent}", f"pip install 'recurrentgemma[{absent}]'")
+@pytest.mark.parametrize("absent", ["jax", "torch"])
+def test_missing_extras(examples_without, absent):
+    names = [f"sampling_{absent}.py", f"simple_run_{absent}.py", "cross_framework_state.py"]
+    for name, message in zip(names, examples_without(absent, *names), strict=True):
+        assert_one_line(message, name, f"needs {absent}", f"pip install 'recurrentgemma[{absent}]'")

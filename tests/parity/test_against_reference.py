@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from cases import CONFIGS, make_batch, make_config, make_params, make_tokens, positions, scaled_to
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import fewer_in_jax, sweep
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -12,6 +13,15 @@ from tolerances import assert_close
 
 # Few, since JAX compiles each; below, between and above the windows.
 CHUNKS = (1, 6, 11)
+FEWER = {"attention_first": (1, 6), "recurrent": (1, 6), "attention": (1, 11)}
+# The lengths of each config in JAX.
+LENGTHS = {
+    "griffin": (1, 7, 8, 9, 63),
+    "attention_last": (4, 5, 6),
+    "attention_first": (1, 63),
+    "recurrent": (1, 7),
+    "attention": (3, 4, 5),
+}
 
 
 def check(backend, config, tokens, segment_pos, state=None, dtype="float64", params=None):
@@ -34,16 +44,21 @@ def fixed_lengths() -> list[tuple[str, int]]:
     return cases
 
 
-@pytest.mark.parametrize(("name", "length"), fixed_lengths())
-def test_fixed_lengths(backend: Backend, name: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    fewer_in_jax(fixed_lengths(), [(n, t) for n, lengths in LENGTHS.items() for t in lengths]),
+    indirect=["backend"],
+)
+def test_fixed_lengths(backend: Backend, case: tuple[str, int]) -> None:
+    name, length = case
     config = CONFIGS[name]
     check(backend, config, *make_batch(config, length))
 
 
 @st.composite
-def conversations(draw) -> tuple[list[int], np.ndarray, int]:
+def conversations(draw, lengths: tuple[int, ...]) -> tuple[list[int], np.ndarray, int]:
     """Lengths of chunks; positions of three rows, padded anew in each chunk; a seed of tokens."""
-    chunks = draw(st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=4))
+    chunks = draw(st.lists(st.sampled_from(lengths), min_size=1, max_size=4))
     rows = []
     for _ in range(3):
         row: list[int] = []
@@ -61,10 +76,12 @@ def conversations(draw) -> tuple[list[int], np.ndarray, int]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@given(conversation=conversations())
-def test_any_split_documents_and_padding(backend: Backend, name: str, conversation) -> None:
+@settings(max_examples=sweep(8, 100))
+@given(data=st.data())
+def test_any_split_documents_and_padding(backend: Backend, name: str, data: st.DataObject) -> None:
     config = CONFIGS[name]
-    chunks, segment_pos, seed = conversation
+    lengths = sweep(FEWER.get(name, CHUNKS), CHUNKS)
+    chunks, segment_pos, seed = data.draw(conversations(lengths))
     tokens = make_tokens(config, *segment_pos.shape, seed=seed)
     state = reference.init_state(config, len(tokens))
     ends = np.cumsum(chunks)[:-1]
@@ -99,7 +116,7 @@ FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name", sweep(["capped", "uncapped"], [*FLOAT32]))
 def test_float32_at_logits_of_30(backend: Backend, name: str) -> None:
     config = FLOAT32[name]
     tokens, segment_pos = make_batch(config, 63)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from sweeps import sweep
 
 from recurrentgemma.common.model.config import Layer, ModelConfig
 from recurrentgemma.common.model.mixers import Attention, Rope
@@ -49,13 +50,14 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+# In the short profile each case has a cache or none.
+CACHED = {"window": True, "capped window": False, "all": False, "all, capped": True}
+PAIRS = sweep([*CACHED.items()], [(name, cached) for name in CASES for cached in (False, True)])
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_jax(case: Case, cached: bool) -> None:
+@pytest.mark.parametrize(("name", "cached"), PAIRS)
+def test_jax(name: str, cached: bool) -> None:
+    case = CASES[name]
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     import jax
 
@@ -80,8 +82,9 @@ def test_jax(case: Case, cached: bool) -> None:
     assert max(math.prod(shape) for shape in shapes) <= case.limit
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_torch(case: Case, cached: bool) -> None:
+@pytest.mark.parametrize(("name", "cached"), PAIRS)
+def test_torch(name: str, cached: bool) -> None:
+    case = CASES[name]
     pytest.importorskip("torch.nn", reason="torch is not installed")
     import torch
     from torch.autograd.graph import saved_tensors_hooks

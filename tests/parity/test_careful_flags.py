@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from samplers import make_sampler
+from sweeps import sweep
 from trainers import make_batch
 
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
@@ -16,9 +17,13 @@ from recurrentgemma.common.training.optimization import OptimizerOptions
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 PLACES = np.array([[-1, -1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]], np.int32)
 STRATEGIES = [Greedy(1.3), Categorical(0.7, top_k=5, top_p=0.9, min_p=0.1), Categorical()]
+TRAININGS: list[dict[str, Any]] = [
+    {"optimizer": OptimizerOptions(weight_decay=0.1)},
+    {"lora": LoraOptions(rank=2, quantize=True)},
+]
 
 
-def everything(twin: str, dtype: str, under) -> dict[str, Any]:
+def everything(twin: str, dtype: str, under, trainings=TRAININGS) -> dict[str, Any]:
     """Forward and backward, sampling, scoring, training and adapters, all under a flag."""
     import importlib
 
@@ -36,10 +41,7 @@ def everything(twin: str, dtype: str, under) -> dict[str, Any]:
         sampler.engine.burst = 2
         results["bursts"] = sampler(["In"], 4, num_samples=2, rng=1, sampling=STRATEGIES[1]).text
         results["score"] = sampler.score(["In the beginning"])[0].logprobs.tolist()
-        for options in (
-            {"optimizer": OptimizerOptions(weight_decay=0.1)},
-            {"lora": LoraOptions(rank=2, quantize=True)},
-        ):
+        for options in trainings:
             state = module.create_train_state(*model, **options)
             state, metrics = module.train_step(state, [batch, batch])
             results |= {f"{name} of {[*options]}": float(metrics[name]) for name in metrics}
@@ -81,7 +83,10 @@ def test_jax(flag: str) -> None:
                     yield
 
     expected = without_flags("jax", "bfloat16")
-    assert everything("jax", "bfloat16", under) == expected
+    # Under this flag JAX traces again at every call: adapters are trained by the same step.
+    fewer = flag == "check_tracer_leaks" and sweep(True, False)
+    found = everything("jax", "bfloat16", under, TRAININGS[1:] if fewer else TRAININGS)
+    assert found == {name: expected[name] for name in (found if fewer else expected)}
 
 
 @pytest.mark.parametrize("flag", ["default dtype", "default device", "deterministic"])

@@ -1,5 +1,6 @@
 """Checkpoint folders: either twin reads what the other wrote, and names what is wrong."""
 
+import functools
 import importlib
 import shutil
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_any_tokenizer_is_saved(twin: str, tokenizer: Tokenizer, tmp_path: Path)
         assert saved.encode("7") == Tokenizer(given).encode("7")
 
 
+@functools.cache
+def _compiled(model: Any) -> Any:
+    import jax
+
+    return jax.jit(model.apply)
+
+
 def load(
     twin: str, path: Path, dtype: str | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -89,7 +97,7 @@ def load(
         from recurrentgemma.jax.runtime.trees import get_path
 
         model, params = module.load_checkpoint(path, dtype=dtype)
-        logits, _ = model.apply({"params": params}, TOKENS, SEGMENT_POS)
+        logits, _ = _compiled(model)({"params": params}, TOKENS, SEGMENT_POS)
         values = {s.path: get_path(params, s.path) for s in layer_spec(model.config)}
         return {p: np.asarray(v.astype(jnp.float32)) for p, v in values.items()}, np.asarray(logits)
     import torch

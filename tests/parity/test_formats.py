@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CONFIGS, write_checkpoint
+from sweeps import sweep
 
 from recurrentgemma.parity import Report, compare, load_model, make_batch
 from recurrentgemma_conversion import Format
@@ -35,8 +36,16 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("format_", WRITERS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("format_", "dtype"),
+    sweep(
+        [(format_, DTYPES[i % 2]) for i, format_ in enumerate(WRITERS)],
+        [(format_, dtype) for format_ in WRITERS for dtype in DTYPES],
+    ),
+)
 def test_in_both_twins(folder: Path, format_: Format, dtype: str) -> None:
     path = folder / f"{format_}-{dtype}"
     report = compare_files(("jax", path), ("torch", path))

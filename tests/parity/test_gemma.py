@@ -12,7 +12,7 @@ from comparing import compare_twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from sweeps import sweep
+from sweeps import fewer_in_jax, sweep
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -87,9 +87,15 @@ def test_published_logits(backend: Backend, model: str) -> None:
 @published
 @pytest.mark.parametrize("model", MODELS)
 def test_published_decoding(backend: Backend, model: str) -> None:
-    """32 tokens, then eight steps on a cache; and from there the likeliest tokens."""
+    """32 tokens, then eight steps on a cache; and from there the likeliest tokens.
+
+    The 32 come behind padding, so that JAX has compiled a batch of this length.
+    """
     want, run, (tokens, segment_pos) = golden(model), make(backend, model), batch(model)
-    logits, prefilled = run(tokens[:, :32], segment_pos[:, :32])
+    padding = ((0, 0), (8, 0))
+    logits, prefilled = run(
+        np.pad(tokens[:, :32], padding), np.pad(segment_pos[:, :32], padding, constant_values=-1)
+    )
     last = logits[:, -1]
     expected = np.concatenate([want["prefill_logits"], want["pad_prefill_logits"]])
     assert_close(last, expected, "logits", tolerance(model))
@@ -109,7 +115,11 @@ def test_published_decoding(backend: Backend, model: str) -> None:
 
 
 @published
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("backend", "model"),
+    fewer_in_jax(MODELS, ["gemma1_mha", "gemma2", "gemma3_gqa"]),
+    indirect=["backend"],
+)
 def test_published_loss_and_every_gradient(backend: Backend, model: str) -> None:
     want, (config, _), (tokens, segment_pos) = golden(model), golden_model(model), batch(model)
     run = make(backend, model)
@@ -133,10 +143,14 @@ def test_published_loss_and_every_gradient(backend: Backend, model: str) -> None
 
 @st.composite
 def members(draw: st.DrawFn, version: int) -> GemmaConfig:
-    """A small member of a family: any heads, patterns, windows, scales, ropes and caps."""
-    kv_heads, groups = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
-    kinds = st.sampled_from(AttentionType)
-    caps = st.sampled_from([0.0, 2.0, 30.0])
+    """A small member of a family: any heads, patterns, windows, scales, ropes and caps.
+
+    The simplest example, which is the only one in the short profile, has some of everything.
+    """
+    kv_heads, groups = draw(st.sampled_from([(2, 2), (1, 1), (1, 3), (2, 1)]))
+    kinds = st.lists(st.sampled_from(AttentionType), min_size=1, max_size=3)
+    both = st.just([AttentionType.SLIDING, AttentionType.FULL])
+    caps = st.sampled_from([2.0, 0.0, 30.0])
     return GemmaConfig(
         version=version,
         vocab_size=31,
@@ -144,26 +158,29 @@ def members(draw: st.DrawFn, version: int) -> GemmaConfig:
         mlp_width=28,
         num_heads=kv_heads * groups,
         num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([2, 6, 8])),
-        layer_types=tuple(draw(st.lists(kinds, min_size=1, max_size=3))),
-        sliding_window=draw(st.integers(2, 9)),
-        query_pre_attn_scalar=draw(st.sampled_from([1.0, 8.0, 12.5])),
+        head_dim=draw(st.sampled_from([6, 2, 8])),
+        layer_types=tuple(draw(both | kinds)),
+        sliding_window=draw(st.sampled_from([6, *range(2, 10)])),
+        query_pre_attn_scalar=draw(st.sampled_from([12.5, 1.0, 8.0])),
         rope_base=draw(st.sampled_from([1e2, 1e6])),
-        rope_stretch=draw(st.sampled_from([1.0, 8.0])),
+        rope_stretch=draw(st.sampled_from([8.0, 1.0])),
         attention_soft_cap=draw(caps),
         logits_soft_cap=draw(caps),
     )
 
 
+STEP = slice(20, 21)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-@settings(max_examples=sweep(2, 30))
+@settings(max_examples=sweep(1, 30))
 @given(data=st.data())
 def test_any_member_and_any_split(
     twins: tuple[Backend, Backend], version: int, data: st.DataObject
 ) -> None:
     """Logits, states and gradients; the rows are whole, packed and left-padded, read in parts."""
     config = data.draw(members(version))
-    cut = data.draw(st.integers(1, 20))
+    cut = data.draw(st.sampled_from([9, *range(1, 21)]))
     params = make_params(config, seed=version)
     tokens, segment_pos = make_batch(config, 21)
     expected, expected_state = reference.forward(config, params, tokens, segment_pos)
@@ -176,7 +193,7 @@ def test_any_member_and_any_split(
         assert_close(logits[real], expected[real], "logits", "float64")
         assert_close(state, expected_state, "state", "float64")
         parts, state = [], None
-        for part in (slice(0, cut), slice(cut, 20), slice(20, 21)):
+        for part in sweep((slice(0, cut), slice(cut, 21)), (slice(0, cut), slice(cut, 20), STEP)):
             if part.start < part.stop:
                 out, state = model(tokens[:, part], segment_pos[:, part], state)
                 parts.append(out)
@@ -187,14 +204,18 @@ def test_any_member_and_any_split(
     assert_close(one, other, "gradient", "float64")
 
 
+WHOLE: dict[str, Any] = {"dtype": "float32", "gradients": True, "inside": True}
+COMPARED = {1: {"dtype": "float64"}, 2: {"dtype": "float64", "inside": True}, 3: WHOLE}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_parity_compares_all_of_a_model(twins: tuple[Backend, Backend], version: int) -> None:
     """States that grow, in two dtypes; every gradient, and the insides of blocks."""
     del twins  # both are installed
     # Budgets are statistics of a tensor's values: norms of six values would have too few.
     config = GemmaConfig.from_sizes(version, 31, 20, 28, 2, 4, 2, 16, sliding_window=6)
-    kwargs: dict[str, Any] = {"num_greedy": 4, "gradients": True, "inside": True}
-    report = compare_twins(config, make_params(config), "float32", 24, **kwargs)
+    kwargs = sweep(COMPARED[version], WHOLE)
+    report = compare_twins(config, make_params(config), length=24, num_greedy=4, **kwargs)
     assert report.within, report.first_beyond
     assert len(report.rows) > len(layer_spec(config))
 

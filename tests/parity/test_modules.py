@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import bfloat16, make_config, make_params, positions
+from sweeps import sweep
 
 from backends import Backend
 from recurrentgemma.common.model import reference
@@ -129,11 +130,18 @@ def test_with_state(backend: Backend, name: str, segment_pos: np.ndarray) -> Non
     assert_close(new_state, expected_state, "state", "float64")
 
 
-@pytest.mark.parametrize("shape", [(3, 0), (0, 7), (0, 1), (0, 0)], ids=str)
-@pytest.mark.parametrize("given", [False, True], ids=["nothing", "state"])
+# With a state or without one: the blocks that have none ignore the flag.
+EMPTY = [(True, (3, 0)), (True, (0, 1)), (False, (0, 7)), (False, (0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    sweep(EMPTY, [(given, shape) for given in (False, True) for _, shape in EMPTY]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", [*WITH_STATE, *WITHOUT_STATE])
 def test_on_nothing(backend: Backend, name: str, given: bool, shape: tuple[int, int]) -> None:
-    """Outputs are as empty, and the state stays as it is."""
+    """Outputs are as empty, and the state, where one is given, stays as it is."""
     if name in WITHOUT_STATE:
         prefix, width, _ = WITHOUT_STATE[name]
         x = np.zeros((*shape, width))

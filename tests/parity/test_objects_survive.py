@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import make_config, make_params
 from samplers import lists, make_sampler
+from sweeps import sweep
 from trainers import TRAINERS, make_batch
 
 from recurrentgemma.common.generation.conversation import Conversation
@@ -179,8 +180,15 @@ SAMPLED: dict[str, Callable[[str], tuple[Any, Callable[[Any], Any]]]] = {
 }
 
 
-@way
-@pytest.mark.parametrize("name", SAMPLED)
+def some_ways() -> list[tuple[str, str]]:
+    """Each object goes two ways, and each way takes several of them."""
+    ways, half = [*WAYS], len(WAYS) // 2
+    return [(name, ways[i % half + j]) for i, name in enumerate(SAMPLED) for j in (0, half)]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), sweep(some_ways(), [(name, way) for name in SAMPLED for way in WAYS])
+)
 def test_what_samples(backend, name: str, way: str) -> None:
     """What comes back does what the original does, and using it leaves the original alone."""
     original, use = SAMPLED[name](backend.name)
@@ -239,9 +247,22 @@ def assert_trains_on(twin: str, kind: str, back: Any, steps: int) -> None:
         np.testing.assert_array_equal(given[name], array, err_msg=name)
 
 
-@way
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [0, 1])
+SOME_WAYS = [
+    ("pickle", "bfloat16", 1),
+    ("pickle", "adapters", 0),
+    ("old pickle", "adapters", 1),
+    ("copy", "bfloat16", 1),
+    ("deepcopy", "adapters", 1),
+    ("deepcopy", "bfloat16", 0),
+    ("torch.save", "bfloat16", 1),
+    ("cloudpickle", "adapters", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "steps"),
+    sweep(SOME_WAYS, [(way, kind, steps) for way in WAYS for kind in KINDS for steps in (0, 1)]),
+)
 def test_training_states(backend, kind: str, steps: int, way: str) -> None:
     """The copy trains on as the original would, which stays as it is."""
     twin = backend.name
@@ -292,8 +313,13 @@ def _by_orbax(tree: Any, like: Any, tmp_path) -> Any:
         return checkpointer.restore(tmp_path / "tree", like)
 
 
-@pytest.mark.parametrize("by", [_by_flax, _by_orbax])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("by", "kind"),
+    sweep(
+        [(_by_flax, "bfloat16"), (_by_orbax, "adapters")],
+        [(by, kind) for by in (_by_flax, _by_orbax) for kind in KINDS],
+    ),
+)
 def test_training_states_as_trees(by, kind: str, tmp_path, unchecked_types) -> None:
     """Orbax puts marks in the places of arrays for a while, which the annotations refuse."""
     pytest.importorskip("flax.linen", reason="jax is not installed")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import make_config, make_params, make_tokens
+from sweeps import fewer_in_jax
 
 from backends import Backend
 from backends.base import Network
@@ -46,15 +47,22 @@ def outcomes(network: Network, inputs: np.ndarray, dtype: str) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), fewer_in_jax(DTYPES, ["int8", "uint16"]), indirect=["backend"]
+)
 def test_of_a_model(backend: Backend, dtype: str) -> None:
     model = backend.griffin(CONFIG, make_params(CONFIG))
     check(model, make_tokens(CONFIG, 2, LENGTH), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_of_a_block_alone(backend: Backend, kind: str, dtype: str) -> None:
+EACH = [(kind, dtype) for kind in BLOCKS for dtype in DTYPES]
+ATTENTION = "LocalAttentionBlock"
+SOME = [("Conv1D", "uint8"), ("RGLRU", "int16"), (ATTENTION, "int8"), (ATTENTION, "uint16")]
+
+
+@pytest.mark.parametrize(("backend", "case"), fewer_in_jax(EACH, SOME), indirect=["backend"])
+def test_of_a_block_alone(backend: Backend, case: tuple[str, str]) -> None:
+    kind, dtype = case
     prefix, width = BLOCKS[kind]
     x = np.random.default_rng(0).standard_normal((2, LENGTH, width))
     check(backend.block(kind, CONFIG, prefix, make_params(CONFIG)), x, dtype)

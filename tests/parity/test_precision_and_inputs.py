@@ -35,8 +35,8 @@ def twin(request) -> str:
     return request.param
 
 
-def make(twin: str, dtype: str = "float32"):
-    """A model as a function, and its empty state."""
+def make(twin: str, dtype: str = "float32", compiled: bool = False):
+    """A model as a function, which JAX may compile, and its empty state."""
     module = importlib.import_module(f"recurrentgemma.{twin}")
     if twin == "jax":
         model, params = module.Griffin(CONFIG), module.init_params(CONFIG, 0, dtype)
@@ -44,6 +44,10 @@ def make(twin: str, dtype: str = "float32"):
         def forward(*args, **kwargs):
             return model.apply({"params": params}, *args, **kwargs)
 
+        if compiled:
+            import jax
+
+            forward = jax.jit(forward)
         return forward, model.init_cache
     import torch
 
@@ -71,7 +75,7 @@ def test_the_embedding_scale_is_rounded_to_the_dtype(
 
 
 def test_logits_of_bfloat16_weights_are_not_rounded_to_it(twin: str) -> None:
-    forward, _ = make(twin, "bfloat16")
+    forward, _ = make(twin, "bfloat16", compiled=True)
     logits = np.asarray(forward(TOKENS, SEGMENT_POS)[0])
     assert logits.dtype == np.float32
     low_bits = logits.view(np.uint32) & 0xFFFF
@@ -101,9 +105,10 @@ def test_float32_parameters_of_gates_and_norms_are_not_rounded() -> None:
 
     model = Griffin(CONFIG, dtype=jnp.bfloat16)
     params: Any = init_params(CONFIG, 0)
+    apply = jax.jit(model.apply)
 
     def state(params):
-        cache: Any = model.apply({"params": params}, TOKENS, SEGMENT_POS)[1]
+        cache: Any = apply({"params": params}, TOKENS, SEGMENT_POS)[1]
         return np.asarray(cache["blocks.0"].rg_lru_state)
 
     rg_lru = params["blocks.0"]["recurrent_block"]["rg_lru"]
@@ -119,7 +124,7 @@ def test_float32_parameters_of_gates_and_norms_are_not_rounded() -> None:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_padding_is_nothing_even_within_a_document(twin: str, cached: bool) -> None:
-    forward, init_cache = make(twin)
+    forward, init_cache = make(twin, compiled=True)
     outcomes = []
     for padding in (3, 40):
         cache = init_cache(1) if cached else None

@@ -25,20 +25,22 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 def reduced(preset: Preset) -> Config:
     """Its heads, scales and caps; the ratio of the recurrent width to the width.
 
-    A Griffin keeps its last eleven layers, three times its pattern as it ends and a name of two
-    digits, and in the long profile all; a Gemma keeps seven layers, in which its pattern shows.
+    The 9B model keeps its last eleven layers, three times its pattern as it ends and a name of two
+    digits; the other Griffins their last five. A Gemma 3 keeps layers 4 to 6, one of which attends
+    to all keys, and the others two. In the long profile, Griffins keep all, and Gemmas seven.
     """
     config = config_from_preset(preset, vocab_size=61)
     if isinstance(config, GemmaConfig):
         sizes = {"width": 36, "mlp_width": 40, "head_dim": 4}
         window = None if config.sliding_window is None else 6
-        layers = config.layer_types[:7]
+        layers = config.layer_types[sweep(slice(4, 7 if config.version == 3 else 6), slice(7))]
         return dataclasses.replace(config, **sizes, layer_types=layers, sliding_window=window)
     assert isinstance(config, GriffinConfig)
     heads = config.num_heads
+    kept = -11 if preset is Preset.RECURRENT_GEMMA_9B_V1 else -5
     return dataclasses.replace(
         config,
-        block_types=config.block_types[sweep(-11, None) :],
+        block_types=config.block_types[sweep(kept, None) :],
         width=8 * heads,
         lru_width=config.lru_width * 8 * heads // config.width,
         mlp_expanded_width=3 * 8 * heads,

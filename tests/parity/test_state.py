@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CONFIGS, make_config, make_params, make_tokens, positions
+from sweeps import sweep
 
 from backends import Backend
 from recurrentgemma.common.io.arrays import BFLOAT16
@@ -202,9 +203,21 @@ def test_init_cache_is_on_the_model_s_device() -> None:
 # -------------------------------------------------------------------------- between the twins
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("order", [1, -1], ids=["jax first", "torch first"])
+HANDED = [
+    ("griffin", 1),
+    ("griffin", -1),
+    ("attention_last", 1),
+    ("attention_first", -1),
+    ("attention", 1),
+    ("recurrent", -1),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), sweep(HANDED, [(name, order) for name in CONFIGS for order in (1, -1)])
+)
 def test_hand_over_in_mid_sequence(twins: tuple[Backend, Backend], name: str, order: int) -> None:
+    """From JAX to PyTorch, or from PyTorch to JAX."""
     config = CONFIGS[name]
     first, second = twins[::order]
     tokens, place = make_tokens(config, 2, 15), np.array([positions([15]), positions([4, 8], 3)])
@@ -436,7 +449,7 @@ def test_bfloat16_goes_on_as_it_would_have(backend: Backend) -> None:
     tokens, place = make_tokens(CONFIG, 2, 20), np.tile(np.arange(20, dtype=np.int32), (2, 1))
     whole, whole_state = model(tokens, place)
     parts, state = [], None
-    for part in (slice(0, 11), slice(11, 12), slice(12, 20)):
+    for part in (slice(0, 11), *(slice(t, t + 1) for t in range(11, 20))):
         logits, state = model(tokens[:, part], place[:, part], state)
         parts.append(logits)
     assert_close(np.concatenate(parts, 1), whole, "logits", "bfloat16")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CONFIGS, make_batch, make_params, next_token_loss
+from sweeps import sweep
 
 from backends import BACKENDS, Backend
 from recurrentgemma.common.model.layer_spec import layer_spec
@@ -39,12 +40,16 @@ class Optax:
         }
         self.optimizer = make[name]()
         with jax.enable_x64(True):
-            self.state = self.optimizer.init(self.params)
+            self.state = jax.jit(self.optimizer.init)(self.params)
+        self.update = jax.jit(self._update)
+
+    def _update(self, grads: Any, state: Any, params: Any) -> Any:
+        updates, state = self.optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
     def step(self, grads: dict[str, np.ndarray]) -> None:
         with jax.enable_x64(True):
-            updates, self.state = self.optimizer.update(grads, self.state, self.params)
-            updated: Any = optax.apply_updates(self.params, updates)
+            updated, self.state = self.update(grads, self.state, self.params)
         self.params = {path: np.asarray(value) for path, value in updated.items()}
 
 
@@ -85,13 +90,14 @@ def train(backend: Backend, name: str) -> tuple[list[float], dict[str, np.ndarra
         tokens = rng.integers(CONFIG.vocab_size, size=segment_pos.shape, dtype=np.int32)
         tokens[:, ::2] = step % 2  # something to learn
         mask = (segment_pos[:, 1:] > 0).astype(np.float64)
-        network = backend.griffin(CONFIG, optimizer.params, gradient_checkpointing=step % 2 == 1)
-        logits, _ = network(tokens, segment_pos)
+        checkpointing = sweep(False, step % 2 == 1)
+        network = backend.griffin(CONFIG, optimizer.params, gradient_checkpointing=checkpointing)
+        logits, state = network(tokens, segment_pos)
         loss, dlogits = next_token_loss(logits, tokens, mask)
         dlogits = np.where((segment_pos >= 0)[..., None], dlogits, 0.0)
         zeros = {
             block: {field: np.zeros_like(value) for field, value in fields.items()}
-            for block, fields in network(tokens, segment_pos)[1].items()
+            for block, fields in state.items()
         }
         optimizer.step(network.grads(tokens, segment_pos, dy=dlogits, dstate=zeros)["params"])
         losses.append(loss)
