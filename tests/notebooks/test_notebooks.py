@@ -66,7 +66,7 @@ def kernel(tmp_path_factory):
 
 def execute(kernel, notebook, absent: str = "nothing"):
     """Runs every cell in a process without names, and without one of the installed packages."""
-    run_cells(kernel, notebook_of(f"%reset -f\n{HIDE.format(absent)}"))
+    run_cells(kernel, notebook_of(HIDE.format(absent)))
     try:
         run_cells(kernel, notebook)
     finally:
