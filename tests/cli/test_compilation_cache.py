@@ -28,20 +28,28 @@ def test_commands_fill_the_cache(tmp_path, checkpoint) -> None:
     pytest.importorskip("jax.numpy")
     folder = tmp_path / "recurrentgemma" / "jax"
 
-    def run(*options: str) -> None:
+    def run() -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPIL")}
         environment["XDG_CACHE_HOME"] = str(tmp_path)
-        command = [sys.executable, "-c", CODE, *options, *ARGS, "--checkpoint", checkpoint]
+        command = [sys.executable, "-c", CODE, *ARGS, "--checkpoint", checkpoint]
         subprocess.run(command, env=environment, capture_output=True, check=True)
 
-    run("--no-compilation-cache")
-    assert not folder.exists()
     run()
     entries = {entry.name for entry in folder.iterdir()}
     programs = [name.partition("-")[0] for name in entries]
     assert programs.count("jit_feed") == programs.count("jit_prefill") == 1  # not for any length
     run()
     assert {entry.name for entry in folder.iterdir()} == entries
+
+
+def test_a_command_can_be_told_to_keep_nothing(alone: Path, cli) -> None:
+    inspect = ("inspect", "--preset", "HAWK_PAPER_7B")
+    assert cli("--no-compilation-cache", *inspect).code == 0
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert not alone.exists()
+    assert cli(*inspect).code == 0
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(alone)
+    assert alone.exists()
 
 
 def test_a_folder_that_the_user_named_stays(alone: Path, monkeypatch) -> None:

@@ -1,6 +1,6 @@
 """`recurrentgemma download`, against a stand-in for the site on this machine.
 
-The sites' libraries run in a process of their own, which is told where the stand-in is.
+The sites' libraries run in processes of their own, which are told where the stand-in is.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ class Site(http.server.ThreadingHTTPServer):
     folder: Path
     status = 200
     weights = "whole"
-    asked: list[str]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -59,7 +58,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
         status, headers, body = self.server.status, {}, b""
         if status == 200:
             status, headers, body = self.answer()
@@ -123,11 +121,10 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Site]:
     with Site(("127.0.0.1", 0), Handler) as server:
-        server.asked = []
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -135,21 +132,41 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.fixture
-def run(forks: ForkServer, tmp_path: Path, site: Site) -> Callable[..., Forked]:
-    """Runs `recurrentgemma download` against the stand-in, or against another port."""
+def site(server: Site) -> Site:
+    """It answers, and has no folder yet."""
+    server.status, server.weights = Site.status, Site.weights
+    return server
 
-    def download(*args: str, port: int = site.server_port, **env: str) -> Forked:
-        endpoint = f"http://127.0.0.1:{port}"
-        sites = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-        # kagglehub lets a stand-in have the name of this machine, and no port of its own.
-        sites |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
-        if args[0].startswith("kaggle:"):
-            proxies = {"HTTP_PROXY": endpoint, "http_proxy": endpoint}
-            sites |= proxies | {"NO_PROXY": "", "no_proxy": ""}
-        sites |= {"HF_HOME": str(tmp_path / "home"), "KAGGLE_CONFIG_DIR": str(tmp_path / "home")}
-        sites |= {"KAGGLEHUB_CACHE": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "KAGGLE"))}
-        return forks.run("download", *args, cwd=tmp_path, env=kept | sites | env)
+
+@pytest.fixture(scope="module")
+def imported(forks: ForkServer, server: Site, tmp_path_factory) -> tuple[ForkServer, dict]:
+    """Commands whose libraries are imported once, and the environment that these read then."""
+    endpoint, home = f"http://127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("home")
+    sites = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    # kagglehub lets a stand-in have the name of this machine, and no port of its own.
+    sites |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "KAGGLEHUB_CACHE": str(home)}
+    sites |= {"HF_HOME": str(home), "KAGGLE_CONFIG_DIR": str(home)}
+    # kagglehub is not among them: its messages go where stdout went when it was imported.
+    for name in ("huggingface_hub._snapshot_download", "kagglesdk", "IPython", "yaml"):
+        forks.import_module(name, sites)
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "KAGGLE"))}
+    return forks, kept | sites
+
+
+def through(port: int) -> dict[str, str]:
+    """The environment in which a port of this machine is asked for any address."""
+    endpoint = f"http://127.0.0.1:{port}"
+    return {"HTTP_PROXY": endpoint, "http_proxy": endpoint, "NO_PROXY": "", "no_proxy": ""}
+
+
+@pytest.fixture
+def run(imported: tuple[ForkServer, dict], tmp_path: Path, site: Site) -> Callable[..., Forked]:
+    """Runs `recurrentgemma download` against the stand-in."""
+    forks, sites = imported
+
+    def download(source: str, *args: str, **env: str) -> Forked:
+        proxies = through(site.server_port) if source == KAGGLE else {}
+        return forks.run("download", source, *args, cwd=tmp_path, env=sites | proxies | env)
 
     return download
 
@@ -159,7 +176,7 @@ def assert_refused(done: Forked, tmp_path: Path, *words: str) -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("recurrentgemma: error: ")
     assert all(word in last for word in words), last
-    assert {path.name for path in tmp_path.iterdir()} <= {"home", "source"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"source"}
 
 
 def test_hugging_face(run, tmp_path: Path, site: Site) -> None:
@@ -191,7 +208,7 @@ def test_refusals_of_hugging_face(run, tmp_path: Path, site: Site) -> None:
     assert_refused(done, tmp_path, "licence is not accepted", "huggingface.co/google/recurrent")
     with contextlib.closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
-        done = run(HF, port=unused.getsockname()[1])
+        done = run(HF, **through(unused.getsockname()[1]))
     assert_refused(done, tmp_path, "cannot reach huggingface.co", "check the network")
 
 

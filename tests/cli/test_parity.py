@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import make_config
 from checkpoints import CONFIGS, parameters, write_checkpoint
 
 from recurrentgemma.common.io.checkpoint import read_config
@@ -17,6 +18,7 @@ from recurrentgemma_conversion import Format
 pytest.importorskip("flax.linen", reason="jax is not installed")
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
+CONFIG = make_config("RRA", vocab_size=2048)
 SHORT = ("--greedy", "4", "--length", "24")
 
 
@@ -24,13 +26,12 @@ SHORT = ("--greedy", "4", "--length", "24")
 def folders(tmp_path_factory) -> Path:
     """Checkpoints: one, the same in another format, one with a moved weight, another model."""
     root = tmp_path_factory.mktemp("parity")
-    config = CONFIGS["griffin"]
-    write_checkpoint(root / "one", Format.RECURRENTGEMMA)
-    write_checkpoint(root / "same", Format.HUGGINGFACE)
+    write_checkpoint(root / "one", Format.RECURRENTGEMMA, CONFIG)
+    write_checkpoint(root / "same", Format.HUGGINGFACE, CONFIG)
     name = "blocks.1.mlp_block.ffw_down.bias"
-    moved = parameters(config, "float32")[name].copy()
+    moved = parameters(CONFIG, "float32")[name].copy()
     moved[3] += 1e-3
-    write_checkpoint(root / "moved", Format.RECURRENTGEMMA, changes={name: moved})
+    write_checkpoint(root / "moved", Format.RECURRENTGEMMA, CONFIG, changes={name: moved})
     write_checkpoint(root / "other", Format.RECURRENTGEMMA, CONFIGS["attention_last"])
     return root
 
@@ -51,9 +52,9 @@ def test_the_table_fits_80_columns(cli, folders: Path) -> None:
     assert row.split() == ["embedder", "0", "0", "0", "0%", "0%"]
     assert lines[-1] == "within the budget"
     starts = {line.split("  ")[0] for line in lines}
-    for name in ("embedder", "blocks.2.attention_block", "blocks.4.mlp_block", "logits"):
+    for name in ("embedder", "blocks.2.attention_block", "blocks.2.mlp_block", "logits"):
         assert name in starts
-    assert {"state of blocks.2", "gradient of embedder", "gradient of blocks.4"} <= starts
+    assert {"state of blocks.2", "gradient of embedder", "gradient of blocks.2"} <= starts
     assert "greedy continuations agree for 4 to 4 of 4 tokens" in lines
 
 
@@ -71,7 +72,7 @@ def test_a_moved_weight_is_found(cli, folders: Path) -> None:
     assert done.code == 1
     lines = done.out.splitlines()
     assert lines[-1].startswith("beyond the budget, first in blocks.1.mlp_block")
-    total = len(layer_spec(CONFIGS["griffin"]))
+    total = len(layer_spec(CONFIG))
     assert f"1 of {total} parameters differ, first blocks.1.mlp_block.ffw_down.bias" in lines
     assert next(line.split("  ")[0] for line in lines if "BEYOND" in line) == "blocks.1.mlp_block"
     report = cli("parity", folders / "one", folders / "moved", *SHORT, "--json")
@@ -82,7 +83,7 @@ def test_a_moved_weight_is_found(cli, folders: Path) -> None:
 def test_nan_is_null_in_json(cli, tmp_path: Path) -> None:
     bad = np.full(24, np.nan, np.float32)
     path = write_checkpoint(
-        tmp_path / "nan", Format.RECURRENTGEMMA, changes={"final_norm.scale": bad}
+        tmp_path / "nan", Format.RECURRENTGEMMA, CONFIG, changes={"final_norm.scale": bad}
     )
     done = cli("parity", path, *SHORT, "--json")
     assert done.code == 1, done.err
@@ -155,7 +156,7 @@ def test_a_plot(cli, folders: Path, tmp_path: Path) -> None:
 def test_bad_input(cli, folders: Path, monkeypatch) -> None:
     done = cli("parity", folders / "one", folders / "other")
     assert done.code == 2
-    for field in ("width: 24 | 40", "block_types: RRARR | RA", "logits_soft_cap: 5.0 | 0.0"):
+    for field in ("width: 24 | 40", "block_types: RRA | RA", "logits_soft_cap: 5.0 | 0.0"):
         assert field in done.err
     assert "scan_type" not in done.err
     done = cli("parity", folders / "missing")

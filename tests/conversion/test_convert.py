@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CONFIGS, files, parameters, write_checkpoint
+from sweeps import sweep
 
 from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.arrays import DTYPES, same_bits
@@ -44,7 +45,9 @@ def test_round_trips_of_all_ordered_pairs_are_bit_exact(
     config = CONFIGS[name]
     for format_ in WRITERS:
         write_checkpoint(tmp_path / format_, format_, config, dtype)
-    for one, other in PAIRS:
+    # Each pair once in each dtype, with another config in the other dtype.
+    first = (list(CONFIGS).index(name) + (dtype == "float32")) % len(CONFIGS)
+    for one, other in sweep(PAIRS[first :: len(CONFIGS)], PAIRS):
         there, back = tmp_path / f"{one}-{other}", tmp_path / f"{one}-{other}-{one}"
         summary = convert(tmp_path / one, there, other)
         assert (summary.source_format, summary.format) == (one, other)
@@ -199,7 +202,7 @@ def test_shards(tmp_path: Path, make, format_: Format) -> None:
         assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("name", ["a%20b", "p#q", "p?q"])
+@pytest.mark.parametrize("name", sweep(["a%20b p#q p?q"], ["a%20b", "p#q", "p?q"]))
 def test_databases_in_folders_whose_names_urls_would_quote(tmp_path: Path, make, name: str) -> None:
     source = make("source", Format.KAGGLE_FLAX)
     convert(source, tmp_path / name / "database", Format.KAGGLE_FLAX, ocdbt=True)

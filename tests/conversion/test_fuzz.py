@@ -25,7 +25,7 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
 CONFIG = make_config("RA", vocab_size=2048, width=8, mlp_expanded_width=4, lru_width=4)
 OVERRIDES = Overrides(None, True, 8, 5.0)
 LONGEST = 20  # seconds of this process, whatever else runs; a loop would be longer
-EXAMPLES = sweep(25, 500)
+EXAMPLES = sweep(10, 500)
 KINDS = [*WRITERS, "ocdbt", "shards", "archive"]
 
 

@@ -20,7 +20,7 @@ from recurrentgemma_conversion import Format, convert
 pytest.importorskip("torch.nn", reason="torch is not installed")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to be quick")
 
-MOMENTS = sweep(10, 40)
+MOMENTS = sweep(5, 40)
 CONFIG = make_config("RA", vocab_size=2048, width=128, mlp_expanded_width=384)
 # Forks a child for each line, which converts and tells when it is at one of its calls, upon which
 # it is killed: a call, not a time, so that the moments are spread out on a busy machine, too.

@@ -1,5 +1,6 @@
 """Both twins load every format, and write ours."""
 
+import functools
 import importlib
 import sys
 import tarfile
@@ -35,6 +36,12 @@ POSITIONS = np.arange(12, dtype=np.int32)[None]
 WIDE = ("scale", "conv_1d.w", "conv_1d.b", "a_param")  # what enters in float32, however stored
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, positions) -> jax.Array:
+    """Compiled once for all models of one config and one set of dtypes."""
+    return model.apply({"params": params}, tokens, positions)[0]
+
+
 def load(twin: str, path: Path, **kwargs) -> np.ndarray:
     """The logits of the loaded model."""
     module = importlib.import_module(f"recurrentgemma.{twin}")
@@ -42,7 +49,7 @@ def load(twin: str, path: Path, **kwargs) -> np.ndarray:
         with torch.no_grad():
             return module.load_checkpoint(path, **kwargs)(TOKENS, POSITIONS)[0].numpy()
     model, params = module.load_checkpoint(path, **kwargs)
-    return np.asarray(model.apply({"params": params}, TOKENS, POSITIONS)[0])
+    return np.asarray(logits_of(model, params, TOKENS, POSITIONS))
 
 
 @pytest.mark.parametrize("twin", ["jax", "torch"])

