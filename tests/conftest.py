@@ -150,7 +150,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MOST_MAPS = 45_000
+MOST_MAPS, MOST_MEMORY = 30_000, 2_500_000_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,9 +169,8 @@ def _is_full() -> bool:
     process = Path("/proc/self")
     if not process.exists():
         return True
-    resident = int((process / "statm").read_text().split()[1])  # pages
-    most = max(2_500_000_000 // os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") // 5)
-    return resident > most or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident > MOST_MEMORY or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
 
 
 @pytest.fixture(autouse=True)
