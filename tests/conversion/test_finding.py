@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,16 @@ def test_what_is_compressed_is_an_archive_if_it_holds_one(make) -> None:
     (source / "notes.gz").write_bytes(gzip.compress(b"not a tar archive" * 100))
     (source / "half.gz").write_bytes(gzip.compress(b"not a tar archive" * 100)[:20])
     assert detect(source) == (Format.KAGGLE_TORCH, source / "model.pt")
+
+
+def test_zip_archives_are_no_weights(tmp_path: Path, make, refused) -> None:
+    source, other = make("source", Format.KAGGLE_TORCH), tmp_path / "other"
+    other.mkdir()
+    for file in (source / "library.jar", other / "notes.docx"):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("words/one", b"text")
+    assert detect(source) == (Format.KAGGLE_TORCH, source / "model.pt")
+    refused(other, errors.UnknownFormatError, f"{other} is no Orbax checkpoint")
 
 
 def test_what_trainers_leave_beside_the_weights(make) -> None:

@@ -108,10 +108,15 @@ class StateDict:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as what `torch.save` writes."""
+    """Whether a file looks like what `torch.save` writes."""
     with path.open("rb") as file:
         start = file.read(4)
-    return start == b"PK\x03\x04" or b"\x80\x02" <= start[:2] <= b"\x80\x05"
+    zipped = start == b"PK\x03\x04"
+    if zipped and path.suffix not in (".pt", ".pth", ".ckpt"):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+        # It is cut short, and may be one of PyTorch's.
+    return zipped or b"\x80\x02" <= start[:2] <= b"\x80\x05"
 
 
 def import_torch(what: str = "reading a .pt file") -> Any:
