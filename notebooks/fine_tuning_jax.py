@@ -15,8 +15,8 @@
 # # Fine-tuning in JAX: English to French
 #
 # This notebook shows the data, a training state, your own loop, the loss, translations before and
-# after, then the same with LoRA adapters. It needs `pip install ".[jax,train]"` and takes two to
-# three minutes on two CPU cores with the bundled model, which has read only the Bible and Jane
+# after, then the same with LoRA adapters. It needs `pip install ".[jax,train]"` and takes one to
+# two minutes on two CPU cores with the bundled model, which has read only the Bible and Jane
 # Austen. `recurrentgemma train` does a whole run, with checkpoints, resuming and logs;
 # [examples/translate](../examples/translate/README.md) has its results on sentences from reviews.
 
