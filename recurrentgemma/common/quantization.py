@@ -20,7 +20,7 @@ A product with `q8` has two forms, between which `Quantized.integer` chooses:
     dequantised  y = x (scale * (value - zero)), the matrix in the dtype of x: training on a frozen
                  base (LoRA), a GPU with more than 16 rows, and every 4-bit matrix
 
-The derivative of both is that of the dequantised form.
+Both have the derivative of the dequantised form.
 """
 
 from __future__ import annotations

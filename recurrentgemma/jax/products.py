@@ -146,7 +146,7 @@ def _integer_product(x: Array, w: Quantized) -> Array:
 
 @_integer_product.defjvp
 def _slope(primals: tuple[Array, Quantized], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    """That of the dequantised product, since rounding has none."""
+    """The derivative of the dequantised product, since rounding has no slope."""
     (x, w), (dx, _) = primals, tangents
     return _integer_product(x, w), _product(dx, dense(w).astype(dx.dtype), w.axis, jnp.float32)
 
