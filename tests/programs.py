@@ -23,10 +23,7 @@ print(json.dumps(failures))
 
 
 def run_programs(programs: Mapping[str, str], before: str = "") -> dict[str, str]:
-    """Runs programs one after the other; returns the tracebacks of those that failed.
-
-    What stands in `before` runs before them.
-    """
+    """Runs `before`, then each program; returns the tracebacks of those that failed."""
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps([before, programs]),

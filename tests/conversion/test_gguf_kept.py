@@ -60,7 +60,7 @@ def assert_exact(values: dict[str, Any], path: Path) -> None:
 
 
 def test_blocks_stay_as_they_are(path: Path, tmp_path: Path) -> None:
-    """Without a scheme what is no block of Q4_0 keeps its dtype; with one it is quantised."""
+    """A tensor in another encoding keeps its dtype without a scheme, and is quantised with one."""
     random = write_gguf(tmp_path / "random.gguf", "Q4_0")  # its table is in Q4_0, too
     for file in (path, random):
         for scheme in (None, "q4_32"):

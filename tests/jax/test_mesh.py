@@ -14,8 +14,8 @@ import numpy as np
 from meshes import MESHES, difference, make_batch, mesh_config, trained
 from recurrentgemma.jax import Model, create_train_state, init_params, make_mesh, train_step
 """
-# Each strategy once; scripts/sharding_grid.py has all methods with each. The last is also that of
-# STATES, which finds its programs compiled.
+# Each strategy once; scripts/sharding_grid.py has all methods with each. STATES needs the
+# programs of the last one, which are compiled by then.
 TRAINING = """
 from recurrentgemma.jax.training import layout_of
 cases = zip(("sgd", "adafactor", "lora on int8", "adamw"), MESHES, ("packed", "padded") * 2)

@@ -182,10 +182,7 @@ def test_bfloat16_errs_no_more_than_the_published_halves(backend: Backend, case:
 
 
 def test_sampler(backend: Backend) -> None:
-    """Greedy continuations of a batch, EOS not stopping; then of single prompts.
-
-    Of some in the short profile.
-    """
+    """Greedy continuations of a batch, EOS not stopping; then of single prompts."""
     want = golden("tiny.sampler")
     vocab = spm.SentencePieceProcessor()
     vocab.Load(str(GOLDEN / "tokenizer.model"))

@@ -116,8 +116,8 @@ for checkpointing, lengths in ((False, sweep((20,), (20, 90))), (True, (20, 90))
     sizes = compare(loss, lambda n: inputs(n, state), lengths)
     assert all(len(set(found)) == 1 for found in sizes.values()), sizes
 
-# Sizes as symbols from the start. Numbers of the config are none: those Dynamo first makes symbols
-# and then traces all of it again without, which takes twice as long.
+# Sizes are symbols from the start. Numbers of the config are constants: Dynamo would make symbols
+# of them, too, and trace everything a second time without.
 with torch._dynamo.config.patch(specialize_float=sweep(True, False)):
     compare(loss, lambda n: inputs(n, None), (20,), dynamic=True)
 
