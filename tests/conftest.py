@@ -107,7 +107,7 @@ def _kinds(values: Iterable[Any]) -> tuple[Any, ...]:
 
 def _kind(value: Any) -> Any:
     """All that an annotation can see of an argument."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype"):
         return type(value), tuple(value.shape), value.dtype
     if isinstance(value, tuple | list):
         return type(value), _kinds(value)

@@ -112,8 +112,8 @@ class JaxTrainer(Trainer):
 
         @jax.jit
         def apply(parameters, base):
-            with adapted(parameters, state.lora):
-                return state.model.apply({"params": base}, batch.tokens, batch.segment_pos)[0]
+            params = adapted(state.model.config, base, parameters, state.lora)
+            return state.model.apply({"params": params}, batch.tokens, batch.segment_pos)[0]
 
         return self.backend.to_numpy(apply(state.parameters, state.base))
 

@@ -41,7 +41,6 @@ def activations(
         name = ".".join(module.path)
         return name in names and method == ("encode" if name == EMBEDDER else "__call__")
 
-    model = model.clone(gradient_checkpointing=False)
     (logits, new_cache), captured = model.apply(
         {"params": params},
         tokens,

@@ -17,10 +17,9 @@ from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.common.published import JAX_LAYERS, elsewhere
-from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
-from recurrentgemma.jax.products import Rows, dense, lookup, product, promote_dtype
+from recurrentgemma.jax.products import STORED, Adapted, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
@@ -70,7 +69,7 @@ class SpecModule(nn.Module, kw_only=True):
         found = []
         for spec in specs:
             stored = self.get_variable("params", spec.path)
-            if not isinstance(stored, Quantized | Rows):
+            if not isinstance(stored, STORED):
                 draw = initializer(spec.init)
                 stored = self.param(spec.path, draw, spec.shape, self.param_dtype)
             found.append(stored)
@@ -203,7 +202,10 @@ class Einsum(SpecModule):
         w, *bias = self.declare(specs)
         x, w, *bias = promote_dtype(x, w, *bias, dtype=self.dtype)
         if self.eqn != MATRICES or self.mesh is not None:  # rows and steps stay apart on a mesh
-            y = jnp.einsum(self.eqn, x, dense(w))
+            base, *pair = w if isinstance(w, Adapted) else (w,)
+            y = jnp.einsum(self.eqn, x, dense(base))
+            if pair:
+                y += jnp.einsum("c...tr,crD->c...tD", jnp.einsum(self.eqn, x, pair[0]), pair[1])
             return y + bias[0] if bias else y
         b = bias[0].reshape(w.shape[0], 1, -1) if bias else None
         y_czm = product(x.reshape(1, -1, x.shape[-1]), w, b)

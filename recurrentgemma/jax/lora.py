@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, sample_param
@@ -21,7 +19,7 @@ from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.training.lora import LoraOptions, adapter_specs, trainable_specs
 from recurrentgemma.common.training.lora import merge as merge_on_host
 from recurrentgemma.jax.model import Model
-from recurrentgemma.jax.products import dense
+from recurrentgemma.jax.products import Adapted, dense
 from recurrentgemma.jax.quantization import dequantizing, quantize_matrices
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
@@ -30,30 +28,25 @@ from recurrentgemma.jax.sharding import put, shardings
 from recurrentgemma_conversion.adapters import open_adapters
 
 
-@contextlib.contextmanager
-def adapted(adapters: Mapping[str, Array], options: LoraOptions) -> Iterator[None]:
-    """Inside the block, modules compute y = x W + b + alpha / rank (x A) B.
+def adapted(
+    config: Config, params: Params, adapters: Mapping[str, Array], options: LoraOptions
+) -> Params:
+    """Parameters with which modules compute y = x W + b + alpha / rank (x A) B.
 
     Args:
+      config: The model.
+      params: Its parameters. They are shared.
       adapters: A and B of each target, by the paths of `adapter_specs`.
       options: The options that they were made with.
     """
-    pairs: dict[str, list[Array]] = {}  # A and B by the module's path
-    for path, matrix in sorted(adapters.items()):
-        pairs.setdefault(path.rsplit(".", 2)[0], []).append(matrix)
-
-    def intercept(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        pair = pairs.get(".".join(context.module.path))
-        if pair is None or context.method_name != "__call__":
-            return y
-        delta = _product(args[0], options.scale * pair[0], pair[1])
-        if isinstance(y, tuple):
-            return tuple(part + d.astype(part.dtype) for part, d in zip(y, delta, strict=True))
-        return y + delta.reshape(y.shape).astype(y.dtype)
-
-    with nn.intercept_methods(intercept):
-        yield
+    result: dict[str, Any] = {}
+    for spec in layer_spec(config):
+        value = get_path(params, spec.path)
+        if spec.lora in options.targets:
+            a, b = (adapters[matrix.path] for matrix in adapter_specs(spec, options.rank))
+            value = Adapted(value, options.scale * a, b)
+        set_path(result, spec.path, value)
+    return result
 
 
 @default_promotion
@@ -134,17 +127,3 @@ def load_adapters(path: str | os.PathLike[str], model: Model, params: Params) ->
             value = jax.device_put(merged.astype(on_host.dtype), place)
         set_path(result, spec.path, value)
     return result
-
-
-def _product(x: Float[Array, "b t i"], a: Array, b: Array) -> Array:
-    """x A B, in the dtype of x: one product, or one for each matrix of a stack, [C, B, T, J].
-
-    In a block-diagonal layer each matrix has its own part of x, and of the result.
-    """
-    a, b = a.astype(x.dtype), b.astype(x.dtype)
-    if a.ndim == 2:
-        return x @ a @ b
-    blocks = x.shape[-1] // a.shape[-2]
-    x_cbti = jnp.stack(jnp.split(x, blocks, -1))
-    y_cbtj = x_cbti @ a[:, None] @ b[:, None]
-    return y_cbtj if blocks == 1 else jnp.concatenate(y_cbtj, -1)

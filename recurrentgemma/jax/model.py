@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +41,8 @@ class Model(nn.Module):
 
     Attributes:
       config: What the model is.
-      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass;
+        never where they are captured, or methods of modules intercepted.
       dtype: Of the computation; that of the parameters if None.
       param_dtype: Of the parameters that `init` makes.
       scan_sharding_spec: How the linear recurrence is split over devices, if it is; on a mesh None
@@ -161,20 +163,22 @@ class Model(nn.Module):
         if self.mesh is not None and self.scan_sharding_spec is None:
             settings["scan_sharding_spec"] = scan_split(self.mesh, tokens.shape[0])
         x = constrained(self.embedder.encode(tokens), self.mesh, "batch")
-        remat = nn.remat if self.gradient_checkpointing else lambda kind: kind
         variance = 2 / max(value.num_layers, 1)
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
             new_cache = cache or self.init_cache(tokens.shape[0], x.dtype)
         else:
+            stored = None if _watched(self) else self.variables["params"]
             for i, layer in enumerate(value.layers):
                 name = f"blocks.{i}"
-                kind = Block
-                if self.mesh is not None and not self.is_initializing():
-                    gather = gathering(self.mesh, value.width, layer)
-                    kind = nn.map_variables(Block, "params", gather)
-                block = remat(kind)(value.width, layer, variance, **settings, name=name)
-                x, new_cache[name] = block(x, segment_pos, cache[name] if cache else None)
+                inputs = x, segment_pos, cache[name] if cache else None
+                sizes = value.width, layer, variance
+                if stored is None:
+                    x, new_cache[name] = Block(*sizes, **settings, name=name)(*inputs)
+                else:
+                    block = Block(*sizes, **settings, parent=None)
+                    remat = self.gradient_checkpointing
+                    x, new_cache[name] = _block(block, remat, stored[name], *inputs)
                 x = constrained(x, self.mesh, "batch")
             if self.mesh is not None:
                 places = state_shardings(self.config, self.mesh, x.shape[0])
@@ -205,6 +209,26 @@ class Model(nn.Module):
         """
         dtype = dtype or self.dtype or self.param_dtype
         return init_cache(self.config, batch_size, dtype, capacity)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether Linen must see the calls of the modules inside: it makes, keeps or changes values."""
+    intercepted = bool(nn.module._global_interceptor_stack)  # Linen has no public name for it
+    captured = module.is_mutable_collection("intermediates")
+    return module.is_initializing() or captured or intercepted
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(block: Block, remat: bool, params: Params, *inputs: Any) -> tuple[Array, Any]:
+    """A block's outputs. Blocks that differ in their parameters' values alone are traced once."""
+
+    def call(params: Params, *inputs: Any) -> Any:
+        variables: Any = {"params": params}
+        if block.mesh is not None:
+            variables = gathering(block.mesh, block.width, block.layer)(variables)
+        return block.apply(variables, *inputs)
+
+    return (jax.checkpoint(call) if remat else call)(params, *inputs)
 
 
 def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:

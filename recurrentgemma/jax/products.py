@@ -7,7 +7,7 @@ they mean.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -49,7 +49,26 @@ def _matrix_shape(stored: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*stack, rows, inputs) if axis == -1 else (*stack, inputs, rows)
 
 
-Matrix = Array | Quantized | Rows
+class Adapted(NamedTuple):
+    """A matrix W under a low-rank adapter, or a stack of them: W + A B.
+
+    Attributes:
+      base: W, [..., I, J].
+      a: A times the adapter's scale, [..., I, rank].
+      b: B, [..., rank, J].
+    """
+
+    base: Any
+    a: Any
+    b: Any
+
+    shape = property(lambda self: self.base.shape)
+    ndim = property(lambda self: self.base.ndim)
+    dtype = property(lambda self: self.base.dtype)
+
+
+Matrix = Array | Quantized | Rows | Adapted
+STORED = Quantized, Rows, Adapted  # a matrix in another form than an array
 jax.tree_util.register_dataclass(
     Quantized, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
 )
@@ -65,7 +84,7 @@ flax.serialization.register_serialization_state(
 
 def promote_dtype(*values: Any, dtype: Dtype | None = None) -> list[Any]:
     """Matrices in one dtype: the one given, or that to which JAX promotes them."""
-    found = [jnp.zeros((), v.dtype) if isinstance(v, Quantized | Rows) else v for v in values]
+    found = [jnp.zeros((), v.dtype) if isinstance(v, STORED) else v for v in values]
     dtype = canonicalize_dtype(*found, dtype=dtype)
 
     def promoted(v: Any) -> Any:
@@ -73,17 +92,22 @@ def promote_dtype(*values: Any, dtype: Dtype | None = None) -> list[Any]:
             return v.replace(dtype=jnp.dtype(dtype).name)
         if isinstance(v, Rows):
             return Rows(v.values.astype(dtype), v.axis)
+        if isinstance(v, Adapted):
+            return Adapted(*map(promoted, v))
         return jnp.asarray(v, dtype)
 
     return [promoted(v) for v in values]
 
 
 def dense(w: Matrix) -> Array:
-    """The array itself, or the matrix that a `Quantized` or `Rows` stands for, in its dtype."""
+    """The array itself, or the matrix that another form stands for, in its dtype."""
     if isinstance(w, Quantized):
         return dequantize(w, jnp.stack).astype(w.dtype)
     if isinstance(w, Rows):
         return w.values if w.axis == -1 else w.values.swapaxes(-1, -2)
+    if isinstance(w, Adapted):
+        base = dense(w.base)
+        return base + (w.a @ w.b).astype(base.dtype)
     return w
 
 
@@ -117,6 +141,9 @@ def product(
       axis: The axis of inputs of `w`: -2, or -1 where it is [..., N, K].
       dtype: The dtype in which products are summed, and of the result; that of x if None.
     """
+    if isinstance(w, Adapted):
+        y = product(x, w.base, bias, axis=axis, dtype=dtype)
+        return y + product(product(x, w.a), w.b).astype(y.dtype)
     if isinstance(w, Quantized) and w.integer and w.scheme == "q8":
         y = _integer_product(x, w).astype(dtype or x.dtype)
     elif isinstance(w, Rows):

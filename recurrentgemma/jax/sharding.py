@@ -187,6 +187,8 @@ def gathering(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
         if isinstance(tree, Quantized):
             by_rows = tree.axis == -2
             return tree.with_parts(lambda part: gather(prefix[1:], part, by_rows))
+        if isinstance(tree, tuple):  # a matrix and its adapter
+            return type(tree)(*(gather_all(part, prefix) for part in tree))
         if not isinstance(tree, Mapping):
             return jax.tree.map(functools.partial(gather, prefix[1:]), tree)
         return {key: gather_all(value, f"{prefix}.{key}") for key, value in tree.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -75,10 +74,10 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
 
 @default_promotion
 def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
-    with adapted(adapters, lora) if lora else contextlib.nullcontext():
-        hidden, _ = model.apply(
-            {"params": params}, batch.tokens, batch.segment_pos, method=model.hidden
-        )
+    if lora:
+        params = adapted(model.config, params, adapters, lora)
+    variables = {"params": params}
+    hidden, _ = model.apply(variables, batch.tokens, batch.segment_pos, method=model.hidden)
     embedding = dense(get_path(params, "embedder.input_embedding"))
     hidden, embedding = promote_dtype(hidden, embedding, dtype=model.dtype)
     soft_cap = model.config.model.soft_cap
