@@ -147,11 +147,16 @@ class Transformers(Contender):
         return int(self._run(ids).logits[0, -1].argmax())
 
     def decode(self, ids):
-        cache = self._run(ids).past_key_values
+        import transformers
+
+        from recurrentgemma.parity.transformers_model import with_cache
+
+        given = with_cache(self.model, transformers.DynamicCache(config=self.model.config))
+        self._run(ids, **given)
 
         def run() -> None:
             for _ in range(self.steps):
-                self._run([5], past_key_values=cache)
+                self._run([5], **given)
 
         return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -142,7 +143,7 @@ class TransformersModel(ComparedModel):
                         functools.partial(lambda name, _, args, output: keep(name, output), name)
                     )
                 hooks.callback(handle.remove)
-            given = {"use_cache": False} if cache is None else {"past_key_values": cache}
+            given = {"use_cache": False} if cache is None else with_cache(model, cache)
             ids, position_ids = (torch.from_numpy(z.astype(np.int64)) for z in (tokens, places))
             logits = model(ids, position_ids=position_ids, **given).logits
         return {name: captured[name] for name in names} | {"logits": to_array(logits)}
@@ -186,6 +187,12 @@ class TransformersModel(ComparedModel):
             return to_array(tensors[name])
 
         return {spec.path: np.asarray(stored.decode(spec, fetch)) for spec in stored.specs}
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that gives a model of `transformers` its cache, whose name is new in 5.24."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def _their_name(name: str, modules: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from sweeps import sweep
 from backends import Backend
 from recurrentgemma.common.model import reference
 from recurrentgemma.common.model.griffin import GriffinConfig
+from recurrentgemma.parity.transformers_model import with_cache
 from recurrentgemma_conversion import Format
 from recurrentgemma_conversion.names import layout
 from tolerances import assert_close
@@ -88,7 +89,7 @@ def theirs(
             parts = []
             for part in chunks():
                 position_ids = torch.arange(part.start, part.stop)[None]
-                kwargs = {"use_cache": True, "past_key_values": cache}
+                kwargs = {"use_cache": True, **with_cache(model, cache)}
                 parts.append(model(ids[:, part], position_ids=position_ids, **kwargs).logits)
             cached.append(torch.cat(parts, 1))
     return torch.cat(whole).double().numpy(), torch.cat(cached).double().numpy()
