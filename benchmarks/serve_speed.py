@@ -3,10 +3,12 @@
     python benchmarks/serve_speed.py --serve "--framework torch --slots 32"
     python benchmarks/serve_speed.py --serve "--checkpoint gemma3-270m/" --clients 1 8 \
         --against-llamacpp gemma-3-270m-q4_k_m.gguf --llamacpp-python PYTHON
+    python benchmarks/serve_speed.py --clients 1 8 --against-mlx FOLDER --mlx-python PYTHON
 
 Each server runs all the time; rounds of them take turns, and the best round counts. `stream` is the
 sampler's own in a process of its own. The last lines are a conversation: seconds to the first token
-of each turn. PYTHON is an interpreter with the wheel xllamacpp, this one unless you say.
+of each turn. PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu, this one
+unless you say; FOLDER is the checkpoint as `convert --to huggingface` writes it.
 """
 
 from __future__ import annotations
@@ -141,6 +143,26 @@ def llama_cpp(python: str, gguf: str, slots: int, threads: int) -> Iterator[str]
 
 
 @contextlib.contextmanager
+def mlx_lm(python: str, folder: str) -> Iterator[str]:
+    """The server of mlx-lm, with its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [python, "-m", "mlx_lm", "server", "--model", folder, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(300):
+                time.sleep(0.2)
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                    break
+                if process.poll() is not None:
+                    raise SystemExit(f"mlx-lm ended: {shlex.join(command)}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
 def streaming(options: str, tokens: int) -> Iterator[subprocess.Popen[str]]:
     """A process that answers each line with the tokens a second of `stream`."""
     given = dict(zip(*[iter(shlex.split(options))] * 2, strict=False))
@@ -164,6 +186,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--against-llamacpp", metavar="GGUF")
     parser.add_argument("--llamacpp-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--against-mlx", metavar="FOLDER", help="of Hugging Face's")
+    parser.add_argument("--mlx-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=2, help="llama.cpp's")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -175,6 +199,8 @@ def main() -> None:
                     args.llamacpp_python, args.against_llamacpp, max(args.clients), args.threads
                 )
             )
+        if args.against_mlx:
+            servers["mlx-lm"] = stack.enter_context(mlx_lm(args.mlx_python, args.against_mlx))
         alone = stack.enter_context(streaming(args.serve, args.tokens))
         assert alone.stdin is not None
         assert alone.stdout is not None
