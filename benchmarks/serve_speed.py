@@ -7,8 +7,8 @@
 
 Each server runs all the time; rounds of them take turns, and the best round counts. `stream` is the
 sampler's own in a process of its own. The last lines are a conversation: seconds to the first token
-of each turn. PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu, this one
-unless you say; FOLDER is the checkpoint as `convert --to huggingface` writes it.
+of each turn. PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu; this
+one unless you say. FOLDER is the checkpoint as `convert --to huggingface` writes it.
 """
 
 from __future__ import annotations

