@@ -22,7 +22,6 @@ import functools
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -213,7 +212,9 @@ def peak_memory(contender: Contender, length: int) -> dict[str, Any]:
     """The memory of a process before and after it reads a prompt, and the token it chooses."""
 
     def resident() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not `ru_maxrss`, in which a process begins with the most that its parent had.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
     before = resident()
     chosen = contender.prefill(prompt(length, contender.vocab_size))

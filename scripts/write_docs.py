@@ -41,6 +41,7 @@ CONTENDERS = {
     "published jax": "published, JAX",
     "published torch": "published, PyTorch",
     "published tutorial, associative": "published tutorial",
+    "llama.cpp": "llama.cpp, 5 bits",
     "bound": "the weights read once",
     "jax xla": "**JAX**, `xla`",
     "jax associative": "**JAX**, `associative`",
@@ -154,6 +155,22 @@ def model_speed() -> Iterator[str]:
     yield from _bars(["Peak memory", "GB"], rows, least_first=True)
     rows = [(name, results["first"][name]["train"]) for name in seconds]
     yield from _bars(["The first training step", "s"], rows, least_first=True)
+    yield "</div>"
+
+
+def gemma() -> Iterator[str]:
+    """Real weights: what a prompt and a token take, and the memory of the longest prompt."""
+    name = "gemma3-270m-cpu"
+    results = _results(name)
+    seconds = results["seconds"]
+    yield from _made(results, name)
+    yield '<div class="bars" markdown>'
+    for task in next(iter(seconds.values())):
+        rows = [(contender, _scaled(of[task], 1e3)) for contender, of in seconds.items()]
+        title = f"{task.capitalize()} tokens{', a token' if 'decode' in task else ''}"
+        yield from _bars([title, "ms"], rows, least_first=True)
+    rows = [(contender, [of["peak"] / 1e9]) for contender, of in results["memory"].items()]
+    yield from _bars(["Peak memory of the longest prompt", "GB"], rows, least_first=True)
     yield "</div>"
 
 

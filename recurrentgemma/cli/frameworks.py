@@ -204,6 +204,7 @@ def load_sampler(
     quantize: Scheme | None = None,
     compiled: bool = False,
     mesh: str | None = None,
+    rows: int = 1,
 ) -> Loaded:
     """Loads a checkpoint, on an accelerator if there is one.
 
@@ -219,14 +220,14 @@ def load_sampler(
       quantize: The scheme in which matrices are kept; None keeps them as they are stored.
       compiled: Whether PyTorch compiles the decode step; JAX always does.
       mesh: The mesh that it is split over, if any; see `common.sharding.parse_mesh`.
+      rows: How many texts grow at a time.
     """
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     where: dict[str, Any] = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
-    model = twin.load(
-        path, dtype, adapter=adapter, quantize=quantize, decoding=mesh is None, **where
-    )
+    decoding = 0 if mesh is not None else 1 if compiled else rows
+    model = twin.load(path, dtype, adapter=adapter, quantize=quantize, decoding=decoding, **where)
     sampler = twin.sampler(
         model,
         tokenizer,
@@ -260,7 +261,7 @@ def random_sampler(
         (spec.path, quantize_parameter(spec, _random_values(spec, dtype), quantize))
         for spec in layer_spec(config)
     )
-    model = twin.make(config, values, dtype, device, decoding=True)
+    model = twin.make(config, values, dtype, device, decoding=1)
     sampler = twin.sampler(model, load_tokenizer(), **_compiling(framework, device, compiled))
     return Loaded(sampler, device, dtype)
 

@@ -237,6 +237,7 @@ def sample(
             quantize,
             compiled,
             mesh,
+            rows=num_samples * (batch_size if batch else 1),
         )
     load_s = time.perf_counter() - started
     sampler = loaded.sampler

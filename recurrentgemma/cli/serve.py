@@ -122,7 +122,16 @@ def serve(
     with working(loading(checkpoint, framework)):
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
         loaded = load_sampler(
-            framework, path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+            framework,
+            path,
+            vocabulary,
+            Greedy(),
+            dtype,
+            False,
+            False,
+            adapter,
+            quantize,
+            rows=slots or 8,
         )
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None

@@ -109,12 +109,13 @@ class Twin(Protocol):
         overrides: Overrides | None = None,
         adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
-        decoding: bool = False,
+        decoding: int = 0,
         mesh: Any = None,
     ) -> Any:
         """The model in a checkpoint of any format, or the bundled model; see `load_checkpoint`.
 
-        With `decoding`, for a sampler alone: parameters may be in the form in which it is fast.
+        `decoding` is how many rows a sampler adds tokens to at a time, if nothing else takes the
+        parameters: they may then be in the form in which that is fast.
         """
         ...
 
@@ -124,7 +125,7 @@ class Twin(Protocol):
         params: Iterable[tuple[str, np.ndarray | Quantized]],
         dtype: str,
         device: str | None = None,
-        decoding: bool = False,
+        decoding: int = 0,
     ) -> Any:
         """A model with these parameters: pairs of a path and an array in the Flax layout.
 

@@ -90,7 +90,7 @@ class JaxTwin(Twin):
         overrides=None,
         adapter=None,
         quantize=None,
-        decoding=False,
+        decoding=0,
         mesh=None,
     ):
         with self.precision(dtype):
@@ -102,11 +102,11 @@ class JaxTwin(Twin):
                 overrides=overrides or NO_OVERRIDES,
                 adapter=adapter,
                 quantize=quantize,
-                decoding=decoding,
+                decoding=decoding > 0,
             )
         return ModelAndParams(model, params)
 
-    def make(self, config, params, dtype, device=None, decoding=False):
+    def make(self, config, params, dtype, device=None, decoding=0):
         tree: dict[str, Any] = {}
         with self.precision(dtype):
             for path, value in params:

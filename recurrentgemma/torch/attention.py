@@ -183,18 +183,18 @@ def _chunk(
     cache: AttentionBlockCache | None,
 ) -> tuple[Float[Tensor, "b t n h"], AttentionBlockCache]:
     document = torch.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
-    if cache is None:
+    slots = mixer.reach or round_capacity(kv_btkh.shape[1])
+    slots = slots if cache is None else cache.keys.shape[1]
+    if cache is None or (is_known(cache.num_tokens) and not cache.num_tokens.any()):
         kv_bskh, document_bs = kv_btkh, document
-        slots = mixer.reach or round_capacity(kv_btkh.shape[1])
     elif mixer.reach is None:  # the slots are in order of time
-        slots = cache.keys.shape[1]
         used = int(cache.num_tokens.max()) if is_known(cache.num_tokens) else slots
         ring = torch.cat([cache.keys[:, :used], cache.values[:, :used]], -1)
         kv_bskh = torch.cat([ring.to(kv_btkh.dtype), kv_btkh], 1)
         filled = torch.arange(used, device=document.device) < cache.num_tokens[:, None]
         document_bs = torch.cat([torch.where(filled, 0, -1), document], 1)
     else:
-        padding, slots = num_padding(segment_pos), cache.keys.shape[1]
+        padding = num_padding(segment_pos)
         kv_bpz, document_bp = _history(cache, segment_pos, padding)
         kv_bsz = prepend_history(kv_bpz, kv_btkh.flatten(2), padding)
         kv_bskh = kv_bsz.unflatten(-1, kv_btkh.shape[2:])

@@ -21,6 +21,7 @@ from recurrentgemma.torch.quantization import QuantizedMatrix, keep_values
 from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.runtime.steps import giving_up
+from recurrentgemma.torch.runtime.stored import PackedMatrix
 from recurrentgemma.torch.sampling import choose
 
 
@@ -67,8 +68,9 @@ class ModelEngine(Engine):
 
     @property
     def num_bytes(self) -> int:
-        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedMatrix))
-        return sum(held.nbytes for held in (*self.model.parameters(), *quantized))
+        kinds = QuantizedMatrix, PackedMatrix
+        matrices = (m for m in self.model.modules() if isinstance(m, kinds))
+        return sum(held.nbytes for held in (*self.model.parameters(), *matrices))
 
     def prepare(self, num_rows: int, capacity: int | None = None) -> None:
         """Nothing is compiled to read prompts."""

@@ -22,6 +22,7 @@ from recurrentgemma.common.quantization import (
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.kernels import LAYOUTS, plain8_works
+from recurrentgemma.torch.runtime.stored import PackedMatrix, gains
 
 
 class QuantizedMatrix(nn.Module):
@@ -207,8 +208,22 @@ def parameter(model: nn.Module, spec: ParamSpec) -> Any:
 
 def replace(model: nn.Module, spec: ParamSpec, quantized: Quantized) -> None:
     """Puts a quantised parameter, whose axis is the Flax layout's, in the place of another."""
+    axis = -1 if is_kernel(spec.path) else quantized.axis
+    held = QuantizedMatrix(quantized.replace(axis=axis), packs=not spec.table)
+    _put(model, spec, held)
+
+
+def pack_matrices(model: nn.Module, rows: int) -> None:
+    """Puts a `PackedMatrix` in the place of each matrix with which so many rows gain by it."""
+    for spec in layer_spec(model.config):  # pyright: ignore[reportArgumentType]
+        value = parameter(model, spec)
+        if spec.matrix and not spec.table and gains(value, rows):
+            axis = -1 if is_kernel(spec.path) else input_axis(spec)
+            _put(model, spec, PackedMatrix(value.detach(), axis))
+
+
+def _put(model: nn.Module, spec: ParamSpec, held: nn.Module) -> None:
     path, _, leaf = torch_name(spec.path).rpartition(".")
     module = model.get_submodule(path)
-    axis = -1 if is_kernel(spec.path) else quantized.axis
     delattr(module, leaf)
-    module.add_module(leaf, QuantizedMatrix(quantized.replace(axis=axis), packs=not spec.table))
+    module.add_module(leaf, held)

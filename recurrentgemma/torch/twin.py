@@ -22,6 +22,7 @@ from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import (
     QuantizedMatrix,
     dequantizing,
+    pack_matrices,
     parameter,
     replace,
     state_of,
@@ -80,11 +81,10 @@ class TorchTwin(Twin):
         overrides=None,
         adapter=None,
         quantize=None,
-        decoding=False,
+        decoding=0,
         mesh=None,
     ):
-        del decoding  # the form of the parameters is the same
-        return load_checkpoint(
+        model = load_checkpoint(
             path,
             dtype=getattr(torch, dtype),
             device=device,
@@ -93,9 +93,10 @@ class TorchTwin(Twin):
             adapter=adapter,
             quantize=quantize,
         )
+        pack_matrices(model, decoding)
+        return model
 
-    def make(self, config, params, dtype, device=None, decoding=False):
-        del decoding
+    def make(self, config, params, dtype, device=None, decoding=0):
         model = Model(config, device="meta")
         specs, state = {spec.path: spec for spec in layer_spec(config)}, {}
         for path, value in params:
@@ -105,6 +106,7 @@ class TorchTwin(Twin):
             else:
                 state[torch_name(path)] = self.from_numpy(to_torch(path, value), dtype, device)
         model.load_state_dict(model.state_dict() | state, assign=True)
+        pack_matrices(model, decoding)
         return model
 
     def init(self, config, seed, dtype, device=None, mesh=None):

@@ -1,4 +1,4 @@
-"""Products with quantised matrices on a CPU, by private operators of PyTorch.
+"""Products on a CPU by private operators of PyTorch, of quantised matrices and of float32.
 
 An operator is looked up by its name, and its results are compared with exact ones before it is
 used; where it is missing or wrong, callers take a slower way. Some operators want the values in a
@@ -17,6 +17,7 @@ from torch import Tensor
 from recurrentgemma.common import quantization
 
 LEAST_PACKED = 2**21  # int8 values of a matrix; a smaller one stays in the processor's cache
+_FEW = 8  # rows
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
 
@@ -49,6 +50,21 @@ def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _neutral(outputs: int) -> tuple[Tensor, Tensor]:
     return torch.ones(outputs, device="cpu"), torch.zeros(outputs, dtype=torch.int64, device="cpu")
+
+
+def pack32(values: Tensor) -> Tensor:
+    """float32 values, [N, K], in oneDNN's layout for a few rows, which serves any number."""
+    return torch.ops.mkldnn._reorder_linear_weight(values.contiguous(), _FEW)
+
+
+def unpack32(packed: Tensor) -> Tensor:
+    """The inverse of `pack32`."""
+    return packed.to_dense()
+
+
+def product32(x: Tensor, packed: Tensor) -> Tensor:
+    """x W of rows in float32, [M, K], with packed values."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def pack4(values: Tensor) -> Tensor:
@@ -139,6 +155,17 @@ def plain8_works() -> bool:
     """Whether `plain_sums8` is exact."""
     x, values = _extremes(5, 320), _extremes(48, 320)
     return _exact(x, values, lambda rows: plain_sums8(rows, values))
+
+
+@_works
+def packed32_works() -> bool:
+    """Whether `product32` is as exact as float32."""
+    x, w = _extremes(17, 320) / 127, _extremes(48, 320) / 127
+    packed, wanted = pack32(w), x.double() @ w.double().t()
+    bound = 2**-20 * (x.double().abs() @ w.double().abs().t())
+    errors = ((rows, (product32(x[:rows], packed) - wanted[:rows]).abs()) for rows in (1, len(x)))
+    near = all((error <= bound[:rows]).all() for rows, error in errors)
+    return near and torch.equal(unpack32(packed), w)
 
 
 @_works

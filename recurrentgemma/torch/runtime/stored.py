@@ -1,0 +1,60 @@
+"""Matrices in the form in which products of several rows are fast on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurrentgemma.torch.runtime import kernels
+
+LEAST_ROWS = 4  # a single row takes longer with a packed matrix
+_LEAST = 2**20  # values of a matrix
+
+
+class PackedMatrix(nn.Module):
+    """A float32 matrix in oneDNN's layout, or a stack of them, in the place of a parameter.
+
+    It is held in this form alone. Products have no derivatives.
+
+    Attributes:
+      packed: The matrix, or each of the stack.
+      shape: The shape of the parameter.
+      axis: The axis of inputs of the parameter; see `Quantized`.
+    """
+
+    def __init__(self, values: Tensor, axis: int) -> None:
+        super().__init__()
+        self.shape, self.axis = values.shape, axis
+        matrices = values if values.ndim > 2 else values[None]
+        self.packed = [kernels.pack32(w if axis == -1 else w.t()) for w in matrices]
+
+    ndim = property(lambda self: len(self.shape))
+    nbytes = property(lambda self: 4 * self.shape.numel())
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def extra_repr(self) -> str:
+        return f"packed {list(self.shape)}"
+
+    def values(self) -> Tensor:
+        """The parameter, made again."""
+        rows = torch.stack([kernels.unpack32(w) for w in self.packed])
+        rows = rows if self.axis == -1 else rows.mT
+        return rows if self.ndim > 2 else rows[0]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix.removesuffix(".")] = self.values()
+
+
+def gains(value: Any, rows: int) -> bool:
+    """Whether products of so many rows with a parameter are faster if it is packed."""
+    return (
+        rows >= LEAST_ROWS
+        and type(value) in (Tensor, nn.Parameter)
+        and value.is_cpu
+        and value.dtype == torch.float32
+        and value.ndim > 1
+        and value.shape[-2] * value.shape[-1] >= _LEAST
+        and kernels.packed32_works()
+    )

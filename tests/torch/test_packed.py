@@ -1,0 +1,104 @@
+"""Matrices packed for several rows on a CPU, and a few rows as columns."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("torch.nn", reason="torch is not installed")
+import numpy as np
+import torch
+from cases import make_config
+
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.twin import find_twin
+from recurrentgemma.torch import Model, Sampler, load_tokenizer, products
+from recurrentgemma.torch.quantization import pack_matrices
+from recurrentgemma.torch.runtime import kernels, stored
+from recurrentgemma.torch.runtime.stored import PackedMatrix
+from tolerances import assert_close
+
+CONFIG = make_config("RA", vocab_size=2048, width=64, mlp_expanded_width=96)
+packs = pytest.mark.skipif(not kernels.packed32_works(), reason="oneDNN does not pack float32")
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices stand for large ones."""
+    monkeypatch.setattr(stored, "_LEAST", 0)
+    monkeypatch.setattr(products, "_LEAST", 0)
+
+
+def packed(model: Model, rows: int = 8) -> Model:
+    result = copy.deepcopy(model)
+    pack_matrices(result, rows)
+    return result
+
+
+@packs
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@torch.no_grad()
+def test_products_are_those_of_the_parameters(rows: int) -> None:
+    model = Model(CONFIG)
+    tokens = torch.randint(0, 2048, (rows, 9))
+    segment_pos = torch.arange(9).expand(rows, 9)
+    logits, state = model(tokens, segment_pos)
+    found, found_state = packed(model)(tokens, segment_pos)
+    assert_close(found, logits, "logits", "float32")
+    step = torch.randint(0, 2048, (rows, 1)), torch.full((rows, 1), 9)
+    logits, _ = model(*step, state)
+    found, _ = packed(model)(*step, found_state)
+    assert_close(found, logits, "logits", "float32")
+
+
+@packs
+def test_matrices_alone_are_packed_and_held_once() -> None:
+    model = Model(CONFIG)
+    changed = packed(model)
+    names = {name for name, module in changed.named_modules() if isinstance(module, PackedMatrix)}
+    matrices = sum(spec.matrix for spec in layer_spec(CONFIG))
+    assert len(names) == matrices
+    assert not names & {name for name, _ in changed.named_parameters()}
+    assert Sampler(model=changed, vocab=load_tokenizer()).engine.num_bytes == sum(
+        parameter.nbytes for parameter in model.parameters()
+    )
+    state = changed.state_dict()
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(state[name], parameter)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.float32), (8, torch.bfloat16), (8, torch.float64)]
+)
+def test_what_would_gain_nothing_stays(rows: int, dtype: torch.dtype) -> None:
+    model = packed(Model(CONFIG, dtype=dtype), rows)
+    assert not any(isinstance(module, PackedMatrix) for module in model.modules())
+
+
+def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "packed32_works", lambda: False)
+    assert not any(isinstance(module, PackedMatrix) for module in packed(Model(CONFIG)).modules())
+
+
+@packs
+def test_texts_are_the_same() -> None:
+    prompts = [f"{number} And" for number in range(8)]
+    plain, fast = (
+        find_twin("torch").load(None, "float32", decoding=decoding) for decoding in (1, 8)
+    )
+    assert any(isinstance(module, PackedMatrix) for module in fast.modules())
+    texts = [Sampler(model=model, vocab=load_tokenizer())(prompts, 20) for model in (plain, fast)]
+    assert texts[0].text == texts[1].text
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (8,), (2, 24), (50,)])
+def test_a_few_rows_as_columns(shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 48, generator=generator, requires_grad=True)
+    w, b = torch.randn(32, 48, generator=generator), torch.randn(32, generator=generator)
+    given = b if bias else None
+    wanted = products.product(x, w, given, axis=-1)  # with derivatives: PyTorch's `linear`
+    with torch.no_grad():
+        found = products.product(x, w, given, axis=-1)
+    assert found.is_contiguous()
+    np.testing.assert_allclose(found.numpy(), wanted.detach().numpy(), rtol=1e-5, atol=1e-5)
