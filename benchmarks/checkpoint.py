@@ -49,6 +49,7 @@ class Contender:
     """Tasks: read a prompt; add tokens to a text one by one."""
 
     vocab_size: int
+    weights: int | None = None  # bytes, where they are not those of the checkpoint
 
     def __init__(self, path: Path, flags: argparse.Namespace) -> None:
         self.steps = flags.steps
@@ -67,14 +68,22 @@ class Contender:
 class Ours(Contender):
     """A twin, through its engine as the sampler uses it."""
 
-    def __init__(self, path: Path, flags: argparse.Namespace, framework: str, **sampler) -> None:
+    def __init__(
+        self,
+        path: Path,
+        flags: argparse.Namespace,
+        framework: str,
+        quantize: str | None = None,
+        **sampler: Any,
+    ) -> None:
         super().__init__(path, flags)
         from recurrentgemma.common.twin import find_twin
 
         twin = find_twin(framework)
-        model = twin.load(path, "float32")
+        model = twin.load(path, "float32", quantize=quantize, decoding=1)
         vocab = _Ids(model.config.vocab_size)
         self.sampler, self.vocab_size = twin.sampler(model, vocab, **sampler), vocab.size
+        self.weights = self.sampler.engine.num_bytes if quantize else None
 
     def prefill(self, ids):
         return int(self.sampler([ids], 1, end_sampling_at_eos_token=False).tokens[0][0])
@@ -193,6 +202,9 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "jax": lambda path, flags: Ours(path, flags, "jax"),
     "torch": lambda path, flags: Ours(path, flags, "torch"),
     "torch, step compiled": lambda path, flags: Ours(path, flags, "torch", jit_compile=True),
+    "jax, q8": lambda path, flags: Ours(path, flags, "jax", "q8"),
+    "torch, q8": lambda path, flags: Ours(path, flags, "torch", "q8"),
+    "torch, q4": lambda path, flags: Ours(path, flags, "torch", "q4"),
     PEER: Transformers,
     LLAMA: LlamaCpp,
 }
@@ -218,7 +230,8 @@ def peak_memory(contender: Contender, length: int) -> dict[str, Any]:
 
     before = resident()
     chosen = contender.prefill(prompt(length, contender.vocab_size))
-    return {"before": before, "peak": resident(), "token": chosen}
+    weights = contender.weights
+    return {"before": before, "peak": resident(), "token": chosen, "weights": weights}
 
 
 def bytes_per_token(source: Path, lengths: list[int]) -> dict[str, list[int]]:
@@ -230,8 +243,9 @@ def bytes_per_token(source: Path, lengths: list[int]) -> dict[str, list[int]]:
     with open_checkpoint(source) as checkpoint:
         config, stored = checkpoint.config, checkpoint.stored_bytes
         is_gguf = checkpoint.format is Format.GGUF
-    wide = [4 * num_parameters(config) + state_bytes(config, "float32", n) for n in lengths]
-    found = {"float32": wide}
+    weights = 4 * num_parameters(config)
+    wide = [weights + state_bytes(config, "float32", n) for n in lengths]
+    found = {"weights": [weights], "float32": wide}
     if is_gguf:  # there keys and values have 16 bits
         found[LLAMA] = [stored + state_bytes(config, "bfloat16", n) for n in lengths]
     return found
@@ -294,7 +308,8 @@ def compare(flags: argparse.Namespace, converted: Path) -> None:
         ).stdout.splitlines()[-1])
         for name, command in commands.items()
     }  # fmt: skip
-    chosen = {name: found["token"] for name, found in memory.items() if name != LLAMA}
+    exact = [name for name in names if name != LLAMA and not memory[name]["weights"]]
+    chosen = {name: memory[name]["token"] for name in exact}
     if len(set(chosen.values())) > 1:
         raise SystemExit(f"the contenders choose different tokens: {chosen}")
     workers = {name: Worker([*command, "--worker", name]) for name, command in commands.items()}
@@ -327,6 +342,9 @@ def report(flags: argparse.Namespace, memory: dict[str, Any], seconds: dict[str,
     table.add_section()
     for name, times in seconds.items():
         held = read.get(name, read["float32"])
+        if memory[name]["weights"]:  # the states are those of float32
+            fewer = memory[name]["weights"] - read["weights"][0]
+            held = [value + fewer for value in read["float32"]]
         size = ", ".join(f"{value / 1e6:,.0f}" for value in held)
         peak, rise = memory[name]["peak"], memory[name]["peak"] - memory[name]["before"]
         cells = (spread(times[task]) for task in tasks)

@@ -20,11 +20,12 @@ from recurrentgemma.torch.cache import (
     prepend_history,
 )
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
-from recurrentgemma.torch.runtime.steps import known_place, step_at
+from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend_all, attend_masked
 
 BLOCKS_PER_WINDOW = 4
+USED_SLOTS = 512  # a step reads a multiple of so many: whole blocks of PyTorch's kernel
 
 
 def apply_rope(
@@ -215,20 +216,22 @@ def _step(
     cache: AttentionBlockCache,
 ) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
     """One token a row, against the ring as it lies: equal to a chunk of one token."""
-    slots = cache.keys.shape[1]
+    slots = used = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
-    slot = torch.arange(slots, device=segment_pos.device)
+    if mixer.reach is None and is_known(segment_pos):  # so many slots hold all tokens
+        used = min(slots, -(-(int(segment_pos.max()) + 1) // USED_SLOTS) * USED_SLOTS)
+    slot = torch.arange(used, device=segment_pos.device)
     between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
     sees_bs = between < num_before
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    within = is_known(segment_pos) and bool((segment_pos > 0).all())
-    rings = [_replaced(ring, new, segment_pos, within) for ring, new in pairs]
     if mixer.reach is None:  # the slot of the token held nothing
-        keys, values = rings
+        rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
+        keys, values = (ring[:, :used] for ring in rings)
         sees_bs = sees_bs | (between == slots - 1)
     else:
         keys, values = (torch.cat([ring.to(z.dtype), z], 1) for ring, z in pairs)
+        rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
         sees_bs = nn.functional.pad(sees_bs, (0, 1), value=True)
     encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
     num_tokens = (num_before + is_token)[:, 0]
@@ -239,20 +242,22 @@ def _replaced(
     ring_bskh: Float[Tensor, "b s kv h"],
     new_b1kh: Float[Tensor, "b 1 kv h"],
     segment_pos: Int[Tensor, "b 1"],
-    within: bool,
 ) -> Float[Tensor, "b s kv h"]:
-    """The ring after one token in each row.
+    """The ring after one token in each row, in place inside `giving_up`.
 
-    Padding changes nothing; the first token of a document empties all other slots. With `within`
-    every row is known to have neither.
+    Padding changes nothing; the first token of a document empties all other slots.
     """
     ring_bskh = ring_bskh.to(new_b1kh.dtype)
     rows = torch.arange(segment_pos.shape[0], device=segment_pos.device)[:, None]
     index = rows, segment_pos % ring_bskh.shape[1]
-    if not within:
-        ring_bskh = ring_bskh.masked_fill((segment_pos == 0)[..., None, None], 0)
+    places = segment_pos[:, 0].tolist() if is_known(segment_pos) else [-1, 0]
+    if min(places, default=0) < 0:
         padding = (segment_pos < 0)[..., None, None]
         new_b1kh = torch.where(padding, ring_bskh[index], new_b1kh)
+    if 0 in places:
+        ring_bskh = ring_bskh.masked_fill((segment_pos == 0)[..., None, None], 0)
+    if is_given_up():
+        return ring_bskh.index_put_(index, new_b1kh)
     return ring_bskh.index_put(index, new_b1kh)
 
 

@@ -27,6 +27,11 @@ def giving_up() -> Iterator[None]:
         _GIVEN_UP.reset(before)
 
 
+def is_given_up() -> bool:
+    """Whether a step may write into its state; see `giving_up`."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _GIVEN_UP.get()
+
+
 def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> int | None:
     """The place of the token in its document, where the host knows it and all rows have the same.
 
@@ -69,7 +74,7 @@ def _with_token(
 ) -> Float[Tensor, "b _ kv h"]:
     """The ring with a token and, behind it, what the token replaces and still sees."""
     slot = place % ring_bskh.shape[1]
-    if slot == place and ring_bskh.dtype == new_b1kh.dtype and _GIVEN_UP.get():
+    if slot == place and ring_bskh.dtype == new_b1kh.dtype and is_given_up():
         ring_bskh[:, slot] = new_b1kh[:, 0]
         return ring_bskh
     before, replaced, after = ring_bskh.to(new_b1kh.dtype).tensor_split([slot, slot + 1], 1)
