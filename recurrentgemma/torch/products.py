@@ -137,11 +137,7 @@ def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
     values, scale = quantize_rows(x)
-    packed = w.pack()
-    if packed is None:
-        sums = integer_sums(values, w.values).float()
-    else:
-        sums = _each(values, packed, kernels.packed_sums8, w.ndim)
+    sums = integer_sums(values, w.values).float()
     return sums.mul_(scale).mul_(w.scale.mT)
 
 

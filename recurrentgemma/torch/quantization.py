@@ -90,8 +90,8 @@ class QuantizedMatrix(nn.Module):
         They hold the values from then on: `values` is None until `unpack`.
         """
         if self._packed is None and self.packs and not torch.compiler.is_compiling():
-            layout = LAYOUTS[SCHEMES[self.scheme].bits]
-            if layout.takes(self.values, self.scale):
+            layout = LAYOUTS.get(SCHEMES[self.scheme].bits)
+            if layout is not None and layout.takes(self.values, self.scale):
                 zeros = self.scale if self.zero is None else self.zero
                 parts = (self.values, self.scale, zeros)
                 matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)

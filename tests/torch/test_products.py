@@ -28,22 +28,20 @@ def drawn(shape: tuple[int, ...], scheme: str, rows: int = 5):
     return x, quantize(w, scheme)
 
 
-@pytest.mark.parametrize("way", ["packed", "plain", "exact"])
+@pytest.mark.parametrize("way", ["plain", "exact"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_q8_is_the_definition_to_the_bit(
     shape: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "exact" and not getattr(kernels, f"{way}8_works")():
-        pytest.skip(f"this PyTorch or processor has no {way} products of int8")
-    monkeypatch.setattr(kernels, "LEAST_PACKED", 0)
+    if way != "exact" and not kernels.plain8_works():
+        pytest.skip("this PyTorch or processor has no exact products of int8")
     if way == "exact":
         monkeypatch.setattr(kernels, "plain8_works", lambda: False)
     x, quantized = drawn(shape, "q8")
-    w = QuantizedMatrix(quantized.with_parts(to_tensor), packs=way == "packed")
+    w = QuantizedMatrix(quantized.with_parts(to_tensor))
     with torch.no_grad():
         y = product(torch.from_numpy(x), w)
         rows = [product(torch.from_numpy(x[..., i : i + 1, :]), w) for i in range(x.shape[-2])]
-    assert (w.values is None) == (way == "packed")
     np.testing.assert_array_equal(y.numpy(), definition(x, quantized))
     assert torch.equal(torch.cat(rows, -2), y)
 
@@ -62,8 +60,7 @@ def test_four_bits_are_as_exact_as_bfloat16(shape: tuple[int, ...], scheme: str)
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q4", "q4_32"])
-def test_values_outlive_their_packing(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LEAST_PACKED", 0)
+def test_values_outlive_their_packing(scheme: str) -> None:
     x, quantized = drawn((2, 128, 192), scheme)
     w = QuantizedMatrix(quantized.with_parts(lambda part: to_tensor(part.copy())))
     rows = torch.from_numpy(x)
