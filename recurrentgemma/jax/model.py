@@ -41,8 +41,8 @@ class Model(nn.Module):
 
     Attributes:
       config: What the model is.
-      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass;
-        never where they are captured, or methods of modules intercepted.
+      gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+        They are not where activations are captured or methods of modules are intercepted.
       dtype: Of the computation; that of the parameters if None.
       param_dtype: Of the parameters that `init` makes.
       scan_sharding_spec: How the linear recurrence is split over devices, if it is; on a mesh None

@@ -16,7 +16,8 @@ _LEAST = 2**20  # values of a matrix
 class PackedMatrix(nn.Module):
     """A float32 matrix in oneDNN's layout, or a stack of them, in the place of a parameter.
 
-    It is held in this form alone. Products have no derivatives.
+    It is held in this form alone. Where gradients are enabled, each product makes the parameter
+    again.
 
     Attributes:
       packed: The matrix, or each of the stack.
