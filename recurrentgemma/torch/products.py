@@ -108,7 +108,7 @@ def _product(
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b; a few rows as columns, which takes up to two thirds of the time on a CPU."""
+    """x W^T + b. On a CPU a few rows go as columns, in 0.6 to 0.9 of the time."""
     if (
         w.dtype == torch.float32
         and w.is_cpu
