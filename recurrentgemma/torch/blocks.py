@@ -45,6 +45,7 @@ class RecurrentBlock(SpecModule):
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         rg_lru_state, conv1d_state = (None, None) if cache is None else cache
+        x = self.team.shared(x)
         y = gelu(self.linear_y(x), approximate="tanh")
         x = self.linear_x(x)
         x, conv1d_state = self.conv_1d(x, segment_pos, conv1d_state)
@@ -72,7 +73,7 @@ class MLPBlock(SpecModule):
         self.materialise(device)
 
     def forward(self, x: Hidden) -> Hidden:
-        gate, value = self.ffw_up(x)
+        gate, value = self.ffw_up(self.team.shared(x))
         return self.ffw_down(gelu(gate, approximate="tanh") * value)
 
 

@@ -25,14 +25,21 @@ from recurrentgemma.torch.cache import (
 from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
+from recurrentgemma.torch.runtime.split_tensors import part_of
+from recurrentgemma.torch.runtime.teams import ALONE, AXIS, SplitOf, Team
 from recurrentgemma.torch.scan import as_positions, wide_dtype
-from recurrentgemma.torch.sharding import part_of
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 
 
 class SpecModule(nn.Module):
-    """A module that keeps the specs of its own parameters, from which they are drawn."""
+    """A module that keeps the specs of its own parameters, from which they are drawn.
+
+    Attributes:
+      team: The processes that compute it together.
+    """
+
+    team: Team = ALONE
 
     def __init__(
         self,
@@ -54,6 +61,11 @@ class SpecModule(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{spec.path} {list(spec.shape)}" for spec in self.specs)
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        """Computes its part in a team from now on; its parameters are this process's parts."""
+        del split
+        self.team = team
 
     def materialise(self, device: torch.device | str | None) -> None:
         """Allocates all parameters on a device and draws them; on "meta" nothing happens."""
@@ -102,8 +114,16 @@ class Linear(nn.Linear, SpecModule):
         """As `SpecModule`, whose method `nn.Linear` hides."""
         SpecModule.reset_parameters(self, seed)
 
+    def join(self, team: Team, split: SplitOf) -> None:
+        """As `SpecModule`; only parts of the inputs need the others' results."""
+        if split("weight")[0] == AXIS:
+            self.team = team
+
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b j"]:
-        return product(input, self.weight, self.bias, axis=-1)
+        if self.team is ALONE:
+            return product(input, self.weight, self.bias, axis=-1)
+        y = self.team.total(product(input, self.weight, axis=-1))
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(SpecModule):
@@ -115,8 +135,11 @@ class RMSNorm(SpecModule):
         super().__init__(params.rms_norm(width), device, dtype)
         self.eps = eps
 
+    def join(self, team: Team, split: SplitOf) -> None:
+        """The norm is of the whole stream; `AttentionBlock` says which norms are of its part."""
+
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.scale)
+        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.team.shared(self.scale))
         rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         y = x32 * rms
         return torch.addcmul(y, y, scale).to(x.dtype)
@@ -135,7 +158,7 @@ class BlockDiagonalLinear(SpecModule):
         super().__init__(specs, device, dtype)
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
-        x_hzi = x.reshape(-1, *self.w.shape[:2]).transpose(0, 1)
+        x_hzi = x.reshape(-1, len(self.b), x.shape[-1] // len(self.b)).transpose(0, 1)
         y_hzj = product(x_hzi, self.w, self.b.unsqueeze(1))
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
@@ -251,16 +274,23 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        x = lookup(self.input_embedding, tokens)
+        table = self.team.local(self.input_embedding)
+        if self.team is ALONE:
+            x = lookup(table, tokens)
+        else:
+            index = tokens - self.team.index * len(table)
+            others = (index < 0) | (index >= len(table))
+            x = lookup(table, index.masked_fill(others, 0))
+            x = self.team.total(x.masked_fill(others[..., None], 0))
         # A plain number is not rounded; a scalar of the CPU goes with any device.
         return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, cap = x.to(wide_dtype(x.dtype)), self.soft_cap
+        x, cap = self.team.shared(x).to(wide_dtype(x.dtype)), self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less
-        logits = product(x, self.input_embedding, axis=-1, dtype=x.dtype)
-        return logits.tanh_() * cap if cap else logits
+        logits = product(x, self.team.local(self.input_embedding), axis=-1, dtype=x.dtype)
+        return self.team.joined(logits.tanh_() * cap if cap else logits)
 
 
 __getattr__ = elsewhere(__name__, TORCH_LAYERS)

@@ -20,6 +20,7 @@ from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, is_integer
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock
+from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, config_part, on_parts
 from recurrentgemma.torch.sharding import shard
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Model(SpecModule):
     Attributes:
       config: What the model is.
       gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+      mesh: The processes over which it is split; see `shard`.
+      part: What this process computes; its states are those of this config.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Model(SpecModule):
             raise UserError(f"give either a device or a mesh, got {device=} {mesh=}")
         super().__init__()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.mesh: DeviceMesh | None = None
+        self.part = config
         value, meta = config.model, {"device": "meta", "dtype": dtype}
         scale, cap, variance = value.embedding_scale, value.soft_cap, 2 / max(value.num_layers, 1)
         self.embedder = Embedder(value.vocab_size, value.width, scale, cap, **meta)
@@ -73,6 +78,10 @@ class Model(SpecModule):
             shard(self, mesh)
         with torch.random.fork_rng(devices=[]):
             self.materialise(device if mesh is None else mesh.device_type)
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        super().join(team, split)
+        self.part = config_part(self.config, team)
 
     def forward(
         self,
@@ -137,7 +146,7 @@ class Model(SpecModule):
             )
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
-            require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
+            require_capacity(check_state(self.part, arrays, tokens.shape[0]), segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
@@ -150,7 +159,8 @@ class Model(SpecModule):
                 x, new_cache[name] = block(x, segment_pos, block_cache, recompute=recompute)
         if last_only:
             x = x[:, -1:]
-        return self.final_norm(x), new_cache
+        x = self.final_norm(x) if self.team is ALONE else on_parts(self.final_norm, x)
+        return x, new_cache
 
     def check(self, tokens: Any, segment_pos: Any) -> None:
         """Checks the values of the inputs. The model itself checks only NumPy arrays.
@@ -197,7 +207,7 @@ class Model(SpecModule):
         """
         embedding = self.embedder.input_embedding
         dtype = dtype or embedding.dtype
-        return init_cache(self.config, batch_size, dtype, embedding.device, capacity)
+        return init_cache(self.part, batch_size, dtype, embedding.device, capacity)
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.parameters())

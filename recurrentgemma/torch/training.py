@@ -33,9 +33,10 @@ from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
-from recurrentgemma.torch.scan.gates import wide_dtype
-from recurrentgemma.torch.sharding import mesh_of, reshard, whole
+from recurrentgemma.torch.runtime.processes import by_the_first, gathered, row_parts, summed
+from recurrentgemma.torch.runtime.split_tensors import mesh_of, norm_of, whole
+from recurrentgemma.torch.runtime.teams import AXIS
+from recurrentgemma.torch.sharding import reshard
 from recurrentgemma.torch.training_state import (
     copy_parameters,
     load_state_tensors,
@@ -139,7 +140,7 @@ def loss_fn(model: Model, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     loss = _total(model, batch) / _divisor(tokens)
     value = summed(loss.detach(), mesh)
     if mesh is not None:
-        loss = loss * mesh.size()  # FSDP takes the mean of the processes' gradients
+        loss = loss * row_parts(mesh)[1]  # FSDP takes the mean of the processes' gradients
         loss = loss + (value - loss.detach())
     return loss, {"loss": value, "tokens": tokens}
 
@@ -158,7 +159,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     batches = batch_list(batches)
     mesh = mesh_of(state.parameters.values())
     tokens = _tokens(batches, mesh)
-    ranks = 1 if mesh is None else mesh.size()
+    ranks = row_parts(mesh)[1]
     settings = step_settings(state.optimizer)
     rate = learning_rate(settings, state.step)
 
@@ -178,8 +179,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
     loss = accumulate()
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
-    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+    norm = norm_of(grads)
     if settings.clip_norm is not None:
         scale = (settings.clip_norm / norm).clamp(max=1.0)
         for grad in grads:
@@ -205,8 +205,10 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         total += float(_total(state.model, batch))
         tokens += _weight(batch)
     reshard(state.model)
-    everywhere = gathered([total, tokens], mesh_of(state.parameters.values()))
-    total, tokens = map(sum, zip(*everywhere, strict=True))
+    mesh = mesh_of(state.parameters.values())
+    device = "cpu" if mesh is None else mesh.device_type
+    sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
+    total, tokens = summed(sums, mesh).tolist()
     loss = total / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -280,8 +282,10 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     hidden, _ = model.hidden(tokens, segment_pos)
-    embedding = dense(model.embedder.input_embedding)  # under FSDP it is whole now
-    return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
+    # Under FSDP it is whole now.
+    embedding = model.team.local(dense(model.embedder.input_embedding))
+    settings = {"soft_cap": model.config.model.soft_cap, "mesh": model.mesh}
+    return cross_entropy(hidden, embedding, targets, weights, **settings)
 
 
 def _weight(batch: Batch) -> float:
@@ -296,12 +300,20 @@ def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
     """The sum of the weights over the batches of all processes.
 
     Raises:
-      ValueError: The processes have different numbers of batches, or one has no rows.
+      ValueError: The processes have different numbers of batches, or one has no rows; or processes
+        that compute the same rows together are given different ones.
     """
     weight = sum(map(_weight, batches))
     rows = min((len(batch.tokens) for batch in batches), default=0)
-    everywhere = gathered([weight, len(batches), rows], mesh)
-    tokens, counts, least = zip(*everywhere, strict=True)
+    ids = sum(int(batch.tokens.sum()) for batch in batches)
+    everywhere = gathered([weight, len(batches), rows, ids], mesh)
+    each = len(everywhere) // row_parts(mesh)[1]
+    for index, found in enumerate(everywhere):
+        if found != everywhere[first := index - index % each]:
+            raise UserError(
+                f"processes along {AXIS!r} must give the same rows, {first} and {index} do not"
+            )
+    tokens, counts, least, _ = zip(*everywhere[::each], strict=True)
     if mesh is not None and (len(set(counts)) > 1 or not min(least)):
         raise UserError(
             "each process must give as many batches as the others, of at least one row, got "
