@@ -22,6 +22,7 @@ from recurrentgemma.common.generation.strategies import Categorical
 from recurrentgemma.common.model.config import Config, Layer, ModelConfig
 from recurrentgemma.common.model.mixers import Attention, Recurrent, Rope
 from recurrentgemma.common.model.state_dict import to_torch, torch_name
+from recurrentgemma.common.sharding import share
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import TARGETS, LoraOptions
 from recurrentgemma.common.training.optimization import OptimizerOptions
@@ -45,13 +46,13 @@ from recurrentgemma.torch import (
 from recurrentgemma.torch.engine import ModelEngine
 from recurrentgemma.torch.runtime.processes import gathered, processes_of
 from recurrentgemma.torch.runtime.split_tensors import part_of, whole
-from recurrentgemma.torch.sharding import shard
+from recurrentgemma.torch.sharding import shard, sizes_of
 
 Params = Mapping[str, np.ndarray]
 CONFIG = make_config("RA")  # nothing divides its sizes
-# For "tensor": key heads in groups, a single one, QK-norm, soft caps, a reach and none.
+# For "tensor" and "sequence": key heads in groups, a single one, QK-norm, soft caps, a reach, none.
 PARTS = ModelConfig(
-    vocab_size=256,
+    vocab_size=1024,
     width=32,
     layers=(
         Layer(Recurrent(32, 4, 3), mlp=32, mlp_bias=True),
@@ -73,12 +74,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoraOptions(rank=2, targets=TARGETS)},
     "lora q8": {"lora": LoraOptions(rank=2, quantize=True)},
 }
-STRATEGIES = ("fsdp=2", "data=2", "tensor=2", "fsdp=4", "data=4", "tensor=4", "fsdp=2,tensor=2")
+STRATEGIES = (
+    *("data=2", "fsdp=2", "tensor=2", "sequence=2", "data=4", "fsdp=4", "tensor=4"),
+    *("fsdp=2,tensor=2", "sequence=4", "fsdp=2,sequence=2"),
+)
 
 
 def config_of(mesh: str | None) -> Config:
     """The model for a mesh."""
-    return PARTS if "tensor" in (mesh or "") else CONFIG
+    return PARTS if "tensor" in (mesh or "") or "sequence" in (mesh or "") else CONFIG
 
 
 @functools.cache
@@ -142,13 +146,21 @@ def train(
     state = state_of(config, params, mesh, options)
     misplaced = layout_of(state).misplaced
     result = steps(state, batches, mesh)
-    result["bytes"] = gathered([layout_of(state).num_bytes], make_mesh(mesh))
-    result["misplaced"] = misplaced + layout_of(state).misplaced
+    layout, sizes = layout_of(state), sizes_of(make_mesh(mesh))
+    result["bytes"] = gathered([layout.num_bytes], make_mesh(mesh))
+    result["misplaced"] = misplaced + layout.misplaced
+    result["requested"] = sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize / share(array.requested, sizes)
+        for array in layout.values()
+    )
     return result if dist.get_rank() == 0 else {}
 
 
 class _Sent(TorchDispatchMode):
-    """Counts the bytes that are gathered, scattered and added up, and how often."""
+    """Counts the bytes that are gathered, scattered and added up, and how often.
+
+    PyTorch's `CommDebugMode` counts the same operations, but fails where a block is computed again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,12 +177,9 @@ class _Sent(TorchDispatchMode):
 
 def sent(config: Config, params: Params, mesh: str, batch: Batch) -> dict[str, list[int]]:
     """The bytes of each collective operation in a step, by its kind."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     state = state_of(config, params, mesh, {})
-    with CommDebugMode() as debug, _Sent() as counted:
+    with _Sent() as counted:
         train_step(state, rows_of(batch, mesh))
-    assert debug.get_total_counts() == sum(map(len, counted.found.values()))
     return counted.found
 
 
@@ -240,7 +249,7 @@ def check_sampling(config: Config, params: Params, mesh: str) -> None:
         logits = []
         for i, engine in enumerate(engines):
             found, _, caches[i] = engine.score(caches[i], prompt, places, prompt)
-            logits.append(found[places >= 0])
+            logits.append(found[torch.from_numpy(places >= 0)])
         np.testing.assert_allclose(*logits, rtol=1e-10, atol=1e-12)
         arrays = [engine.to_numpy(cache) for engine, cache in zip(engines, caches, strict=True)]
         for block, fields in arrays[1].items():
@@ -278,7 +287,6 @@ def _check_refusing(split: Griffin, rank: int, folder: Path) -> None:
 def check_mistakes(config: Config, params: Params, batch: Batch, folder: Path) -> None:
     """Every process gets an error that says what is wrong, and none waits for another."""
     for text, words in (
-        ("sequence=2", "must be one of data, fsdp, tensor, fsdp+tensor, got sequence=2"),
         ("fsdp=1", "must take all 2 processes"),
         ("fsdp=3", "needs 3 devices"),
         ("rows=2", "has the axes"),
@@ -288,7 +296,7 @@ def check_mistakes(config: Config, params: Params, batch: Batch, folder: Path) -
     with _raises(ValueError, "tensor=2 must divide vocab_size 31; sizes that fit: 1"):
         model_of(config, params, "tensor=2")
     state, rank = state_of(PARTS, params_of(PARTS), "tensor=2", {}), dist.get_rank()
-    with _raises(ValueError, "along 'tensor' must give the same rows, 0 and 1 do not"):
+    with _raises(ValueError, "share rows must give the same: 0 and 1 do not"):
         train_step(state, batch._replace(tokens=batch.tokens + rank))
     state = state_of(config, params, "fsdp=2", {})
     with _raises(ValueError, r"got [1, 2] batches"):

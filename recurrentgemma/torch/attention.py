@@ -20,6 +20,7 @@ from recurrentgemma.torch.cache import (
     prepend_history,
 )
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at
 from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, key_heads, mixer_part
 from recurrentgemma.torch.scan import as_positions, wide_dtype
@@ -181,6 +182,10 @@ class AttentionBlock(SpecModule):
         if not x.shape[1]:  # nothing happens to the state
             empty = empty_block(mixer, x.shape[0], v_btkh.dtype, x.device)
             encoded, new_cache = q_btnh, cache or empty
+        elif isinstance(cache, Before):
+            kv_bskh, document_bs = cache.keys(torch.cat([k_btkh, v_btkh], -1), mixer.reach)
+            document_bt = document_bs[:, -x.shape[1] :]
+            encoded, new_cache = attend(q_btnh, kv_bskh, document_bt, document_bs, mixer), None
         elif cache is not None and x.shape[1] == 1:
             place = known_place(mixer, segment_pos, cache)
             if place is None:

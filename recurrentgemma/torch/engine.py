@@ -22,7 +22,7 @@ from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.runtime.steps import giving_up
 from recurrentgemma.torch.runtime.stored import PackedMatrix
-from recurrentgemma.torch.runtime.teams import ALONE, state_part, whole_state
+from recurrentgemma.torch.runtime.teams import state_part, whole_state
 from recurrentgemma.torch.sampling import choose
 
 
@@ -192,11 +192,11 @@ class ModelEngine(Engine):
 
     def to_numpy(self, cache: Cache) -> Arrays:
         arrays, team = cache_to_numpy(cache), self.model.team
-        return arrays if team is ALONE else whole_state(self.config, arrays, team)
+        return arrays if team.count == 1 else whole_state(self.config, arrays, team)
 
     def from_numpy(self, arrays: Arrays) -> Cache:
         dtype = self.model.embedder.input_embedding.dtype
-        if self.model.team is not ALONE:
+        if self.model.team.count > 1:
             check_state(self.config, arrays)
             arrays = state_part(self.config, arrays, self.model.team)
         return cache_from_numpy(self.model.part, arrays, dtype, self._device)

@@ -25,6 +25,7 @@ from recurrentgemma.torch.cache import (
 from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.split_tensors import part_of
 from recurrentgemma.torch.runtime.teams import ALONE, AXIS, SplitOf, Team
 from recurrentgemma.torch.scan import as_positions, wide_dtype
@@ -182,10 +183,12 @@ class Conv1D(SpecModule):
         segment_pos = as_positions(segment_pos, x)
         length, reach, wide = x.shape[1], len(self.w) - 1, wide_dtype(x.dtype)
         w, b = as_dtype(wide, self.w, self.b)
-        if cache is not None and length == 1:
+        if cache is not None and length == 1 and not isinstance(cache, Before):
             y, new_cache = _step(x, segment_pos, cache, w, b)
             return y, new_cache if return_cache else None
-        if cache is None:
+        if isinstance(cache, Before):
+            extended = cache.extended(x, reach)
+        elif cache is None:
             tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
             extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
         else:
@@ -275,7 +278,7 @@ class Embedder(SpecModule):
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
         table = self.team.local(self.input_embedding)
-        if self.team is ALONE:
+        if self.team.count == 1:
             x = lookup(table, tokens)
         else:
             index = tokens - self.team.index * len(table)

@@ -19,8 +19,9 @@ from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, is_integer
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock
-from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, config_part, on_parts
+from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, TimeTeam, config_part, on_parts
 from recurrentgemma.torch.sharding import shard
 
 if TYPE_CHECKING:
@@ -122,10 +123,13 @@ class Model(SpecModule):
         segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
+        part: bool = False,
     ) -> tuple[Float[Tensor, "b _ d"], Cache]:
         """The final hidden states, which `decode` turns into logits, and the state after the last.
 
         Arguments and errors are those of `forward`; `last_only` gives the last place, [B, 1, D].
+        With `part`, a process of a mesh that splits rows along "sequence" gives its own places,
+        without a state.
         """
         check_inputs(tokens, segment_pos, self.config.model.vocab_size)
         embedding = self.embedder.input_embedding
@@ -147,6 +151,10 @@ class Model(SpecModule):
         if cache is not None:
             arrays = {name: block._asdict() for name, block in cache.items()}
             require_capacity(check_state(self.part, arrays, tokens.shape[0]), segment_pos)
+        before = None
+        if part and isinstance(self.team, TimeTeam):
+            before = Before(self.team.group, segment_pos)
+            tokens, segment_pos = before.own(tokens), before.own(segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
@@ -155,12 +163,12 @@ class Model(SpecModule):
             recompute = self._recomputes()
             for i, block in enumerate(self.blocks):
                 name = f"blocks.{i}"
-                block_cache = cache[name] if cache else None
+                block_cache = cache[name] if cache else before
                 x, new_cache[name] = block(x, segment_pos, block_cache, recompute=recompute)
         if last_only:
             x = x[:, -1:]
-        x = self.final_norm(x) if self.team is ALONE else on_parts(self.final_norm, x)
-        return x, new_cache
+        x = self.final_norm(x) if self.team is ALONE else on_parts(self.team, self.final_norm, x)
+        return x, new_cache if before is None else {}
 
     def check(self, tokens: Any, segment_pos: Any) -> None:
         """Checks the values of the inputs. The model itself checks only NumPy arrays.

@@ -17,6 +17,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.state_dict import flax_path, torch_shape
 from recurrentgemma.common.sharding import (
     AXES,
+    BATCH_AXES,
     Split,
     each_split,
     mesh_text,
@@ -27,7 +28,7 @@ from recurrentgemma.common.sharding import (
 from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.processes import join, names_of
-from recurrentgemma.torch.runtime.teams import AXIS, team_of
+from recurrentgemma.torch.runtime.teams import AXIS, inner_axis, team_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
 _BALANCE = 1.02  # of the ideal: how much the largest part may hold
 # Those of `common.sharding` that this twin computes.
-STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor")
+STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor", "sequence", "fsdp+sequence")
 
 
 def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
@@ -78,7 +79,7 @@ def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
     if math.prod(sizes.values()) != count:
         raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
     kept = {axis for axis, size in sizes.items() if size > 1}
-    kept |= set() if AXIS in kept else {"fsdp"}  # which FSDP splits over, be it 1
+    kept |= set() if inner_axis(sizes) else {"fsdp"}  # which FSDP splits over, be it 1
     sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in kept}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -115,16 +116,16 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
     model.mesh = mesh
     places = _places(model, splits, sizes)
     _require_balance(model, places, sizes)
-    if sizes.get(AXIS, 1) > 1:
+    if inner_axis(sizes):
         _split_along(model, mesh, places, splits)
     if "fsdp" in sizes:
         _fully_shard(model, mesh, places)
 
 
 class _Place(NamedTuple):
-    """The axes of a tensor that "tensor" and "fsdp" split; None where it stays whole."""
+    """The axis of a tensor that "tensor" or "sequence" splits, if any; and the axis for FSDP."""
 
-    tensor: int | None
+    inner: int | None
     fsdp: int
 
 
@@ -146,41 +147,44 @@ def _places(
                 raise UserError(
                     f"tensor={sizes[axis]} must divide the groups of {name}, got {size}"
                 )
-        fsdp, tensor = axes.get("fsdp"), axes.get(AXIS)
+        inner = axes.get(inner_axis(sizes) or "")
+        fsdp = axes.get("fsdp")
         if fsdp is None:  # FSDP splits every tensor, and evenly along axes behind the first
-            each = 0 if tensor is None else parameter.shape[tensor] // sizes[AXIS]
-            fsdp = tensor if tensor is not None and each % sizes.get("fsdp", 1) == 0 else 0
-        places[name] = _Place(tensor, fsdp)
+            fsdp = 0
+            if inner is not None and parameter.shape[inner] % math.prod(sizes.values()) == 0:
+                fsdp = inner
+        places[name] = _Place(inner, fsdp)
     return places
 
 
 def _require_balance(model: Model, places: Mapping[str, _Place], sizes: Mapping[str, int]) -> None:
     """Raises `ValueError` where the largest part is too large and the layout says so, too."""
-    fsdp, tensor = sizes.get("fsdp", 1), sizes.get(AXIS, 1)
+    fsdp, inner = sizes.get("fsdp", 1), sizes.get(inner_axis(sizes) or "", 1)
     total, kept = 0, 0
     for name, parameter in model.named_parameters():
         place = places[name]
-        parts = 1 if place.tensor is None else tensor
-        length = parameter.shape[place.fsdp] // (parts if place.fsdp == place.tensor else 1)
+        parts = 1 if place.inner is None else inner
+        length = parameter.shape[place.fsdp] // (parts if place.fsdp == place.inner else 1)
         total += parameter.nbytes
         kept += parameter.nbytes // parts // length * -(-length // fsdp)
-    if kept * fsdp * tensor > _BALANCE * total:
+    if kept * fsdp * inner > _BALANCE * total:
         require_fit(model.config, sizes)
 
 
 def _split_along(
     model: Model, mesh: DeviceMesh, places: Mapping[str, _Place], splits: Mapping[str, Split]
 ) -> None:
-    """Splits the parameters along "tensor", and has each module compute its part."""
+    """Splits the parameters along "tensor" or "sequence", and has each module compute its part."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    inner = str(inner_axis(sizes_of(mesh)))
     for name, parameter in list(model.named_parameters()):
-        axis = places[name].tensor
+        axis = places[name].inner
         how = [Replicate() if axis is None else Shard(axis)]
-        part = distribute_tensor(parameter.detach(), mesh[AXIS], how, src_data_rank=None)
+        part = distribute_tensor(parameter.detach(), mesh[inner], how, src_data_rank=None)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
-    team: Any = team_of(mesh)
+    team: Any = team_of(mesh, inner)
     for name, module in model.named_modules():
         if hasattr(module, "join"):
             join_team: Any = module.join
@@ -197,8 +201,8 @@ def _fully_shard(model: Model, mesh: DeviceMesh, places: Mapping[str, _Place]) -
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
-    if AXIS in names_of(mesh):
-        mesh = mesh[tuple(name for name in names_of(mesh) if name != AXIS)]
+    outer = tuple(name for name in names_of(mesh) if name in BATCH_AXES)
+    mesh = mesh[outer] if len(outer) < mesh.ndim else mesh
     axes = {id(p): places[name].fsdp for name, p in model.named_parameters()}
 
     def place(parameter: nn.Parameter) -> Shard:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
+from recurrentgemma.common.sharding import require_fit
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
 from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
@@ -33,9 +34,15 @@ from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.processes import by_the_first, gathered, row_parts, summed
+from recurrentgemma.torch.runtime.processes import (
+    by_the_first,
+    gathered,
+    row_parts,
+    summed,
+    time_parts,
+)
 from recurrentgemma.torch.runtime.split_tensors import mesh_of, norm_of, whole
-from recurrentgemma.torch.runtime.teams import AXIS
+from recurrentgemma.torch.runtime.teams import TIME
 from recurrentgemma.torch.sharding import reshard
 from recurrentgemma.torch.training_state import (
     copy_parameters,
@@ -201,11 +208,12 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     total, tokens = 0.0, 0.0
+    mesh = mesh_of(state.parameters.values())
+    _, parts = time_parts(mesh)
     for batch in batches:
         total += float(_total(state.model, batch))
-        tokens += _weight(batch)
+        tokens += _weight(batch) / parts
     reshard(state.model)
-    mesh = mesh_of(state.parameters.values())
     device = "cpu" if mesh is None else mesh.device_type
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
     total, tokens = summed(sums, mesh).tolist()
@@ -281,7 +289,11 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
         for z in batch
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    hidden, _ = model.hidden(tokens, segment_pos)
+    place, parts = time_parts(model.mesh)
+    if tokens.shape[1] % parts:
+        require_fit(model.config, {TIME: parts}, length=tokens.shape[1])
+    targets, weights = (z.unflatten(1, (parts, -1))[:, place] for z in (targets, weights))
+    hidden, _ = model.hidden(tokens, segment_pos, part=True)
     # Under FSDP it is whole now.
     embedding = model.team.local(dense(model.embedder.input_embedding))
     settings = {"soft_cap": model.config.model.soft_cap, "mesh": model.mesh}
@@ -311,7 +323,7 @@ def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
     for index, found in enumerate(everywhere):
         if found != everywhere[first := index - index % each]:
             raise UserError(
-                f"processes along {AXIS!r} must give the same rows, {first} and {index} do not"
+                f"processes that share rows must give the same: {first} and {index} do not"
             )
     tokens, counts, least, _ = zip(*everywhere[::each], strict=True)
     if mesh is not None and (len(set(counts)) > 1 or not min(least)):

@@ -72,6 +72,7 @@ ALLOWED = {
         *(f"{module}(scan_sharding_spec)" for module in (*MODULES, *MODELS)),
         *(f"{module}(mesh)" for module in MODULES),
         "make_mesh(*)",  # JAX's mesh may be of some devices alone
+        *(f"{model}.hidden(part)" for model in MODELS),
         "ShardingSpec*",
         "linear_scan(sharding_spec)",
         "load_checkpoint(sharding)",  # another default

@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE=long runs the whole grid, also on four processes.
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -40,12 +41,14 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is withou
 
 PARAMS = params_of(CONFIG)
 BATCHES, PART_BATCHES = (  # packed and padded rows
-    [make_batch(config, seed, rows=4) for seed in range(3)] for config in (CONFIG, PARTS)
+    [make_batch(config, seed, rows=4, length=16) for seed in range(3)] for config in (CONFIG, PARTS)
 )
 GRID = [(options, mesh) for mesh in STRATEGIES for options in OPTIONS]
 SHORT = [
     *((options, mesh) for mesh in ("fsdp=2", "tensor=2") for options in OPTIONS),
     ("adamw", "data=2"),
+    ("adamw", "sequence=2"),
+    ("lora q8", "sequence=2"),
     ("adamw", "fsdp=2,tensor=2"),
 ]
 
@@ -70,7 +73,7 @@ def test_a_checkpoint_is_read_in_parts_and_saved_as_a_whole(pools, tmp_path) -> 
     pools[2].run(sharded.check_loading, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("mesh", sweep(["tensor=2"], ["tensor=2", "tensor=4", "fsdp=2,tensor=2"]))
+@pytest.mark.parametrize("mesh", sweep(["tensor=2"], STRATEGIES))
 def test_a_team_samples_what_one_process_does(pools, mesh) -> None:
     pools[count_of(mesh)].run(sharded.check_sampling, PARTS, params_of(PARTS), mesh)
 
@@ -91,17 +94,17 @@ def test_three_steps_are_those_of_one_process(pools, options, mesh) -> None:
     params, batches = params_of(config), BATCHES if config is CONFIG else PART_BATCHES
     found, *_ = pools[count].run(sharded.train, config, params, mesh, settings, batches)
     expected = sharded.steps(sharded.state_of(config, params, None, settings), batches)
-    sizes, misplaced = found.pop("bytes"), found.pop("misplaced")
+    sizes, misplaced, requested = map(found.pop, ("bytes", "misplaced", "requested"))
     assert_close(found, expected, "state", "float64")
     # What FSDP splits by rows though the layout keeps it whole: axes that no mesh axis divides.
     # The scale of an int8 matrix has a 1 where the matrix may be split.
     assert all(name.endswith((".kernel.scale", ".w.scale")) for name in misplaced), misplaced
-    state = sharded.state_of(config, params, None, settings)
-    parts = 1 if mesh.startswith("data") else count
-    ideal = layout_of(sharded.train_step(state, batches[0])[0]).num_bytes / parts
-    # "tensor" leaves whole each A whose inputs are the stream, a large share of so small a model.
-    slack = 1.2 if "lora" in options and "tensor" in mesh else 1.1
-    assert max(sizes)[0] <= slack * ideal
+    assert max(sizes)[0] <= 1.1 * requested
+    if "lora" not in options:  # of adapters "tensor" leaves the sides whole that the stream enters
+        state = sharded.state_of(config, params, None, settings)
+        parts = 1 if mesh.startswith("data") else count
+        ideal = layout_of(sharded.train_step(state, batches[0])[0]).num_bytes / parts
+        assert max(sizes)[0] <= 1.1 * ideal
 
 
 def test_a_step_sends_blocks_twice_and_gradients_once(pools) -> None:
@@ -207,13 +210,18 @@ def test_processes_that_disagree_or_have_no_mesh_are_told(
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_and_score_print_once(pools) -> None:
+def test_sample_and_score_print_once(pools, tmp_path) -> None:
     mesh = "--mesh", "tensor=2", "--framework", "torch"
-    for words in (("sample", "In the", "--max-new-tokens", "4"), ("score", __file__)):
+    (tmp_path / "text").write_text("In the beginning there were words, and then more.")
+    score = "score", str(tmp_path / "text")
+    for words in (("sample", "In the", "--max-new-tokens", "4"), score):
         code, expected, said = sharded.command(*words, *mesh[2:])
         assert code == 0, said
         first, other = pools[2].run(sharded.command, *words, *mesh)
-        assert first[:2] == (0, expected), first[2]
+        assert first[0] == 0, first[2]
+        found, wanted = (re.split(r"(-?\d+\.\d+)", text) for text in (first[1], expected))
+        assert found[::2] == wanted[::2]
+        np.testing.assert_allclose([*map(float, found[1::2])], [*map(float, wanted[1::2])], 1e-4)
         assert other == (0, "", "")
     args = ("sample", "In the", *mesh, "--save-state", "state")
     for code, _, said in pools[2].run(sharded.command, *args):

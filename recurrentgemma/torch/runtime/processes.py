@@ -16,6 +16,7 @@ from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.processes import Processes
 from recurrentgemma.common.sharding import BATCH_AXES
 from recurrentgemma.torch.runtime.split_tensors import whole
+from recurrentgemma.torch.runtime.teams import AXIS, TIME
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -109,12 +110,12 @@ def gathered(values: Iterable[SupportsFloat], mesh: DeviceMesh | None) -> list[l
 
 
 def summed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The sum of a tensor over the rows of a mesh; all must call this together."""
+    """The sum of a tensor over the tokens of a mesh; all must call this together."""
     if mesh is None:
         return tensor
     total = tensor.clone()
     for name, group in zip(names_of(mesh), mesh.get_all_groups(), strict=True):
-        if name in BATCH_AXES:
+        if name != AXIS:
             dist.all_reduce(total, group=group)
     return total
 
@@ -127,7 +128,7 @@ def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
 def row_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
     """Which equal part of a batch's rows this process takes, and how many there are.
 
-    The processes along "tensor" take the same.
+    The processes along "tensor" and "sequence" take the same.
     """
     index, parts = 0, 1
     for axis, name in enumerate(() if mesh is None else names_of(mesh)):
@@ -135,6 +136,13 @@ def row_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
             parts *= mesh.size(axis)
             index = index * mesh.size(axis) + mesh.get_local_rank(axis)
     return index, parts
+
+
+def time_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which equal part of a row's tokens this process takes, and how many there are."""
+    if mesh is None or TIME not in names_of(mesh):
+        return 0, 1
+    return mesh.get_local_rank(TIME), mesh[TIME].size()
 
 
 class MeshProcesses(Processes):

@@ -45,10 +45,10 @@ class RecomputedBlock(Block):
         inner = _WithoutHooks(self)
         tensors = dict(inner.named_parameters(remove_duplicate=False))
         tensors |= dict(inner.named_buffers(remove_duplicate=False))
-        tensors = {name: self.team.local(tensor) for name, tensor in tensors.items()}
 
         def run(*args):
-            return functional_call(inner, tensors, args, tie_weights=False)
+            parts = {name: self.team.local(tensor) for name, tensor in tensors.items()}
+            return functional_call(inner, parts, args, tie_weights=False)
 
         return run
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +42,10 @@ def inherited(place: DTensor, shape: Sequence[int]) -> list[Placement]:
     """How a moment of a split parameter is split: as that is, along axes of the same size."""
     from torch.distributed.tensor import Replicate
 
+    dims = [getattr(placement, "dim", None) for placement in place.placements]
     return [
-        Replicate() if hasattr(p, "dim") and shape[p.dim] != place.shape[p.dim] else p
-        for p in place.placements
+        p if dim is None or shape[dim] == place.shape[dim] else Replicate()
+        for p, dim in zip(place.placements, dims, strict=True)
     ]
 
 
@@ -99,22 +102,30 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor. If processes hold parts of it, all must call this together."""
     if mesh_of([tensor]) is None:
         return tensor
-    from torch.distributed.tensor import Replicate
-
     split: Any = tensor
-    return moved(split, [Replicate()] * split.device_mesh.ndim).to_local()
+    with _without_advice():
+        return split.full_tensor()
 
 
 def moved(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
-    """A tensor that is split in another way: one axis of the mesh after the other, the last first.
+    """A tensor that is split in another way."""
+    with _without_advice():
+        return tensor.redistribute(placements=placements)
 
-    PyTorch does the same, but warns that it takes several operations.
-    """
-    now = list(tensor.placements)
-    for axis in reversed(range(len(now))):
-        now[axis] = placements[axis]
-        tensor = tensor.redistribute(placements=now)
-    return tensor
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drops PyTorch's advice to flatten a mesh, along which FSDP and "tensor" split in turn."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    logger.addFilter(_is_no_advice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "sequential" not in record.getMessage()
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:

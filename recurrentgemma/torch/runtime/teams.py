@@ -7,7 +7,7 @@ part of the block, and outputs over the width are added up (`Team.total`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXIS = "tensor"
+TIME = "sequence"
 SplitOf = Callable[[str], Split]  # from the name of a module's parameter to its split
 
 
@@ -78,7 +79,7 @@ class MeshTeam(Team):
         return _Joined.apply(x, self)  # pyright: ignore[reportReturnType]
 
     def local(self, x: Any) -> Any:
-        return local(x)
+        return x.to_local() if hasattr(x, "to_local") else x
 
     def everyone(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.count
@@ -86,24 +87,43 @@ class MeshTeam(Team):
         return values
 
 
+class TimeTeam(Team):
+    """The processes along the axis "sequence" of a mesh: each computes whole layers on its tokens.
+
+    At rest each has a part of every parameter; the whole is gathered where it is used.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group = mesh.get_group(TIME)
+
+    def local(self, x: Any) -> Any:
+        from torch.distributed.tensor import Partial, Replicate
+
+        if not hasattr(x, "redistribute"):
+            return x
+        if x.placements[0].is_replicate():
+            return _Shared.apply(x.to_local(), self.group)
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
 ALONE = Team()
 
 
-def team_of(mesh: DeviceMesh | None) -> Team:
-    """This process's team on a mesh."""
-    if mesh is None or AXIS not in (mesh.mesh_dim_names or ()) or mesh[AXIS].size() == 1:
+def inner_axis(sizes: Mapping[str, int]) -> str | None:
+    """The axis along which parameters are split beside FSDP."""
+    return next((axis for axis in (AXIS, TIME) if sizes.get(axis, 1) > 1), None)
+
+
+def team_of(mesh: DeviceMesh | None, axis: str = AXIS) -> Team:
+    """This process's team along an axis of a mesh."""
+    if mesh is None or axis not in (mesh.mesh_dim_names or ()) or mesh[axis].size() == 1:
         return ALONE
-    return MeshTeam(mesh)
+    return MeshTeam(mesh) if axis == AXIS else TimeTeam(mesh)
 
 
-def local(x: Any) -> Any:
-    """This process's part of a split tensor; anything else as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def on_parts(module: nn.Module, *args: Any) -> Any:
-    """A module's result from its own parts of its parameters."""
-    tensors = {name: local(value) for name, value in module.named_parameters()}
+def on_parts(team: Team, module: nn.Module, *args: Any) -> Any:
+    """A module's result from a process's parts of its parameters."""
+    tensors = {name: team.local(value) for name, value in module.named_parameters()}
     return functional_call(module, tensors, args)
 
 
