@@ -49,7 +49,7 @@ def torch_rows() -> tuple[str, Sequence[str], Iterator[Row]]:
     from sharded import CONFIG, OPTIONS, PARTS, STRATEGIES, config_of, count_of, params_of
     from trainers import make_batch
 
-    batches = {  # packed and padded rows
+    batches: dict[Any, list[Any]] = {  # packed and padded rows
         config: [make_batch(config, seed, rows=4, length=16) for seed in range(3)]
         for config in (CONFIG, PARTS)
     }

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -157,19 +158,18 @@ def train(
 
 
 class _Sent(TorchDispatchMode):
-    """Counts the bytes that are gathered, scattered and added up, and how often.
+    """Counts the bytes of each collective operation, by its name.
 
     PyTorch's `CommDebugMode` counts the same operations, but fails where a block is computed again.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        names = "_allgather_base_", "_reduce_scatter_base_", "allreduce_", "allgather_"
-        self.found: dict[str, list[int]] = {name: [] for name in names}
+        self.found: dict[str, list[int]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.rpartition("::")[2]
-        if name in self.found:
+        space, _, name = func._schema.name.rpartition("::")
+        if space in ("c10d", "_c10d_functional"):
             tensors = [z for z in tree_leaves(args) if isinstance(z, torch.Tensor)]
             self.found[name].append(max(z.nbytes for z in tensors))
         return func(*args, **(kwargs or {}))
@@ -180,7 +180,7 @@ def sent(config: Config, params: Params, mesh: str, batch: Batch) -> dict[str, l
     state = state_of(config, params, mesh, {})
     with _Sent() as counted:
         train_step(state, rows_of(batch, mesh))
-    return counted.found
+    return dict(counted.found)
 
 
 def own_loop(config: Config, params: Params, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -194,16 +194,16 @@ def own_loop(config: Config, params: Params, batch: Batch) -> tuple[float, dict[
     return float(loss.detach()), gradients
 
 
-def draw(config: Config, seed: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def draw(config: Config, seed: int, dtype: torch.dtype, mesh: str) -> dict[str, np.ndarray]:
     """Initial values on a mesh."""
     torch.manual_seed(seed)
-    model = Griffin(config, dtype=dtype, mesh=make_mesh())
+    model = Griffin(config, dtype=dtype, mesh=make_mesh(mesh))
     return {name: whole(p).float().numpy() for name, p in model.state_dict().items()}
 
 
-def check_loading(folder: Path) -> None:
+def check_loading(folder: Path, text: str) -> None:
     """A checkpoint is read in parts, computes the same, and is saved as a whole."""
-    mesh = make_mesh()
+    mesh = make_mesh(text)
     single = load_checkpoint(dtype=torch.float32)
     split = load_checkpoint(dtype=torch.float32, mesh=mesh)
     kept = 0
@@ -216,7 +216,8 @@ def check_loading(folder: Path) -> None:
     assert kept <= total / dist.get_world_size() * 1.02
     tokens, places = np.arange(1, 13)[None], np.arange(12)[None]
     with torch.no_grad():
-        assert torch.equal(split(tokens, places)[0], single(tokens, places)[0])
+        logits = [model(tokens, places)[0].numpy() for model in (split, single)]
+    np.testing.assert_allclose(*logits, rtol=1e-4 if "tensor" in text else 0, atol=1e-4)
     tokenizer = load_tokenizer()
     answers = [Sampler(m, tokenizer)(["In the", "And"], 6).text for m in (split, single)]
     assert answers[0] == answers[1]

@@ -290,7 +290,8 @@ class Embedder(SpecModule):
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, cap = self.team.shared(x).to(wide_dtype(x.dtype)), self.soft_cap
+        x = self.team.shared(x)
+        x, cap = x.to(wide_dtype(x.dtype)), self.soft_cap
         x = x / cap if cap else x  # before the product, where it costs less
         logits = product(x, self.team.local(self.input_embedding), axis=-1, dtype=x.dtype)
         return self.team.joined(logits.tanh_() * cap if cap else logits)

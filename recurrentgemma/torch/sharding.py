@@ -38,24 +38,18 @@ if TYPE_CHECKING:
 
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
 _BALANCE = 1.02  # of the ideal: how much the largest part may hold
-# Those of `common.sharding` that this twin computes.
-STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor", "sequence", "fsdp+sequence")
 
 
 def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """The size of each axis of a mesh; the axis of a mesh without names is "fsdp".
 
     Raises:
-      ValueError: It is no mesh of `STRATEGIES`.
+      ValueError: It is none of the strategies of `common.sharding`.
     """
     if mesh.mesh_dim_names is None and mesh.ndim > 1:
         raise UserError("a mesh of several axes must name them: pass mesh_dim_names, or make_mesh")
-    return _offered(dict(zip(names_of(mesh), mesh.shape, strict=True)))
-
-
-def _offered(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes themselves, or `ValueError` for another strategy than `STRATEGIES`."""
-    strategy(sizes, STRATEGIES)
+    sizes = dict(zip(names_of(mesh), mesh.shape, strict=True))
+    strategy(sizes)
     return sizes
 
 
@@ -69,13 +63,14 @@ def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
 
     Raises:
       ValueError: The text is wrong, the mesh does not take all processes, they do not meet, or the
-        strategy is not in `STRATEGIES`.
+        strategy is unknown.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     join()
     count = dist.get_world_size()
-    sizes = _offered(parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count))
+    sizes = parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count)
+    strategy(sizes)
     if math.prod(sizes.values()) != count:
         raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
     kept = {axis for axis, size in sizes.items() if size > 1}
@@ -96,7 +91,7 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
       lora: The adapters, if it has any.
 
     Raises:
-      ValueError: The mesh does not fit the model, or is of another strategy than `STRATEGIES`.
+      ValueError: The mesh does not fit the model, or its strategy is unknown.
       RuntimeError: This version of PyTorch cannot split a model.
     """
     if TorchVersion(torch.__version__) < _NEEDED:

@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=long runs the whole grid, also on four processes.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from trainers import make_batch
 
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
 from recurrentgemma.common.model.presets import Preset
+from recurrentgemma.common.traffic import traffic
 from recurrentgemma.torch import (
     Griffin,
     GriffinConfig,
@@ -69,8 +71,9 @@ def pools() -> Iterator[Pools]:
         pool.stop()
 
 
-def test_a_checkpoint_is_read_in_parts_and_saved_as_a_whole(pools, tmp_path) -> None:
-    pools[2].run(sharded.check_loading, tmp_path / "saved")
+@pytest.mark.parametrize("mesh", sweep(["fsdp=2"], ["fsdp=2", "tensor=2", "sequence=2"]))
+def test_a_checkpoint_is_read_in_parts_and_saved_as_a_whole(pools, tmp_path, mesh) -> None:
+    pools[2].run(sharded.check_loading, tmp_path / "saved", mesh)
 
 
 @pytest.mark.parametrize("mesh", sweep(["tensor=2"], STRATEGIES))
@@ -78,11 +81,12 @@ def test_a_team_samples_what_one_process_does(pools, mesh) -> None:
     pools[count_of(mesh)].run(sharded.check_sampling, PARTS, params_of(PARTS), mesh)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_initial_values_are_those_of_one_process(pools, dtype) -> None:
+@pytest.mark.parametrize(("dtype", "mesh"), [("float32", "fsdp=2"), ("bfloat16", "tensor=2")])
+def test_initial_values_are_those_of_one_process(pools, dtype, mesh) -> None:
     torch.manual_seed(7)
-    expected = Griffin(CONFIG, dtype=dtype).state_dict()
-    for values in pools[2].run(sharded.draw, CONFIG, 7, dtype):
+    config, dtype = config_of(mesh), getattr(torch, dtype)
+    expected = Griffin(config, dtype=dtype).state_dict()
+    for values in pools[2].run(sharded.draw, config, 7, dtype, mesh):
         assert list(values) == list(expected)
         for name, value in values.items():
             np.testing.assert_array_equal(value, expected[name].float().numpy(), err_msg=name)
@@ -120,15 +124,30 @@ def test_a_step_sends_blocks_twice_and_gradients_once(pools) -> None:
 
 
 def test_a_team_adds_up_five_times_a_layer_and_twice_more(pools) -> None:
-    tokens, mixers = PART_BATCHES[0].tokens, [layer.mixer for layer in PARTS.layers]
+    tokens = PART_BATCHES[0].tokens
     width = 8 * tokens.size * PARTS.width
     keys = [8 * tokens.size * 2 * 8]  # the gradients of the single key and value
     for found in pools[2].run(sharded.sent, PARTS, params_of(PARTS), "tensor=2", PART_BATCHES[0]):
-        assert not found["_allgather_base_"] + found["_reduce_scatter_base_"]
+        assert not found.keys() & {"_allgather_base_", "_reduce_scatter_base_"}
         large = [size for size in found["allreduce_"] if size > 1000]
-        assert sorted(large) == sorted(keys + [width] * (5 * len(mixers) + 2))
+        # A post-norm of the MLP has its input added up again in the backward pass.
+        again = sum(layer.post_norms for layer in PARTS.layers)
+        assert sorted(large) == sorted(keys + [width] * (5 * PARTS.num_layers + again + 2))
+        # `traffic` is for JAX, where a recurrent layer adds up once more, and no post-norm does.
+        said = traffic(PARTS, {"tensor": 2}, *tokens.shape, "float32").collectives["all-reduce"]
+        assert sum(large) == 2 * said + (again - 1) * width
         # Of the loss two numbers a token, never logits; of the step its tokens and its norm.
         assert max(found["allgather_"]) == 2 * 8 * tokens.size
+
+
+def test_what_neighbours_send_does_not_grow_with_a_row(pools) -> None:
+    config = dataclasses.replace(PARTS, layers=PARTS.layers[:2])  # without the reach that is all
+    short, long = (
+        pools[2].run(sharded.sent, config, params_of(config), "sequence=2", batch)
+        for batch in (make_batch(config, 0, rows=4, length=length) for length in (16, 32))
+    )
+    assert short == long
+    assert short[0]["send"]
 
 
 def test_loss_fn_gives_the_global_mean_and_the_gradients_of_one_process(pools) -> None:
@@ -176,13 +195,12 @@ def run_options(tmp_path) -> list[str]:
     return text.split()
 
 
+@pytest.mark.parametrize("mesh", sweep(["fsdp=2"], ["fsdp=2", "tensor=2", "sequence=2"]))
 def test_the_command_trains_on_two_processes_and_resumes_on_one(
-    pools, run_options, tmp_path
+    pools, run_options, tmp_path, mesh
 ) -> None:
     out = tmp_path / "run"
-    first, other = pools[2].run(
-        sharded.command, *run_options, "--out", str(out), "--mesh", "fsdp=2"
-    )
+    first, other = pools[2].run(sharded.command, *run_options, "--out", str(out), "--mesh", mesh)
     assert first[0] == other[0] == 0, first[2] + other[2]
     assert other[1:] == ("", "")
     assert "step 4/4: loss" in first[2]
