@@ -290,9 +290,9 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     place, parts = time_parts(model.mesh)
-    if tokens.shape[1] % parts:
+    if parts > 1:
         require_fit(model.config, {TIME: parts}, length=tokens.shape[1])
-    targets, weights = (z.unflatten(1, (parts, -1))[:, place] for z in (targets, weights))
+        targets, weights = (z.unflatten(1, (parts, -1))[:, place] for z in (targets, weights))
     hidden, _ = model.hidden(tokens, segment_pos, part=True)
     # Under FSDP it is whole now.
     embedding = model.team.local(dense(model.embedder.input_embedding))

@@ -25,6 +25,7 @@ from sweeps import sweep
 from trainers import make_batch
 
 from recurrentgemma.common.model.layer_spec import layer_spec, num_parameters
+from recurrentgemma.common.model.mixers import Attention, Rope
 from recurrentgemma.common.model.presets import Preset
 from recurrentgemma.common.traffic import traffic
 from recurrentgemma.torch import (
@@ -36,6 +37,7 @@ from recurrentgemma.torch import (
     load_checkpoint,
     loss_fn,
 )
+from recurrentgemma.torch.runtime.teams import key_heads
 from recurrentgemma.torch.sharding import shard
 from tolerances import assert_close
 
@@ -138,6 +140,16 @@ def test_a_team_adds_up_five_times_a_layer_and_twice_more(pools) -> None:
         assert sum(large) == 2 * said + (again - 1) * width
         # Of the loss two numbers a token, never logits; of the step its tokens and its norm.
         assert max(found["allgather_"]) == 2 * 8 * tokens.size
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count", "expected"),
+    [(4, 2, 2, [[0], [1]]), (4, 1, 2, [[0], [0]]), (8, 2, 4, [[0], [0], [1], [1]]),
+     (6, 3, 2, [[0, 0, 1], [1, 2, 2]])],
+)  # fmt: skip
+def test_the_key_heads_of_a_process(heads, kv_heads, count, expected) -> None:
+    mixer = Attention(heads, kv_heads, 8, None, Rope(), 1.0)
+    assert [key_heads(mixer, index, count) for index in range(count)] == expected
 
 
 def test_what_neighbours_send_does_not_grow_with_a_row(pools) -> None:
