@@ -46,18 +46,25 @@ def torch_rows() -> tuple[str, Sequence[str], Iterator[Row]]:
     import sharded
     import torch
     from processes import Processes
-    from sharded import CONFIG, OPTIONS, PARAMS, STRATEGIES
+    from sharded import CONFIG, OPTIONS, PARTS, STRATEGIES, config_of, count_of, params_of
     from trainers import make_batch
 
-    batches = [make_batch(CONFIG, seed, rows=4) for seed in range(3)]  # packed and padded rows
+    batches: dict[Any, list[Any]] = {  # packed and padded rows
+        config: [make_batch(config, seed, rows=4, length=16) for seed in range(3)]
+        for config in (CONFIG, PARTS)
+    }
     pools = {count: Processes(count) for count in (2, 4)}
 
     def differences(options: Any) -> Iterator[float]:
-        alone = sharded.steps(sharded.state_of(CONFIG, PARAMS, None, options), batches)
+        alone = {
+            config: sharded.steps(sharded.state_of(config, params_of(config), None, options), some)
+            for config, some in batches.items()
+        }
         for mesh in STRATEGIES:
-            pool = pools[int(mesh.partition("=")[2])]
-            found, *_ = pool.run(sharded.train, CONFIG, PARAMS, mesh, options, batches)
-            pairs = zip(arrays(found), arrays(alone), strict=False)
+            config = config_of(mesh)
+            args = config, params_of(config), mesh, options, batches[config]
+            found, *_ = pools[count_of(mesh)].run(sharded.train, *args)
+            pairs = zip(arrays(found), arrays(alone[config]), strict=False)
             yield max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in pairs)
 
     def arrays(result: dict[str, Any]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from cases import make_tokens, positions
 
 from backends import BACKENDS, Backend
+from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.griffin import GriffinConfig
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions
@@ -17,7 +18,7 @@ from recurrentgemma.common.training.lora import LoraOptions
 Params = Mapping[str, np.ndarray]
 
 
-def make_batch(config: GriffinConfig, seed: int, rows: int = 3, length: int = 17) -> Batch:
+def make_batch(config: Config, seed: int, rows: int = 3, length: int = 17) -> Batch:
     """Rows of one document, of three, and of one after padding, in turn.
 
     Targets are a function of the tokens, so that there is something to learn. Padding, each

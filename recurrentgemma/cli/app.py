@@ -13,6 +13,7 @@ import typer.core
 import typer.main
 
 import recurrentgemma
+from recurrentgemma.cli.console import speaking
 from recurrentgemma.cli.help import as_text, described
 
 NAME = "recurrentgemma"
@@ -125,7 +126,7 @@ def run(args: Sequence[str]) -> int:
     if _COMPLETE in os.environ:  # the shell asks for completions
         program().main(prog_name=NAME)
     try:
-        with program().make_context(NAME, list(args)) as context:
+        with speaking(), program().make_context(NAME, list(args)) as context:
             program().invoke(context)
     except typer.Exit as exit_:
         return exit_.exit_code

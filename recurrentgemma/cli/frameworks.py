@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from recurrentgemma.cli.console import be_silent
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.twin import find_twin, installed_framework
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # NumPy and sentencepiece are slow to import
     from recurrentgemma.common.generation.sampler import BaseSampler
     from recurrentgemma.common.generation.strategies import Sampling
     from recurrentgemma.common.model.layer_spec import ParamSpec
+    from recurrentgemma.common.processes import Processes
     from recurrentgemma.common.tokenizer import Tokenizer
 
 
@@ -123,7 +125,7 @@ MeshText = Annotated[
     str | None,
     typer.Option(
         "--mesh",
-        help="Split the model over the devices of this process, as in fsdp=4,tensor=2.",
+        help="Split the model over devices, as in fsdp=4,tensor=2; PyTorch's start with torchrun.",
         metavar="AXIS=N,...",
         show_default=False,
         rich_help_panel=MANY,
@@ -145,6 +147,7 @@ class Loaded(NamedTuple):
     sampler: BaseSampler[Any]
     device: str
     dtype: DType
+    processes: Processes
 
 
 _BLOCK = 1 << 20  # values
@@ -222,10 +225,15 @@ def load_sampler(
       mesh: The mesh that it is split over, if any; see `common.sharding.parse_mesh`.
       rows: How many texts grow at a time.
     """
+    from recurrentgemma.common.processes import ALONE
+
     twin = find_twin(framework)
     device = twin.default_device()
     dtype = dtype or default_dtype(device)
     where: dict[str, Any] = {"device": device} if mesh is None else {"mesh": twin.mesh(mesh)}
+    processes = ALONE if mesh is None else twin.processes(where["mesh"])
+    if not processes.is_first:
+        be_silent()  # another process prints the same
     decoding = 0 if mesh is not None else 1 if compiled else rows
     model = twin.load(path, dtype, adapter=adapter, quantize=quantize, decoding=decoding, **where)
     sampler = twin.sampler(
@@ -237,7 +245,7 @@ def load_sampler(
         **_compiling(framework, device, compiled),
     )
     sampler.engine.prepares = False
-    return Loaded(sampler, device, dtype)
+    return Loaded(sampler, device, dtype, processes)
 
 
 def random_sampler(
@@ -251,6 +259,7 @@ def random_sampler(
     from recurrentgemma.common.io.checkpoint import load_tokenizer
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma.common.model.layer_spec import layer_spec
+    from recurrentgemma.common.processes import ALONE
     from recurrentgemma.common.quantization import quantize_parameter
 
     twin = find_twin(framework)
@@ -263,7 +272,7 @@ def random_sampler(
     )
     model = twin.make(config, values, dtype, device, decoding=1)
     sampler = twin.sampler(model, load_tokenizer(), **_compiling(framework, device, compiled))
-    return Loaded(sampler, device, dtype)
+    return Loaded(sampler, device, dtype, ALONE)
 
 
 def _random_values(spec: ParamSpec, dtype: DType) -> np.ndarray:

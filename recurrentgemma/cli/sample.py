@@ -240,7 +240,10 @@ def sample(
             rows=num_samples * (batch_size if batch else 1),
         )
     load_s = time.perf_counter() - started
-    sampler = loaded.sampler
+    sampler, processes = loaded.sampler, loaded.processes
+    if processes.count > 1 and (batch is not None or save_state is not None):
+        raise UserError("--output and --save-state are for one process; several print the text")
+    seed = processes.everyone(seed)[0]
     before = None
     if load_state is not None:
         load_state = expanded(load_state)

@@ -133,6 +133,11 @@ def layout(
     return dict(splits)
 
 
+def each_split(config: Config, mesh: Mesh, lora: LoraOptions | None = None) -> dict[str, Split]:
+    """`layout`, also where the mesh leaves more values whole than it may."""
+    return dict(_splits(config, tuple(mesh.items()), lora, ()))
+
+
 @functools.lru_cache(maxsize=64)
 def _splits(config: Config, mesh: tuple, lora: LoraOptions | None, rules: Rules):
     specs = layer_spec(config) + (trainable_specs(config, lora) if lora else ())

@@ -13,7 +13,9 @@ from recurrentgemma.common.model.state import round_capacity
 from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.known import constant, is_known, once_a_step, places
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at, used_slots
+from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, key_heads, mixer_part
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend, attend_masked
 
@@ -67,23 +69,43 @@ class AttentionBlock(SpecModule):
             self.q_norm = RMSNorm(mixer.head_dim, device="meta", dtype=dtype)
             self.k_norm = RMSNorm(mixer.head_dim, device="meta", dtype=dtype)
         self.proj_final = Linear(query, width, mixer.out_bias, variance, dtype)
+        self.used_heads: list[int] | None = None  # of the key heads, where all processes have all
         self.materialise(device)
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        """As `SpecModule`; key heads that cannot be divided are computed by all."""
+        del split
+        mixer, self.team, self.mixer = self.mixer, team, mixer_part(self.mixer, team)
+        if mixer.kv_heads % team.count:
+            self.used_heads = key_heads(mixer, team.index, team.count)
+        if mixer.qk_norm:  # each process has some of the heads that the scale is for
+            self.q_norm.team = team
+            self.k_norm.team = ALONE if self.used_heads else team
 
     def forward(
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
         mixer, segment_pos = self.mixer, as_positions(segment_pos, x)
-        projections = (self.proj_q, self.proj_k, self.proj_v)
-        q_btnh, k_btkh, v_btkh = (f(x).unflatten(-1, (-1, mixer.head_dim)) for f in projections)
+        shared = self.team.shared(x)
+        key_input = shared if self.used_heads is None else x
+        projections = (self.proj_q, shared), (self.proj_k, key_input), (self.proj_v, key_input)
+        q_btnh, k_btkh, v_btkh = (f(x).unflatten(-1, (-1, mixer.head_dim)) for f, x in projections)
         if mixer.qk_norm:
             q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
+        if self.used_heads is not None:
+            kv_btkh = self.team.shared(torch.cat([k_btkh, v_btkh], -1))
+            k_btkh, v_btkh = kv_btkh[:, :, self.used_heads].chunk(2, -1)
         # Rotated together: in decoding it is the number of operations that costs.
         qk_btmh = apply_rope(torch.cat([q_btnh, k_btkh], 2), segment_pos, mixer.rope)
         q_btnh, k_btkh = qk_btmh.split([mixer.heads, mixer.kv_heads], 2)
         if not x.shape[1]:  # nothing happens to the state
             empty = empty_block(mixer, x.shape[0], v_btkh.dtype, x.device)
             encoded, new_cache = q_btnh, cache or empty
+        elif isinstance(cache, Before):
+            kv_bskh, document_bs = cache.keys(torch.cat([k_btkh, v_btkh], -1), mixer.reach)
+            document_bt = document_bs[:, -x.shape[1] :]
+            encoded, new_cache = attend(q_btnh, kv_bskh, document_bt, document_bs, mixer), None
         elif cache is not None and x.shape[1] == 1:
             place = known_place(mixer, segment_pos, cache)
             if place is None:

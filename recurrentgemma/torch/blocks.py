@@ -15,6 +15,7 @@ from recurrentgemma.torch.attention import AttentionBlock
 from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import MATRICES, Conv1D, Einsum, Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.rg_lru import RGLRU
+from recurrentgemma.torch.runtime.neighbours import Before
 
 
 class RecurrentBlock(SpecModule):
@@ -44,7 +45,9 @@ class RecurrentBlock(SpecModule):
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
-        rg_lru_state, conv1d_state = (None, None) if cache is None else cache
+        split = cache is None or isinstance(cache, Before)
+        rg_lru_state, conv1d_state = (cache, cache) if split else cache
+        x = self.team.shared(x)
         y = gelu(self.linear_y(x), approximate="tanh")
         x = self.linear_x(x)
         x, conv1d_state = self.conv_1d(x, segment_pos, conv1d_state)
@@ -72,7 +75,7 @@ class MLPBlock(SpecModule):
         self.materialise(device)
 
     def forward(self, x: Hidden) -> Hidden:
-        gate, value = self.ffw_up(x)
+        gate, value = self.ffw_up(self.team.shared(x))
         return self.ffw_down(gelu(gate, approximate="tanh") * value)
 
 

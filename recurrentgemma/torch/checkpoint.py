@@ -20,7 +20,8 @@ from recurrentgemma.torch.model import Model
 from recurrentgemma.torch.quantization import QuantizedMatrix, replace, state_of
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
 from recurrentgemma.torch.runtime.processes import by_the_first
-from recurrentgemma.torch.sharding import local_slices, mesh_of, placed, shard
+from recurrentgemma.torch.runtime.split_tensors import local_slices, mesh_of, placed
+from recurrentgemma.torch.sharding import shard
 from recurrentgemma_conversion.formats import Tensor as Held
 from recurrentgemma_conversion.names import torch_layout
 from recurrentgemma_conversion.opening import open_checkpoint

@@ -13,7 +13,7 @@ from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.state import Arrays
+from recurrentgemma.common.model.state import Arrays, check_state
 from recurrentgemma.torch.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.torch.capture import activations
 from recurrentgemma.torch.model import Model
@@ -22,6 +22,7 @@ from recurrentgemma.torch.runtime.arrays import map_cache
 from recurrentgemma.torch.runtime.decode import CapturedStep
 from recurrentgemma.torch.runtime.steps import giving_up
 from recurrentgemma.torch.runtime.stored import PackedMatrix
+from recurrentgemma.torch.runtime.teams import state_part, whole_state
 from recurrentgemma.torch.sampling import choose
 
 
@@ -190,11 +191,15 @@ class ModelEngine(Engine):
         return all(isinstance(value, Tensor) for block in cache.values() for value in block)
 
     def to_numpy(self, cache: Cache) -> Arrays:
-        return cache_to_numpy(cache)
+        arrays, team = cache_to_numpy(cache), self.model.team
+        return arrays if team.count == 1 else whole_state(self.config, arrays, team)
 
     def from_numpy(self, arrays: Arrays) -> Cache:
         dtype = self.model.embedder.input_embedding.dtype
-        return cache_from_numpy(self.config, arrays, dtype, self._device)
+        if self.model.team.count > 1:
+            check_state(self.config, arrays)
+            arrays = state_part(self.config, arrays, self.model.team)
+        return cache_from_numpy(self.model.part, arrays, dtype, self._device)
 
     def _prepare(self) -> _Prepared:
         """The steps of the model, which may have taken the place of another."""

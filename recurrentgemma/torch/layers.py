@@ -20,14 +20,22 @@ from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
 from recurrentgemma.torch.runtime.known import inside_documents, number
+from recurrentgemma.torch.runtime.neighbours import Before
+from recurrentgemma.torch.runtime.split_tensors import part_of
+from recurrentgemma.torch.runtime.teams import ALONE, AXIS, SplitOf, Team
 from recurrentgemma.torch.scan import as_positions, wide_dtype
-from recurrentgemma.torch.sharding import part_of
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 
 
 class SpecModule(nn.Module):
-    """A module that keeps the specs of its own parameters, from which they are drawn."""
+    """A module that keeps the specs of its own parameters, from which they are drawn.
+
+    Attributes:
+      team: The processes that compute it together.
+    """
+
+    team: Team = ALONE
 
     def __init__(
         self,
@@ -49,6 +57,11 @@ class SpecModule(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{spec.path} {list(spec.shape)}" for spec in self.specs)
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        """Computes its part in a team from now on; its parameters are this process's parts."""
+        del split
+        self.team = team
 
     def materialise(self, device: torch.device | str | None) -> None:
         """Allocates all parameters on a device and draws them; on "meta" nothing happens."""
@@ -97,8 +110,16 @@ class Linear(nn.Linear, SpecModule):
         """As `SpecModule`, whose method `nn.Linear` hides."""
         SpecModule.reset_parameters(self, seed)
 
+    def join(self, team: Team, split: SplitOf) -> None:
+        """As `SpecModule`; only parts of the inputs need the others' results."""
+        if split("weight")[0] == AXIS:
+            self.team = team
+
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b j"]:
-        return product(input, self.weight, self.bias, axis=-1)
+        if self.team is ALONE:
+            return product(input, self.weight, self.bias, axis=-1)
+        y = self.team.total(product(input, self.weight, axis=-1))
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(SpecModule):
@@ -110,8 +131,11 @@ class RMSNorm(SpecModule):
         super().__init__(params.rms_norm(width), device, dtype)
         self.eps = eps
 
+    def join(self, team: Team, split: SplitOf) -> None:
+        """The norm is of the whole stream; `AttentionBlock` says which norms are of its part."""
+
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.scale)
+        x32, scale = as_dtype(wide_dtype(x.dtype), x, self.team.shared(self.scale))
         squares = (x32 * x32).sum(-1, keepdim=True)
         rms = torch.rsqrt(torch.add(number(self.eps, x32), squares, alpha=1 / x.shape[-1]))
         y = x32 * rms
@@ -131,7 +155,7 @@ class BlockDiagonalLinear(SpecModule):
         super().__init__(specs, device, dtype)
 
     def forward(self, x: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
-        x_hzi = x.reshape(-1, *self.w.shape[:2]).transpose(0, 1)
+        x_hzi = x.reshape(-1, len(self.b), x.shape[-1] // len(self.b)).transpose(0, 1)
         y_hzj = product(x_hzi, self.w, self.b.unsqueeze(1))
         return y_hzj.transpose(0, 1).reshape(x.shape)
 
@@ -155,10 +179,12 @@ class Conv1D(SpecModule):
         segment_pos = as_positions(segment_pos, x)
         length, reach, wide = x.shape[1], len(self.w) - 1, wide_dtype(x.dtype)
         w, b = as_dtype(wide, self.w, self.b)
-        if cache is not None and length == 1:
+        if cache is not None and length == 1 and not isinstance(cache, Before):
             y, new_cache = _step(x, segment_pos, cache, w, b)
             return y, new_cache if return_cache else None
-        if cache is None:
+        if isinstance(cache, Before):
+            extended = cache.extended(x, reach)
+        elif cache is None:
             tokens_alone = torch.where((segment_pos >= 0)[..., None], x, 0)
             extended = nn.functional.pad(tokens_alone, (0, 0, reach, 0))
         else:
@@ -247,16 +273,24 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        x = lookup(self.input_embedding, tokens)
+        table = self.team.local(self.input_embedding)
+        if self.team.count == 1:
+            x = lookup(table, tokens)
+        else:
+            index = tokens - self.team.index * len(table)
+            others = (index < 0) | (index >= len(table))
+            x = lookup(table, index.masked_fill(others, 0))
+            x = self.team.total(x.masked_fill(others[..., None], 0))
         return x * number(self.scale, x)  # a plain number is not rounded
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
+        x = self.team.shared(x)
         x = x.to(wide_dtype(x.dtype))
         cap = number(self.soft_cap, x)
         x = x / cap if self.soft_cap else x  # before the product, where it costs less
-        logits = product(x, self.input_embedding, axis=-1, dtype=x.dtype)
-        return logits.tanh_() * cap if self.soft_cap else logits
+        logits = product(x, self.team.local(self.input_embedding), axis=-1, dtype=x.dtype)
+        return self.team.joined(logits.tanh_() * cap if self.soft_cap else logits)
 
 
 __getattr__ = elsewhere(__name__, TORCH_LAYERS)

@@ -32,8 +32,10 @@ from recurrentgemma.torch.quantization import (
     replace,
 )
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
+from recurrentgemma.torch.runtime.split_tensors import part_of, whole
+from recurrentgemma.torch.runtime.teams import ALONE, AXIS, SplitOf, Team
 from recurrentgemma.torch.scan.gates import wide_dtype
-from recurrentgemma.torch.sharding import mesh_of, owners, part_of, shard, whole
+from recurrentgemma.torch.sharding import owners, shard
 from recurrentgemma_conversion.adapters import open_adapters
 
 
@@ -52,10 +54,18 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.lora_a, self.lora_b, self.scale = base, a, b, scale
         self._leaf = leaf
+        self._sharing, self._adding = ALONE, ALONE  # the teams that share A, and that add up x A
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        """Computes its part in a team from now on."""
+        parts = [AXIS in split(name) for name in ("lora_a", "lora_b")]
+        self._sharing = team if parts == [False, True] else ALONE
+        self._adding = team if parts == [True, False] else ALONE
 
     def forward(self, x: Float[Tensor, "b t i"]) -> Any:
         y = self.base(x)
-        delta = _product(x, self.scale * self.lora_a, self.lora_b)
+        a = self._sharing.shared(self.scale * self.lora_a)
+        delta = _product(x, a, self.lora_b, self._adding)
         if isinstance(y, tuple):
             return tuple(part + d for part, d in zip(y, delta, strict=True))
         return y + delta.reshape(y.shape)
@@ -84,7 +94,7 @@ def adapt(
         spec.path: torch.from_numpy(sample_param(spec, seed)).to(device, dtype)
         for spec in trainable_specs(model.config, options)
     }
-    mesh = mesh_of(state.values())
+    mesh = model.mesh
     split, like = mesh is not None, model.embedder.input_embedding.dtype
     result = Model(model.config, model.gradient_checkpointing, "meta", like) if split else None
     result = _sharing(model) if result is None else result
@@ -172,9 +182,8 @@ def _sharing(model: Model, changed: Mapping[str, Tensor] = MappingProxyType({}))
     result = Model(model.config, model.gradient_checkpointing, device="meta")
     specs = layer_spec(model.config)
     values = {spec: changed.get(spec.path, parameter(model, spec)) for spec in specs}
-    mesh = mesh_of(value for value in values.values() if isinstance(value, Tensor))
-    if mesh is not None:
-        shard(result, mesh)
+    if model.mesh is not None:
+        shard(result, model.mesh)
     places, state = result.state_dict(), dict[str, Tensor]()
     for spec, value in values.items():
         name = torch_name(spec.path)
@@ -186,14 +195,15 @@ def _sharing(model: Model, changed: Mapping[str, Tensor] = MappingProxyType({}))
     return result
 
 
-def _product(x: Float[Tensor, "b t i"], a: Tensor, b: Tensor) -> Tensor:
+def _product(x: Float[Tensor, "b t i"], a: Tensor, b: Tensor, team: Team) -> Tensor:
     """x A B, in the dtype of x: one product, or one for each matrix of a stack, [C, B, T, J].
 
-    In a block-diagonal layer each matrix has its own part of x, and of the result.
+    In a block-diagonal layer each matrix has its own part of x, and of the result. A team adds up
+    what its parts of x and of A give.
     """
     a, b = a.to(x.dtype), b.to(x.dtype)
     if a.ndim == 2:
-        return x @ a @ b
+        return team.total(x @ a) @ b
     blocks = x.shape[-1] // a.shape[-2]
     x_cbti = torch.stack(x.chunk(blocks, -1))
     y_cbtj = x_cbti @ a[:, None] @ b[:, None]

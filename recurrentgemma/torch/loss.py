@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from recurrentgemma.common.generation.chunks import loss_chunk
 from recurrentgemma.torch.runtime.arrays import without_autocast
+from recurrentgemma.torch.runtime.teams import ALONE, Team, team_of
 from recurrentgemma.torch.scan.gates import forward_levels, wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _VOCABULARY_PART = 16_384
 
@@ -20,6 +26,7 @@ def cross_entropy(
     weights: Float[Tensor, "b t"],
     soft_cap: float = 0.0,
     chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Float[Tensor, ""]:
     """The sum over b, t of weights_bt times -log softmax(logits_bt)[targets_bt].
 
@@ -27,7 +34,7 @@ def cross_entropy(
     differentiated so many tokens at a time, in one pass: the gradients, unscaled, are what the
     forward pass leaves behind. Products have their factors in the dtype of `hidden` and
     `embedding`, and sums are wide. Derivatives of the gradients, those in forward mode, and
-    torch.func's transforms take all logits at a time.
+    torch.func's transforms take all logits at a time, and no mesh that splits the vocabulary.
 
     Args:
       hidden: The output of `Model.hidden`.
@@ -36,8 +43,11 @@ def cross_entropy(
       weights: The weight of each target.
       soft_cap: Logits are cap * tanh(logits / cap); as they are if 0.
       chunk_size: Tokens in a chunk, at most; if None so many that its logits take 128 MB.
+      mesh: The processes. Along its axis "tensor" each has its rows of `embedding`, and the same
+        tokens as the others.
     """
-    inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size)
+    team = team_of(mesh)
+    inputs = (hidden, embedding, targets, weights, soft_cap, chunk_size, team)
     with without_autocast(hidden.device):
         # They accept no in-place operations.
         if torch._C._are_functorch_transforms_active() or forward_levels():
@@ -49,17 +59,18 @@ def cross_entropy(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, embedding, targets, weights, soft_cap, chunk_size):  # pyright: ignore[reportIncompatibleMethodOverride]
-        needed = ctx.needs_input_grad[:2]
-        loss, gradients = _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed)
-        ctx.save_for_backward(hidden, embedding, targets, weights, *gradients)
-        ctx.soft_cap = soft_cap
+    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss, gradients = _run(*inputs, needed=ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*inputs[:4], *gradients)
+        ctx.soft_cap, ctx.team = inputs[4], inputs[6]
         return loss
 
     @staticmethod
     def backward(ctx, dloss):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, embedding, targets, weights, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative may follow
+            if ctx.team is not ALONE:
+                raise NotImplementedError("the loss on a tensor mesh has no second derivative")
 
             def loss(hidden, embedding, weights):
                 return _definition(hidden, embedding, weights, targets, ctx.soft_cap)
@@ -67,10 +78,10 @@ class _CrossEntropy(torch.autograd.Function):
             with without_autocast(hidden.device):
                 _, pullback = torch.func.vjp(loss, hidden, embedding, weights)  # pyright: ignore[reportAssignmentType]
                 dhidden, dembedding, dweights = pullback(dloss)
-            return dhidden, dembedding, None, dweights, None, None
+            return dhidden, dembedding, None, dweights, None, None, None
         scaled = (g if g is None else (dloss * g).to(g.dtype) for g in gradients)
         dhidden, dembedding, dweights = scaled
-        return dhidden, dembedding, None, dweights, None, None
+        return dhidden, dembedding, None, dweights, None, None, None
 
 
 def _definition(hidden, embedding, weights, targets, soft_cap):
@@ -84,7 +95,7 @@ def _definition(hidden, embedding, weights, targets, soft_cap):
     return (weights.to(wide) * nll).sum()
 
 
-def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
+def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, team: Team, needed):
     """The loss, and its gradients for `hidden`, `embedding` (where needed) and `weights`."""
     wide, length = wide_dtype(hidden.dtype), targets.numel()
     size = loss_chunk(length, len(embedding), chunk_size)
@@ -92,7 +103,8 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
     part = len(embedding) if embedding.dtype == wide else _VOCABULARY_PART
     parts = [slice(i, i + part) for i in range(0, len(embedding), part)]
     loss = hidden.new_zeros((), dtype=wide)
-    dhidden = torch.empty_like(hidden).flatten(0, 1) if needed[0] else None
+    summed = hidden.dtype if team is ALONE else wide  # the processes' sums, which are added up
+    dhidden = torch.empty_like(hidden, dtype=summed).flatten(0, 1) if needed[0] else None
     dembedding = torch.zeros_like(embedding, dtype=wide) if needed[1] else None
     nll = torch.empty_like(weights, dtype=wide).flatten()
     logits = torch.empty(min(size, length), len(embedding), dtype=wide, device=hidden.device)
@@ -107,26 +119,45 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, needed):
         if soft_cap:
             tanh_cv = logits_cv.div_(soft_cap).tanh_()
             logits_cv = soft_cap * tanh_cv
-        log_sum_c = logits_cv.logsumexp(-1)
-        nll_c = log_sum_c - logits_cv.gather(-1, target_c[:, None])[:, 0]
+        target_c, here_c = _here(team, target_c, len(embedding))
+        right_c = logits_cv.gather(-1, target_c[:, None])[:, 0].masked_fill(~here_c, 0)
+        log_sum_c, right_c = _over_all(team, logits_cv.logsumexp(-1), right_c)
+        nll_c = log_sum_c - right_c
         loss += (weight_c * nll_c).sum()
         nll[chunk] = nll_c
         if not any(needed):
             continue
         dlogits_cv = logits_cv.sub_(log_sum_c[:, None]).exp_()
-        dlogits_cv.scatter_add_(-1, target_c[:, None], -torch.ones_like(log_sum_c)[:, None])
+        dlogits_cv.scatter_add_(-1, target_c[:, None], -here_c.to(wide)[:, None])
         dlogits_cv.mul_(weight_c[:, None])
         if tanh_cv is not None:
             dlogits_cv.mul_(tanh_cv.square_().neg_().add_(1))
         dlogits_cv = dlogits_cv.to(hidden.dtype).to(wide)
         if dhidden is not None:
             products = (dlogits_cv[:, p] @ embedding[p].to(wide) for p in parts)
-            dhidden[chunk] = sum(products).to(hidden.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            dhidden[chunk] = sum(products).to(summed)  # pyright: ignore[reportAttributeAccessIssue]
         if dembedding is not None:
             dembedding.addmm_(dlogits_cv.T, x_cd)
     gradients = (
-        dhidden if dhidden is None else dhidden.view_as(hidden),
+        dhidden if dhidden is None else team.total(dhidden).to(hidden.dtype).view_as(hidden),
         dembedding if dembedding is None else dembedding.to(embedding.dtype),
         nll.view_as(weights).to(weights.dtype),
     )
     return loss, gradients
+
+
+def _here(team: Team, target_c: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The targets among this process's rows of the embedding, and which these are."""
+    if team is ALONE:
+        return target_c, torch.ones_like(target_c, dtype=torch.bool)
+    local_c = target_c - team.index * rows
+    here_c = (local_c >= 0) & (local_c < rows)
+    return local_c.masked_fill(~here_c, 0), here_c
+
+
+def _over_all(team: Team, log_sum_c: Tensor, right_c: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the sum over the whole vocabulary, and the logits of the targets."""
+    if team is ALONE:
+        return log_sum_c, right_c
+    sums_ct, rights_ct = team.joined(torch.stack([log_sum_c, right_c])[..., None])
+    return sums_ct.logsumexp(-1), rights_ct.sum(-1)

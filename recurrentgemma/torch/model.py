@@ -19,7 +19,9 @@ from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, to_array
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock, can_recompute
+from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, TimeTeam, config_part, on_parts
 from recurrentgemma.torch.sharding import shard
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Model(SpecModule):
     Attributes:
       config: What the model is.
       gradient_checkpointing: Whether each block's activations are recomputed in the backward pass.
+      mesh: The processes over which it is split; see `shard`.
+      part: What this process computes; its states are those of this config.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Model(SpecModule):
             raise UserError(f"give either a device or a mesh, got {device=} {mesh=}")
         super().__init__()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.mesh: DeviceMesh | None = None
+        self.part = config
         value, meta = config.model, {"device": "meta", "dtype": dtype}
         scale, cap, variance = value.embedding_scale, value.soft_cap, 2 / max(value.num_layers, 1)
         self.embedder = Embedder(value.vocab_size, value.width, scale, cap, **meta)
@@ -73,6 +79,10 @@ class Model(SpecModule):
             shard(self, mesh)
         with torch.random.fork_rng(devices=[]):
             self.materialise(device if mesh is None else mesh.device_type)
+
+    def join(self, team: Team, split: SplitOf) -> None:
+        super().join(team, split)
+        self.part = config_part(self.config, team)
 
     def forward(
         self,
@@ -113,10 +123,13 @@ class Model(SpecModule):
         segment_pos: Integer[Tensor, "b t"] | np.ndarray,
         cache: Cache | None = None,
         last_only: bool = False,
+        part: bool = False,
     ) -> tuple[Float[Tensor, "b _ d"], Cache]:
         """The final hidden states, which `decode` turns into logits, and the state after the last.
 
         Arguments and errors are those of `forward`; `last_only` gives the last place, [B, 1, D].
+        With `part`, a process of a mesh that splits rows along "sequence" gives its own places,
+        without a state.
         """
         tokens, segment_pos = (
             z if isinstance(z, Tensor) else np.asarray(z) for z in (tokens, segment_pos)
@@ -125,7 +138,11 @@ class Model(SpecModule):
         device = self.embedder.input_embedding.device
         tokens, segment_pos = as_index(tokens, device), as_index(segment_pos, device)
         if cache is not None:
-            require_capacity(check_state(self.config, cache, tokens.shape[0]), segment_pos)
+            require_capacity(check_state(self.part, cache, tokens.shape[0]), segment_pos)
+        before = None
+        if part and isinstance(self.team, TimeTeam):
+            before = Before(self.team.group, segment_pos)
+            tokens, segment_pos = before.own(tokens), before.own(segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
@@ -134,11 +151,12 @@ class Model(SpecModule):
             recompute = self.gradient_checkpointing and can_recompute()
             for i, block in enumerate(self.blocks):
                 name = f"blocks.{i}"
-                block_cache = cache[name] if cache else None
+                block_cache = cache[name] if cache else before
                 x, new_cache[name] = block(x, segment_pos, block_cache, recompute=recompute)
         if last_only:
             x = x[:, -1:]
-        return self.final_norm(x), new_cache
+        x = self.final_norm(x) if self.team is ALONE else on_parts(self.team, self.final_norm, x)
+        return x, new_cache if before is None else {}
 
     def check(self, tokens: Any, segment_pos: Any) -> None:
         """Checks the values of the inputs. The model itself checks only NumPy arrays.
@@ -176,7 +194,7 @@ class Model(SpecModule):
         """
         embedding = self.embedder.input_embedding
         dtype = dtype or embedding.dtype
-        return init_cache(self.config, batch_size, dtype, embedding.device, capacity)
+        return init_cache(self.part, batch_size, dtype, embedding.device, capacity)
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.parameters())

@@ -23,7 +23,7 @@ from recurrentgemma.common.training.optimization import (
 )
 from recurrentgemma.torch.runtime.optimizer_state import load_own_tensors, own_tensors
 from recurrentgemma.torch.runtime.split_adafactor import SplitAdafactor
-from recurrentgemma.torch.sharding import mesh_of, part_of, zeros
+from recurrentgemma.torch.runtime.split_tensors import mesh_of, part_of, zeros
 
 Tensors = Mapping[str, Tensor]
 Optimizer = OptimizerOptions | Callable[[list[Tensor]], torch.optim.Optimizer]

@@ -11,6 +11,7 @@ from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
 from recurrentgemma.torch.runtime.known import inside_documents, places
+from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.scan import SCAN_TYPES, as_positions, rg_lru_scan, rg_lru_step
 
 
@@ -46,6 +47,8 @@ class RGLRU(SpecModule):
         """Returns the outputs and the last state."""
         segment_pos = as_positions(segment_pos, x)
         inputs = x, self.input_gate(x), self.a_gate(x), self.a_param
+        if isinstance(cache, Before):
+            cache = cache.state(*inputs, segment_pos, SCAN_TYPES[self.scan_type])
         if cache is not None and places(segment_pos) is not None:
             positions = None if inside_documents(segment_pos) else segment_pos
             y, new_cache = rg_lru_step(*inputs, cache, positions)

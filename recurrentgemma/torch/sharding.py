@@ -1,11 +1,12 @@
-"""A model split over the processes of a mesh, with FSDP."""
+"""A model split over the processes of a mesh, with DTensor and FSDP."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,51 +14,42 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from recurrentgemma.common.errors import UserError
-from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.state_dict import flax_path, torch_shape
 from recurrentgemma.common.sharding import (
     AXES,
+    BATCH_AXES,
     Split,
+    each_split,
     mesh_text,
     parse_mesh,
     require_fit,
-    split_of,
     strategy,
 )
-from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
+from recurrentgemma.common.training.lora import LoraOptions
 from recurrentgemma.torch.quantization import QuantizedMatrix
-from recurrentgemma.torch.runtime.processes import join
+from recurrentgemma.torch.runtime.processes import join, names_of
+from recurrentgemma.torch.runtime.teams import AXIS, inner_axis, team_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.placement_types import Placement
 
     from recurrentgemma.common.model.config import Config
     from recurrentgemma.torch.model import Model
 
 _NEEDED = "2.10"  # before it, a part keeps the memory of the whole, or FSDP fails on a CPU
 _BALANCE = 1.02  # of the ideal: how much the largest part may hold
-STRATEGIES = ("data", "fsdp")  # those of `common.sharding` that this twin computes
 
 
 def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """The size of each axis of a mesh; the axis of a mesh without names is "fsdp".
 
     Raises:
-      ValueError: It is no mesh of `STRATEGIES`.
+      ValueError: It is none of the strategies of `common.sharding`.
     """
     if mesh.mesh_dim_names is None and mesh.ndim > 1:
         raise UserError("a mesh of several axes must name them: pass mesh_dim_names, or make_mesh")
-    return _offered(dict(zip(mesh.mesh_dim_names or ("fsdp",), mesh.shape, strict=True)))
-
-
-def _offered(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes themselves, or `ValueError` for another strategy than `STRATEGIES`."""
-    if (found := strategy(sizes)) not in STRATEGIES:
-        raise UserError(
-            f"in PyTorch a mesh is one of {', '.join(STRATEGIES)}, got {mesh_text(sizes)}: {found}"
-        )
+    sizes = dict(zip(names_of(mesh), mesh.shape, strict=True))
+    strategy(sizes)
     return sizes
 
 
@@ -71,24 +63,27 @@ def make_mesh(mesh: str | Mapping[str, int] = "fsdp=-1") -> DeviceMesh:
 
     Raises:
       ValueError: The text is wrong, the mesh does not take all processes, they do not meet, or the
-        strategy is not in `STRATEGIES`.
+        strategy is unknown.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     join()
     count = dist.get_world_size()
-    sizes = _offered(parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count))
+    sizes = parse_mesh(mesh if isinstance(mesh, str) else mesh_text(mesh), count)
+    strategy(sizes)
     if math.prod(sizes.values()) != count:
         raise UserError(f"a mesh must take all {count} processes, got {mesh_text(sizes)}")
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in {*sizes, "fsdp"}}
+    kept = {axis for axis, size in sizes.items() if size > 1}
+    kept |= set() if inner_axis(sizes) else {"fsdp"}  # which FSDP splits over, be it 1
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES if axis in kept}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> None:
-    """Splits a model block by block as `common.sharding.split_of` says, also on the meta device.
+    """Splits a model block by block as `common.sharding.layout` says, also on the meta device.
 
-    What the mesh does not divide is split by rows, unevenly.
+    What "fsdp" does not divide is split by rows, unevenly.
 
     Args:
       model: The model, perhaps with adapters.
@@ -96,37 +91,114 @@ def shard(model: Model, mesh: DeviceMesh, lora: LoraOptions | None = None) -> No
       lora: The adapters, if it has any.
 
     Raises:
-      ValueError: The mesh does not fit the model, or is of another strategy than `STRATEGIES`.
+      ValueError: The mesh does not fit the model, or its strategy is unknown.
       RuntimeError: This version of PyTorch cannot split a model.
     """
     if TorchVersion(torch.__version__) < _NEEDED:
         raise RuntimeError(
             f"a model is split with PyTorch {_NEEDED} or newer, got {torch.__version__}"
         )
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import Shard
-
-    for module in model.modules():  # FSDP splits parameters alone
+    sizes, splits = sizes_of(mesh), splits_of(model.config, mesh, lora)
+    if "data" in sizes and "fsdp" not in sizes:
+        raise UserError("a mesh with data needs an axis fsdp, be it of size 1; make_mesh adds it")
+    require_fit(model.config, {AXIS: sizes.get(AXIS, 1)})
+    for module in model.modules():  # parameters alone are split
         if isinstance(module, QuantizedMatrix):
             module.packs = False  # into the layout of a kernel, which is not split
         for name, buffer in list(module.named_buffers(recurse=False)):
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-    sizes = sizes_of(mesh)
-    splits, parts = splits_of(model.config, mesh, lora), sizes["fsdp"]
-    axes: dict[int, int] = {}
-    total, kept = 0, 0
-    for _, path, parameter, by_rows in owners(model):
+    model.mesh = mesh
+    places = _places(model, splits, sizes)
+    _require_balance(model, places, sizes)
+    if inner_axis(sizes):
+        _split_along(model, mesh, places, splits)
+    if "fsdp" in sizes:
+        _fully_shard(model, mesh, places)
+
+
+class _Place(NamedTuple):
+    """The axis of a tensor that "tensor" or "sequence" splits, if any; and the axis for FSDP."""
+
+    inner: int | None
+    fsdp: int
+
+
+def _places(
+    model: Model, splits: Mapping[str, Split], sizes: Mapping[str, int]
+) -> dict[str, _Place]:
+    """The axes of each parameter that are split, by name."""
+    places: dict[str, _Place] = {}
+    for name, path, parameter, by_rows in owners(model):
         split = splits[path]
         split = (*split[:-2], *split[:-3:-1]) if by_rows else torch_shape(path, split)
-        found = [i for i, axis in enumerate(split) if axis == "fsdp"]
-        # The scale of a quantised matrix has a 1 where the matrix is reduced.
-        axis = next((i for i in found if parameter.shape[i] % parts == 0), 0)
-        axes[id(parameter)] = axis
+        axes: dict[str, int] = {}
+        for i, (axis, size) in enumerate(zip(split, parameter.shape, strict=True)):
+            if axis is None or size == 1:  # where the scale of a quantised matrix is reduced
+                continue
+            if size % sizes[axis] == 0:
+                axes[axis] = i
+            elif axis == AXIS:
+                raise UserError(
+                    f"tensor={sizes[axis]} must divide the groups of {name}, got {size}"
+                )
+        inner = axes.get(inner_axis(sizes) or "")
+        fsdp = axes.get("fsdp")
+        if fsdp is None:  # FSDP splits every tensor, and evenly along axes behind the first
+            fsdp = 0
+            if inner is not None and parameter.shape[inner] % math.prod(sizes.values()) == 0:
+                fsdp = inner
+        places[name] = _Place(inner, fsdp)
+    return places
+
+
+def _require_balance(model: Model, places: Mapping[str, _Place], sizes: Mapping[str, int]) -> None:
+    """Raises `ValueError` where the largest part is too large and the layout says so, too."""
+    fsdp, inner = sizes.get("fsdp", 1), sizes.get(inner_axis(sizes) or "", 1)
+    total, kept = 0, 0
+    for name, parameter in model.named_parameters():
+        place = places[name]
+        parts = 1 if place.inner is None else inner
+        length = parameter.shape[place.fsdp] // (parts if place.fsdp == place.inner else 1)
         total += parameter.nbytes
-        kept += parameter.nbytes // parameter.shape[axis] * -(-parameter.shape[axis] // parts)
-    if kept * parts > _BALANCE * total:
+        kept += parameter.nbytes // parts // length * -(-length // fsdp)
+    if kept * fsdp * inner > _BALANCE * total:
         require_fit(model.config, sizes)
+
+
+def _split_along(
+    model: Model, mesh: DeviceMesh, places: Mapping[str, _Place], splits: Mapping[str, Split]
+) -> None:
+    """Splits the parameters along "tensor" or "sequence", and has each module compute its part."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    inner = str(inner_axis(sizes_of(mesh)))
+    for name, parameter in list(model.named_parameters()):
+        axis = places[name].inner
+        how = [Replicate() if axis is None else Shard(axis)]
+        part = distribute_tensor(parameter.detach(), mesh[inner], how, src_data_rank=None)
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
+    team: Any = team_of(mesh, inner)
+    for name, module in model.named_modules():
+        if hasattr(module, "join"):
+            join_team: Any = module.join
+            join_team(team, functools.partial(_split_in, splits, name, module))
+
+
+def _split_in(splits: Mapping[str, Split], name: str, module: Any, leaf: str) -> Split:
+    """How a parameter of a module is split."""
+    return splits[_path_in(name, module, leaf)]
+
+
+def _fully_shard(model: Model, mesh: DeviceMesh, places: Mapping[str, _Place]) -> None:
+    """Splits the parameters along "fsdp", block by block."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    outer = tuple(name for name in names_of(mesh) if name in BATCH_AXES)
+    mesh = mesh[outer] if len(outer) < mesh.ndim else mesh
+    axes = {id(p): places[name].fsdp for name, p in model.named_parameters()}
 
     def place(parameter: nn.Parameter) -> Shard:
         return Shard(axes[id(parameter)])
@@ -153,9 +225,7 @@ def splits_of(
 
     Parts may be uneven here, so that a mesh fits which would not fit there.
     """
-    sizes = {} if mesh is None else sizes_of(mesh)
-    specs = (*layer_spec(config), *(trainable_specs(config, lora) if lora else ()))
-    return {spec.path: split_of(spec, sizes) for spec in specs}
+    return each_split(config, {} if mesh is None else sizes_of(mesh), lora)
 
 
 def owners(model: Model) -> Iterator[tuple[str, str, Tensor, bool]]:
@@ -166,85 +236,17 @@ def owners(model: Model) -> Iterator[tuple[str, str, Tensor, bool]]:
     rows of outputs.
     """
     for name, module in model.named_modules():
-        place = [part for part in name.split(".") if part != "base"]
-        owner, by_rows = getattr(module, "owner", flax_path), isinstance(module, QuantizedMatrix)
+        by_rows = isinstance(module, QuantizedMatrix)
         own = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
         for leaf, parameter in itertools.chain(*own):
             full = f"{name}.{leaf}" if name else leaf
-            path = flax_path(".".join(place)) if by_rows else ".".join([*place, owner(leaf)])
-            yield full, path, parameter, by_rows
+            yield full, _path_in(name, module, leaf), parameter, by_rows
 
 
-def part_of(tensor: Tensor, place: Tensor) -> Tensor:
-    """This process's part of a tensor, which every process has or has a part of.
-
-    It is split like `place` along the axes that have the same size; the tensor itself if that is
-    not split.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(place, DTensor):
-        return tensor
-    mesh, placements = place.device_mesh, inherited(place, tensor.shape)
-    if isinstance(tensor, DTensor):
-        return tensor.redistribute(mesh, placements)
-    return distribute_tensor(tensor.contiguous(), mesh, placements, src_data_rank=None)
-
-
-def inherited(place: DTensor, shape: Sequence[int]) -> list[Placement]:
-    """How a moment of a split parameter is split: as that is, along axes of the same size."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    return [
-        Replicate() if isinstance(p, Shard) and shape[p.dim] != place.shape[p.dim] else p
-        for p in place.placements
-    ]
-
-
-def zeros(place: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros for a moment of a parameter, split as it is; see `part_of`."""
-    if mesh_of([place]) is None:
-        return place.new_zeros(shape)
-    from torch.distributed.tensor import zeros
-
-    split: Any = place
-    how = {"dtype": place.dtype, "device_mesh": split.device_mesh}
-    return zeros(*shape, placements=inherited(split, shape), **how)
-
-
-def local_slices(place: DTensor) -> tuple[slice, ...]:
-    """Which part of a tensor this process has."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = place.device_mesh, place.placements
-    sizes, offsets = compute_local_shape_and_global_offset(place.shape, mesh, placements)
-    return tuple(slice(i, i + size) for i, size in zip(offsets, sizes, strict=True))
-
-
-def placed(local: Tensor, place: DTensor) -> DTensor:
-    """The split tensor of which this process has a part, split like `place`."""
-    from torch.distributed.tensor import DTensor
-
-    mesh = place.device_mesh
-    local = local.to(mesh.device_type).contiguous()
-    shape = {"shape": place.shape, "stride": place.stride()}
-    return DTensor.from_local(local, mesh, place.placements, run_check=False, **shape)
-
-
-def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
-    """The mesh of the first split tensor; None if no tensor is split."""
-    if not dist.is_available():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. If processes hold parts of it, all must call this together."""
-    if dist.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
+def _path_in(name: str, module: nn.Module, leaf: str) -> str:
+    """The path in the layout of a parameter, from its module and its name there."""
+    place = [part for part in name.split(".") if part != "base"]
+    if isinstance(module, QuantizedMatrix):
+        return flax_path(".".join(place))
+    owner: Any = getattr(module, "owner", flax_path)
+    return ".".join([*place, owner(leaf)])

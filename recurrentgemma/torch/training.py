@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.layer_spec import require_match
+from recurrentgemma.common.sharding import require_fit
 from recurrentgemma.common.training.adapters import Adapters, write_adapters
 from recurrentgemma.common.training.batch import Batch, batch_list, check_batch, require_batch
 from recurrentgemma.common.training.lora import LoraOptions, require_plain, trainable_specs
@@ -33,9 +34,16 @@ from recurrentgemma.torch.optimizer import Optimizer, make_optimizer, step
 from recurrentgemma.torch.products import dense
 from recurrentgemma.torch.quantization import is_quantized
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.processes import by_the_first, gathered, summed
-from recurrentgemma.torch.scan.gates import wide_dtype
-from recurrentgemma.torch.sharding import mesh_of, reshard, whole
+from recurrentgemma.torch.runtime.processes import (
+    by_the_first,
+    gathered,
+    row_parts,
+    summed,
+    time_parts,
+)
+from recurrentgemma.torch.runtime.split_tensors import mesh_of, norm_of, whole
+from recurrentgemma.torch.runtime.teams import TIME
+from recurrentgemma.torch.sharding import reshard
 from recurrentgemma.torch.training_state import (
     copy_parameters,
     load_state_tensors,
@@ -139,7 +147,7 @@ def loss_fn(model: Model, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
     loss = _total(model, batch) / _divisor(tokens)
     value = summed(loss.detach(), mesh)
     if mesh is not None:
-        loss = loss * mesh.size()  # FSDP takes the mean of the processes' gradients
+        loss = loss * row_parts(mesh)[1]  # FSDP takes the mean of the processes' gradients
         loss = loss + (value - loss.detach())
     return loss, {"loss": value, "tokens": tokens}
 
@@ -158,7 +166,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
     batches = batch_list(batches)
     mesh = mesh_of(state.parameters.values())
     tokens = _tokens(batches, mesh)
-    ranks = 1 if mesh is None else mesh.size()
+    ranks = row_parts(mesh)[1]
     settings = step_settings(state.optimizer)
     rate = learning_rate(settings, state.step)
 
@@ -178,8 +186,7 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 
     loss = accumulate()
     grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)) for g in grads]
-    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+    norm = norm_of(grads)
     if settings.clip_norm is not None:
         scale = (settings.clip_norm / norm).clamp(max=1.0)
         for grad in grads:
@@ -201,12 +208,15 @@ def train_step(state: TrainState, batches: Batch | Sequence[Batch]) -> tuple[Tra
 def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     """The weighted mean over all batches: "loss", "perplexity", "tokens" (the sum of weights)."""
     total, tokens = 0.0, 0.0
+    mesh = mesh_of(state.parameters.values())
+    _, parts = time_parts(mesh)
     for batch in batches:
         total += float(_total(state.model, batch))
-        tokens += _weight(batch)
+        tokens += _weight(batch) / parts
     reshard(state.model)
-    everywhere = gathered([total, tokens], mesh_of(state.parameters.values()))
-    total, tokens = map(sum, zip(*everywhere, strict=True))
+    device = "cpu" if mesh is None else mesh.device_type
+    sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
+    total, tokens = summed(sums, mesh).tolist()
     loss = total / tokens if tokens else 0.0
     return {"loss": loss, "tokens": tokens, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -279,9 +289,15 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
         for z in batch
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    hidden, _ = model.hidden(tokens, segment_pos)
-    embedding = dense(model.embedder.input_embedding)  # under FSDP it is whole now
-    return cross_entropy(hidden, embedding, targets, weights, model.config.model.soft_cap)
+    place, parts = time_parts(model.mesh)
+    if parts > 1:
+        require_fit(model.config, {TIME: parts}, length=tokens.shape[1])
+        targets, weights = (z.unflatten(1, (parts, -1))[:, place] for z in (targets, weights))
+    hidden, _ = model.hidden(tokens, segment_pos, part=True)
+    # Under FSDP it is whole now.
+    embedding = model.team.local(dense(model.embedder.input_embedding))
+    settings = {"soft_cap": model.config.model.soft_cap, "mesh": model.mesh}
+    return cross_entropy(hidden, embedding, targets, weights, **settings)
 
 
 def _weight(batch: Batch) -> float:
@@ -296,12 +312,20 @@ def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
     """The sum of the weights over the batches of all processes.
 
     Raises:
-      ValueError: The processes have different numbers of batches, or one has no rows.
+      ValueError: The processes have different numbers of batches, or one has no rows; or processes
+        that compute the same rows together are given different ones.
     """
     weight = sum(map(_weight, batches))
     rows = min((len(batch.tokens) for batch in batches), default=0)
-    everywhere = gathered([weight, len(batches), rows], mesh)
-    tokens, counts, least = zip(*everywhere, strict=True)
+    ids = sum(int(batch.tokens.sum()) for batch in batches)
+    everywhere = gathered([weight, len(batches), rows, ids], mesh)
+    each = len(everywhere) // row_parts(mesh)[1]
+    for index, found in enumerate(everywhere):
+        if found != everywhere[first := index - index % each]:
+            raise UserError(
+                f"processes that share rows must give the same: {first} and {index} do not"
+            )
+    tokens, counts, least, _ = zip(*everywhere[::each], strict=True)
     if mesh is not None and (len(set(counts)) > 1 or not min(least)):
         raise UserError(
             "each process must give as many batches as the others, of at least one row, got "

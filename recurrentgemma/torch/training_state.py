@@ -27,15 +27,8 @@ from recurrentgemma.common.training.optimization import (
 from recurrentgemma.common.training.state_layout import Placed, StateLayout
 from recurrentgemma.torch.optimizer import get_moments, set_moments
 from recurrentgemma.torch.runtime.processes import processes_of
-from recurrentgemma.torch.sharding import (
-    mesh_of,
-    owners,
-    part_of,
-    reshard,
-    sizes_of,
-    splits_of,
-    zeros,
-)
+from recurrentgemma.torch.runtime.split_tensors import mesh_of, part_of, zeros
+from recurrentgemma.torch.sharding import owners, reshard, sizes_of, splits_of
 
 if TYPE_CHECKING:
     from recurrentgemma.torch.model import Model

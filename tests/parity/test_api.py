@@ -71,8 +71,8 @@ ALLOWED = {
     "JAX splits arrays over a mesh by what it is told, PyTorch's FSDP by hooks": [
         *(f"{module}(scan_sharding_spec)" for module in (*MODULES, *MODELS)),
         *(f"{module}(mesh)" for module in MODULES),
-        "cross_entropy(mesh)",
         "make_mesh(*)",  # JAX's mesh may be of some devices alone
+        *(f"{model}.hidden(part)" for model in MODELS),
         "ShardingSpec*",
         "linear_scan(sharding_spec)",
         "load_checkpoint(sharding)",  # another default

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.processes import Processes
+from recurrentgemma.common.sharding import BATCH_AXES
+from recurrentgemma.torch.runtime.split_tensors import whole
+from recurrentgemma.torch.runtime.teams import AXIS, TIME
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -107,13 +110,39 @@ def gathered(values: Iterable[SupportsFloat], mesh: DeviceMesh | None) -> list[l
 
 
 def summed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The sum of a tensor over the processes of a mesh; all must call this together."""
+    """The sum of a tensor over the tokens of a mesh; all must call this together."""
     if mesh is None:
         return tensor
     total = tensor.clone()
-    for group in mesh.get_all_groups():
-        dist.all_reduce(total, group=group)
+    for name, group in zip(names_of(mesh), mesh.get_all_groups(), strict=True):
+        if name != AXIS:
+            dist.all_reduce(total, group=group)
     return total
+
+
+def names_of(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The axes of a mesh; the axis of a mesh without names is "fsdp"."""
+    return mesh.mesh_dim_names or ("fsdp",)
+
+
+def row_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which equal part of a batch's rows this process takes, and how many there are.
+
+    The processes along "tensor" and "sequence" take the same.
+    """
+    index, parts = 0, 1
+    for axis, name in enumerate(() if mesh is None else names_of(mesh)):
+        if mesh is not None and name in BATCH_AXES:
+            parts *= mesh.size(axis)
+            index = index * mesh.size(axis) + mesh.get_local_rank(axis)
+    return index, parts
+
+
+def time_parts(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which equal part of a row's tokens this process takes, and how many there are."""
+    if mesh is None or TIME not in names_of(mesh):
+        return 0, 1
+    return mesh.get_local_rank(TIME), mesh[TIME].size()
 
 
 class MeshProcesses(Processes):
@@ -122,6 +151,11 @@ class MeshProcesses(Processes):
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh = mesh
         self.index, self.count = mesh.get_rank(), mesh.size()
+
+    @property
+    def row_parts(self) -> tuple[list[int], int]:
+        index, parts = row_parts(self._mesh)
+        return [index], parts
 
     def everyone(self, value: Any) -> list[Any]:
         values = [value]
@@ -157,8 +191,6 @@ def by_the_first(
     Raises:
       OtherProcessError: The first process could not write; there, the error of `write` is raised.
     """
-    from recurrentgemma.torch.sharding import whole
-
     processes, pieces = processes_of(mesh), map(whole, tensors)
     error: BaseException | None = None
     if processes.is_first:

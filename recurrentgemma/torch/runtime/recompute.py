@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.torch.blocks import Block
+from recurrentgemma.torch.runtime.teams import ALONE
 
 
 def can_recompute() -> bool:
@@ -23,7 +24,8 @@ class RecomputedBlock(Block):
 
     It does so from the parameters of the forward pass, which need not be the module's own: where
     `torch.func.functional_call` hands in others, they are gone from the module by then. They are
-    looked up inside the module's hooks, where those that FSDP splits are whole.
+    looked up inside the module's hooks, where those that FSDP splits are whole. A process of a team
+    computes with its parts of them.
     """
 
     def forward(
@@ -35,11 +37,12 @@ class RecomputedBlock(Block):
         recompute: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], Any]:
         """As `Block`; with `recompute` only the arguments are kept for the gradient."""
-        if not recompute:
-            return super().forward(x, segment_pos, cache, return_cache)
         # Parameters are inputs of a compiled graph, and what it computes again depends on these.
-        run = super().forward if torch.compiler.is_compiling() else self._bound()
+        plain = self.team is ALONE and (not recompute or torch.compiler.is_compiling())
+        run = super().forward if plain else self._bound()
         args = (x, segment_pos, cache, return_cache)
+        if not recompute:
+            return run(*args)
         return checkpoint(run, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
 
     def _bound(self):
@@ -49,7 +52,8 @@ class RecomputedBlock(Block):
         tensors |= dict(inner.named_buffers(remove_duplicate=False))
 
         def run(*args):
-            return functional_call(inner, tensors, args, tie_weights=False)
+            parts = {name: self.team.local(tensor) for name, tensor in tensors.items()}
+            return functional_call(inner, parts, args, tie_weights=False)
 
         return run
 

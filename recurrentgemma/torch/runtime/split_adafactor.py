@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrentgemma.torch.sharding import inherited, whole, zeros
+from recurrentgemma.torch.runtime.split_tensors import inherited, moved, whole, zeros
 
 
 class SplitAdafactor(torch.optim.Adafactor):
@@ -45,7 +45,7 @@ def _update(p: Any, grad: Any, state: dict[str, Any], group: dict[str, Any]) -> 
         row = average("row_var", _mean_square(grad, -1))
         column = average("col_var", _mean_square(grad, -2))
         mean: Any = row.mean(-2, keepdim=True)
-        mean = mean.redistribute(placements=inherited(p, mean.shape))
+        mean = moved(mean, inherited(p, mean.shape))
         variance = row * column / mean.clamp(min=eps1)
     else:
         variance = average("variance", grad * grad)
@@ -60,5 +60,5 @@ def _norm(z: Tensor) -> float:
 def _mean_square(grad: Any, axis: int) -> Tensor:
     """The mean of the squares over an axis, split as the gradient is along the others."""
     split: Any = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
-    norm = split.redistribute(placements=inherited(grad, split.shape))
+    norm = moved(split, inherited(grad, split.shape))
     return norm.square() / grad.shape[axis]
