@@ -26,6 +26,7 @@ from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma.jax.sharding import (
     ShardingSpec,
+    TokenSplit,
     constrained,
     gathering,
     is_split,
@@ -33,6 +34,7 @@ from recurrentgemma.jax.sharding import (
     scan_split,
     shardings,
     state_shardings,
+    token_split,
 )
 
 
@@ -160,9 +162,13 @@ class Model(nn.Module):
             arrays = {name: block._asdict() for name, block in cache.items()}
             require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
         value, settings = self.config.model, self._settings
-        if self.mesh is not None and self.scan_sharding_spec is None:
-            settings["scan_sharding_spec"] = scan_split(self.mesh, tokens.shape[0])
-        x = constrained(self.embedder.encode(tokens), self.mesh, "batch")
+        rows, length = tokens.shape
+        split: TokenSplit = ((), ())
+        if self.mesh is not None:
+            split = token_split(self.mesh, rows, length if cache is None else 1)
+            if self.scan_sharding_spec is None:
+                settings["scan_sharding_spec"] = scan_split(self.mesh, split)
+        x = constrained(self.embedder.encode(tokens), self.mesh, split)
         variance = 2 / max(value.num_layers, 1)
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
@@ -179,7 +185,7 @@ class Model(nn.Module):
                     block = Block(*sizes, **settings, parent=None)
                     remat = self.gradient_checkpointing
                     x, new_cache[name] = _block(block, remat, stored[name], *inputs)
-                x = constrained(x, self.mesh, "batch")
+                x = constrained(x, self.mesh, split)
             if self.mesh is not None:
                 places = state_shardings(self.config, self.mesh, x.shape[0])
                 new_cache = jax.tree.map(jax.lax.with_sharding_constraint, new_cache, places)
