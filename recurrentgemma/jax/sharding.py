@@ -125,11 +125,13 @@ def shardings(
     return {path: on_mesh(mesh, *split) for path, split in splits.items()}
 
 
-def token_split(mesh: Mesh, rows: int, length: int) -> TokenSplit:
+def token_split(mesh: Mesh | None, rows: int, length: int) -> TokenSplit:
     """The mesh axes that split so many rows, and so many tokens of a row.
 
     Those that do not divide them split nothing.
     """
+    if mesh is None:
+        return (), ()
     sizes = sizes_of(mesh)
     axes = layouts.activation_layout(sizes)
     batch, time = (

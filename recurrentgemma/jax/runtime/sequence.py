@@ -24,7 +24,7 @@ def by_parts(function: Callable[..., _R], mesh: Mesh | None, *arrays: Array) -> 
       mesh: The devices, if there are several.
       arrays: Arrays that begin with rows and tokens.
     """
-    batch, time = ((), ()) if mesh is None else token_split(mesh, *arrays[0].shape[:2])
+    batch, time = token_split(mesh, *arrays[0].shape[:2])
     if mesh is None or not time:
         return function(None, *arrays)
     (axis,), split = time, PartitionSpec(batch, time)
