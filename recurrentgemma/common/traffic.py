@@ -91,7 +91,8 @@ def traffic(config: Config, mesh: Mesh, rows: int, length: int, dtype: str = "bf
             sent["collective-permute"] += 4 * here // devices
             here, split = here // devices, split[1:]
         gathered = share((axis for axis in split if axis in apart), mesh)
-        ring("all-gather", gathered, here, 2)
+        # XLA merges the table's two gathers, for the lookup and for the loss.
+        ring("all-gather", gathered, here, 1 if is_table else 2)
         ring("reduce-scatter", gathered, here, 2 if is_table else 1)
         others = math.prod(n for axis, n in apart.items() if axis not in splits[spec.path])
         ring("all-reduce", others, here / gathered, 2)

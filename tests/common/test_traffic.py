@@ -36,9 +36,10 @@ def test_neighbours() -> None:
     keys = 3 * 2 * 2048 * 2 * 256  # forward, again, backward; two bytes; keys and values
     assert between == 8 * (18 * 2560 * (state + inputs) + 8 * keys)
     both = traffic(TWO_B, {"fsdp": 2, "sequence": 4}, 8, 2048 * 8)
-    for kind in ("all-gather", "reduce-scatter"):  # with the width of the table
-        table = 256_000 * 2560 // 2 * 3 / 4 * 2 * 2
-        assert both.collectives[kind] - table == pytest.approx(fsdp.collectives[kind], rel=1e-3)
+    table = 256_000 * 2560 // 2 * 3 / 4 * 2  # its slice, in its whole width
+    for kind, times in (("all-gather", 1), ("reduce-scatter", 2)):
+        weights = both.collectives[kind] - times * table
+        assert weights == pytest.approx(fsdp.collectives[kind], rel=1e-3)
     gemma = config_from_preset("GEMMA_2B")
     sent = [traffic(gemma, {"sequence": 4}, 4, n).collectives for n in (1024, 2048)]
     more = sent[1]["collective-permute"] - sent[0]["collective-permute"]
