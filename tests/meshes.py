@@ -9,7 +9,7 @@ EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 """
-MESHES = ("data=8", "fsdp=8", "tensor=4", "fsdp=2,tensor=4")
+MESHES = ("data=8", "fsdp=8", "tensor=4", "sequence=8", "fsdp=2,sequence=4", "fsdp=2,tensor=4")
 METHODS = ("adamw", "sgd", "adafactor", "lora", "lora on int8")
 BATCHES = ("packed", "padded")
 
@@ -18,7 +18,7 @@ def mesh_config(**changes: Any) -> Any:
     """A small model that all of `MESHES` fit."""
     from cases import make_config
 
-    sizes = {"vocab_size": 256, "width": 32, "mlp_expanded_width": 64, "num_heads": 4}
+    sizes = {"vocab_size": 256, "width": 64, "mlp_expanded_width": 128, "num_heads": 4}
     return make_config("RA", **sizes | {"logits_soft_cap": 30.0} | changes)
 
 

@@ -46,20 +46,20 @@ def render(report: dict[str, Any], *, every_block: bool) -> Iterator[str]:
     training, sent = sizes.pop("training", {}), sizes.pop("sent_a_step", {})
     columns = list(sizes["parameters"])  # the state has no stored size
     rows = [
-        (_label(name), *(_size(row.get(column)) for column in columns))
+        (_label(name), *(size_text(row.get(column)) for column in columns))
         for name, row in sizes.items()
     ]
     header, *lines = _align([("size", *columns), *rows], right=range(1, 4))
     yield from (_bold(header), *lines)
     if sent:
         kinds = list(next(iter(sent.values())))
-        rows = [(dtype, *map(_size, row.values())) for dtype, row in sent.items()]
+        rows = [(dtype, *map(size_text, row.values())) for dtype, row in sent.items()]
         header, *lines = _align([("a device sends, a step", *kinds), *rows], right=range(1, 7))
         yield from ("", _bold(header), *lines)
     for dtype, methods in training.items():
         yield ""
         columns = list(next(iter(methods.values())))
-        rows = [(method, *map(_size, row.values())) for method, row in methods.items()]
+        rows = [(method, *map(size_text, row.values())) for method, row in methods.items()]
         header, *lines = _align([(f"training, {dtype}", *columns), *rows], right=range(1, 6))
         yield from (_bold(header), *lines)
 
@@ -182,7 +182,8 @@ def _bold(line: str) -> str:
     return typer.style(line, bold=True)
 
 
-def _size(num_bytes: float | None) -> str:
+def size_text(num_bytes: float | None) -> str:
+    """Bytes in the unit that fits; nothing for None."""
     if num_bytes is None:
         return ""
     if not num_bytes:

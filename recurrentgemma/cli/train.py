@@ -88,6 +88,17 @@ def train(
             rich_help_panel=MANY,
         ),
     ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            "--compile-only",
+            help="Train nothing: compile a step for TPUs that need not be there, as v5e:16x16, and "
+            "show the memory of a chip and what it sends. Needs JAX and libtpu.",
+            metavar="TOPOLOGY",
+            show_default=False,
+            rich_help_panel=MANY,
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train a model from scratch, fine-tune one, or train adapters for one.
@@ -107,6 +118,11 @@ def train(
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
     from_file = read_toml(expanded(options))[0] if options is not None else {}
+    if topology is not None:
+        from recurrentgemma.cli.compile_only import compile_only
+
+        compile_only(topology, merged(given, from_file), as_json=as_json)
+        return
     out = merged(given, from_file).out
     if out is None:
         raise UserError("--out must name the folder of the run")

@@ -31,6 +31,7 @@ Rules = tuple[tuple[str, str | None], ...]
 AXES = ("data", "fsdp", "sequence", "tensor")  # the last is innermost: its devices are neighbours
 STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor", "sequence", "fsdp+sequence")
 BATCH_AXES = ("data", "fsdp")
+TOKEN_AXES = (*BATCH_AXES, "sequence")  # they split the tokens of a batch
 LARGEST = "*"  # in a rule: the largest axis still free that the mesh axis divides
 # The first rule that fits wins, and an array uses a mesh axis once.
 RULES: Rules = (
@@ -287,7 +288,13 @@ def require_fit(
             f"the rows of a batch must be divisible by {' * '.join(BATCH_AXES)} = {splits}, "
             f"got {rows}"
         )
-    if length is not None and length % mesh.get("sequence", 1):
+    if length is not None:
+        require_length(mesh, length)
+
+
+def require_length(mesh: Mesh, length: int) -> None:
+    """Raises `ValueError` unless a mesh divides the tokens of a row."""
+    if length % mesh.get("sequence", 1):
         raise UserError(
             f"the tokens of a row must be divisible by sequence={mesh['sequence']}, got {length}"
         )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
 from recurrentgemma.jax.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.jax.layers import RMSNorm, SpecModule
+from recurrentgemma.jax.runtime.sequence import by_parts, preceded
 from recurrentgemma.jax.scan import as_positions, wide_dtype
 from recurrentgemma.jax.softmax import attend, attend_masked
 
@@ -64,7 +67,7 @@ class AttentionBlock(SpecModule):
             encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
         else:
             kv_btkh = jnp.concatenate([k_btkh, v_btkh], -1)
-            encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)
+            encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache, self.mesh)
         out = encoded.reshape(*x.shape[:2], mixer.heads * mixer.head_dim)
         sizes = (out.shape[-1], self.width, mixer.out_bias, self.final_w_init_variance_scale)
         return self.linear("proj_final", *sizes)(out), new_cache if return_cache else None
@@ -76,12 +79,15 @@ def _chunk(
     kv_btkh: Float[Array, "b t kv hh"],
     segment_pos: Positions,
     cache: AttentionBlockCache | None,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, "b t n h"], AttentionBlockCache]:
-    document = jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
     if cache is None:
-        kv_bskh, document_bs = kv_btkh, document
+        attend_alone = functools.partial(_attend_alone, mixer)
+        encoded = by_parts(attend_alone, mesh, q_btnh, kv_btkh, segment_pos)
         slots = mixer.reach or round_capacity(kv_btkh.shape[1])
-    elif mixer.reach is None:  # the slots are in order of time
+        return encoded, _new_cache(cache, kv_btkh, segment_pos, slots)
+    document = _documents(segment_pos)
+    if mixer.reach is None:  # the slots are in order of time
         slots = cache.keys.shape[1]
         ring = jnp.concatenate([cache.keys, cache.values], -1)
         kv_bskh = jnp.concatenate([ring.astype(kv_btkh.dtype), kv_btkh], 1)
@@ -100,6 +106,22 @@ def _chunk(
         )[..., 0] - 1  # fmt: skip
     encoded = attend(q_btnh, kv_bskh, document, document_bs, mixer)
     return encoded, _new_cache(cache, kv_btkh, segment_pos, slots)
+
+
+def _attend_alone(
+    mixer: Attention, axis: str | None, q_btnh: Array, kv_btkh: Array, segment_pos: Array
+) -> Array:
+    """Attention of whole rows, or of a device's part to the tokens of the devices before it."""
+    kv_bskh = preceded(kv_btkh, mixer.reach, axis)
+    segment_pos = preceded(segment_pos + 1, mixer.reach, axis) - 1  # padding before the first
+    document_bs = _documents(segment_pos)
+    document_bt = document_bs[:, document_bs.shape[1] - q_btnh.shape[1] :]
+    return attend(q_btnh, kv_bskh, document_bt, document_bs, mixer)
+
+
+def _documents(segment_pos: Positions) -> Positions:
+    """The number of each token's document, -1 at padding."""
+    return jnp.where(segment_pos < 0, -1, (segment_pos == 0).cumsum(-1))
 
 
 def _step(

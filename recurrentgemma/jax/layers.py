@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.jax.products import STORED, Adapted, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
+from recurrentgemma.jax.runtime.sequence import by_parts, preceded
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
@@ -129,9 +131,14 @@ class BlockDiagonalLinear(SpecModule):
         sizes = (self.width_input, self.num_blocks, self.width_output, self.w_init_variance_scale)
         w, b = self.declare(params.block_diagonal(*sizes))
         x, w, b = promote_dtype(x, w, b, dtype=self.dtype)
-        x_hzi = x.reshape(-1, *w.shape[:2]).swapaxes(0, 1)
-        y_hzj = product(x_hzi, w, b[:, None])
-        return y_hzj.swapaxes(0, 1).reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
+
+        def blocks(x: Array) -> Array:
+            x_hzi = x.reshape(-1, *w.shape[:2]).swapaxes(0, 1)
+            y_hzj = product(x_hzi, w, b[:, None])
+            return y_hzj.swapaxes(0, 1).reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
+
+        # Rows and steps stay apart on a mesh, which may split both.
+        return blocks(x) if self.mesh is None else jax.vmap(blocks)(x)
 
 
 class Conv1D(SpecModule):
@@ -158,15 +165,27 @@ class Conv1D(SpecModule):
         if cache is None:
             tokens_alone = jnp.where((segment_pos >= 0)[..., None], x, 0)
             extended = jnp.pad(tokens_alone, ((0, 0), (reach, 0), (0, 0)))
+            earlier = by_parts(functools.partial(_earlier, reach), self.mesh, tokens_alone)
         else:
             extended = prepend_history(cache, x, num_padding(segment_pos))
+            earlier = _lagged(extended, reach)
         y = x * w[reach] + b
         for k in range(1, reach + 1):
             # The token at position p of its document has p tokens before it.
-            earlier = extended[:, reach - k : reach - k + length]
-            y = y + jnp.where((segment_pos >= k)[..., None], earlier, 0) * w[reach - k]
+            y = y + jnp.where((segment_pos >= k)[..., None], earlier[k - 1], 0) * w[reach - k]
         new_cache = _new_state(extended, segment_pos, reach, cache is not None)
         return y.astype(x.dtype), new_cache if return_cache else None
+
+
+def _earlier(reach: int, axis: str | None, x: Array) -> list[Array]:
+    """The inputs 1, 2, ... `reach` tokens before each of a device's, zeros before the first."""
+    before = preceded(x, reach, axis)
+    spare = reach + x.shape[1] - before.shape[1]
+    return _lagged(jnp.pad(before, ((0, 0), (spare, 0), (0, 0))), reach)
+
+
+def _lagged(extended: Array, reach: int) -> list[Array]:
+    return [extended[:, reach - k : extended.shape[1] - k] for k in range(1, reach + 1)]
 
 
 def _step(x: Array, segment_pos: Array, state: Array, w: Array, b: Array) -> tuple[Array, Array]:
@@ -237,7 +256,8 @@ class Embedder(SpecModule):
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
         # Matrices, since XLA transposes all logits for the gradient of an einsum over b and t.
-        x_zd, wide = x.reshape(-1, x.shape[-1]), wide_dtype(x.dtype)
+        # On a mesh rows and steps stay apart.
+        x_zd, wide = x.reshape(-1, x.shape[-1]) if self.mesh is None else x, wide_dtype(x.dtype)
         logits = product(x_zd, w, axis=-1, dtype=wide)
         logits = logits.reshape(*x.shape[:2], w.shape[0])
         cap = self.soft_cap

@@ -36,9 +36,9 @@ def cross_entropy(
     forward pass leaves behind. Products have their factors in the dtype of `hidden` and
     `embedding`, and sums are wide.
 
-    On a mesh each device computes its rows, or its part of the vocabulary. If the devices that
-    split the vocabulary have rows of their own ("fsdp"), its slices go around twice, first for the
-    sums and then for the gradients, which computes the logits again.
+    On a mesh each device computes its tokens, or its part of the vocabulary. If the devices that
+    split the vocabulary have tokens of their own ("fsdp", "sequence"), its slices go around twice,
+    first for the sums and then for the gradients, which computes the logits again.
 
     Args:
       hidden: The output of `Model.hidden`.
@@ -86,14 +86,14 @@ def _run(hidden, embedding, targets, weights, soft_cap, chunk_size, mesh, gradie
     run: Any = functools.partial(_local, **settings)
     if mesh is None:
         return run(*arrays)
-    split = table_split(mesh, embedding.shape[0], embedding.shape[1], hidden.shape[0])
+    split = table_split(mesh, embedding.shape, targets.shape)
     run = functools.partial(run, split=split)
-    rows, table = split.rows, split.table
+    tokens, table = split.tokens, split.table
     return jax.shard_map(
         run,
         mesh=split.mesh,
-        in_specs=(rows, table, rows, rows),
-        out_specs=(PartitionSpec(), (rows, table, rows) if gradients else None),
+        in_specs=(tokens, table, tokens, tokens),
+        out_specs=(PartitionSpec(), (tokens, table, tokens) if gradients else None),
         check_vma=False,
     )(*arrays)
 
@@ -116,7 +116,7 @@ def _local(
     gradients: bool,
     split: TableSplit | None = None,
 ) -> tuple[Array, Any]:
-    """`_run` on one device of a split: its rows, its slice of the table."""
+    """`_run` on one device of a split: its tokens, its slice of the table."""
     wide, length = wide_dtype(hidden.dtype), targets.size
     table = embedding if split is None else split.gathered(embedding)
     shared, ring = (None, None) if split is None else (split.shared, split.ring)
@@ -162,13 +162,13 @@ def _local(
             dx = dx.astype(hidden.dtype)
     loss = (xs.weight_c * nll).sum(1).sum()
     if split is not None:
-        loss = lax.psum(loss, split.batch)
+        loss = lax.psum(loss, split.axes)
     if not gradients:
         return loss, None
     if split is not None:
         if split.width:
             dtable = lax.psum_scatter(dtable, split.width, scatter_dimension=1, tiled=True)
-        rest = tuple(axis for axis in split.batch if axis not in (ring, split.width))
+        rest = tuple(axis for axis in split.axes if axis not in (ring, split.width))
         dtable = lax.psum(dtable, rest)
     nll = flat(nll)
     return loss, (flat(dx), dtable.astype(embedding.dtype), nll.astype(weights.dtype))

@@ -25,7 +25,13 @@ from recurrentgemma.jax.runtime.axes import AnyAxes
 from recurrentgemma.jax.runtime.blocks import run_block
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import require_available
-from recurrentgemma.jax.sharding import ShardingSpec, constrained, scan_split, state_shardings
+from recurrentgemma.jax.sharding import (
+    ShardingSpec,
+    constrained,
+    scan_split,
+    state_shardings,
+    token_split,
+)
 
 
 class Model(AnyAxes):
@@ -127,20 +133,22 @@ class Model(AnyAxes):
         if cache is not None:
             require_capacity(check_state(self.config, cache, tokens.shape[0]), segment_pos)
         value, settings = self.config.model, self._settings
+        rows, length = tokens.shape
+        split = token_split(self.mesh, rows, length if cache is None else 1)
         if self.mesh is not None and self.scan_sharding_spec is None:
-            settings["scan_sharding_spec"] = scan_split(self.mesh, tokens.shape[0])
-        x = constrained(self.embedder.encode(tokens), self.mesh, "batch")
+            settings["scan_sharding_spec"] = scan_split(self.mesh, split)
+        x = constrained(self.embedder.encode(tokens), self.mesh, split)
         variance = 2 / max(value.num_layers, 1)
         new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
-            new_cache = cache or self.init_cache(tokens.shape[0], x.dtype)
+            new_cache = cache or self.init_cache(rows, x.dtype)
         else:
             for i, layer in enumerate(value.layers):
                 name = f"blocks.{i}"
                 block = functools.partial(Block, value.width, layer, variance, **settings)
                 block_cache = cache[name] if cache else None
                 x, new_cache[name] = run_block(self, block, name, x, segment_pos, block_cache)
-                x = constrained(x, self.mesh, "batch")
+                x = constrained(x, self.mesh, split)
             if self.mesh is not None:
                 places = state_shardings(self.config, self.mesh, x.shape[0])
                 new_cache = jax.tree.map(jax.lax.with_sharding_constraint, new_cache, places)

@@ -85,6 +85,18 @@ def init_state(
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
+def abstract_state(
+    optimizer: Optimizer, decay: Mapping[str, bool], parameters: Mapping[str, Any]
+) -> optax.OptState:
+    """What `init_state` would return of split parameters, as shapes, dtypes and shardings."""
+    init = make_optimizer(optimizer, decay, 0.0).init
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(init, dict(parameters)),
+        _places(init, parameters),
+    )
+
+
 def _places(init: Any, parameters: Arrays) -> Any:
     """The shardings of a state: moments lie as their parameters do, other arrays are whole."""
     first = next(iter(parameters.values()))

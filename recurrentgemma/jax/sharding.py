@@ -19,7 +19,7 @@ from recurrentgemma.common.quantization import Quantized
 from recurrentgemma.common.training.lora import LoraOptions
 
 AxisName = str | tuple[str, ...] | None
-STRATEGIES = ("data", "fsdp", "tensor", "fsdp+tensor")
+TokenSplit = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class ShardingSpec(NamedTuple):
@@ -80,12 +80,12 @@ def make_mesh(
       devices: All devices of all processes if None. A mesh of fewer takes the first.
 
     Raises:
-      ValueError: The text is wrong, there are too few devices, or the strategy is not offered.
+      ValueError: The text is wrong, there are too few devices, or the mesh is no strategy.
     """
     devices = jax.devices() if devices is None else devices
     text = mesh if isinstance(mesh, str) else layouts.mesh_text(mesh)
     sizes = layouts.parse_mesh(text, len(devices))
-    layouts.strategy(sizes, STRATEGIES)
+    layouts.strategy(sizes)
     shape = tuple(sizes.values())
     chosen = np.array(devices[: int(np.prod(shape))]).reshape(shape)
     return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
@@ -125,28 +125,34 @@ def shardings(
     return {path: on_mesh(mesh, *split) for path, split in splits.items()}
 
 
-def batch_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
-    """The mesh axes that split so many rows; none where they do not divide them."""
+def token_split(mesh: Mesh | None, rows: int, length: int) -> TokenSplit:
+    """The mesh axes that split so many rows, and so many tokens of a row.
+
+    Those that do not divide them split nothing.
+    """
+    if mesh is None:
+        return (), ()
     sizes = sizes_of(mesh)
-    axes = layouts.activation_layout(sizes)["batch"]
-    return axes if rows % layouts.share(axes, sizes) == 0 else ()
+    axes = layouts.activation_layout(sizes)
+    batch, time = (
+        axes[name] if number % layouts.share(axes[name], sizes) == 0 else ()
+        for name, number in (("batch", rows), ("time", length))
+    )
+    return batch, time
 
 
-def constrained(x: Array, mesh: Mesh | None, *logical: str) -> Array:
-    """An activation [B, T, ...], split as its logical axes are; None where there is no mesh."""
+def constrained(x: Array, mesh: Mesh | None, split: TokenSplit) -> Array:
+    """An activation [B, T, ...] whose tokens are split so; as it is where there is no mesh."""
     if mesh is None:
         return x
-    axes = layouts.activation_layout(sizes_of(mesh))
-    splits = [batch_axes(mesh, x.shape[0]), *(axes.get(name, ()) for name in logical[1:])]
-    place = on_mesh(automatic_mesh(mesh), *splits)
-    return jax.lax.with_sharding_constraint(x, place)
+    return jax.lax.with_sharding_constraint(x, on_mesh(automatic_mesh(mesh), *split))
 
 
-def scan_split(mesh: Mesh, rows: int) -> ShardingSpec:
-    """How the linear recurrence of so many rows is split."""
-    axes = layouts.activation_layout(sizes_of(mesh))
-    (width,) = axes["lru"] or (None,)
-    return ShardingSpec(mesh, batch_axes(mesh, rows) or None, None, width)
+def scan_split(mesh: Mesh, split: TokenSplit) -> ShardingSpec:
+    """How the linear recurrence over tokens that are split so is split."""
+    (width,) = layouts.activation_layout(sizes_of(mesh))["lru"] or (None,)
+    batch, time = split
+    return ShardingSpec(mesh, batch or None, *(time or (None,)), width)
 
 
 def state_shardings(config: Config, mesh: Mesh, rows: int) -> dict[str, Any]:
@@ -290,20 +296,29 @@ def row_parts(mesh: Mesh) -> tuple[list[int], int]:
 def rows_on_mesh(mesh: Mesh, array: Any) -> Array:
     """This process's rows of a batch, [..., B, T], as part of the rows of all processes.
 
-    Processes whose devices hold the same rows give the same ones. An array of JAX that lies on a
-    mesh is the whole batch.
+    Processes whose devices hold the same rows, or other tokens of them, give the same ones. An
+    array of JAX that lies on a mesh is the whole batch.
 
     Raises:
-      ValueError: The mesh does not divide the rows.
+      ValueError: The mesh does not divide the rows, or the tokens of a row.
     """
     if is_split(array):
         return array
     held, parts = row_parts(mesh)
-    if array.shape[-2] % len(held):
+    *stack, rows, length = array.shape
+    if rows % len(held):
         raise UserError(
             f"the rows of a batch must be divisible by {layouts.mesh_text(sizes_of(mesh))}: "
-            f"{len(held)} of its {parts} parts are this process's, got {array.shape[-2]} rows"
+            f"{len(held)} of its {parts} parts are this process's, got {rows} rows"
         )
-    axes = layouts.activation_layout(sizes_of(mesh))["batch"]
-    place = on_mesh(mesh, *(None,) * (array.ndim - 2), axes or None)
-    return jax.make_array_from_process_local_data(place, np.asarray(array))
+    layouts.require_length(sizes_of(mesh), length)
+    each, array = rows // len(held), np.asarray(array)
+    shape = (*stack, each * parts, length)
+    place = on_mesh(mesh, *(None,) * len(stack), *token_split(mesh, *shape[-2:]))
+
+    def piece(index: Any) -> np.ndarray:
+        start, stop, _ = index[-2].indices(shape[-2])
+        moved = each * held.index(start // each) - start if each else 0
+        return array[(*index[:-2], slice(start + moved, stop + moved), index[-1])]
+
+    return jax.make_array_from_callback(shape, place, piece)

@@ -1,4 +1,4 @@
-"""The Pallas kernels and int8 products, compiled for accelerators that need not be there.
+"""Pallas kernels, int8 products and training steps, compiled for devices that need not be there.
 
 For TPUs with the `libtpu` wheel (`make tpu`), for the H200 with JAX's CUDA 12 plugin; each skips
 where its compiler is not installed. One process a target: the compiler reads it once.
@@ -9,8 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from sweeps import LONG
+
+from recurrentgemma.common.traffic import traffic
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
 
@@ -126,6 +130,49 @@ def test_tpu(generation: str) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
     assert compile_for("tpu", topology, {}, env).startswith("102 programs for TPU")
+
+
+def compiled_step(topology: str, *options: str) -> dict:
+    """What `train --compile-only` prints."""
+    command = [
+        sys.executable,
+        "-m",
+        "recurrentgemma",
+        "train",
+        "--json",
+        "--compile-only",
+        topology,
+    ]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,sequence=2"])
+def test_a_training_step(mesh: str, tmp_path: Path) -> None:
+    """Each chip holds its part, and sends what `inspect` says."""
+    from meshes import mesh_config
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(mesh_config().to_dict()))
+    sizes = ("--batch-size", "8", "--length", "64", "--mesh", mesh)
+    step = compiled_step("v5e:2x2", "--config", str(path), *sizes)
+    assert step["device"].startswith("TPU v5")
+    expected = traffic(mesh_config(), step["mesh"], 8, 64)
+    assert step["computed"] == expected.collectives
+    assert abs(step["sent"]["all-gather"] / expected.collectives["all-gather"] - 1) <= 0.02
+    assert step["sent"]["collective-permute"] <= 1.02 * expected.collectives["collective-permute"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.skipif(not LONG, reason="compiles for many minutes; see tests/sweeps.py")
+@pytest.mark.parametrize("preset", ["RECURRENT_GEMMA_2B_V1", "RECURRENT_GEMMA_9B_V1"])
+def test_published_models_on_256_chips(preset: str) -> None:
+    """A step of the whole model, the Pallas scan included, fits a chip's 16 GB."""
+    sizes = ("--batch-size", "256", "--length", "2048", "--mesh", "fsdp=256")
+    step = compiled_step("v5e:16x16", "--preset", preset, *sizes)
+    assert step["held"] + step["temporary"] <= 16e9
 
 
 @pytest.mark.skipif(

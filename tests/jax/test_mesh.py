@@ -14,11 +14,12 @@ import numpy as np
 from meshes import MESHES, difference, make_batch, mesh_config, trained
 from recurrentgemma.jax import Model, create_train_state, init_params, make_mesh, train_step
 """
-# Each strategy once; scripts/sharding_grid.py has all methods with each. STATES needs the
-# programs of the last one, which are compiled by then.
+# Each strategy once; scripts/sharding_grid.py has all methods with each. Two meshes with one method
+# share a device's program, and STATES the programs of the last mesh.
 TRAINING = """
 from recurrentgemma.jax.training import layout_of
-cases = zip(("sgd", "adafactor", "lora on int8", "adamw"), MESHES, ("packed", "padded") * 2)
+methods = ("sgd", "adafactor", "lora on int8", "lora on int8", "adamw", "adamw")
+cases = zip(methods, MESHES, ("packed", "padded") * 3, strict=True)
 for method, mesh, kind in cases:
     state, metrics = trained(method, kind, mesh)
     found = difference((state, metrics), trained(method, kind, None))
@@ -31,46 +32,34 @@ for method, mesh, kind in cases:
         assert sum(p.num_bytes for p in kept.values()) <= 1.02 * whole / 8
 """
 PROGRAM = """
-import math, re
 from recurrentgemma.common.traffic import traffic
-from recurrentgemma.jax.runtime.train_step import compiled
-from recurrentgemma.jax.training import _placed_batch, _stacked
-from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.jax.runtime.ahead_of_time import lower_step
+from recurrentgemma.jax.runtime.collectives import collectives, sent_bytes
+
+config, rows, length = mesh_config(), 8, 24
+shapes = {leaf.shape for leaf in jax.tree.leaves(init_params(config, 0))}
 
 def program(mesh):
-    made = mesh and make_mesh(mesh)
-    model = Model(mesh_config(), mesh=made)
-    state = create_train_state(model, init_params(model.config, 0, "float64", mesh=made))
-    batch = Batch(*(np.asarray(z)[None] for z in make_batch("packed", 0)))
-    batch = _placed_batch(model, batch)
-    args = (model, state.optimizer, None, state.dtype, state.parameters, state.optimizer_state)
-    update = compiled(state.parameters, state.optimizer_state).update
-    return update.lower(*args, None, batch, 0.1).compile()
+    return lower_step(config, make_mesh(mesh), rows, length, dtype="float32").compile()
 
-def gathered(text):
-    "The shapes that all-gathers give."
-    results = re.findall(r"= (.*?) all-gather(?:-start)?\\(", text)
-    return [tuple(map(int, dims.split(","))) for r in results
-            for dims in re.findall(r"\\w+\\[([\\d,]+)\\]", r)]
-
-alone = program(None).cost_analysis()["flops"]
-weights = {tuple(sorted(d for d in p.shape if d > 1)) for p in
-           jax.tree.leaves(init_params(mesh_config(), 0))}
-for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
+alone = program("data=1").cost_analysis()["flops"]
+for mesh in ("data=8", "fsdp=8", "sequence=8", "fsdp=2,tensor=4"):
     made = program(mesh)
-    found = gathered(made.as_text())
-    # Only weights are gathered, or the parts that "tensor" leaves: the batch has 8 rows, 24 steps.
-    assert not [s for s in found if 24 in s or 192 in s], (mesh, found)
-    assert (256, 32) not in found, mesh  # the table
-    assert bool(found) == ("fsdp" in mesh), mesh
-    if mesh == "fsdp=8":
-        expected = traffic(mesh_config(), {"fsdp": 8}, 8, 24, "float32").collectives
-        sent = 4 * sum(map(math.prod, found)) * 7 / 8
-        # XLA on a CPU merges a block's second gather, for its recomputation, with the first.
-        times = sent / expected["all-gather"]
-        assert min(abs(times - 1), abs(2 * times - 1)) <= 0.02, (sent, expected)
+    text = made.as_text()
+    found = [s for c in collectives(text) if c.kind == "all-gather" for s in c.shapes]
+    # Only weights are gathered, or the parts that "tensor" leaves: no activation, not the table.
+    assert not [s for s in found if {24, 192} & {*s} or s == (256, 64)], (mesh, found)
+    assert bool(found) == (mesh != "data=8"), mesh
     if mesh == "data=8":
         assert made.cost_analysis()["flops"] * 8 <= 1.25 * alone, (made.cost_analysis(), alone)
+    if mesh in ("fsdp=8", "sequence=8"):
+        assert {*found} <= shapes, (mesh, found)
+        sent = sent_bytes(text)
+        expected = traffic(config, {mesh[:-2]: 8}, rows, length, "float32").collectives
+        # XLA on a CPU adds gradients up on all devices, which sends twice as much.
+        sent["reduce-scatter"] = sent["all-reduce"] / 2
+        for kind in ("all-gather", "reduce-scatter", "collective-permute"):
+            assert abs(sent[kind] / expected[kind] - 1) <= 0.02, (mesh, kind, sent, expected)
 """
 LOSS = """
 from jax.extend import core
@@ -102,14 +91,43 @@ def gradients(mesh, x, table):
 alone = operations(jax.make_jaxpr(lambda *z: gradients(None, *z))(x, table).jaxpr)
 assert alone == 3 * 48 * 64 * 4
 expected = jax.jit(lambda *z: gradients(None, *z))(x, table)
-for mesh in ("data=8", "tensor=4", "fsdp=2,tensor=4", "fsdp=8"):
+for mesh in ("data=8", "tensor=4", "fsdp=2,tensor=4", "fsdp=8", "sequence=2", "fsdp=2,sequence=2"):
     made = make_mesh(mesh)
     run = jax.jit(lambda *z: gradients(made, *z))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
                  run(x, table), expected)
     found = operations(jax.make_jaxpr(lambda *z: gradients(made, *z))(x, table).jaxpr)
-    extra = 4 / 3 if mesh == "fsdp=8" else 1  # the ring computes logits twice
+    # The ring computes logits twice.
+    extra = 4 / 3 if mesh == "fsdp=8" or "sequence" in mesh else 1
     assert found * made.size == extra * alone, (mesh, found, alone)
+"""
+# A short reach in blocks, and none; what `hidden` returns, and its gradients.
+ATTENTION = """
+import dataclasses
+from recurrentgemma.common.model.config import Layer, ModelConfig
+from recurrentgemma.common.model.mixers import Attention, Rope
+from recurrentgemma.jax.sharding import put, shardings
+
+local = Attention(4, 2, 16, 3, Rope(), scale=0.5, qk_norm=True)
+mixers = local, dataclasses.replace(local, reach=None, soft_cap=2.0)
+config = ModelConfig(vocab_size=64, width=64, layers=tuple(Layer(m, 128, False) for m in mixers))
+batch = make_batch("padded", 0, 64)
+
+def outputs(mesh):
+    model = Model(config, mesh=mesh and make_mesh(mesh))
+    params = init_params(config, 0, "float64", mesh=model.mesh)
+
+    def loss(params):
+        hidden, cache = model.apply({"params": params}, *batch[:2], method=model.hidden)
+        return (hidden * jnp.asarray(batch.weights)[..., None]).sum(), cache
+
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return found(params), found.lower(params).compile().as_text()
+
+expected, _ = outputs(None)
+found, text = outputs("sequence=2")
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+             found, expected)
 """
 STATES = """
 import tempfile
@@ -163,7 +181,7 @@ def refused(message, call):
 from recurrentgemma.jax import load_checkpoint, loss_fn
 from recurrentgemma.jax.training import layout_of
 from recurrentgemma.common.training.batch import Batch
-refused("fsdp.tensor, got sequence=8, which is sequence", lambda: make_mesh("sequence"))
+refused("fsdp.sequence, got sequence=2,tensor=4, which is", lambda: make_mesh("sequence,tensor=4"))
 refused("needs 16 devices, there are 8", lambda: make_mesh({"data": 16}))
 mesh = make_mesh("fsdp=8")
 refused("a device, a sharding or a mesh", lambda: load_checkpoint(sharding="replicated", mesh=mesh))
@@ -173,12 +191,17 @@ state = create_train_state(Model(mesh_config(), mesh=mesh), init_params(mesh_con
 assert not layout_of(state).misplaced  # laid out, though the parameters were not
 few = Batch(*(z[:3] for z in make_batch("packed", 0)))
 refused("rows .* divisible by fsdp=8: .* got 3 rows", lambda: train_step(state, few))
+mesh = make_mesh("sequence=8")
+apart = create_train_state(Model(mesh_config(), mesh=mesh), init_params(mesh_config(), 0))
+short = Batch(*(z[:, :20] for z in make_batch("packed", 0)))
+refused("tokens .* divisible by sequence=8, got 20", lambda: train_step(apart, short))
 alone = create_train_state(Model(mesh_config()), init_params(mesh_config(), 0))
 refused("a layout needs a model on a mesh", lambda: layout_of(alone))
 """
 PROGRAMS = {
     "training": TRAINING,
     "compiled program": PROGRAM,
+    "attention": ATTENTION,
     "loss": "rng = np.random.default_rng(0)" + LOSS,
     "states": STATES,
     "sampler": SAMPLER,

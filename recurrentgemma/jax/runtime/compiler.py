@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 # By default XLA's own loops, such as a single token's matrix products, use half of an AVX-512
 # register. On other CPUs the option changes nothing.
@@ -29,7 +28,5 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 def platform_of(arrays: Any) -> str:
     """The platform that holds the arrays of a tree, or will: "cpu", "gpu" or "tpu"."""
-    leaf: Any = jax.tree.leaves(arrays)[0]
-    if not isinstance(leaf, Array):
-        return jax.default_backend()
-    return next(iter(leaf.sharding.device_set)).platform
+    place: Any = getattr(jax.tree.leaves(arrays)[0], "sharding", None)
+    return jax.default_backend() if place is None else next(iter(place.device_set)).platform

@@ -1,7 +1,7 @@
 """The table of embeddings where its rows, the vocabulary, lie on several devices.
 
-Devices that share the rows of a batch compute with their own slice of the table, and add up.
-Devices with rows of their own pass the slices around a ring: no device holds the whole table.
+Devices that share the tokens of a batch compute with their own slice of the table, and add up.
+Devices with tokens of their own pass the slices around a ring: no device holds the whole table.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.sharding import split_of
-from recurrentgemma.jax.sharding import automatic_mesh, batch_axes, sizes_of
+from recurrentgemma.jax.sharding import automatic_mesh, sizes_of, token_split
 
 
 class TableSplit(NamedTuple):
-    """How a table and the rows of a batch are split.
+    """How a table and the tokens of a batch are split.
 
     Attributes:
       mesh: The devices.
       batch: The mesh axes that split the rows.
-      shared: The mesh axis that splits the vocabulary among devices with the same rows, if any.
-      ring: The mesh axis that splits the vocabulary among devices with rows of their own, if any.
-      width: The mesh axis that splits the width at rest among devices with rows of their own.
+      time: The mesh axes that split the tokens of a row.
+      shared: The mesh axis that splits the vocabulary among devices with the same tokens, if any.
+      ring: The mesh axis that splits the vocabulary among devices with tokens of their own, if any.
+      width: The mesh axis that splits the width at rest among devices with tokens of their own.
     """
 
     mesh: Mesh
     batch: tuple[str, ...]
+    time: tuple[str, ...]
     shared: str | None
     ring: str | None
     width: str | None
@@ -42,26 +44,32 @@ class TableSplit(NamedTuple):
         return PartitionSpec(self.shared or self.ring, self.width)
 
     @property
-    def rows(self) -> PartitionSpec:
-        """The partition of arrays [B, ...]."""
-        return PartitionSpec(self.batch)
+    def tokens(self) -> PartitionSpec:
+        """The partition of arrays [B, T, ...]."""
+        return PartitionSpec(self.batch, self.time)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the tokens."""
+        return self.batch + self.time
 
     def gathered(self, table: Array) -> Array:
         """A device's slice of the vocabulary, in its whole width."""
         return lax.all_gather(table, self.width, axis=1, tiled=True) if self.width else table
 
 
-def table_split(mesh: Mesh, vocab_size: int, width: int, rows: int) -> TableSplit:
-    """How a table [V, D] and so many rows are split."""
-    (spec,) = params.embedder(vocab_size, width)
-    vocab, split_width = split_of(spec, sizes_of(mesh))
-    batch = batch_axes(mesh, rows)
+def table_split(mesh: Mesh, table: tuple[int, int], tokens: tuple[int, int]) -> TableSplit:
+    """How a table [V, D] and tokens [B, T] of these shapes are split."""
+    (spec,) = params.embedder(*table)
+    vocab, width = split_of(spec, sizes_of(mesh))
+    batch, time = token_split(mesh, *tokens)
     return TableSplit(
         automatic_mesh(mesh),
         batch,
-        shared=vocab if vocab not in batch else None,
-        ring=vocab if vocab in batch else None,
-        width=split_width if split_width in batch else None,
+        time,
+        shared=vocab if vocab not in batch + time else None,
+        ring=vocab if vocab in batch + time else None,
+        width=width if width in batch + time else None,
     )
 
 
@@ -94,7 +102,7 @@ def passed(x: Array, axis: str) -> Array:
 
 def lookup(table: Array, tokens: Array, mesh: Mesh) -> Array:
     """The rows of a table [V, D] at tokens [B, T], which are [B, T, D]."""
-    split = table_split(mesh, table.shape[0], table.shape[1], tokens.shape[0])
+    split = table_split(mesh, table.shape, tokens.shape)
 
     def found(table: Array, tokens: Array, first: Array) -> Array:
         local = tokens - first
@@ -113,5 +121,5 @@ def lookup(table: Array, tokens: Array, mesh: Mesh) -> Array:
         return table[tokens]
 
     return jax.shard_map(
-        local, mesh=split.mesh, in_specs=(split.table, split.rows), out_specs=split.rows
+        local, mesh=split.mesh, in_specs=(split.table, split.tokens), out_specs=split.tokens
     )(table, tokens)

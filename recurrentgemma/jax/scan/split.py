@@ -162,21 +162,26 @@ class ShardedScan(Scan):
 def _states_between(
     added: Array, decay: Array, h0: Array, axis: str, reverse: bool
 ) -> tuple[Array, Array]:
-    """The state that reaches this device, and the state that leaves the last device."""
-    added, decay = lax.all_gather(added, axis), lax.all_gather(decay, axis)
-    order = range(added.shape[0])
-    states, state = [], h0
-    for i in reversed(order) if reverse else order:
-        states.append(state)
-        state = decayed(decay[i], state) + added[i]
-    states = jnp.stack(states[::-1] if reverse else states)
-    return lax.dynamic_index_in_dim(states, lax.axis_index(axis), keepdims=False), state
+    """The state that reaches this device, and the state that leaves the last device.
+
+    Each device passes on what its part and those before it do to a state, twice as far each time.
+    """
+    devices, hops = lax.axis_size(axis), 1
+    while hops < devices:
+        earlier = _neighbour(added, jnp.zeros_like(added), axis, reverse, hops)
+        before = _neighbour(decay, jnp.ones_like(decay), axis, reverse, hops)
+        added, decay = decayed(decay, earlier) + added, before * decay
+        hops *= 2
+    leaving = decayed(decay, h0) + added
+    is_last = lax.axis_index(axis) == (0 if reverse else devices - 1)
+    last = lax.psum(jnp.where(is_last, leaving, 0), axis)
+    return _neighbour(leaving, h0, axis, reverse), last
 
 
-def _neighbour(state: Array, first: Array, axis: str, reverse: bool) -> Array:
-    """The state of the previous device; `first` on the first device."""
+def _neighbour(state: Array, first: Array, axis: str, reverse: bool, hops: int = 1) -> Array:
+    """The state of the device that is `hops` before; `first` where there is none."""
     here, devices = lax.axis_index(axis), lax.axis_size(axis)
-    step = -1 if reverse else 1
+    step = -hops if reverse else hops
     pairs = [(i, i + step) for i in range(devices) if 0 <= i + step < devices]
     state = lax.ppermute(state, axis, pairs)
-    return jnp.where(here == (devices - 1 if reverse else 0), first, state)
+    return jnp.where((here - step >= 0) & (here - step < devices), state, first)
