@@ -19,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from recurrentgemma.common.quantization import SCHEMES
+from recurrentgemma.torch.runtime import triton_products
 from recurrentgemma.torch.scan import triton as scan_triton
 from recurrentgemma.torch.scan import triton_kernels
 
@@ -27,6 +29,11 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = ("forward", "backward", "summarize", "summarize adjoint")
 WIDE = {"a_param", "h0", "dlast", "last", "ends", "totals", "da_param", "dh0"}
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+PROCESSORS = {75: 40, 80: 108, 90: 132}  # of the T4, the A100 and the H100
+OUTPUTS = (1024, 7680, 256_000)  # of a matrix
+INPUTS = 2560
 
 
 class Usage(NamedTuple):
@@ -60,7 +67,49 @@ def compile_kernel(
     constants |= dict.fromkeys(absent & set(function.arg_names))
     types = dict.fromkeys(function.arg_names, f"*{dtype}")
     types |= dict.fromkeys(WIDE, "*fp32") | dict.fromkeys(("T", "D", "chunk"), "i32")
-    types |= {"position": "*i64" if gated else "*i8"} | dict.fromkeys(constants, "constexpr")
+    types |= {"position": "*i64" if gated else "*i8"}
+    return _compiled(function, types, constants, {"D"}, architecture, scan_triton.COMPILER_OPTIONS)
+
+
+def compile_product(scheme: str, dtype: str, architecture: int, outputs: int) -> Usage:
+    """Compiles the product of rows with a quantised matrix.
+
+    Args:
+      scheme: The scheme of the matrix.
+      dtype: The dtype of the rows, and of the result.
+      architecture: 90 for sm_90.
+      outputs: Outputs of the matrix.
+    """
+    bits, size = SCHEMES[scheme]
+    stored = INPUTS * bits // 8
+    groups = INPUTS // (size or INPUTS)
+    itemsize, processors = DTYPES[dtype], PROCESSORS[architecture]
+    cut = triton_products.tiling((1, outputs, stored), groups, bits, itemsize, processors)
+    constants: dict[str, Any] = {"OUTPUTS": cut.outputs, "BLOCK": cut.block}
+    constants["ROWS"] = triton_products.ROWS
+    function = triton_products.multiply
+    types = dict.fromkeys(function.arg_names, "i32") | {"x": f"*{dtype}", "y": f"*{dtype}"}
+    types |= {"values": "*i8", "scale": "*fp32"}
+    if size is None:
+        constants["zero"] = None
+    else:
+        types |= {"values": "*u8", "zero": "*i8"}
+    options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
+    return _compiled(
+        function, types, constants, {"N", "stored", "group", "step", "apart"}, architecture, options
+    )
+
+
+def _compiled(
+    function: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    architecture: int,
+    options: dict[str, int],
+) -> Usage:
+    """Compiles a kernel for types, constants, and numbers that 16 divides, as pointers are."""
+    types |= dict.fromkeys(constants, "constexpr")
     indices = {argument: (i,) for i, argument in enumerate(function.arg_names)}
     source = ASTSource(
         function,
@@ -69,11 +118,11 @@ def compile_kernel(
         {
             indices[argument]: [["tt.divisibility", 16]]
             for argument in function.arg_names
-            if argument == "D" or types[argument].startswith("*")
+            if argument in divisible or types[argument].startswith("*")
         },
     )
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=scan_triton.COMPILER_OPTIONS)
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

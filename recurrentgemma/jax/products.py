@@ -49,6 +49,11 @@ def _matrix_shape(stored: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*stack, rows, inputs) if axis == -1 else (*stack, inputs, rows)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OnGPU(Quantized):
+    """A quantised matrix on one GPU, where a kernel multiplies few rows with it as it is stored."""
+
+
 class Adapted(NamedTuple):
     """A matrix W under a low-rank adapter, or a stack of them: W + A B.
 
@@ -69,9 +74,10 @@ class Adapted(NamedTuple):
 
 Matrix = Array | Quantized | Rows | Adapted
 STORED = Quantized, Rows, Adapted  # a matrix in another form than an array
-jax.tree_util.register_dataclass(
-    Quantized, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
-)
+for _kind in (Quantized, OnGPU):
+    jax.tree_util.register_dataclass(
+        _kind, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
+    )
 jax.tree_util.register_dataclass(Rows, ["values"], ["axis"])
 flax.serialization.register_serialization_state(
     Quantized,
@@ -131,8 +137,8 @@ def product(
     A matrix takes any x, [..., K]. A stack takes rows for each of its matrices, [C, Z, K], or the
     same rows for all, [1, Z, K], and gives [C, Z, N].
 
-    A `Quantized` whose `integer` is set quantises the rows of x; any other is dequantised (see
-    `common.quantization`).
+    A `Quantized` whose `integer` is set is multiplied as it is stored where there is a way: `q8`
+    quantises the rows of x. Any other is dequantised (see `common.quantization`).
 
     Args:
       x: The rows, in the dtype of the matrix (`promote_dtype`).
@@ -144,8 +150,8 @@ def product(
     if isinstance(w, Adapted):
         y = product(x, w.base, bias, axis=axis, dtype=dtype)
         return y + product(product(x, w.a), w.b).astype(y.dtype)
-    if isinstance(w, Quantized) and w.integer and w.scheme == "q8":
-        y = _integer_product(x, w).astype(dtype or x.dtype)
+    if isinstance(w, Quantized) and w.integer and _has_product(x, w):
+        y = _as_stored(x, w).astype(dtype or x.dtype)
     elif isinstance(w, Rows):
         y = by_rows(x, w.values, wide_dtype(x.dtype)).astype(dtype or x.dtype)
     else:
@@ -164,18 +170,33 @@ def _product(x: Array, w: Array, axis: int, dtype: Dtype | None) -> Array:
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
+def _has_product(x: Array, w: Quantized) -> bool:
+    """Whether x W has a way with the values in their own bits."""
+    if not isinstance(w, OnGPU):
+        return w.scheme == "q8"
+    # Import late: Pallas takes a while to import, and other devices do not need it.
+    from recurrentgemma.jax.runtime import pallas_products
+
+    return pallas_products.fits(x, w)
+
+
 @jax.custom_jvp
-def _integer_product(x: Array, w: Quantized) -> Array:
+def _as_stored(x: Array, w: Quantized) -> Array:
+    """x W in float32, with the values in their own bits."""
+    if isinstance(w, OnGPU):
+        from recurrentgemma.jax.runtime import pallas_products
+
+        return pallas_products.product(x, w)
     values, scale = quantize_rows(x)
     sums = integer_sums(values, w.values).astype(jnp.float32)
     return sums * scale * w.scale.swapaxes(-1, -2)
 
 
-@_integer_product.defjvp
+@_as_stored.defjvp
 def _slope(primals: tuple[Array, Quantized], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     """The derivative of the dequantised product, since rounding has no slope."""
     (x, w), (dx, _) = primals, tangents
-    return _integer_product(x, w), _product(dx, dense(w).astype(dx.dtype), w.axis, jnp.float32)
+    return _as_stored(x, w), _product(dx, dense(w).astype(dx.dtype), w.axis, jnp.float32)
 
 
 def by_rows(

@@ -16,9 +16,10 @@ from torch.nn.functional import embedding, linear
 
 from recurrentgemma.common.quantization import LARGEST, dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
-from recurrentgemma.torch.runtime import kernels
+from recurrentgemma.torch.runtime import few_rows, kernels
 from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.runtime.stored import PackedMatrix
+from recurrentgemma.torch.scan.gates import forward_levels
 
 _PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
 _MOST = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
@@ -60,8 +61,8 @@ def product(
     A matrix takes any x, [..., K]. A stack takes rows for each of its matrices, [C, Z, K], or the
     same rows for all, [1, Z, K], and gives [C, Z, N].
 
-    A `QuantizedMatrix` whose `integer` is set quantises the rows of x; any other is dequantised
-    (see `common.quantization`).
+    A `QuantizedMatrix` whose `integer` is set is multiplied as it is stored where there is a way:
+    on a CPU `q8` quantises the rows of x. Any other is dequantised (see `common.quantization`).
 
     Args:
       x: The rows, in the dtype of the matrix; or in `dtype`.
@@ -70,12 +71,11 @@ def product(
       axis: The axis of inputs of `w`: -2, or -1 where it is [..., N, K].
       dtype: The dtype in which products are summed, and of the result; that of x if None.
     """
-    if isinstance(w, QuantizedMatrix) and w.integer and w.device.type == "cpu":
-        rows = x.detach()
-        y = _integer_product(rows, w) if w.scheme == "q8" else _few_rows(rows, w)
+    if isinstance(w, QuantizedMatrix) and w.integer:
+        y = _as_stored(x.detach(), w, dtype or x.dtype)
         if y is not None:
             y = y.to(dtype or x.dtype)
-            if x.requires_grad and torch.is_grad_enabled():
+            if forward_levels() or (x.requires_grad and torch.is_grad_enabled()):
                 # Rounding has no slope: the derivative is that of the dequantised product.
                 slope = _product(x, dense(w).to(x.dtype), None, axis, dtype)
                 y = y + (slope - slope.detach())
@@ -133,6 +133,16 @@ def _is_bfloat16_row(x: Tensor, w: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def _as_stored(x: Tensor, w: QuantizedMatrix, dtype: torch.dtype) -> Tensor | None:
+    """x W with the values in their own bits; None where this device has no such product."""
+    if w.device.type in few_rows.DEVICES:
+        transformed = torch._C._are_functorch_transforms_active()
+        return None if transformed else few_rows.product(x, w, dtype)
+    if w.device.type != "cpu":
+        return None
+    return _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
 
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:

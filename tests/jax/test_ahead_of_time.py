@@ -43,14 +43,15 @@ device_description_str: "NVIDIA H200"
 """
 SHAPES = [(8, 4096, 2560), (1, 8192, 2560), (3, 1000, 500), (3, 7, 96), (1, 1, 2560)]
 
-PROGRAM = """
-import json, sys
+PROGRAM = r"""
+import json, re, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from recurrentgemma.common.quantization import Quantized
+from recurrentgemma.common.quantization import SCHEMES, Quantized, part_shapes
 from recurrentgemma.jax import linear_scan, rg_lru_scan
-from recurrentgemma.jax.products import product
+from recurrentgemma.jax.products import OnGPU, product
+from recurrentgemma.jax.runtime.stored import as_q8
 from recurrentgemma.jax.scan import pallas_target
 
 platform, topology, options, shapes = json.loads(sys.argv[1])
@@ -97,11 +98,28 @@ for batch, length, width in shapes:
             position,
         )
         compiled += 10
-for rows in (1, 64) if device.platform == "tpu" else ():
-    values, scale = array(7680, 2560, dtype=jnp.int8), array(7680, 1, dtype=jnp.float32)
+def quantized(scheme, kind=Quantized, inputs=2560, outputs=7680):
+    shapes = part_shapes((inputs, outputs), scheme)
+    parts = (shapes.get(part) for part in ("", ".scale", ".zero"))
+    held = (None if part is None else array(*part[0], dtype=part[1]) for part in parts)
+    return kind(*held, scheme)
+
+for rows in (1, 16 if device.platform == "gpu" else 64):
     x = array(rows, 2560, dtype=jnp.bfloat16)
-    program = jax.jit(product).lower(x, Quantized(values, scale, None, "q8")).compile()
-    assert f"s32[{rows},7680]" in program.as_text()  # sums of int8 products
+    for scheme in SCHEMES if device.platform == "gpu" else ():
+        with pallas_target("gpu"):
+            program = jax.jit(product).lower(x, quantized(scheme, OnGPU)).compile()
+        assert "triton" in program.as_text()
+        assert program.memory_analysis().temp_size_in_bytes < 2**20  # no copy of the matrix
+        compiled += 1
+    if device.platform == "tpu":
+        text = jax.jit(product).lower(x, quantized("q8")).compile().as_text()
+        sums = rf"s32\[{rows},7680\]\S* (?:convolution|dot)\(%(\S+), %(\S+)\)"
+        (factors,) = re.findall(sums, text)
+        assert all(f"%{name} = s8[" in text for name in factors), text
+        compiled += 1
+for scheme in ("q4", "q4_32") if device.platform == "tpu" else ():
+    as_q8.lower(quantized(scheme)).compile()
     compiled += 1
 print(compiled, "programs for", device.device_kind)
 """
@@ -129,7 +147,7 @@ def test_tpu(generation: str) -> None:
         "TPU_ACCELERATOR_TYPE": kind,
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    assert compile_for("tpu", topology, {}, env).startswith("102 programs for TPU")
+    assert compile_for("tpu", topology, {}, env).startswith("104 programs for TPU")
 
 
 def compiled_step(topology: str, *options: str) -> dict:
@@ -180,4 +198,4 @@ def test_published_models_on_256_chips(preset: str) -> None:
 )
 def test_h200() -> None:
     options = {"target_config": H200, "topology": "1x1x1"}
-    assert "100 programs for NVIDIA H200" in compile_for("cuda", "", options, {})
+    assert "106 programs for NVIDIA H200" in compile_for("cuda", "", options, {})

@@ -9,8 +9,8 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 import numpy as np
 import torch
 
+from recurrentgemma.common.quantization import dequantize, quantize
 from recurrentgemma.common.quantization import product as definition
-from recurrentgemma.common.quantization import quantize
 from recurrentgemma.torch.products import product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime import kernels
@@ -79,6 +79,19 @@ def test_values_outlive_their_packing(scheme: str) -> None:
     assert half.dtype == torch.bfloat16
     np.testing.assert_array_equal(half.quantized.values.numpy(), quantized.values)
     assert w.nbytes == quantized.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("scheme", ["q8", "q4"])
+def test_forward_mode_takes_the_dequantised_slope(scheme: str) -> None:
+    x, quantized = drawn((128, 64), scheme)
+    w = QuantizedMatrix(quantized.with_parts(to_tensor))
+    rows, change = torch.from_numpy(x), torch.from_numpy(x[::-1].copy())
+    y, tangent = torch.func.jvp(lambda x: product(x, w), (rows,), (change,))  # pyright: ignore[reportAssignmentType]
+    expected = change @ torch.from_numpy(dequantize(quantized))
+    torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(y, product(rows, w))
 
 
 def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

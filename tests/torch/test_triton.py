@@ -12,17 +12,30 @@ from scans import linear_scan_grads, make_rg_lru, make_scan, rg_lru_scan_grads
 
 from backends import BACKENDS
 from recurrentgemma.common.model import reference
+from recurrentgemma.common.quantization import SCHEMES
 from tolerances import assert_close
 
 pytest.importorskip("torch.nn", reason="torch is not installed")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ARCHITECTURES = (75, 80, 90)
+# The narrowest programs with rows of 16 bits and the widest with float32, in turn.
+PRODUCTS = [
+    (80, "q8", "bf16", 1024),
+    (80, "q4", "fp32", 256_000),
+    (80, "q4_32", "fp16", 1024),
+    (90, "q8", "fp32", 256_000),
+    (90, "q4", "bf16", 1024),
+    (90, "q4_32", "fp32", 256_000),
+]
 # In one process of its own: what is interpreted in this one is not compiled.
 PROGRAM = """
 import json, sys
-from triton_registers import DTYPES, KERNELS, compile_kernel, tiles
+from triton_registers import *
 
+for architecture, scheme, dtype, outputs in json.loads(sys.argv[2]):
+    usage = compile_product(scheme, dtype, architecture, outputs)
+    print(json.dumps([architecture, scheme, *usage]))
 for architecture in json.loads(sys.argv[1]):
     for gated in (False, True):
         for kernel in KERNELS:
@@ -35,11 +48,11 @@ for architecture in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Any]:
-    """Architecture, whether gated, kernel, dtype, ..., registers and spills of each program."""
+    """Each program: architecture, whether gated or the scheme, ..., registers and spills."""
     pytest.importorskip("triton", reason="triton is not installed")
     path = os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(ARCHITECTURES)],
+        [sys.executable, "-c", PROGRAM, json.dumps(ARCHITECTURES), json.dumps(PRODUCTS)],
         capture_output=True,
         text=True,
         check=False,
@@ -57,6 +70,13 @@ def test_compiles_without_spills(compiled: list[Any], architecture: int, gated: 
     assert len(usages) == 12
     assert [usage for usage in usages if usage[-1] > 0] == []
     assert all(0 < usage[-2] <= 255 for usage in usages)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_products_compile_without_spills(compiled: list[Any], architecture: int) -> None:
+    usages = [usage for usage in compiled if usage[0] == architecture and usage[1] in SCHEMES]
+    assert len(usages) == 3
+    assert [usage for usage in usages if usage[-1] > 0] == []
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.quantization import LARGEST, SCHEMES, Quantized, input_axis
-from recurrentgemma.jax.products import Rows, dense
+from recurrentgemma.jax.products import OnGPU, Rows, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
@@ -25,21 +26,44 @@ def num_bytes(params: Params) -> int:
 
 
 def stored(config: Config, params: Params) -> Params:
-    """The parameters for an engine: on one CPU, matrices that XLA multiplies fast.
+    """The parameters for an engine in the forms that one device multiplies fast.
 
-    Matrices in bfloat16 become `Rows`. Matrices of 4 bits become int8, rounded once more: an error
-    of at most half a step, 1/254 of an output's largest weight. All other leaves are shared, and so
-    are the bytes of a table.
+    On a CPU matrices in bfloat16 become `Rows`. On a CPU or TPU matrices of 4 bits become int8,
+    rounded once more: an error of at most half a step, 1/254 of an output's largest weight. On a
+    GPU quantised matrices become `OnGPU`, if the kernel works. All other leaves are shared, and so
+    are the bytes of a table and of `OnGPU`. Parameters on several devices stay as they are.
     """
-    if not all(on_one_cpu(leaf.sharding) for leaf in jax.tree.leaves(params)):
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(params)}
+    platforms = {_sole_platform(sharding) for sharding in shardings}
+    platform = platforms.pop() if len(platforms) == 1 else None
+    if platform is None:
         return params
     result: dict[str, Any] = {}
     for spec in layer_spec(config):
         value = get_path(params, spec.path)
-        if isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
+        if isinstance(value, Quantized) and platform == "gpu":
+            value = as_on_gpu(value)
+        elif isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
             value = as_q8(value)
-        set_path(result, spec.path, as_rows(spec, value))
+        set_path(result, spec.path, as_rows(spec, value) if platform == "cpu" else value)
     return result
+
+
+def _sole_platform(sharding: Sharding) -> str | None:
+    """The platform of the only device of a sharding; None if it has several."""
+    (device, *_) = sharding.device_set
+    return device.platform if isinstance(sharding, SingleDeviceSharding) else None
+
+
+def as_on_gpu(w: Quantized) -> Quantized:
+    """A quantised matrix as `OnGPU`, if the kernel works on its device."""
+    from recurrentgemma.jax.runtime.pallas_products import kernel_works
+
+    (device,) = w.scale.devices()
+    if isinstance(w, OnGPU) or not kernel_works(device, w.scheme, w.dtype):
+        return w
+    fields = {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}
+    return OnGPU(**fields)
 
 
 def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
@@ -61,8 +85,7 @@ def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
 
 def on_one_cpu(sharding: Sharding) -> bool:
     """Whether arrays are on one device, which is a CPU."""
-    (device, *_) = sharding.device_set
-    return device.platform == "cpu" and isinstance(sharding, SingleDeviceSharding)
+    return _sole_platform(sharding) == "cpu"
 
 
 @jax.jit

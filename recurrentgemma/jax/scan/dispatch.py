@@ -8,12 +8,8 @@ output, and computes the gates again.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-import importlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +24,13 @@ from recurrentgemma.common.model.numerics import RG_LRU_C
 from recurrentgemma.common.model.presets import ScanChoice, ScanType
 from recurrentgemma.jax.runtime.axes import automatic, partition
 from recurrentgemma.jax.runtime.promotion import default_promotion
+from recurrentgemma.jax.runtime.targets import (
+    TRITON,
+    Target,
+    default_platform,
+    given_target,
+    pallas_lowers,
+)
 from recurrentgemma.jax.scan import xla as scan_xla
 from recurrentgemma.jax.scan.gates import LINEAR, RG_LRU, Gates, Inputs, Scan, wide_dtype
 from recurrentgemma.jax.scan.split import split
@@ -50,32 +53,6 @@ _XLA: dict[str, Scan] = {
 _FEW_STEPS = scan_xla.UNROLLED_STEPS
 _PALLAS_PLATFORMS = ("tpu", "gpu")
 _PALLAS_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-_TRITON = "jax.experimental.pallas.triton"
-
-
-class _Target(NamedTuple):
-    platform: str
-    interpret: Any = False
-
-
-_target: contextvars.ContextVar[_Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def pallas_target(platform: str, interpret: Any = False) -> Iterator[None]:
-    """Makes code traced inside run on this platform, whatever devices there are.
-
-    Use it to compile ahead of time or, with `interpret`, to run a Pallas kernel on the CPU.
-
-    Args:
-      platform: "tpu" or "gpu".
-      interpret: See `pallas_call`.
-    """
-    token = _target.set(_Target(platform, interpret))
-    try:
-        yield
-    finally:
-        _target.reset(token)
 
 
 @default_promotion
@@ -188,7 +165,7 @@ def choose_implementation(
       dtype: The dtype of x.
       device: A device or a platform ("cpu", "gpu", "tpu"); the default one if None.
     """
-    platform = _default_platform() if device is None else getattr(device, "platform", device)
+    platform = default_platform() if device is None else getattr(device, "platform", device)
     _, length, _ = shape
     if length <= _FEW_STEPS:
         return ScanChoice(
@@ -198,8 +175,8 @@ def choose_implementation(
         return ScanChoice("xla", "a loop in place reads and writes each element once")
     if platform not in _PALLAS_PLATFORMS or jnp.dtype(dtype) not in _PALLAS_DTYPES:
         return ScanChoice("associative", f"no kernel for {jnp.dtype(dtype)} on {platform}")
-    if not _pallas_lowers(platform):
-        return ScanChoice("associative", f"JAX {jax.__version__} has no {_TRITON}")
+    if not pallas_lowers(platform):
+        return ScanChoice("associative", f"JAX {jax.__version__} has no {TRITON}")
     return ScanChoice("pallas", f"a {platform} kernel reads and writes each element once")
 
 
@@ -340,34 +317,19 @@ def _varying_alike(inputs: Inputs, h0: Array) -> tuple[Inputs, Array]:
     )
 
 
-def _device(x: Array, spec: ShardingSpec | None) -> _Target:
+def _device(x: Array, spec: ShardingSpec | None) -> Target:
     """Where the computation will run, as far as tracing can tell."""
-    target = _target.get()
+    target = given_target()
     if target is not None:
         return target
     if spec is not None and spec.mesh is not None:
-        return _Target(spec.mesh.devices.flat[0].platform)
+        return Target(spec.mesh.devices.flat[0].platform)
     if not isinstance(x, core.Tracer):
-        return _Target(next(iter(x.devices())).platform)
-    return _Target(_default_platform())
+        return Target(next(iter(x.devices())).platform)
+    return Target(default_platform())
 
 
-def _default_platform() -> str:
-    device = jax.config.values["jax_default_device"] or jax.default_backend()
-    return getattr(device, "platform", device)
-
-
-def _pallas_lowers(platform: str) -> bool:
-    """Whether this JAX lowers kernels for a platform: later versions drop Triton."""
-    if platform == "gpu":
-        try:
-            importlib.import_module(_TRITON)
-        except ImportError:
-            return False
-    return True
-
-
-def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: _Target) -> Scan:
+def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target: Target) -> Scan:
     if name not in IMPLEMENTATIONS:
         raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
     if name == "auto":
@@ -384,9 +346,9 @@ def _implementation(name: str, shape: tuple[int, int, int], dtype: Dtype, target
             "implementation 'pallas' takes float32 and bfloat16, got "
             f"{jnp.dtype(dtype)}, which {', '.join(_XLA)} take"
         )
-    if not _pallas_lowers(target.platform):
+    if not pallas_lowers(target.platform):
         raise UserError(
-            f"implementation 'pallas' on {target.platform} needs {_TRITON}, which JAX "
+            f"implementation 'pallas' on {target.platform} needs {TRITON}, which JAX "
             f"{jax.__version__} does not have: install a version that does, such as 0.12, or ask "
             f"for auto or one of {', '.join(_XLA)}"
         )
