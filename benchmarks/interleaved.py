@@ -115,7 +115,9 @@ def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[Seconds, Second
 
 
 def spread(seconds: Sequence[float]) -> str:
-    """Median and quartiles in milliseconds."""
+    """Median and quartiles in milliseconds; or the only one."""
+    if len(seconds) == 1:
+        return f"{seconds[0] * 1e3:.3g}"
     low, middle, high = statistics.quantiles(seconds, n=4)
     return f"{middle * 1e3:.3g} ({low * 1e3:.3g} to {high * 1e3:.3g})"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,11 @@ from recurrentgemma.common.io.checkpoint import checkpoint_path
 from recurrentgemma.common.io.files import destination_path, expanded, flush, whole_folder
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.quantization import Quantized, require_scheme, scheme_for, stored_bytes
+from recurrentgemma.common.quantization import Quantized, require_scheme, scheme_for
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, require_utf8
 from recurrentgemma_conversion.names import family_of, layout
+from recurrentgemma_conversion.names.table import Layout
 from recurrentgemma_conversion.opening import READERS, detect, open_checkpoint
 from recurrentgemma_conversion.overrides import NO_OVERRIDES, Overrides
 from recurrentgemma_conversion.readers.base import (
@@ -134,8 +136,9 @@ def convert(
       tokenizer: A `tokenizer.model` or `tokenizer.json`, if none is beside the weights.
       overrides: What the caller says of the model.
       quantize: The scheme in which matrices are stored (see `common.quantization`), in our own
-        format. If None a source that is quantised stays so in our own format without a dtype, and
-        is dequantised in any other case.
+        format, or in `huggingface` as `compressed-tensors`, with linear layers alone. If None a
+        source that is quantised stays so in our own format without a dtype, and is dequantised in
+        any other case.
       allow_nonfinite: Whether NaN and infinity are accepted.
       strict: Whether a checkpoint with other parts than the text model is refused.
       window_as_published: Whether a `huggingface` result states the window as the published
@@ -187,9 +190,10 @@ def convert(
             window_as_published,
             scheme,
         )
-        total = sum(stored_bytes(spec, dtypes[spec.path].itemsize, scheme) for spec in specs)
+        stored = layout(reader.config, to)
+        total = sum(stored.stored_bytes(s, dtypes[s.path].itemsize, scheme) for s in specs)
         with whole_folder(target, force=force, size=total) as folder:
-            nonfinite = _write(reader, folder, to, contents, progress)
+            nonfinite = _write(reader, folder, to, stored, contents, progress)
             if nonfinite and not allow_nonfinite:
                 raise NonFiniteError(_nonfinite_message(reader.path, nonfinite))
             if found is not None:
@@ -200,7 +204,7 @@ def convert(
             if verify:
                 with ThreadPoolExecutor(1) as disk:
                     flushed = disk.submit(flush, folder)  # while the values are compared
-                    _verify(reader, folder, to, contents, progress)
+                    _verify(reader, folder, to, stored, contents, progress)
                     flushed.result()
         return Summary(
             source_format=reader.format,
@@ -208,28 +212,31 @@ def convert(
             tensors=len(specs),
             values=sum(spec.size for spec in specs),
             bytes=total,
-            dtypes=_stored_dtypes(contents, specs),
+            dtypes=_stored_dtypes(contents, stored),
             seconds=time.perf_counter() - started,
             verified=verify,
             nonfinite=nonfinite,
             left_out=reader.left_out,
-            notes=_notes(contents) if to is Format.HUGGINGFACE else [],
+            notes=_notes(contents, stored) if to is Format.HUGGINGFACE else [],
         )
 
 
 def _write(
-    reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell
+    reader: Reader, folder: Path, to: Format, stored: Layout, contents: Contents, tell: Tell
 ) -> dict[str, int]:
     """Writes every parameter; counts the values that are NaN or infinite, where there are any."""
     counts: dict[str, Future[int]] = {}
-    meter = _Meter("write", reader, contents, tell)
+    meter = _Meter("write", stored, contents, tell)
     with ThreadPoolExecutor(1) as counter:  # beside the writing, which waits for the disk
 
         def read(spec: ParamSpec) -> np.ndarray | Stacked | Quantized:
             meter.next(spec.path)
             if counts:
                 list(counts.values())[-1].result()  # so that few parameters are in memory
-            parameter, dtype = _parameter(reader, spec, contents), contents.dtypes[spec.path]
+            parameter, dtype = (
+                _parameter(reader, spec, stored, contents),
+                contents.dtypes[spec.path],
+            )
             # The scale of a quantised matrix tells: one of NaN or infinity is neither finite.
             quantized = isinstance(parameter, Quantized)
             told = (parameter.scale, None) if quantized else (parameter, dtype)
@@ -237,29 +244,33 @@ def _write(
             return parameter
 
         with WRITERS[to](folder, contents) as write:
-            for name, tensor in layout(contents.config, to).encode(read):
+            for name, tensor in stored.encode(read):
                 write(name, tensor)
     meter.next()
     return {path: count for path, found in counts.items() if (count := found.result())}
 
 
-def _verify(reader: Reader, folder: Path, to: Format, contents: Contents, tell: Tell) -> None:
+def _verify(
+    reader: Reader, folder: Path, to: Format, stored: Layout, contents: Contents, tell: Tell
+) -> None:
     """Reads what was written and compares it with the source, bit for bit after the cast."""
     headers = Headers()
     _, weights = detect(folder, headers)
     written = READERS[to](weights, NO_OVERRIDES, headers)
     written.require()
-    if (written.config, written.scheme) != (contents.config, contents.scheme):
-        raise VerificationError(f"the config reads back as {written.config}, {written.scheme}")
+    if written.config != contents.config:
+        raise VerificationError(f"the config reads back as {written.config}")
     wrong = []
-    meter = _Meter("verify", reader, contents, tell)
+    meter = _Meter("verify", stored, contents, tell)
     for spec in reader.specs:
         meter.next(spec.path)
-        parameter = _parameter(reader, spec, contents)
+        parameter = _parameter(reader, spec, stored, contents)
         if isinstance(parameter, Quantized):
-            back: Any = written.quantized(spec, contents.scheme)
+            back: Any = written.read_stored(spec)
             parts = parameter.parts.items()
-            same = all(same_bits(part, back.parts[name]) for name, part in parts)
+            same = written.stored_in(spec) == parameter.scheme and all(
+                same_bits(part, back.parts[name]) for name, part in parts
+            )
         else:
             same = same_bits(parameter, written.read_parts(spec), contents.dtypes[spec.path])
         if not same:
@@ -273,25 +284,27 @@ def _scheme(reader: Reader, to: Format, dtype: str | None, wanted: str | None) -
     """The scheme of the result."""
     if wanted is None:
         return reader.scheme if to is Format.RECURRENTGEMMA and dtype is None else None
-    if to is not Format.RECURRENTGEMMA:
+    if to not in (Format.RECURRENTGEMMA, Format.HUGGINGFACE):
         raise DestinationError(
-            f"quantised weights are stored as {Format.RECURRENTGEMMA}, got {to} with {wanted}"
+            f"quantised weights are stored as {Format.RECURRENTGEMMA} or {Format.HUGGINGFACE}, got "
+            f"{to} with {wanted}"
         )
     return require_scheme(wanted)
 
 
 def _parameter(
-    reader: Reader, spec: ParamSpec, contents: Contents
+    reader: Reader, spec: ParamSpec, stored: Layout, contents: Contents
 ) -> np.ndarray | Stacked | Quantized:
     """A parameter as it is written, but for a cast."""
-    if contents.scheme is None:
+    if stored.scheme_for(spec, contents.scheme) is None:
         return reader.read_parts(spec)
     return reader.quantized(spec, contents.scheme)
 
 
-def _stored_dtypes(contents: Contents, specs: Sequence[ParamSpec]) -> list[str]:
+def _stored_dtypes(contents: Contents, stored: Layout) -> list[str]:
     """What the result stores: its scheme, and the dtypes of what that leaves."""
-    left = [spec.path for spec in specs if scheme_for(spec, contents.scheme) is None]
+    specs = stored.specs
+    left = [spec.path for spec in specs if stored.scheme_for(spec, contents.scheme) is None]
     names = sorted({contents.dtypes[path].name for path in left})
     return names if contents.scheme is None else [contents.scheme, *names]
 
@@ -299,10 +312,10 @@ def _stored_dtypes(contents: Contents, specs: Sequence[ParamSpec]) -> list[str]:
 class _Meter:
     """Tells how far a phase is."""
 
-    def __init__(self, phase: str, reader: Reader, contents: Contents, tell: Tell) -> None:
+    def __init__(self, phase: str, stored: Layout, contents: Contents, tell: Tell) -> None:
         self._sizes = {
-            spec.path: stored_bytes(spec, contents.dtypes[spec.path].itemsize, contents.scheme)
-            for spec in reader.specs
+            s.path: stored.stored_bytes(s, contents.dtypes[s.path].itemsize, contents.scheme)
+            for s in stored.specs
         }
         self._phase, self._tell = phase, tell
         self._tensors = self._bytes = 0
@@ -329,9 +342,21 @@ def find_tokenizer(reader: Reader, given: str | os.PathLike[str] | None) -> Toke
     return tokenizer
 
 
-def _notes(contents: Contents) -> list[str]:
+def _notes(contents: Contents, stored: Layout) -> list[str]:
     family = family_of(contents.config)
-    return [] if family is None or contents.as_published else [*family.fields_note(contents.config)]
+    notes = (
+        [] if family is None or contents.as_published else [*family.fields_note(contents.config)]
+    )
+    dense: dict[str, str] = {}  # what a model of ours quantises and this one does not
+    for spec in stored.specs:
+        if scheme_for(spec, contents.scheme) != stored.scheme_for(spec, contents.scheme):
+            name = re.sub(r"^blocks\.\d+\.", "blocks.*.", spec.path)
+            dense[name] = contents.dtypes[spec.path].name
+    if dense:
+        dtypes = " and ".join(sorted(set(dense.values())))
+        what = "compressed-tensors holds linear layers of whole groups"
+        notes.append(f"{what}: {dtypes} for {', '.join(dense)}")
+    return notes
 
 
 def _name(reader: Reader) -> str:

@@ -48,7 +48,8 @@ def convert(
     quantize: Annotated[
         Scheme | None,
         typer.Option(
-            help="Store matrices in 8 bits, or in 4 in groups of 128 or of 32 inputs.",
+            help="Store matrices in 8 bits, or in 4 in groups of 128 or of 32 inputs: in "
+            "recurrentgemma, or in huggingface as compressed-tensors.",
             metavar=choices(Scheme),
             show_default=False,
         ),

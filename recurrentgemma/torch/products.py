@@ -23,7 +23,7 @@ from recurrentgemma.torch.scan.gates import forward_levels
 
 _PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
 _MOST = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
-_FEW = 256  # rows; for more, it is faster to dequantise the matrix
+_FEW = 64  # rows; for more, it is faster to dequantise the matrix
 _COLUMNS = range(8, 49)  # rows that PyTorch multiplies faster as columns of the other factor
 _LEAST = 2**20  # values of such a matrix
 
@@ -142,7 +142,7 @@ def _as_stored(x: Tensor, w: QuantizedMatrix, dtype: torch.dtype) -> Tensor | No
         return None if transformed else few_rows.product(x, w, dtype)
     if w.device.type != "cpu":
         return None
-    return _integer_product(x, w) if w.scheme == "q8" else _few_rows(x, w)
+    return _integer_product(x, w) if w.scheme == "q8" else _product4(x, w)
 
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
@@ -182,9 +182,15 @@ def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) 
     return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
 
 
-def _few_rows(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
-    """x W of few rows in bfloat16 by the kernel of 4 bits; None where it does not serve."""
-    if x.numel() > _FEW * x.shape[-1] or x.dtype == torch.float64:
+def _product4(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
+    """x W by the kernel of 4 bits for few rows, in bfloat16; None where it does not serve."""
+    packed = None if x.dtype == torch.float64 else w.pack()
+    if packed is None:
         return None
-    packed = w.pack()
-    return None if packed is None else _each(x.bfloat16(), packed, kernels.product4, w.ndim)
+    if x.numel() <= _FEW * x.shape[-1]:
+        return _each(x.bfloat16(), packed, kernels.product4, w.ndim)
+    assert w.zero is not None
+    shape = (-1, *w.scale.shape[-2:])
+    values = [matrix[0] for matrix in packed]
+    matrices = list(zip(values, w.scale.view(shape), w.zero.view(shape), strict=True))
+    return _each(x, matrices, kernels.wide_product4, w.ndim)

@@ -101,7 +101,7 @@ def test_damaged_parts_are_named(folder: Path, tmp_path: Path, part, change, mes
 def test_what_cannot_be_quantised(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is quantised as q4_32 already"):
         convert(folder, tmp_path / "out", Format.RECURRENTGEMMA, quantize="q8")
-    with pytest.raises(DestinationError, match="stored as recurrentgemma, got kaggle-flax with q8"):
+    with pytest.raises(DestinationError, match="or huggingface, got kaggle-flax with q8"):
         convert(BUNDLED, tmp_path / "out", Format.KAGGLE_FLAX, quantize="q8")
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization"]["scheme"] = "q2"

@@ -16,11 +16,13 @@ from recurrentgemma.common.errors import ConfigError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma_conversion.formats import Format, Tensor
+from recurrentgemma_conversion.names.compressed import COMPRESSED
 from recurrentgemma_conversion.names.family import Family
 from recurrentgemma_conversion.names.gemma import GEMMA
 from recurrentgemma_conversion.names.griffin import GRIFFIN
 from recurrentgemma_conversion.names.others import other_model
 from recurrentgemma_conversion.names.own import flax_layout, torch_layout
+from recurrentgemma_conversion.names.storage import OURS
 from recurrentgemma_conversion.names.table import Layout, lay_out
 
 FAMILIES = (GRIFFIN, GEMMA)
@@ -94,7 +96,9 @@ def _layout(config: Config, format_: Format, stored: tuple[Any, ...]) -> Layout:
     specs, family = layer_spec(config), family_of(config)
     if family is not None and format_ in family.tables:
         sizes = functools.partial(family.sizes, config)
-        return lay_out(specs, family.tables[format_](config), format_, sizes, dict(stored))
+        storage = COMPRESSED if format_ is Format.HUGGINGFACE else OURS
+        rules = family.tables[format_](config)
+        return lay_out(specs, rules, format_, sizes, dict(stored), storage)
     if format_ in (Format.HUGGINGFACE, Format.GGUF):
         raise ConfigError(f"{format_} has no names for the parameters of {type(config).__name__}")
     return flax_layout(specs) if format_ is Format.KAGGLE_FLAX else torch_layout(specs)

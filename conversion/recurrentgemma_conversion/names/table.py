@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -13,10 +14,11 @@ import numpy as np
 
 from recurrentgemma.common.errors import ConfigError, MismatchError
 from recurrentgemma.common.io.arrays import DTYPES, Stacked, dtype_name
-from recurrentgemma.common.io.shards import Tensors
+from recurrentgemma.common.io.shards import Tensors, num_bytes
 from recurrentgemma.common.model.layer_spec import ParamSpec, mismatches
-from recurrentgemma.common.quantization import Quantized, scheme_for, spec_parts
+from recurrentgemma.common.quantization import Quantized
 from recurrentgemma_conversion.formats import Format, Tensor
+from recurrentgemma_conversion.names.storage import OURS, Storage
 
 Array = np.ndarray | Stacked
 Sizes = Callable[[int | None], Mapping[str, int]]
@@ -134,10 +136,13 @@ class Layout:
       entries: Where they are, in the order in which they are written.
       pieces: Where each parameter is, by path.
       shapes: The shape of each stored tensor, by name, in the order in which they are written.
+      storage: How quantised matrices are stored.
     """
 
-    def __init__(self, specs: Sequence[ParamSpec], entries: Sequence[Entry]) -> None:
-        self.specs, self.entries = specs, entries
+    def __init__(
+        self, specs: Sequence[ParamSpec], entries: Sequence[Entry], storage: Storage = OURS
+    ) -> None:
+        self.specs, self.entries, self.storage = specs, entries, storage
         self.pieces: dict[str, list[Piece]] = {spec.path: [] for spec in specs}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for entry in entries:
@@ -148,15 +153,17 @@ class Layout:
     def encode(self, read: Callable[[ParamSpec], Array | Quantized]) -> Iterator[tuple[str, Array]]:
         """The stored tensors, by name; `read` gives each parameter in the Flax layout, once.
 
-        A `Quantized`, which a tensor of its own must hold, becomes its parts.
+        A `Quantized` becomes the tensors of `storage`.
         """
         for entry in self.entries:
             parameters: dict[str, Any] = {}
             for spec in entry.specs:
                 value = parameters[spec.path] = read(spec)
-                if isinstance(value, Quantized):
-                    for part, array in value.parts.items():
-                        yield entry.pieces[0].name + part, array
+                for piece in self.pieces[spec.path] if isinstance(value, Quantized) else ():
+                    whole = piece.part is None
+                    part = value if whole else value.with_parts(operator.itemgetter(piece.part))
+                    for name, array in self.storage.encode(part).items():
+                        yield piece.name + name, array
             if any(isinstance(value, Quantized) for value in parameters.values()):
                 continue
             for name, pieces in itertools.groupby(entry.pieces, lambda piece: piece.name):
@@ -209,12 +216,33 @@ class Layout:
         if several:
             raise MismatchError("parameters that share a tensor must have one dtype", several)
         tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        quantized = {self.pieces[s.path][0].name: s for s in self.specs if scheme_for(s, scheme)}
+        quantized: dict[str, Tensors] = {}
+        for spec in self.specs:
+            quantized |= self.quantized_tensors(spec, scheme)
         for name, shape in self.shapes.items():
-            spec = quantized.get(name)
-            parts = {"": (shape, found[name][0])} if spec is None else spec_parts(spec, scheme)
-            tensors |= {name + part: tensor for part, tensor in parts.items()}
+            tensors |= quantized.get(name) or {name: (shape, found[name][0])}
         return tensors
+
+    def scheme_for(self, spec: ParamSpec, scheme: str | None) -> str | None:
+        """The scheme in which the format holds a parameter of a model of a scheme, if any."""
+        return self.storage.scheme_for(spec, self.pieces[spec.path], scheme)
+
+    def quantized_tensors(self, spec: ParamSpec, scheme: str | None) -> dict[str, Tensors]:
+        """The tensors in the place of each tensor of a parameter that the format quantises."""
+        held = self.scheme_for(spec, scheme)
+        return {
+            piece.name: {
+                piece.name + part: tensor
+                for part, tensor in self.storage.shapes(spec, piece, held).items()
+            }
+            for piece in self.pieces[spec.path]
+            if held is not None
+        }
+
+    def stored_bytes(self, spec: ParamSpec, size: int, scheme: str | None) -> int:
+        """Bytes of a parameter in a model of a scheme, or of so many bytes a value without one."""
+        quantized = self.quantized_tensors(spec, scheme).values()
+        return sum(map(num_bytes, quantized)) if quantized else size * spec.size
 
     def dtypes(
         self, path: object, tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
@@ -257,6 +285,7 @@ def lay_out(
     format_: Format,
     sizes: Sizes,
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    storage: Storage = OURS,
 ) -> Layout:
     """A table, made out for the parameters of a model.
 
@@ -266,6 +295,7 @@ def lay_out(
       format_: The format, for messages.
       sizes: The sizes of axes that rules split, by letter, for the number of a block.
       stored: The shapes of the tensors that there are, which choose among rules.
+      storage: How quantised matrices are stored.
 
     Raises:
       ConfigError: The table has no names for some of the parameters; all are named.
@@ -295,7 +325,7 @@ def lay_out(
             entries.append(way)
     if nameless:
         raise ConfigError(f"{format_} has no names for {', '.join(nameless)}")
-    return Layout(specs, entries)
+    return Layout(specs, entries, storage)
 
 
 def _pieces(

@@ -19,7 +19,12 @@ from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.quantization import Quantized, quantize_parameter, scheme_for
+from recurrentgemma.common.quantization import (
+    Quantized,
+    input_axis,
+    quantize_parameter,
+    scheme_for,
+)
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.common.training.adapters import Adapters
 from recurrentgemma.common.training.lora import merge
@@ -282,7 +287,16 @@ class Reader(abc.ABC):
         self, spec: ParamSpec, scheme: str | None = None
     ) -> np.ndarray | Stacked | Quantized:
         """A parameter as it is stored, without adapters; for a scheme that it is not in, dense."""
-        return self.layout.decode(spec, self.fetch)
+        kept = self.stored_in(spec)
+        if kept is None or scheme not in (None, kept):
+            return self.layout.decode(spec, self.fetch)
+        values, scale, *zero = self.layout.decode_rows(spec, self.fetch_quantized)
+        dtype = self.dtypes[spec.path].name
+        return Quantized(values, scale, *(zero or [None]), kept, input_axis(spec), dtype)
+
+    def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
+        """Values, scales and zeros of a stored matrix, [N, ...], where its parameter has them."""
+        raise NotImplementedError
 
     def _computed(self, dtype: np.dtype | None) -> dict[str, np.dtype]:
         """The dtypes that `read_as` gives, by path."""

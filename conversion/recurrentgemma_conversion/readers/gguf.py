@@ -6,15 +6,16 @@ import functools
 import importlib
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
-from recurrentgemma.common.io.arrays import DTYPES, Stacked
+from recurrentgemma.common.io.arrays import DTYPES
 from recurrentgemma.common.model.layer_spec import ParamSpec
-from recurrentgemma.common.quantization import Quantized, input_axis, pack
+from recurrentgemma.common.quantization import pack
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma_conversion.formats import Format, Tensor
 from recurrentgemma_conversion.names import config_from_metadata
@@ -159,17 +160,7 @@ class GGUFReader(Reader):
         kept = spec.matrix and whole and len(schemes) == 1 and self.layout.in_rows(spec)
         return schemes.pop() if kept else None
 
-    def read_stored(
-        self, spec: ParamSpec, scheme: str | None = None
-    ) -> np.ndarray | Stacked | Quantized:
-        """A parameter as it is stored, without adapters; for a scheme that it is not in, dense."""
-        kept = self.stored_in(spec)
-        if kept is None or scheme not in (None, kept):
-            return super().read_stored(spec, scheme)
-        values, scale, zero = self.layout.decode_rows(spec, self._blocks)
-        return Quantized(values, scale, zero, kept, input_axis(spec))
-
-    def _blocks(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
         """The values of a tensor in Q4_0, two a byte in our order, and its scales and zeros."""
         shape, encoding, start, size = self._stored[name]
         blocks = self._bytes[start : start + size].reshape(*shape[:-1], -1, encoding.bytes)

@@ -1,4 +1,4 @@
-"""`huggingface`: folders that `transformers` reads."""
+"""`huggingface`: folders that `transformers` reads, quantised ones by `compressed-tensors`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from recurrentgemma.common.errors import MismatchError
-from recurrentgemma.common.io.arrays import same_bits
+from recurrentgemma.common.io.arrays import DTYPES, cast, same_bits
 from recurrentgemma.common.io.checkpoint import CONFIG
 from recurrentgemma.common.io.shards import ShardsWriter
 from recurrentgemma.common.model.families import config_from_preset
+from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.quantization import Quantized, dequantize
 from recurrentgemma.common.tokenizer import Tokenizer
-from recurrentgemma_conversion.formats import Format
-from recurrentgemma_conversion.names import config_from_fields, family_of, layout
+from recurrentgemma_conversion.formats import Format, Tensor
+from recurrentgemma_conversion.names import compressed, config_from_fields, family_of, layout
 from recurrentgemma_conversion.names.family import COUNTS_ITSELF
 from recurrentgemma_conversion.readers.base import Contents, Write
 from recurrentgemma_conversion.readers.huggingface_tokenizer import write_tokenizer_files
@@ -51,6 +53,10 @@ class HuggingFaceReader(SafetensorsReader):
         ) is None:
             self._fields = self._fields_at(folder / CONFIG)
         super()._open()
+        self._packed: dict[str, list[str]] = {}  # the tensors of each quantised matrix
+        self._damaged: list[str] = []
+        if compressed.FIELD in self._fields:
+            self._fold(folder / CONFIG)
         # Some tools store the tied output matrix, too.
         heads = [name for name in self.tensors if name.endswith(_HEAD)]
         self._head = {name: self.tensors.pop(name) for name in heads}
@@ -67,12 +73,59 @@ class HuggingFaceReader(SafetensorsReader):
         said = {COUNTS_ITSELF: True} if self._overrides.trained_in_transformers else {}
         return config_from_fields(self.homes[0] / CONFIG, {**self._fields, **said})
 
+    def _fold(self, config: Path) -> None:
+        """Puts one tensor in the place of those of each quantised matrix."""
+        self._bits = compressed.bits_of(config, self._fields[compressed.FIELD])
+        matrices: dict[str, tuple[int, int, bool]] = {}
+        for packed in [name for name in self.tensors if name.endswith(compressed.PACKED)]:
+            name = packed.removesuffix(compressed.PACKED)
+            parts = {
+                part: self.shards.tensors[name + part]
+                for part in (compressed.PACKED, compressed.SCALE, compressed.ZERO, compressed.SHAPE)
+                if self.tensors.pop(name + part, None)
+            }
+            lacking = [p for p in (compressed.SCALE, compressed.SHAPE) if p not in parts]
+            self._damaged += [f"missing {name}{part}" for part in lacking]
+            if lacking:
+                continue
+            shape = tuple(map(int, np.ravel(self.shards.read(name + compressed.SHAPE))))
+            scale, asymmetric = parts[compressed.SCALE], compressed.ZERO in parts
+            if len(shape) != 2 or len(scale.shape) != 2 or scale.dtype not in DTYPES.values():
+                self._damaged.append(f"{name} must have two axes and scales that are floats")
+                continue
+            sizes = (shape[0], scale.shape[1])
+            wanted = compressed.tensor_shapes(shape, sizes, self._bits, asymmetric, scale.dtype)
+            self._damaged += [
+                f"{name}{part} must be {dtype} of shape {size}, got {given.dtype} {given.shape}"
+                for part, (size, dtype) in wanted.items()
+                if ((given := parts[part]).shape, given.dtype) != (size, dtype)
+            ]
+            matrices[name] = (shape[1], scale.shape[1], asymmetric)
+            self.tensors[name] = Tensor(shape, scale.dtype)
+            self._packed[name] = list(parts)
+        if not self._damaged:
+            self._scheme = compressed.scheme_of(self.path, self._bits, matrices)
+
+    def stored_in(self, spec: ParamSpec) -> str | None:
+        """The scheme that holds a matrix as it is stored, its rows of outputs in any order."""
+        whole = all(piece.name in self._packed for piece in self.layout.pieces[spec.path])
+        return self._scheme if spec.matrix and whole and self.layout.in_rows(spec) else None
+
+    def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
+        parts = {part: self.shards.read(name + part) for part in self._packed[name]}
+        return compressed.decode(parts, self._bits)
+
     @property
     def _embedding(self) -> str:
         """The name of the table of embeddings."""
         return self.layout.pieces[_EMBEDDING][0].name
 
     def fetch(self, name: str) -> np.ndarray:
+        """A stored tensor; a quantised matrix is dequantised."""
+        if name in self._packed:
+            values, scale, *zero = self.fetch_quantized(name)
+            held = Quantized(values, scale, *(zero or [None]), self._scheme, -1)
+            return cast(dequantize(held), self.tensors[name].dtype)
         tensor = self.shards.read(name)
         if self._head and name == self._embedding:
             untied = [h for h in self._head if not same_bits(tensor, self.shards.read(h))]
@@ -83,7 +136,8 @@ class HuggingFaceReader(SafetensorsReader):
 
     def _problems(self) -> Sequence[str]:
         table = self.tensors.get(self._embedding)
-        return [self._untied(name) for name, head in self._head.items() if head != table]
+        untied = [self._untied(name) for name, head in self._head.items() if head != table]
+        return self._damaged + untied
 
     def _untied(self, name: str) -> str:
         shape = self.shards.tensors[name].shape
@@ -95,7 +149,8 @@ def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
     """Writes what `from_pretrained` needs."""
     config, tokenizer, given = contents.config, contents.tokenizer, dict(contents.special_ids)
     stored = layout(config, Format.HUGGINGFACE)
-    tensors, embedding = stored.tensors(contents.dtypes), stored.pieces[_EMBEDDING][0].name
+    tensors = stored.tensors(contents.dtypes, contents.scheme)
+    embedding = stored.pieces[_EMBEDDING][0].name
     with ShardsWriter(folder, tensors, {"format": "pt"}, contents.shard_size) as shards:
         yield shards.write
     ids: dict[str, Any] = SPECIAL if tokenizer is None else special_ids(tokenizer)
@@ -107,6 +162,15 @@ def write_huggingface(folder: Path, contents: Contents) -> Iterator[Write]:
     fields = family.to_fields(config, tensors[embedding][1].name)
     if contents.as_published:
         fields = family.as_published(fields)
+    if contents.scheme is not None:
+        dense = [
+            piece.name.removesuffix(".weight")
+            for spec in stored.specs
+            if spec.matrix and not stored.scheme_for(spec, contents.scheme)
+            for piece in stored.pieces[spec.path]
+            if piece.name.endswith(".weight")
+        ]
+        fields[compressed.FIELD] = compressed.config_fields(contents.scheme, dense)
     _write_json(folder / CONFIG, fields | ids | given)
     _write_json(folder / GENERATION, ids | ends | given)
     if tokenizer is not None:

@@ -21,8 +21,8 @@ DTYPES = {  # of parameters, in every format
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-# Tensor files may also hold these: quantised values, and the counts and bits of states.
-INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8", "int32")}
+# Tensor files may also hold these: quantised values, shapes, and the counts and bits of states.
+INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8", "int32", "int64")}
 _VECTOR = 1 << 18  # values in a piece of a vector
 _SMALL = 1 << 15  # an array of no more values is one piece, whatever its strides
 _STRIP = 128  # rows in a piece of a matrix: it stays in the cache while it is cast or transposed

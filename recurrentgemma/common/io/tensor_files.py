@@ -22,7 +22,7 @@ from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.arrays import DTYPES, INTEGERS, Stacked, pieces
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-_NAMES |= {"int8": "I8", "uint8": "U8", "int32": "I32"}
+_NAMES |= {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
 DTYPE_NAMES = {(DTYPES | INTEGERS)[name]: stored for name, stored in _NAMES.items()}
 _DTYPES = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the library's limit

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from recurrentgemma.common import quantization
 
@@ -19,6 +20,7 @@ _MANY = 64  # rows
 _FEW = 8  # rows
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
+_PART = 2**18  # values that are dequantised at a time: they stay in the processor's cache
 
 
 def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
@@ -68,9 +70,7 @@ def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack4(packed: tuple[Tensor, Tensor]) -> Tensor:
     """The values of `pack4` as they are stored."""
-    outputs, half = packed[0].shape
-    blocks = _halves(packed[0]).view(outputs // _OUTPUTS, -1)
-    return quantization.pack(blocks[:, _places4(2 * half)].view(outputs, 2 * half))
+    return quantization.pack(_values4(packed[0]))
 
 
 def _layout4(values: Tensor) -> Tensor:
@@ -78,19 +78,31 @@ def _layout4(values: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
 
 
-@functools.lru_cache(maxsize=8)
-def _places4(inputs: int) -> Tensor:
-    """Where the layout keeps the values of a block of outputs: it packs the digits of places."""
-    size = _OUTPUTS * inputs
-    places = torch.arange(size, dtype=torch.int32, device="cpu").view(_OUTPUTS, inputs)
-    held = torch.zeros(size, dtype=torch.int64, device="cpu")
-    for digit in range(0, size.bit_length(), 4):
-        held |= _halves(_layout4(places >> digit & 15)).long() << digit
-    return held.argsort()
+def _values4(packed: Tensor) -> Tensor:
+    """The inverse of `_layout4`, of a whole number of blocks of outputs."""
+    outputs, half = packed.shape
+    size, order = _block4()
+    lanes = packed.view(outputs // size, 2 * half, size // 2).mT.contiguous()
+    values = torch.stack([lanes & 15, lanes >> 4], 1).view(-1, size, 2 * half)
+    return (values if order is None else values[:, order]).view(outputs, 2 * half)
 
 
-def _halves(packed: Tensor) -> Tensor:
-    return torch.stack([packed & 15, packed >> 4], -1).flatten()
+@functools.cache
+def _block4() -> tuple[int, Tensor | None]:
+    """The outputs of a block of the layout, which keeps them together input by input.
+
+    And where each is in the order of lower halves, then upper halves; None if they are in order.
+    """
+    inputs = 32
+    numbers = torch.arange(_OUTPUTS, dtype=torch.uint8, device="cpu")[:, None].expand(-1, inputs)
+    lower, upper = (_layout4(digit).flatten() for digit in (numbers & 15, numbers >> 4))
+    halves = [lower & 15 | (upper & 15) << 4, lower >> 4 | upper >> 4 << 4]
+    for size in (_OUTPUTS, _OUTPUTS // 2, _OUTPUTS // 4):
+        blocks = torch.cat([half.view(-1, inputs, size // 2) for half in halves], -1)
+        if (blocks == blocks[:, :1]).all() and (blocks[0] < size).all():
+            order = blocks[0, 0].long().argsort()
+            return size, None if torch.equal(order, order.sort().values) else order
+    raise NotImplementedError("no such layout is known")
 
 
 def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
@@ -98,6 +110,19 @@ def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
     values, scales = packed
     group = x.shape[1] // len(scales)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), values, group, scales)
+
+
+def dense4(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The matrix in float32, [N, K], from values in the layout and scales and zeros, [N, G]."""
+    groups = _values4(packed).float().view(*scale.shape, -1)
+    return groups.sub_(zero[..., None]).mul_(scale[..., None]).flatten(1)
+
+
+def wide_product4(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """x W of rows in their own dtype, with what `dense4` takes: a part of it at a time."""
+    outputs = max(_PART // x.shape[1] // _OUTPUTS, 1) * _OUTPUTS
+    parts = zip(*(array.split(outputs) for array in matrix), strict=True)
+    return torch.cat([linear(x, dense4(*part).to(x.dtype)) for part in parts], -1)
 
 
 def _works(check: Callable[[], bool]) -> Callable[[], bool]:
