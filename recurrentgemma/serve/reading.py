@@ -9,6 +9,7 @@ import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs
 from recurrentgemma.common.generation.prefill import PAD
+from recurrentgemma.common.model.state import capacity_of
 from recurrentgemma.common.padding import pad_left
 from recurrentgemma.serve.jobs import Job
 from recurrentgemma.serve.rows import Held, moved, moves
@@ -97,15 +98,15 @@ class Reader:
         """Runs or compiles each program that a prompt may need."""
         engine = self._engine
         engine.prepare(1, self._capacity, self.lengths)
-        one = self._begin(1)
+        one = self._begin(1, self._capacity)
         if self.most_rows > 1:
             longest = self.lengths[0] // self.most_rows
             lengths = [length for length in self.lengths if length <= longest]
             engine.prepare(self.most_rows, self._capacity, lengths)
-            moves(engine, self._begin(self.most_rows), one)
-            Held(self._begin(self.most_rows)).copied(engine)
+            several = moves(engine, self._begin(self.most_rows, self._capacity), one)
+            Held(several).copied(engine)
         for length in engine.score_chunks if engine.pads_chunks else ():
-            zeros, cache = np.zeros((1, length), np.int32), self._begin(1)
+            zeros, cache = np.zeros((1, length), np.int32), self._begin(1, self._capacity)
             engine.score(cache, zeros, zeros - 1, zeros)
 
     def read(self, readings: Sequence[PromptReading], longest: int) -> list[PromptReading]:
@@ -163,23 +164,31 @@ class Reader:
         return next(size for size in sizes if size <= max(min(longest, padded), sizes[-1]))
 
     def _stacked(self, group: Sequence[PromptReading], rows: int) -> Any:
-        """The states of prompts in one cache, which a step may use up."""
-        (first, *_), engine = group, self._engine
+        """The states of prompts in one cache, which a step may use up.
+
+        A chunk goes over all the room that a growing state has: it is no more than they need, but
+        where each size of it is compiled.
+        """
+        (first, *_), engine, capacity = group, self._engine, self._capacity
+        if capacity is not None and not engine.pads_chunks:
+            held = [capacity_of(engine.config, r.state.cache) or 0 for r in group if r.state]
+            needed = engine.capacity_for(max(len(reading.job.tokens) for reading in group))
+            capacity = max(needed or 0, *held, 0)
         if rows == 1 and first.state is not None:
-            return first.state.given_up(engine)
-        cache = self._begin(rows)
+            return engine.grow(first.state.given_up(engine), capacity)
+        cache = self._begin(rows, capacity)
         for row, reading in enumerate(group):
             if reading.state is not None:
                 cache = moved(engine, cache, [row], reading.state.cache, [reading.state.row])
         return cache
 
-    def _begin(self, rows: int) -> Any:
+    def _begin(self, rows: int, capacity: int | None) -> Any:
         """A cache before the first token; copied where it is a program that makes one."""
         engine = self._engine
         if not engine.pads_chunks:
-            return engine.begin(rows, self._capacity)
+            return engine.begin(rows, capacity)
         if rows not in self._empty:
-            self._empty[rows] = engine.begin(rows, self._capacity)
+            self._empty[rows] = engine.begin(rows, capacity)
         return engine.snapshot(self._empty[rows])
 
     def _score(self, reading: PromptReading, length: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine
+from recurrentgemma.common.model.state import capacity_of
 
 
 class Held(NamedTuple):
@@ -42,14 +43,17 @@ def moved(
 ) -> Any:  # fmt: skip
     """The cache, which is used up, with rows of another in these places.
 
-    They go one at a time, or as many as the smaller cache has: other numbers are not compiled.
+    They go one at a time, or as many as the smaller cache has: other numbers are not compiled. A
+    state that grows with the text gets the room that the cache has.
     """
+    capacity = capacity_of(engine.config, cache)
     width = min(num_rows(cache), num_rows(other))
     for start in range(0, len(rows), width):
         some = np.array([places[start : start + width], rows[start : start + width]])
         if engine.pads_chunks and 1 < some.shape[1] < width:  # the last one several times
             some = np.pad(some, ((0, 0), (0, width - some.shape[1])), mode="edge")
-        cache = engine.put(cache, some[0], engine.take(other, some[1]))
+        taken = engine.grow(engine.take(other, some[1]), capacity)
+        cache = engine.put(cache, some[0], taken)
     return cache
 
 

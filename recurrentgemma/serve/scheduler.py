@@ -244,7 +244,7 @@ class Scheduler:
             if self.states is not None and not job.scored:
                 cached, state = self.states.find(job.salt, job.tokens[:-1])
             if state is not None:
-                state = Held(self.engine.grow(state, self._capacity), shared=True)
+                state = Held(state, shared=True)
             self.counts.cached_tokens += cached
             self._reading.append(PromptReading(job, cached, state, self._grid))
 
