@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,17 +102,20 @@ class ModelEngine(Engine):
         self._functions = functions(self.model)
         if self._jit_compile:
             self._functions = compiled(self.model, platform_of(params))
-        self._ready: set[tuple[int, int | None]] = set()
+        self._ready: set[Any] = set()
 
-    def prepare(self, num_rows: int, capacity: int | None = None) -> None:
-        if (num_rows, capacity) in self._ready or not self._jit_compile:
+    def prepare(
+        self, num_rows: int, capacity: int | None = None, lengths: Sequence[int] | None = None
+    ) -> None:
+        lengths = tuple(lengths or self.prefill_chunks)
+        if (num_rows, capacity, lengths) in self._ready or not self._jit_compile:
             return
         cache = self.begin(num_rows, capacity)
-        for length in self.prefill_chunks:
+        for length in lengths:
             place = np.zeros((num_rows, length), np.int32)
             prefill: Any = self._functions.prefill  # compiled
             prefill.lower(self._stored, cache, place, place).compile()
-        self._ready.add((num_rows, capacity))
+        self._ready.add((num_rows, capacity, lengths))
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:
         cache = self.model.init_cache(num_rows, self._compute_dtype(), capacity)

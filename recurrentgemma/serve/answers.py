@@ -129,6 +129,16 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
+    def merged(self, group: Sequence[tuple[int, Event]]) -> list[Part]:
+        """What a group of events adds to the choices: one part for each choice."""
+        parts: dict[int, Part] = {}
+        for number, event in group:
+            for part in self.parts(number, event):
+                _, text, logprobs, _ = parts.get(part.choice, (0, "", [], None))
+                text, logprobs = text + part.text, [*logprobs, *part.logprobs]
+                parts[part.choice] = part._replace(text=text, logprobs=logprobs)
+        return [*parts.values()]
+
     def parts(self, number: int, event: Event) -> list[Part]:
         """What an event of the job with this number adds to the choices."""
         first = number * self.asked.samples

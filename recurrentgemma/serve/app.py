@@ -289,14 +289,13 @@ async def _pieces(
     opened: set[int] = set()
     async for group in groups:
         chunks = []
-        for number, event in group:
-            for part in answer.parts(number, event):
-                if part.choice not in opened:
-                    opened.add(part.choice)
-                    opening = answer.opening(part.choice)
-                    if opening is not None:
-                        chunks.append(answer.chunk([opening]))
-                chunks += [answer.chunk([delta]) for delta in answer.deltas(part)]
+        for part in answer.merged(group):
+            if part.choice not in opened:
+                opened.add(part.choice)
+                opening = answer.opening(part.choice)
+                if opening is not None:
+                    chunks.append(answer.chunk([opening]))
+            chunks += [answer.chunk([delta]) for delta in answer.deltas(part)]
         if chunks or not group:
             yield chunks
     if answer.asked.include_usage:
@@ -306,8 +305,7 @@ async def _pieces(
 async def _whole(groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer) -> dict[str, Any]:
     parts = []
     async for group in groups:
-        for number, event in group:
-            parts += answer.parts(number, event)
+        parts += answer.merged(group)
     return answer.whole(parts)
 
 

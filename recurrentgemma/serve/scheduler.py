@@ -7,16 +7,16 @@ import collections
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.serve.jobs import Event, Failed, Job, PromptRead, SlotRow
-from recurrentgemma.serve.reading import PromptReading
+from recurrentgemma.serve.reading import PromptReading, Reader
+from recurrentgemma.serve.rows import Held
 from recurrentgemma.serve.slots import Slots, batch_sizes
 from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
@@ -47,8 +47,9 @@ class Counts:
 class Scheduler:
     """Rows of many jobs in one running batch.
 
-    A turn reads at most one chunk of one prompt, fills the free slots and makes one step. Jobs come
-    from any thread; all else happens in the thread that calls `turn`, which `start` makes.
+    A turn reads at most one chunk, of one prompt or of several, fills the free slots and makes one
+    step, or more where nobody waits for the turn's end. Jobs come from any thread; all else happens
+    in the thread that calls `turn`, which `start` makes.
 
     Attributes:
       engine: What runs the model.
@@ -69,6 +70,7 @@ class Scheduler:
         capacity: int | None = None,
         states: StateCache | None = None,
         most_waiting: int = 128,
+        hold_s: float = 0.0,
     ) -> None:
         """Prepares to serve.
 
@@ -82,10 +84,12 @@ class Scheduler:
           capacity: Tokens that a row has room for, in a model whose state grows with the text.
           states: Where states are kept; None keeps no state.
           most_waiting: How many jobs may wait.
+          hold_s: Seconds for which new tokens are held back while steps follow: a delivery costs
+            about as much for one token as for several. First and last tokens are not held back.
         """
         self.engine, self._tokenizer, self._deliver = engine, tokenizer, deliver
         sizes = (num_slots,) if reproducible else batch_sizes(num_slots)
-        self.slots = Slots(engine, sizes, capacity)
+        self.slots = Slots(engine, sizes, capacity, bursts=bool(hold_s) and not reproducible)
         self._num_slots, self._capacity = num_slots, capacity
         self.states = states
         self._most_waiting = most_waiting
@@ -93,6 +97,8 @@ class Scheduler:
         beside = engine.prefill_chunks[-1 if engine.burst == 1 else -2]
         self._chunks = beside, beside if reproducible else engine.prefill_chunks[0]
         self._grid = beside if reproducible else 1
+        self._reader = Reader(engine, capacity, beside, num_slots, together=not reproducible)
+        self._hold_s = hold_s
         self.counts = Counts()
         self.error: Exception | None = None
         self.ready = False
@@ -175,12 +181,13 @@ class Scheduler:
 
     def prepare(self) -> None:
         """Compiles all programs, so that no request waits for one."""
-        engine = self.engine
-        engine.prepare(1, self._capacity)
-        for length in engine.score_chunks if engine.pads_chunks else ():
-            zeros, cache = np.zeros((1, length), np.int32), engine.begin(1, self._capacity)
-            engine.score(cache, zeros, zeros - 1, zeros)
-        self.slots.prepare()
+        self.slots.prepare([1, self._reader.most_rows])
+        self._reader.prepare()
+        if self.engine.pads_chunks and self._capacity is not None and self.states is not None:
+            for tokens in range(1, self._capacity, self.engine.capacity_for(1) or 1):
+                state = self.engine.begin(1, self._capacity)
+                state = self.engine.resized(state, self.engine.capacity_for(tokens))
+                self.engine.grow(self.engine.snapshot(state), self._capacity)
         self.ready = True
 
     def _wait(self) -> bool:
@@ -205,8 +212,7 @@ class Scheduler:
         self._begin_reading()
         self._read_chunk()
         self._fill_slots()
-        if self.slots.active:
-            self._step()
+        self._grow()
         events, self._events = self._events, []
         if events:
             self._deliver(events)
@@ -237,15 +243,13 @@ class Scheduler:
             cached, state = 0, None
             if self.states is not None and not job.scored:
                 cached, state = self.states.find(job.salt, job.tokens[:-1])
-            if state is None:
-                state = self.engine.begin(1, self._capacity)
-            else:
-                state = self.engine.snapshot(self.engine.grow(state, self._capacity))
+            if state is not None:
+                state = Held(state, shared=True)
             self.counts.cached_tokens += cached
-            self._reading.append(PromptReading(self.engine, job, cached, state, self._grid))
+            self._reading.append(PromptReading(job, cached, state, self._grid))
 
     def _read_chunk(self) -> None:
-        """Reads a chunk of the prompt that is done first, or has waited for long."""
+        """Reads a chunk of the prompts that are done first, or have waited for long."""
         beside, alone = self._chunks
         longest = beside if self.slots.active else alone
         unfinished = [reading for reading in self._reading if reading.num_left]
@@ -254,52 +258,81 @@ class Scheduler:
             def order(reading: PromptReading) -> tuple[int, int]:
                 return reading.job.priority, reading.num_left // beside - reading.waited
 
-            chosen = min(unfinished, key=order)
+            before = {reading: reading.at for reading in unfinished}
             for reading in unfinished:
                 reading.waited += 1
-            chosen.waited, before = 0, chosen.at
-            chosen.read(longest)
-            self.counts.prompt_tokens += chosen.at - before
-            if chosen.at in chosen.marks:
-                self._keep(chosen.job, chosen.job.tokens[: chosen.at], chosen.state)
+            for reading in self._reader.read(sorted(unfinished, key=order), longest):
+                reading.waited = 0
+                self.counts.prompt_tokens += reading.at - before[reading]
+                if reading.at in reading.marks and self.states is not None:
+                    self._keep(reading.job, reading.at, reading.state.copied(self.engine))
         for reading in [reading for reading in self._reading if not reading.num_left]:
             self._reading.remove(reading)
             job = reading.job
             self._events.append((job, PromptRead(reading.cached, reading.scores)))
             for index in range(len(job.rows)):
-                row = SlotRow(job, index, self._tokenizer, reading.state)
+                state = reading.state or Held(self._reader.empty, shared=True)
+                row = SlotRow(job, index, self._tokenizer, state)
                 bisect.insort(self._ready, row, key=lambda row: row.job.rank)
 
     def _fill_slots(self) -> None:
         """Gives ready rows the free slots, and the slots of rows with a higher priority number."""
+        entering: list[SlotRow] = []
         while self._ready:
             row = self._ready[0]
-            if not self.slots.free:
-                last = max(self.slots.active, key=lambda row: row.job.rank)
-                if last.job.priority <= row.job.priority:
-                    return
-                last.state = self.slots.leave(last, keep=True)
+            if len(entering) == self.slots.free:
+                last = self._preempted(row)
+                if last is None:
+                    break
+                last.state = Held(self.slots.leave(last, keep=True))
                 bisect.insort(self._ready, last, key=lambda row: row.job.rank)
                 self.counts.preemptions += 1
             self._ready.remove(row)
-            self.slots.enter(row)
+            entering.append(row)
+        if entering:
+            self.slots.enter(entering)
 
-    def _step(self) -> None:
-        self.counts.steps += 1
-        for row, event in self.slots.step():
+    def _preempted(self, row: SlotRow) -> SlotRow | None:
+        """The row that gives its slot to another, which has a lower priority number, if any."""
+        last = max(self.slots.active, key=lambda row: row.job.rank, default=row)
+        return last if last.job.priority > row.job.priority else None
+
+    def _grow(self) -> None:
+        """Makes steps until somebody waits for what comes after them, or for the tokens."""
+        until = time.monotonic() + self._hold_s
+        while self.slots.active:
+            held = self._step()
+            if not held or self._is_awaited() or time.monotonic() >= until:
+                return
+
+    def _is_awaited(self) -> bool:
+        """Whether there is other work than to go on with the same rows."""
+        free = self._waiting and self.slots.free
+        new = self._inbox or self._reading or self._ready or free or self._closing
+        return bool(new) or any(row.job.cancelled for row in self.slots.active)
+
+    def _step(self) -> bool:
+        """Makes a step, or a burst of them; whether its tokens may be held back."""
+        engine, slots = self.engine, self.slots
+        burst = slots.burst if self._hold_s and not self._is_awaited() else engine.burst
+        held = all(row.generated for row in slots.active)
+        self.counts.steps += burst
+        for row, event in slots.step(burst):
             self._events.append((row.job, event))
             if isinstance(event, Failed):
                 row.job.cancelled = True
             else:
                 self.counts.generated_tokens += 1
-        for row in self.slots.active:
+        for row in slots.active:
             if not row.left:
+                held = False
                 ended = "failed" if row.job.cancelled else row.text.finish_reason
                 self.counts.rows[ended] += 1
                 state = self.slots.leave(row, keep=self._is_worth_keeping(row))
                 if state is not None:
-                    self._keep(row.job, row.tokens[: row.num_read], state)
-        self.slots.shrink()
+                    self._keep(row.job, row.num_read, state, row.generated)
+        slots.shrink()
+        return held
 
     def _is_worth_keeping(self, row: SlotRow) -> bool:
         """Whether a later prompt may begin with what the row has read: its text spells its tokens.
@@ -317,10 +350,16 @@ class Scheduler:
         text = self._tokenizer.decode(new)
         return self._tokenizer.encode(text, allow_control_tokens=False)[1:] == new
 
-    def _keep(self, job: Job, tokens: Sequence[int], state: Any) -> None:
-        if self.states is None or len(tokens) < LEAST_TOKENS:
+    def _keep(
+        self, job: Job, length: int, state: Any, generated: Sequence[int] = ()
+    ) -> None:  # fmt: skip
+        """Keeps the state after the first tokens of a prompt, with what was generated behind it."""
+        if self.states is None or length < LEAST_TOKENS:
             return
-        state = self.engine.resized(state, self.engine.capacity_for(len(tokens)))
-        state = self.engine.snapshot(state)
+        engine = self.engine
+        fitting = engine.resized(state, engine.capacity_for(length))
+        if fitting is not state:  # it may be a part of a larger array
+            state = engine.snapshot(fitting)
         nbytes = sum(value.nbytes for block in state.values() for value in block)
+        tokens = (*job.tokens, *generated)[:length]
         self.states.keep(job.salt, tokens, state, nbytes)

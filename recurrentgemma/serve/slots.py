@@ -9,13 +9,14 @@ import numpy as np
 
 from recurrentgemma.common.generation.engine import Engine
 from recurrentgemma.common.generation.loop import on_host
-from recurrentgemma.common.generation.prefill import PAD, nonfinite_logits
+from recurrentgemma.common.generation.prefill import nonfinite_logits
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import Variant, row_settings, variant_of
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy, uniform
 from recurrentgemma.common.model.state import empty_state
 from recurrentgemma.serve.jobs import Failed, NewToken, SlotRow, one_place
+from recurrentgemma.serve.rows import Held, moved, moves
 
 MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 20, 64, 300
 _EMPTY = RowRequest(0, Greedy(), Stops({}, ()))
@@ -33,18 +34,35 @@ def _variants(vocab_size: int) -> list[Variant]:
     """The variants that steps have: from greedy rows to ones that report log-probabilities."""
     widths = dict.fromkeys(min(width, vocab_size) for width in (0, 64, vocab_size))
     drawn = [Variant(True, width) for width in widths]
-    everything = Variant(True, vocab_size, True, min(MOST_LOGPROBS, vocab_size))
-    return [Variant(), *drawn, everything]
+    all_ = [Variant(True, width, True, _most_logprobs(vocab_size)) for width in (0, vocab_size)]
+    return [Variant(), *drawn, *all_]
 
 
-def served_variant(rows: Sequence[SlotRow], vocab_size: int) -> Variant:
-    """The least of a few variants that has what the rows need, so that few programs compile."""
-    needed = variant_of([row.asked for row in rows], vocab_size, None, False)
-    *variants, everything = _variants(vocab_size)
-    if needed.penalised or any(row.job.num_logprobs is not None for row in rows):
-        return everything
-    drawn = needed.plain or bool(needed.width)
-    return next(v for v in variants if v.plain == drawn and v.width >= needed.width)
+def _most_logprobs(vocab_size: int) -> int:
+    return min(MOST_LOGPROBS, vocab_size)
+
+
+def served_variant(rows: Sequence[SlotRow], vocab_size: int, exact: bool) -> Variant:
+    """What a step needs for these rows.
+
+    Args:
+      rows: The rows.
+      vocab_size: Number of tokens.
+      exact: Whether any variant will do; else it is the least of a few that has what the rows
+        need, so that few programs compile.
+    """
+    reports = any(row.job.num_logprobs is not None for row in rows)
+    count = _most_logprobs(vocab_size) if reports else None
+    needed = variant_of([row.asked for row in rows], vocab_size, count, False)
+    if exact:
+        return needed
+    more = needed.penalised or reports
+    drawn = needed.plain or bool(needed.width) or more
+    return next(
+        v
+        for v in _variants(vocab_size)
+        if v.penalised == more and v.plain == drawn and v.width >= needed.width
+    )
 
 
 class Slots:
@@ -56,17 +74,30 @@ class Slots:
     Attributes:
       engine: What decodes.
       rows: The row in each slot; None in a free one.
+      bursts: How many steps are one dispatch at most, for each size.
     """
 
-    def __init__(self, engine: Engine, sizes: Sequence[int], capacity: int | None) -> None:
+    def __init__(
+        self, engine: Engine, sizes: Sequence[int], capacity: int | None, bursts: bool = False
+    ) -> None:
+        """Prepares an empty batch.
+
+        Args:
+          engine: What decodes.
+          sizes: How many rows a step may have.
+          capacity: Tokens that a state which grows with the text has room for.
+          bursts: Whether `step` may be asked for the engine's long bursts.
+        """
         self.engine, self.sizes, self._capacity = engine, tuple(sizes), capacity
         engine.reproducible = len(self.sizes) == 1
+        # Several rows take longer, and their dispatch costs less beside that.
+        shares = {size: engine.long_burst // (4 * size - 3) if bursts else 1 for size in sizes}
+        self.bursts = {size: max(engine.burst, share) for size, share in shares.items()}
         self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
-        self._arranged = False
         self._settings: Any = None
         self._seen: Any = None
-        self._variant = Variant()
+        self._variant: Variant | None = None  # None where the rows have changed
 
     @property
     def active(self) -> list[SlotRow]:
@@ -78,65 +109,92 @@ class Slots:
         """How many rows may enter."""
         return self.sizes[-1] - len(self.active)
 
-    def prepare(self) -> None:
-        """Runs each program that a row may need once, so that it is compiled."""
-        engine, vocab_size, none = self.engine, self.engine.config.vocab_size, np.array([0])
+    def prepare(self, entering: Sequence[int] = (1,)) -> None:
+        """Runs each program that a row may need once, so that it is compiled.
+
+        Args:
+          entering: How many rows the caches have from which rows enter.
+        """
+        engine, vocab_size = self.engine, self.engine.config.vocab_size
         for size in self.sizes:
             settings = self._row_settings([_EMPTY] * size)
-            cache = engine.begin(size, self._capacity)
-            cache = engine.put(cache, none, engine.take(cache, none))
-            idle = np.full(size, -1, np.int32)
-            numbers = uniform([None] * size, idle + 1, engine.burst)
-            for variant in _variants(vocab_size):
-                seen = None
-                if variant.penalised:
-                    seen = engine.on_device(np.zeros((size, vocab_size), np.int32))
-                zeros = np.zeros(size, np.int32)
-                _, cache, _ = engine.decode(
-                    variant, settings, cache, seen, zeros, idle, zeros, numbers
-                )
+            cache, idle = engine.begin(size, self._capacity), np.full(size, -1, np.int32)
+            for variant in _variants(vocab_size) if engine.pads_chunks else [Variant()]:
+                for burst in {engine.burst, self._burst(variant, size)}:
+                    seen = None
+                    if variant.penalised:
+                        seen = engine.on_device(np.zeros((size, vocab_size), np.int32))
+                    zeros, draws = np.zeros(size, np.int32), np.ones((burst, size), np.float32)
+                    _, cache, _ = engine.decode(
+                        variant, settings, cache, seen, zeros, idle, zeros, draws
+                    )
+            for rows in entering:
+                cache = moves(engine, cache, engine.begin(rows, self._capacity))
             self._caches[size] = cache
+            for other in self.sizes[: self.sizes.index(size)]:
+                for into, out in ((size, other), (other, size)):
+                    self._caches[into] = moves(engine, self._caches[into], self._caches[out])
 
-    def enter(self, row: SlotRow) -> None:
-        """Puts a waiting row into a free slot."""
-        self._resize(len(self.active) + 1)
-        self._place(self.rows.index(None), row, row.state)
-        row.state = None
+    def enter(self, rows: Sequence[SlotRow]) -> None:
+        """Puts waiting rows into free slots."""
+        self._resize(len(self.active) + len(rows))
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        groups: dict[int, list[tuple[int, Held]]] = {}
+        for slot, row in zip(free, rows, strict=False):
+            self.rows[slot] = row
+            groups.setdefault(id(row.state.cache), []).append((slot, row.state))
+            row.state = None
+        for group in groups.values():
+            slots, held = zip(*group, strict=True)
+            self._place(slots, held[0].cache, [state.row for state in held])
 
     def leave(self, row: SlotRow, keep: bool = False) -> Any:
         """Frees the slot of a row; returns the row's state if it is to be kept."""
         slot = self.rows.index(row)
-        self._arranged = False
+        self._variant = None
         self.rows[slot] = None
-        return self._taken(slot) if keep else None
+        return Held(self._caches[len(self.rows)], slot).copied(self.engine) if keep else None
 
-    def step(self) -> list[tuple[SlotRow, NewToken | Failed]]:
-        """Grows all rows; those that ended have left. Returns what became of them."""
-        if not self._arranged:
-            self._arrange()
-        engine, size = self.engine, len(self.rows)
-        tokens, position = np.full(size, PAD, np.int32), np.full(size, -1, np.int32)
-        left = np.zeros(size, np.int32)
-        for slot, row in enumerate(self.rows):
-            if row is not None:
-                tokens[slot], position[slot], left[slot] = row.last, row.num_read, row.left
+    @property
+    def burst(self) -> int:
+        """How many steps the rows can make in one dispatch so that none ends at its length."""
+        most = self._burst(self._arranged(), len(self.rows))
+        enough = all(row.generated and row.left >= most for row in self.active)
+        return most if enough else self.engine.burst
+
+    def _burst(self, variant: Variant, size: int) -> int:
+        return self.engine.burst if variant.penalised else self.bursts[size]
+
+    def step(self, burst: int | None = None) -> list[tuple[SlotRow, NewToken | Failed]]:
+        """Grows all rows; those that ended have left. Returns what became of them.
+
+        Args:
+          burst: Tokens of each row: `burst`, or the engine's own number if None.
+        """
+        engine, size, burst = self.engine, len(self.rows), burst or self.engine.burst
+        variant = self._arranged()
+        # A free slot grows as the first row does: a step without padding takes fewer operations.
+        grown = [row or self.active[0] for row in self.rows]
+        tokens = np.array([row.last for row in grown], np.int32)
+        position = np.array([row.num_read for row in grown], np.int32)
+        left = np.array([row.left for row in grown], np.int32)
         keys = [row and row.asked.key for row in self.rows]
         sampled, self._caches[size], self._seen = engine.decode(
-            self._variant,
+            variant,
             self._settings,
             self._caches[size],
             self._seen,
             tokens,
             position,
             left,
-            uniform(keys, position + 1, engine.burst),
+            uniform(keys, position + 1, burst),
         )
         new_tokens, logprobs = on_host(engine, sampled)
         events: list[tuple[SlotRow, NewToken | Failed]] = []
         for slot, row in enumerate(self.rows):
             if row is None:
                 continue
-            for place in range(engine.burst):
+            for place in range(burst):
                 row.num_read += 1
                 token, count = int(new_tokens[place, slot]), row.job.num_logprobs
                 if token < 0:
@@ -148,7 +206,7 @@ class Slots:
                 if not row.left:
                     # The engine knows ids and lengths; behind a stop string it read on.
                     by_string = row.text.finish_reason == "stop_string"
-                    row.exact = not by_string or place + 1 == engine.burst
+                    row.exact = not by_string or place + 1 == burst
                     break
         return events
 
@@ -162,30 +220,29 @@ class Slots:
             self._resize(len(self.active))
 
     def _resize(self, count: int) -> None:
-        size = next(size for size in self.sizes if size >= count)
-        if size != len(self.rows):
-            moved = [(row, self._taken(slot)) for slot, row in enumerate(self.rows) if row]
-            self.rows = [None] * size
-            for slot, (row, state) in enumerate(moved):
-                self._place(slot, row, state)
+        size, before = next(size for size in self.sizes if size >= count), len(self.rows)
+        if size != before:
+            slots = [slot for slot, row in enumerate(self.rows) if row]
+            self.rows = [*self.active, *[None] * (size - len(slots))]
+            if slots:
+                self._place(range(len(slots)), self._caches[before], slots)
 
-    def _place(self, slot: int, row: SlotRow, state: Any) -> None:
+    def _place(self, slots: Sequence[int], cache: Any, rows: Sequence[int]) -> None:
+        """Puts rows of a cache into these slots."""
         size = len(self.rows)
         if size not in self._caches:
             self._caches[size] = self.engine.begin(size, self._capacity)
-        self.rows[slot] = row
-        self._caches[size] = self.engine.put(self._caches[size], np.array([slot]), state)
-        self._arranged = False
+        self._caches[size] = moved(self.engine, self._caches[size], slots, cache, rows)
+        self._variant = None
 
-    def _taken(self, slot: int) -> Any:
-        return self.engine.take(self._caches[len(self.rows)], np.array([slot]))
-
-    def _arrange(self) -> None:
-        """What a step needs to know of the rows, on the device."""
+    def _arranged(self) -> Variant:
+        """What a step needs for the rows; how each row chooses is on the device."""
+        if self._variant is not None:
+            return self._variant
         engine, vocab_size = self.engine, self.engine.config.vocab_size
         asked = [_EMPTY if row is None else row.asked for row in self.rows]
         self._settings = self._row_settings(asked)
-        self._variant = served_variant(self.active, vocab_size)
+        self._variant = served_variant(self.active, vocab_size, exact=not engine.pads_chunks)
         self._seen = None
         if self._variant.penalised:
             seen = np.zeros((len(self.rows), vocab_size), np.int32)
@@ -194,7 +251,7 @@ class Slots:
                     seen[slot, [*row.job.tokens]] = 1
                     np.add.at(seen[slot], row.generated, 2)
             self._seen = engine.on_device(seen)
-        self._arranged = True
+        return self._variant
 
     def _row_settings(self, asked: Sequence[RowRequest]) -> Any:
         """The settings on the device, always of the same shapes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +73,9 @@ class ModelEngine(Engine):
         matrices = (m for m in self.model.modules() if isinstance(m, kinds))
         return sum(held.nbytes for held in (*self.model.parameters(), *matrices))
 
-    def prepare(self, num_rows: int, capacity: int | None = None) -> None:
+    def prepare(
+        self, num_rows: int, capacity: int | None = None, lengths: Sequence[int] | None = None
+    ) -> None:
         """Nothing is compiled to read prompts."""
 
     def begin(self, num_rows: int, capacity: int | None = None) -> Cache:

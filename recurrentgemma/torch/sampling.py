@@ -9,6 +9,7 @@ from torch import Tensor
 from recurrentgemma.common.generation.engine import LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
+from recurrentgemma.torch.cache import is_known
 
 __all__ = ["Categorical", "Greedy", "choose", "cut_off", "draw"]
 
@@ -101,7 +102,15 @@ def top(values: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b k"], Int
     `torch.topk` chooses any among equals, and a stable sort of all values is slow. The host never
     waits for the device here, as it would for `nonzero`.
     """
-    least = values.topk(max(k, 1)).values[:, -1:]
+    if k == values.shape[1]:
+        ordered, places = values.sort(dim=-1, descending=True, stable=True)
+        return ordered, places
+    found = values.topk(max(k, 1))
+    least = found.values[:, -1:]
+    if is_known(values) and not ((values == least).sum(-1) > (found.values == least).sum(-1)).any():
+        places = found.indices[:, :k].sort(-1).values  # no equal one was left out
+        ordered, order = values.gather(-1, places).sort(dim=-1, descending=True, stable=True)
+        return ordered, places.gather(-1, order)
     above, equal = values > least, values == least
     kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
     rank = torch.where(kept, kept.cumsum(-1) - 1, k)

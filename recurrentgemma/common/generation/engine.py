@@ -93,8 +93,16 @@ class Engine(abc.ABC):
         """The size of the parameters."""
 
     @abc.abstractmethod
-    def prepare(self, num_rows: int, capacity: int | None = None) -> None:
-        """Compiles what reading prompts needs, so that no later prompt of so many rows waits."""
+    def prepare(
+        self, num_rows: int, capacity: int | None = None, lengths: Sequence[int] | None = None
+    ) -> None:
+        """Compiles what reading prompts needs, so that no later prompt of so many rows waits.
+
+        Args:
+          num_rows: Number of rows, B.
+          capacity: Tokens that a state that grows with the text has room for.
+          lengths: The lengths of chunks; `prefill_chunks` if None.
+        """
 
     @abc.abstractmethod
     def begin(self, num_rows: int, capacity: int | None = None) -> Any:

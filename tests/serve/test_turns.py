@@ -1,0 +1,121 @@
+"""What a turn does: prompts that are read together, and steps before tokens are delivered."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduling import LONG, Served, alone, make_job
+
+from recurrentgemma.common.generation.strategies import Categorical
+from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.state_cache import StateCache
+
+FOREVER_S = 1e9
+
+
+class Watched(Served):
+    """Notes what the engine is asked for: the shape of each chunk with the rows that grow beside
+    it, and how many steps each dispatch has.
+    """
+
+    def __init__(self, sampler, monkeypatch, **options: Any) -> None:
+        super().__init__(sampler, **options)
+        self.chunks: list[tuple[int, tuple[int, ...]]] = []
+        self.bursts: list[int] = []
+        engine, slots = sampler.engine, self.scheduler.slots
+        prefill, decode = engine.prefill, engine.decode
+
+        def noted_prefill(cache, tokens, segment_pos):
+            self.chunks.append((len(slots.active), tokens.shape))
+            return prefill(cache, tokens, segment_pos)
+
+        def noted_decode(*args):
+            self.bursts.append(len(args[-1]))
+            return decode(*args)
+
+        monkeypatch.setattr(engine, "prefill", noted_prefill)
+        monkeypatch.setattr(engine, "decode", noted_decode)
+
+
+@pytest.mark.parametrize("num_short", [4, 3])
+def test_short_prompts_are_read_together(sampler, monkeypatch, num_short: int) -> None:
+    served, hot = Watched(sampler, monkeypatch), Categorical(1.3)
+    prompts = ["Once upon a time", "Emma was", "In the beginning", "It is a truth"][:num_short]
+    jobs = [served.submit(make_job(sampler, p, 5, hot, i)) for i, p in enumerate(prompts)]
+    served.turn(1)
+    assert len(served.chunks) == 1
+    assert len(served.scheduler.slots.active) == num_short
+    served.finish()
+    for number, (job, prompt) in enumerate(zip(jobs, prompts, strict=True)):
+        assert served.tokens(job) == alone(sampler, prompt, 5, hot, number)
+
+
+def test_a_chunk_beside_growing_rows_has_few_places(sampler, monkeypatch) -> None:
+    """Also where long and short prompts, kept states and scores wait at once."""
+    served = Watched(sampler, monkeypatch, states=StateCache(1 << 24))
+    first = served.submit(make_job(sampler, "x", 60), turns=2)
+    asked = [("y", 4), ("z z z z", 3), (LONG, 3), (LONG + "and more", 4), ("", 2), ("w", 3)]
+    jobs = [served.submit(make_job(sampler, p, n, marks=(70,))) for p, n in asked]
+    scored = served.submit(make_job(sampler, LONG, 1, num_logprobs=0, scored=True))
+    served.finish()
+    assert served.tokens(first) == alone(sampler, "x", 60)
+    for job, (prompt, steps) in zip(jobs, asked, strict=True):
+        assert served.tokens(job) == alone(sampler, prompt, steps)
+    assert served.events[scored][0].scores.chosen.shape == (len(scored.tokens) - 1,)
+    beside = [shape for active, shape in served.chunks if active]
+    assert beside
+    assert max(int(np.prod(shape)) for shape in beside) <= 32
+    assert max(shape[0] for shape in beside) > 1
+
+
+def test_one_client_grows_in_bursts_and_hears_of_the_first_token_at_once(
+    sampler, monkeypatch
+) -> None:
+    expected = alone(sampler, "x", 40)
+    served = Watched(sampler, monkeypatch, hold_s=FOREVER_S)
+    job = served.submit(make_job(sampler, "x", 40), turns=1)
+    assert len(served.tokens(job)[0]) == 1
+    served.turn(1)
+    assert served.tokens(job) == expected
+    assert not served.scheduler.busy
+    long = max(sampler.engine.burst, sampler.engine.long_burst)
+    assert served.bursts == [1, *[long] * (39 // long), *[1] * (39 % long)]
+
+
+def test_tokens_are_not_held_back_where_another_waits(sampler, monkeypatch) -> None:
+    served = Watched(sampler, monkeypatch, hold_s=FOREVER_S)
+    free = alone(sampler, "x", 60)
+    job = served.submit(make_job(sampler, "x", 60), turns=1)
+    second: list[Job] = []
+    decode = sampler.engine.decode
+
+    def arriving(*args):
+        if not second:
+            second.append(served.submit(make_job(sampler, "y", 5)))
+        return decode(*args)
+
+    monkeypatch.setattr(sampler.engine, "decode", arriving)
+    served.turn(1)
+    most = max(sampler.engine.burst, sampler.engine.long_burst)
+    assert len(served.tokens(job)[0]) == 1 + most  # one dispatch
+    served.turn(1)
+    assert len(served.tokens(second[0])[0]) == 1
+    second[0].cancelled = True
+    served.turn(2)
+    assert [row.job for row in served.scheduler.slots.active] in ([job], [])
+    served.finish()
+    assert served.tokens(job) == free
+    assert len(served.tokens(second[0])[0]) < 5
+
+
+def test_a_stop_inside_a_burst_ends_the_text(sampler, monkeypatch) -> None:
+    (free,) = alone(sampler, "x", 40)
+    text = sampler.tokenizer.decode(free)
+    job = make_job(sampler, "x", 40)
+    stops = job.rows[0].stops._replace(strings=(text[9:12],))
+    served = Watched(sampler, monkeypatch, hold_s=FOREVER_S)
+    stopped = served.submit(Job(job.tokens, [job.rows[0]._replace(stops=stops)]))
+    served.finish()
+    pieces = [event for event in served.events[stopped] if isinstance(event, NewToken)]
+    assert "".join(piece.text for piece in pieces) == text[: text.find(text[9:12])]
+    assert pieces[-1].finish_reason == "stop_string"
