@@ -174,12 +174,12 @@ FAULTS = (
         "--gradients",
     ),
     # Attention
-    Fault("attention: window of W keys", _A, "(lag_cs <= reach)", "(lag_cs < reach)"),
-    Fault("attention: window of W + 2 keys", _A, "(lag_cs <= reach)", "(lag_cs <= reach + 1)"),
-    Fault("attention: sees the next token", _A, "(lag_cs >= 0)", "(lag_cs >= -1)"),
+    Fault("attention: window of W keys", _S, "(lag_cs <= reach)", "(lag_cs < reach)"),
+    Fault("attention: window of W + 2 keys", _S, "(lag_cs <= reach)", "(lag_cs <= reach + 1)"),
+    Fault("attention: sees the next token", _S, "(lag_cs >= 0) & (lag", "(lag_cs >= -1) & (lag"),
     Fault(
         "attention: crosses documents",
-        _A,
+        _S,
         "(document_bgc[..., None] == document_bgs[..., None, :])",
         "(document_bgs[..., None, :] >= 0)",
     ),
@@ -260,8 +260,8 @@ FAULTS = (
     Fault(
         "attention to all keys: sees the next token",
         _S,
-        "(lag_cs >= 0)",
-        "(lag_cs >= -1)",
+        "(lag_cs >= 0) & (document",
+        "(lag_cs >= -1) & (document",
         model="other",
     ),
     Fault(

@@ -101,6 +101,7 @@ def serve(
     """
     require("starlette", "uvicorn", "msgspec", "prometheus_client")
     from recurrentgemma.common.generation.strategies import Greedy
+    from recurrentgemma.common.twin import find_twin
     from recurrentgemma.serve.app import Service, Settings
     from recurrentgemma.serve.asking import Limits
     from recurrentgemma.serve.guard import LOOPBACK, Rules
@@ -120,6 +121,7 @@ def serve(
     framework = choose_framework(framework)
     listener = listen(host, port)
     with working(loading(checkpoint, framework)):
+        number = slots or (8 if find_twin(framework).default_device() == "cpu" else 32)
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
         loaded = load_sampler(
             framework,
@@ -131,12 +133,11 @@ def serve(
             False,
             adapter,
             quantize,
-            rows=slots or 8,
+            rows=number,
         )
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None
     length = max_length or (4096 if grows else 32_768)
-    number = slots or (8 if loaded.device == "cpu" else 32)
 
     def make_scheduler(deliver) -> Scheduler:
         return Scheduler(

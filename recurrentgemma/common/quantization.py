@@ -262,7 +262,7 @@ def _quantize_groups(groups: np.ndarray, result: Quantized, place: tuple[Any, ..
     result.values[place] = pack(values.reshape(len(values), -1))
 
 
-def pack(values: np.ndarray) -> np.ndarray:
+def pack(values: Any) -> Any:
     """Two 4-bit values a byte, the first in the lower half: [..., K] to [..., K / 2]."""
     return values[..., ::2] | values[..., 1::2] << 4
 

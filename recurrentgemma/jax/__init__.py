@@ -28,7 +28,7 @@ from recurrentgemma.jax.griffin import Griffin
 from recurrentgemma.jax.layers import BlockDiagonalLinear, Conv1D, RMSNorm
 from recurrentgemma.jax.lora import load_adapters
 from recurrentgemma.jax.loss import cross_entropy
-from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.modules import (
     AttentionBlockCache,
     LocalAttentionBlock,
@@ -39,6 +39,7 @@ from recurrentgemma.jax.modules import (
     ResidualBlockCache,
 )
 from recurrentgemma.jax.rg_lru import RGLRU
+from recurrentgemma.jax.runtime.params import init_params
 from recurrentgemma.jax.sampler import Sampler, SamplerOutput
 from recurrentgemma.jax.sampling import Categorical, Greedy
 from recurrentgemma.jax.scan import choose_implementation, linear_scan, rg_lru_scan

@@ -20,10 +20,11 @@ from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
 from recurrentgemma.jax.capture import activations
-from recurrentgemma.jax.model import Model, laid_out
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
 from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.params import laid_out
 from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
 from recurrentgemma.jax.sharding import state_shardings

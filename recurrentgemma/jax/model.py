@@ -10,33 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.inputs import check_inputs
-from recurrentgemma.common.model.layer_spec import num_parameters, sample_params
+from recurrentgemma.common.model.layer_spec import num_parameters
 from recurrentgemma.common.model.state import check_state
 from recurrentgemma.jax.blocks import Block
 from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
-from recurrentgemma.jax.runtime.axes import automatic, partition
+from recurrentgemma.jax.runtime.axes import AnyAxes
+from recurrentgemma.jax.runtime.blocks import run_block
 from recurrentgemma.jax.runtime.promotion import default_promotion
-from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
-from recurrentgemma.jax.sharding import (
-    ShardingSpec,
-    constrained,
-    gathering,
-    is_split,
-    put,
-    scan_split,
-    shardings,
-    state_shardings,
-)
+from recurrentgemma.jax.runtime.trees import require_available
+from recurrentgemma.jax.sharding import ShardingSpec, constrained, scan_split, state_shardings
 
 
-class Model(nn.Module):
+class Model(AnyAxes):
     """Embedder, residual blocks, final norm, tied output.
 
     Attributes:
@@ -80,22 +72,6 @@ class Model(nn.Module):
 
     def __repr__(self) -> str:
         return f"Model({self.config!r}, {num_parameters(self.config):,} parameters)"
-
-    @nn.nowrap
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's `apply`; outputs are split over explicit axes as the rows of tokens are.
-
-        Raises:
-          ValueError: `variables` has no "params".
-        """
-        if "params" not in variables:
-            raise UserError(f'variables must be {{"params": params}}, got {", ".join(variables)}')
-        return _on_any_axes(super().apply, variables, *args, **kwargs)
-
-    @nn.nowrap
-    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's `init_with_output`; see `apply`."""
-        return _on_any_axes(super().init_with_output, rngs, *args, **kwargs)
 
     def __call__(
         self,
@@ -143,22 +119,13 @@ class Model(nn.Module):
 
         Arguments and errors are those of `__call__`; `last_only` gives the last place, [B, 1, D].
         """
+        tokens, segment_pos = (
+            z if isinstance(z, Array) else np.asarray(z) for z in (tokens, segment_pos)
+        )
         check_inputs(tokens, segment_pos, self.config.model.vocab_size)
-        tokens = jnp.asarray(tokens)
-        segment_pos = jnp.asarray(segment_pos)
-        if not all(jnp.issubdtype(z.dtype, jnp.integer) for z in (tokens, segment_pos)):
-            raise UserError(
-                "tokens and segment_pos must be integers, "
-                f"got {tokens.dtype} and {segment_pos.dtype}"
-            )
-        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
-            raise UserError(
-                "tokens and segment_pos must have one shape [B, T], "
-                f"got {tokens.shape} and {segment_pos.shape}"
-            )
+        tokens, segment_pos = jnp.asarray(tokens), jnp.asarray(segment_pos)
         if cache is not None:
-            arrays = {name: block._asdict() for name, block in cache.items()}
-            require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
+            require_capacity(check_state(self.config, cache, tokens.shape[0]), segment_pos)
         value, settings = self.config.model, self._settings
         if self.mesh is not None and self.scan_sharding_spec is None:
             settings["scan_sharding_spec"] = scan_split(self.mesh, tokens.shape[0])
@@ -168,17 +135,11 @@ class Model(nn.Module):
         if not x.size:  # nothing happens to the state
             new_cache = cache or self.init_cache(tokens.shape[0], x.dtype)
         else:
-            stored = None if _watched(self) else self.variables["params"]
             for i, layer in enumerate(value.layers):
                 name = f"blocks.{i}"
-                inputs = x, segment_pos, cache[name] if cache else None
-                sizes = value.width, layer, variance
-                if stored is None:
-                    x, new_cache[name] = Block(*sizes, **settings, name=name)(*inputs)
-                else:
-                    block = Block(*sizes, **settings, parent=None)
-                    remat = self.gradient_checkpointing
-                    x, new_cache[name] = _block(block, remat, stored[name], *inputs)
+                block = functools.partial(Block, value.width, layer, variance, **settings)
+                block_cache = cache[name] if cache else None
+                x, new_cache[name] = run_block(self, block, name, x, segment_pos, block_cache)
                 x = constrained(x, self.mesh, "batch")
             if self.mesh is not None:
                 places = state_shardings(self.config, self.mesh, x.shape[0])
@@ -209,71 +170,3 @@ class Model(nn.Module):
         """
         dtype = dtype or self.dtype or self.param_dtype
         return init_cache(self.config, batch_size, dtype, capacity)
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether Linen must see the calls of the modules inside: it makes, keeps or changes values."""
-    intercepted = bool(nn.module._global_interceptor_stack)  # Linen has no public name for it
-    captured = module.is_mutable_collection("intermediates")
-    return module.is_initializing() or captured or intercepted
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(block: Block, remat: bool, params: Params, *inputs: Any) -> tuple[Array, Any]:
-    """A block's outputs. Blocks that differ in their parameters' values alone are traced once."""
-
-    def call(params: Params, *inputs: Any) -> Any:
-        variables: Any = {"params": params}
-        if block.mesh is not None:
-            variables = gathering(block.mesh, block.width, block.layer)(variables)
-        return block.apply(variables, *inputs)
-
-    return (jax.checkpoint(call) if remat else call)(params, *inputs)
-
-
-def _on_any_axes(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
-    """A method of Linen on automatic axes, its results split as the tokens are."""
-    tokens: Any = args[0] if args else kwargs.get("tokens")
-
-    def split(result: Array) -> PartitionSpec:
-        shape = np.shape(tokens)
-        shared = 2 if result.ndim > 2 and result.shape[:2] == shape else 1
-        if not shape or result.shape[:shared] != shape[:shared]:
-            return PartitionSpec()
-        return PartitionSpec(*partition(tokens)[:shared])
-
-    return automatic(function, lambda results: jax.tree.map(split, results), first, *args, **kwargs)
-
-
-def init_params(
-    config: Config, seed: int, dtype: Dtype = jnp.float32, *, mesh: Mesh | None = None
-) -> Params:
-    """Initial parameters as the layer spec draws them: the PyTorch twin's, bit for bit.
-
-    Args:
-      config: The model.
-      seed: The seed.
-      dtype: The dtype of the parameters.
-      mesh: The devices that they are split over; the first device if None.
-
-    Raises:
-      ValueError: JAX has the dtype turned off, or the mesh does not fit the model.
-    """
-    require_available(dtype)
-    places = None if mesh is None else shardings(config, mesh)
-    params: dict[str, Any] = {}
-    for spec, value in sample_params(config, seed):
-        on_device = put(value, places[spec.path], dtype) if places else jnp.asarray(value, dtype)
-        set_path(params, spec.path, on_device)
-    return params
-
-
-def laid_out(model: Model, params: Params) -> Params:
-    """The parameters without a `params` level; on the model's mesh, if it has one."""
-    params = params.get("params", params)
-    if model.mesh is None or is_split(get_path(params, "embedder.input_embedding")):
-        return params
-    result: dict[str, Any] = {}
-    for path, place in shardings(model.config, model.mesh).items():
-        set_path(result, path, put(get_path(params, path), place))
-    return result

@@ -1,4 +1,4 @@
-"""Softmax attention: under a mask, and over all earlier keys in blocks of queries."""
+"""Softmax attention in blocks: memory grows with T, never with T squared."""
 
 from __future__ import annotations
 
@@ -9,8 +9,48 @@ from jaxtyping import Array, Bool, Float, Int
 from recurrentgemma.common.model.mixers import Attention
 from recurrentgemma.jax.scan import wide_dtype
 
+BLOCKS_PER_WINDOW = 4
 BLOCK = 128  # queries that share an array of scores
 SPANS = 4  # groups of blocks, a loop each: more groups skip more keys, but compile for longer
+
+
+def attend(
+    q_btnh: Float[Array, "b t n h"],
+    kv_bskh: Float[Array, "b s kv hh"],
+    document_bt: Int[Array, "b t"],
+    document_bs: Int[Array, "b s"],
+    mixer: Attention,
+) -> Float[Array, "b t n h"]:
+    """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
+
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
+    value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers;
+    without a limit of the reach in blocks against all keys.
+    """
+    if mixer.reach is None:
+        return attend_all(q_btnh, kv_bskh, document_bt, document_bs, mixer)
+    length, history, reach = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1], mixer.reach
+    block = -(-reach // BLOCKS_PER_WINDOW)
+    covered = block * BLOCKS_PER_WINDOW
+    if history + length <= covered + block:  # no more keys than a block sees
+        q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
+        kv_bgskh, document_bgs = kv_bskh[:, None], document_bs[:, None]
+    else:
+        before, number = covered - history, (length + block - 1) // block
+        q_bgcnh = _blocks(q_btnh, 0, number, block)
+        document_bgc = _blocks(document_bt, 0, number, block)
+        number += BLOCKS_PER_WINDOW
+        kv_bgskh = _and_previous(_blocks(kv_bskh, before, number, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, number, block))
+        history = covered
+    lag_cs = _lags(history, q_bgcnh.shape[2], kv_bgskh.shape[2])
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
+    mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
+    k_bgskh, v_bgskh = jnp.split(kv_bgskh, 2, -1)
+    encoded = attend_masked(q_bgcnh, k_bgskh, v_bgskh, mask_bgcs, mixer)
+    places = encoded.shape[1] * encoded.shape[2]
+    return encoded.reshape(encoded.shape[0], places, *encoded.shape[3:])[:, :length]
 
 
 def attend_all(
@@ -42,7 +82,8 @@ def attend_all(
         if length <= BLOCK:
             return block((*args, history))
         before_g = jnp.arange(history + start, history + min(start + span, length), BLOCK)
-        args = (*(_blocks(z, len(before_g)) for z in args), before_g)
+        blocks = (_blocks(z, 0, len(before_g), BLOCK).swapaxes(0, 1) for z in args)
+        args = (*blocks, before_g)
         encoded_gbcnh = jax.lax.map(jax.checkpoint(block, prevent_cse=False), args)
         encoded_bgcnh = encoded_gbcnh.swapaxes(0, 1)
         encoded.append(encoded_bgcnh.reshape(q_btnh.shape[0], -1, *q_btnh.shape[2:]))
@@ -93,8 +134,17 @@ def _lags(before: int | Int[Array, ""], queries: int, keys: int) -> Int[Array, "
     return query[:, None] - jnp.arange(keys)
 
 
-def _blocks(x: Array, number: int) -> Array:
-    """[B, T, ...] to [number, B, BLOCK, ...], T padded with zeros."""
-    after = number * BLOCK - x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (0, after), *((0, 0),) * (x.ndim - 2)))
-    return padded.reshape(x.shape[0], number, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+def _blocks(x: Array, before: int, number: int, length: int) -> Array:
+    """[B, T, ...] to [B, number, length, ...], T padded with zeros (no document)."""
+    no_document = 0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
+    after = number * length - before - x.shape[1]
+    padding = ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))
+    padded = jnp.pad(x, padding, constant_values=no_document)
+    return padded.reshape(x.shape[0], number, length, *x.shape[2:])
+
+
+def _and_previous(blocks: Array) -> Array:
+    """[B, R + G, C, ...] to [B, G, (R + 1) C, ...]: each block but the first R, behind R others."""
+    last = blocks.shape[1] - BLOCKS_PER_WINDOW
+    shifted = (blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1))
+    return jnp.concatenate(list(shifted), 2)

@@ -30,7 +30,7 @@ from recurrentgemma.common.training.optimization import (
     step_settings,
 )
 from recurrentgemma.jax.lora import adapt, merge
-from recurrentgemma.jax.model import Model, laid_out
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.optimizer import (
     Optimizer,
     init_state,
@@ -38,6 +38,7 @@ from recurrentgemma.jax.optimizer import (
     require_optimizer,
 )
 from recurrentgemma.jax.quantization import is_quantized
+from recurrentgemma.jax.runtime.params import laid_out
 from recurrentgemma.jax.runtime.processes import by_the_first
 from recurrentgemma.jax.runtime.train_step import as_weights, compiled, divisor, total, tree_of
 from recurrentgemma.jax.runtime.trees import Params, get_path

@@ -16,9 +16,10 @@ from recurrentgemma.common.twin import Outputs, Twin, process_memory
 from recurrentgemma.jax import products
 from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.checkpoint import load_checkpoint, save_checkpoint
-from recurrentgemma.jax.model import Model, init_params
+from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
+from recurrentgemma.jax.runtime.params import init_params
 from recurrentgemma.jax.runtime.processes import join, processes_of
 from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path

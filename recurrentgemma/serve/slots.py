@@ -60,6 +60,7 @@ class Slots:
 
     def __init__(self, engine: Engine, sizes: Sequence[int], capacity: int | None) -> None:
         self.engine, self.sizes, self._capacity = engine, tuple(sizes), capacity
+        engine.reproducible = len(self.sizes) == 1
         self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
         self._arranged = False

@@ -1,8 +1,7 @@
-"""Attention in blocks: memory grows with T, never with T squared."""
+"""The attention block, and its state: a ring of keys and values."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,21 +10,12 @@ from torch import Tensor, nn
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, Rope
 from recurrentgemma.common.model.state import round_capacity
-from recurrentgemma.torch.cache import (
-    Hidden,
-    Positions,
-    empty_block,
-    is_known,
-    num_padding,
-    prepend_history,
-)
+from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
-from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at
+from recurrentgemma.torch.runtime.known import is_known, once_a_step
+from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at, used_slots
 from recurrentgemma.torch.scan import as_positions, wide_dtype
-from recurrentgemma.torch.softmax import attend_all, attend_masked
-
-BLOCKS_PER_WINDOW = 4
-USED_SLOTS = 512  # a step reads a multiple of so many: whole blocks of PyTorch's kernel
+from recurrentgemma.torch.softmax import attend, attend_masked
 
 
 def apply_rope(
@@ -38,7 +28,7 @@ def apply_rope(
     half = int(x.shape[-1] * rope.share) // 2
     rotated, passed = x.split([2 * half, x.shape[-1] - 2 * half], -1)
     wide = wide_dtype(x.dtype)
-    sin, cos = _turns(positions, rope, half, wide)
+    sin, cos = once_a_step(_turns, positions, rope, half, wide)
     x1, x2 = rotated.to(wide).chunk(2, -1)
     # Not addcmul with value=-1: `torch.func.linearize` of it crashes in PyTorch 2.13.
     turned = x1 * cos - x2 * sin, torch.addcmul(x2 * cos, x1, sin)
@@ -48,86 +38,10 @@ def apply_rope(
 def _turns(
     positions: Positions, rope: Rope, half: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "b t 1 r"], Float[Tensor, "b t 1 r"]]:
-    """Sines and cosines of the angles by which positions turn; in decoding, kept for all layers."""
-    if positions.shape[1] == 1 and not torch.is_grad_enabled() and is_known(positions):
-        return _known_turns(tuple(positions[:, 0].tolist()), rope, half, dtype)
-    angle = positions[..., None, None] * _frequencies(rope, half, dtype, positions.device)
+    """Sines and cosines of the angles by which positions turn."""
+    exponent = torch.arange(half, device=positions.device, dtype=dtype) / half
+    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
     return torch.sin(angle), torch.cos(angle)
-
-
-def _frequencies(
-    rope: Rope, half: int, dtype: torch.dtype, device: torch.device | str
-) -> Float[Tensor, " r"]:
-    exponent = torch.arange(half, device=device, dtype=dtype) / half
-    return rope.base**-exponent / rope.stretch
-
-
-_known_frequencies = functools.lru_cache(maxsize=8)(_frequencies)
-
-
-@functools.lru_cache(maxsize=8)
-def _known_turns(
-    positions: tuple[int, ...], rope: Rope, half: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    at = torch.tensor(positions, dtype=torch.int64, device="cpu")
-    angle = at[:, None, None, None] * _known_frequencies(rope, half, dtype, "cpu")
-    return torch.sin(angle), torch.cos(angle)
-
-
-def attend(
-    q_btnh: Float[Tensor, "b t n h"],
-    kv_bskh: Float[Tensor, "b s kv hh"],
-    document_bt: Int[Tensor, "b t"],
-    document_bs: Int[Tensor, "b s"],
-    mixer: Attention,
-) -> Float[Tensor, "b t n h"]:
-    """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
-
-    The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
-    value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
-    fraction of the reach, each against its own keys and those of the blocks that the reach covers;
-    without a limit of the reach in blocks against all keys.
-    """
-    if mixer.reach is None:
-        return attend_all(q_btnh, kv_bskh, document_bt, document_bs, mixer)
-    length, history, reach = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1], mixer.reach
-    block = -(-reach // BLOCKS_PER_WINDOW)
-    covered = block * BLOCKS_PER_WINDOW
-    if history + length <= covered + block:  # no more keys than a block sees
-        q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
-        kv_bgskh, document_bgs = kv_bskh[:, None], document_bs[:, None]
-    else:
-        before, number = covered - history, (length + block - 1) // block
-        q_bgcnh = _blocks(q_btnh, 0, number, block)
-        document_bgc = _blocks(document_bt, 0, number, block)
-        number += BLOCKS_PER_WINDOW
-        kv_bgskh = _and_previous(_blocks(kv_bskh, before, number, block))
-        document_bgs = _and_previous(_blocks(document_bs, before, number, block))
-        history = covered
-    lag_cs = (
-        history
-        + torch.arange(q_bgcnh.shape[2], device=q_btnh.device)[:, None]
-        - torch.arange(kv_bgskh.shape[2], device=q_btnh.device)
-    )
-    mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
-    mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
-    k_zskh, v_zskh = kv_bgskh.flatten(0, 1).chunk(2, -1)
-    q_zcnh, mask_zcs = q_bgcnh.flatten(0, 1), mask_bgcs.flatten(0, 1)
-    encoded = attend_masked(q_zcnh, k_zskh, v_zskh, mask_zcs, mixer)
-    return encoded.unflatten(0, q_bgcnh.shape[:2]).flatten(1, 2)[:, :length]
-
-
-def _blocks(x: Tensor, before: int, number: int, length: int) -> Tensor:
-    """[B, T, ...] to [B, number, length, ...], T padded with zeros (no document)."""
-    no_document = 0 if x.is_floating_point() else -1
-    padding = (0, 0) * (x.ndim - 2) + (before, number * length - before - x.shape[1])
-    return nn.functional.pad(x, padding, value=no_document).unflatten(1, (number, length))
-
-
-def _and_previous(blocks: Tensor) -> Tensor:
-    """[B, R + G, C, ...] to [B, G, (R + 1) C, ...]: each block but the first R, behind R others."""
-    last = blocks.shape[1] - BLOCKS_PER_WINDOW
-    return torch.cat([blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1)], 2)
 
 
 class AttentionBlock(SpecModule):
@@ -216,11 +130,10 @@ def _step(
     cache: AttentionBlockCache,
 ) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
     """One token a row, against the ring as it lies: equal to a chunk of one token."""
-    slots = used = cache.keys.shape[1]
+    slots = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
-    if mixer.reach is None and is_known(segment_pos):  # so many slots hold all tokens
-        used = min(slots, -(-(int(segment_pos.max()) + 1) // USED_SLOTS) * USED_SLOTS)
+    used = used_slots(mixer, segment_pos, slots)
     slot = torch.arange(used, device=segment_pos.device)
     between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
     sees_bs = between < num_before

@@ -19,7 +19,8 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.mixers import MIXERS
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.scan import forward_levels, wide_dtype
+from recurrentgemma.torch.runtime.known import has_values
+from recurrentgemma.torch.scan import wide_dtype
 
 Hidden = Float[Tensor, "b t d"]
 Positions = Int[Tensor, "b t"]
@@ -65,40 +66,9 @@ def empty_block(
     return state.init_block(mixer, batch_size, _zeros(dtype, device))
 
 
-def is_known(values: Tensor) -> bool:
-    """Whether values can be read here without waiting for a device."""
-    return values.device.type == "cpu" and _has_values(values)
-
-
-def is_plain_step(segment_pos: Positions) -> bool:
-    """Whether this is a step at positions that the host knows, and no derivative is asked for.
-
-    Then it takes fewer operations.
-    """
-    return (
-        segment_pos.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not forward_levels()
-        and is_known(segment_pos)
-    )
-
-
-def inside_documents(segment_pos: Positions) -> bool:
-    """Whether this is a plain step without a start of a document or padding."""
-    return is_plain_step(segment_pos) and min(segment_pos[:, 0].tolist(), default=0) > 0
-
-
-def _has_values(values: Tensor) -> bool:
-    """Whether a tensor holds values: it is not fake or meta, not traced, not under a transform."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return type(values) is Tensor and not values.is_meta and not traced
-
-
 def require_capacity(capacity: int | None, segment_pos: Positions) -> None:
-    """Raises `CapacityError` if a growing state is too small; never inside a compiled graph."""
-    if capacity is None or not _has_values(segment_pos) or not segment_pos.numel():
-        return
-    if segment_pos.is_cuda and torch.cuda.is_current_stream_capturing():
+    """Raises `CapacityError` if a growing state is too small; not inside a traced function."""
+    if capacity is None or not has_values(segment_pos) or not segment_pos.numel():
         return
     state.require_room(capacity, int(segment_pos.max()) + 1)
 

@@ -101,7 +101,7 @@ class ModelEngine(Engine):
             if key not in captured:
                 captured[key] = CapturedStep(step, cache)
             return captured[key](cache, tokens, segment_pos)
-        with giving_up():
+        with giving_up(self.reproducible):
             logits, cache = step(tokens=tokens, segment_pos=segment_pos, cache=cache)
         return logits[:, 0], cache
 

@@ -15,16 +15,11 @@ from recurrentgemma.common.model.numerics import RMS_EPS
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.model.state_dict import to_torch, torch_name, torch_shape
 from recurrentgemma.common.published import TORCH_LAYERS, elsewhere
-from recurrentgemma.torch.cache import (
-    Hidden,
-    Positions,
-    inside_documents,
-    num_padding,
-    prepend_history,
-)
+from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
+from recurrentgemma.torch.runtime.known import inside_documents
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.sharding import part_of
 

@@ -18,8 +18,8 @@ from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
-from recurrentgemma.torch.runtime.arrays import as_index, is_integer
-from recurrentgemma.torch.runtime.recompute import RecomputedBlock
+from recurrentgemma.torch.runtime.arrays import as_index, to_array
+from recurrentgemma.torch.runtime.recompute import RecomputedBlock, can_recompute
 from recurrentgemma.torch.sharding import shard
 
 if TYPE_CHECKING:
@@ -118,32 +118,20 @@ class Model(SpecModule):
 
         Arguments and errors are those of `forward`; `last_only` gives the last place, [B, 1, D].
         """
-        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
-        embedding = self.embedder.input_embedding
-        # Copies of NumPy arrays, which may be read-only or strided in ways that torch is not.
         tokens, segment_pos = (
-            z if isinstance(z, Tensor) else np.array(z) for z in (tokens, segment_pos)
+            z if isinstance(z, Tensor) else np.asarray(z) for z in (tokens, segment_pos)
         )
-        if not (is_integer(tokens) and is_integer(segment_pos)):
-            raise UserError(
-                "tokens and segment_pos must be integers, "
-                f"got {tokens.dtype} and {segment_pos.dtype}"
-            )
-        tokens, segment_pos = (as_index(z, embedding.device) for z in (tokens, segment_pos))
-        if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
-            raise UserError(
-                "tokens and segment_pos must have one shape [B, T], "
-                f"got {tuple(tokens.shape)} and {tuple(segment_pos.shape)}"
-            )
+        check_inputs(tokens, segment_pos, self.config.model.vocab_size)
+        device = self.embedder.input_embedding.device
+        tokens, segment_pos = as_index(tokens, device), as_index(segment_pos, device)
         if cache is not None:
-            arrays = {name: block._asdict() for name, block in cache.items()}
-            require_capacity(check_state(self.config, arrays, tokens.shape[0]), segment_pos)
+            require_capacity(check_state(self.config, cache, tokens.shape[0]), segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
             new_cache = cache or self.init_cache(tokens.shape[0])
         else:
-            recompute = self._recomputes()
+            recompute = self.gradient_checkpointing and can_recompute()
             for i, block in enumerate(self.blocks):
                 name = f"blocks.{i}"
                 block_cache = cache[name] if cache else None
@@ -159,18 +147,9 @@ class Model(SpecModule):
           ValueError: A token is outside the vocabulary, or padding comes behind a token.
         """
         tokens, segment_pos = (
-            z.cpu().numpy() if isinstance(z, Tensor) else np.asarray(z)
-            for z in (tokens, segment_pos)
+            to_array(z) if isinstance(z, Tensor) else np.asarray(z) for z in (tokens, segment_pos)
         )
         check_inputs(tokens, segment_pos, self.config.model.vocab_size)
-
-    def _recomputes(self) -> bool:
-        return (
-            self.gradient_checkpointing
-            and torch.is_grad_enabled()
-            # Under torch.func transforms activations are not kept by autograd's hooks.
-            and not torch._C._are_functorch_transforms_active()
-        )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -20,8 +20,8 @@ from recurrentgemma.common.quantization import (
     quantize,
     scheme_for,
 )
+from recurrentgemma.torch.runtime import kernels
 from recurrentgemma.torch.runtime.arrays import to_array, to_tensor
-from recurrentgemma.torch.runtime.kernels import LAYOUTS, plain8_works
 from recurrentgemma.torch.runtime.stored import PackedMatrix, gains
 
 
@@ -37,7 +37,7 @@ class QuantizedMatrix(nn.Module):
       zero: See `Quantized`.
       shape: The shape of the matrix that this stands for.
       dtype: The dtype that the matrix has in a computation.
-      packs: Whether a kernel's own layout may take the place of the values (see `pack`).
+      packs: Whether a kernel's layout of 4 bits may take the place of the values (see `pack`).
     """
 
     values: Any
@@ -51,7 +51,7 @@ class QuantizedMatrix(nn.Module):
         self.register_buffer("zero", quantized.zero)
         self.scheme, self.axis, self.integer = quantized.scheme, quantized.axis, quantized.integer
         self.packs, self._packed = packs, None
-        plain8_works()  # found before anything traces it
+        kernels.plain8_works()  # found before anything traces it
         self.shape = torch.Size(quantized.shape)
         self.dtype: torch.dtype = getattr(torch, quantized.dtype)
 
@@ -85,18 +85,16 @@ class QuantizedMatrix(nn.Module):
         return f"{self.scheme} {list(self.shape)}"
 
     def pack(self) -> list[Any] | None:
-        """The matrices as a kernel of this processor takes them; None if no kernel does.
+        """The matrices as the kernel of 4 bits takes them; None if it does not.
 
         They hold the values from then on: `values` is None until `unpack`.
         """
-        if self._packed is None and self.packs and not torch.compiler.is_compiling():
-            layout = LAYOUTS.get(SCHEMES[self.scheme].bits)
-            if layout is not None and layout.takes(self.values, self.scale):
-                zeros = self.scale if self.zero is None else self.zero
-                parts = (self.values, self.scale, zeros)
-                matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)
-                self._packed = [layout.pack(*matrix) for matrix in matrices]
-                self.values = None
+        packs = self._packed is None and self.packs and not torch.compiler.is_compiling()
+        if packs and self.zero is not None and kernels.takes4(self.values, self.scale):
+            parts = self.values, self.scale, self.zero
+            matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)
+            self._packed = [kernels.pack4(*matrix) for matrix in matrices]
+            self.values = None
         return self._packed
 
     def unpack(self) -> None:
@@ -107,8 +105,7 @@ class QuantizedMatrix(nn.Module):
     def _values(self) -> Tensor:
         if self._packed is None:
             return self.values
-        unpack = LAYOUTS[SCHEMES[self.scheme].bits].unpack
-        matrices = [unpack(matrix) for matrix in self._packed]
+        matrices = [kernels.unpack4(matrix) for matrix in self._packed]
         return torch.stack(matrices) if self.ndim > 2 else matrices[0]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from torch import nn
 
 from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
-from recurrentgemma.torch.cache import Hidden, Positions, inside_documents, is_plain_step
+from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
+from recurrentgemma.torch.runtime.known import inside_documents, is_plain_step
 from recurrentgemma.torch.scan import SCAN_TYPES, as_positions, rg_lru_scan, rg_lru_step
 
 

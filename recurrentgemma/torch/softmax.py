@@ -1,4 +1,4 @@
-"""Softmax attention: under a mask, and over all earlier keys in blocks of queries."""
+"""Softmax attention in blocks: memory grows with T, never with T squared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,47 @@ from torch.utils.checkpoint import checkpoint
 from recurrentgemma.common.model.mixers import Attention
 from recurrentgemma.torch.scan import forward_levels, wide_dtype
 
+BLOCKS_PER_WINDOW = 4
 BLOCK = 256  # queries that share an array of scores
+
+
+def attend(
+    q_btnh: Float[Tensor, "b t n h"],
+    kv_bskh: Float[Tensor, "b s kv hh"],
+    document_bt: Int[Tensor, "b t"],
+    document_bs: Int[Tensor, "b s"],
+    mixer: Attention,
+) -> Float[Tensor, "b t n h"]:
+    """Attention of T queries over S = P + T places, P of them history (0 or the cache's slots).
+
+    The query at place P + t sees places P + t - reach to P + t, those of its own document. Key and
+    value stand side by side in the last axis of `kv_bskh`. The sequence goes in blocks of a
+    fraction of the reach, each against its own keys and those of the blocks that the reach covers;
+    without a limit of the reach in blocks against all keys.
+    """
+    if mixer.reach is None:
+        return attend_all(q_btnh, kv_bskh, document_bt, document_bs, mixer)
+    length, history, reach = q_btnh.shape[1], kv_bskh.shape[1] - q_btnh.shape[1], mixer.reach
+    block = -(-reach // BLOCKS_PER_WINDOW)
+    covered = block * BLOCKS_PER_WINDOW
+    if history + length <= covered + block:  # no more keys than a block sees
+        q_bgcnh, document_bgc = q_btnh[:, None], document_bt[:, None]
+        kv_bgskh, document_bgs = kv_bskh[:, None], document_bs[:, None]
+    else:
+        before, number = covered - history, (length + block - 1) // block
+        q_bgcnh = _blocks(q_btnh, 0, number, block)
+        document_bgc = _blocks(document_bt, 0, number, block)
+        number += BLOCKS_PER_WINDOW
+        kv_bgskh = _and_previous(_blocks(kv_bskh, before, number, block))
+        document_bgs = _and_previous(_blocks(document_bs, before, number, block))
+        history = covered
+    lag_cs = _lags(history, q_bgcnh.shape[2], kv_bgskh.shape[2], q_btnh.device)
+    mask_bgcs = (lag_cs >= 0) & (lag_cs <= reach)
+    mask_bgcs = mask_bgcs & (document_bgc[..., None] == document_bgs[..., None, :])
+    k_zskh, v_zskh = kv_bgskh.flatten(0, 1).chunk(2, -1)
+    q_zcnh, mask_zcs = q_bgcnh.flatten(0, 1), mask_bgcs.flatten(0, 1)
+    encoded = attend_masked(q_zcnh, k_zskh, v_zskh, mask_zcs, mixer)
+    return encoded.unflatten(0, q_bgcnh.shape[:2]).flatten(1, 2)[:, :length]
 
 
 def attend_all(
@@ -98,3 +138,16 @@ def _recomputed(function, *args: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
+def _blocks(x: Tensor, before: int, number: int, length: int) -> Tensor:
+    """[B, T, ...] to [B, number, length, ...], T padded with zeros (no document)."""
+    no_document = 0 if x.is_floating_point() else -1
+    padding = (0, 0) * (x.ndim - 2) + (before, number * length - before - x.shape[1])
+    return nn.functional.pad(x, padding, value=no_document).unflatten(1, (number, length))
+
+
+def _and_previous(blocks: Tensor) -> Tensor:
+    """[B, R + G, C, ...] to [B, G, (R + 1) C, ...]: each block but the first R, behind R others."""
+    last = blocks.shape[1] - BLOCKS_PER_WINDOW
+    return torch.cat([blocks[:, i : i + last] for i in range(BLOCKS_PER_WINDOW + 1)], 2)

@@ -1,10 +1,11 @@
 """Rows that enter and leave a running batch: each goes on as if it were alone."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
-from samplers import CONFIG, PROMPTS, generate, make_sampler
+from samplers import ATTENTION, CONFIG, LAYERS, PROMPTS, UNBOUNDED, generate, make_sampler
 
 from recurrentgemma.common.generation.prefill import read, read_pending
 from recurrentgemma.common.generation.requests import RowRequest
@@ -120,3 +121,48 @@ def test_several_rows_and_plain_arrays(twin: str) -> None:
     cache, last, position = read(engine, state)
     assert (last.tolist(), position.tolist()) == ([9, 5, 31], [3, 1, 2])
     assert engine.owns(cache)
+
+
+def test_no_bit_depends_on_the_length_of_a_neighbour(twin: str) -> None:
+    """Not beside a shorter text, one with over 512 tokens or one of the same length."""
+    growing, recurrent = LAYERS
+    capped, window = (
+        dataclasses.replace(growing, mixer=dataclasses.replace(ATTENTION, **change))
+        for change in ({"soft_cap": 5.0}, {"reach": 8})
+    )
+    config = dataclasses.replace(UNBOUNDED, layers=(growing, capped, window, recurrent))
+    engine = make_sampler(twin, config=config).engine
+    engine.reproducible = True
+    capacity, rng = engine.capacity_for(700), np.random.default_rng(0)
+
+    def state(length: int) -> Any:
+        arrays = engine.to_numpy(engine.begin(1, capacity))
+        return engine.from_numpy(
+            {
+                block: {
+                    name: np.full_like(value, length)
+                    if name == "num_tokens"
+                    else rng.normal(size=value.shape).astype(value.dtype)
+                    for name, value in fields.items()
+                }
+                for block, fields in arrays.items()
+            }
+        )
+
+    states = {length: state(length) for length in (3, 400, 600)}
+
+    def first_row(neighbour: int | None) -> list[Any]:
+        cache = engine.put(engine.begin(2, capacity), np.array([0]), states[400])
+        if neighbour is not None:
+            cache = engine.put(cache, np.array([1]), states[neighbour])
+        rows = []
+        for step in range(2):
+            position = [400 + step, -1 if neighbour is None else neighbour + step]
+            fed = np.array([7 + step, 9], np.int32), np.array(position, np.int32)
+            logits, cache = engine.feed(cache, *map(engine.on_device, fed))
+            rows.append(engine.on_host(logits)[0])
+        return rows
+
+    alone = first_row(None)
+    for neighbour in (3, 600, 400):
+        np.testing.assert_array_equal(first_row(neighbour), alone, err_msg=str(neighbour))

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recurrentgemma.common.model.config import Layer, ModelConfig
 from recurrentgemma.common.model.mixers import Attention, Rope
 from recurrentgemma.torch import Griffin, GriffinConfig, cross_entropy
-from recurrentgemma.torch.attention import BLOCKS_PER_WINDOW
+from recurrentgemma.torch.softmax import BLOCKS_PER_WINDOW
 from tolerances import assert_close
 
 CONFIG = CONFIGS["griffin"]

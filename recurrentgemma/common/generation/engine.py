@@ -60,6 +60,7 @@ class Engine(abc.ABC):
       burst: How many tokens a row the loop decodes between two looks from the host.
       long_burst: The same where a text gets `LONG` tokens or more, which pay for compiling such a
         burst; `burst` if that is larger.
+      reproducible: Whether no bit of a row's logits may depend on the other rows of a batch.
       prepares: Whether the first prompt compiles what any later one needs. A command reads few
         prompts: it compiles what they need alone.
     """
@@ -69,6 +70,7 @@ class Engine(abc.ABC):
     pads_chunks: bool
     burst: int
     long_burst: int = 1
+    reproducible: bool = False
     prepares: bool = True
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Checks of a model's inputs. Only arrays on the host are checked."""
+"""Checks of a model's inputs. Only values on the host are checked."""
 
 from __future__ import annotations
 
@@ -10,16 +10,25 @@ from recurrentgemma.common.errors import UserError
 
 
 def check_inputs(tokens: Any, segment_pos: Any, vocab_size: int) -> None:
-    """Raises `ValueError` for wrong values in NumPy arrays; other arrays are not checked.
+    """Raises `ValueError` for inputs that a model cannot read; values are checked in NumPy's alone.
 
     Args:
-      tokens: Token ids, [B, T].
+      tokens: Token ids, [B, T], an array of any framework.
       segment_pos: Their positions, [B, T].
       vocab_size: Number of tokens.
     """
+    if not all("int" in str(z.dtype) for z in (tokens, segment_pos)):
+        raise UserError(
+            f"tokens and segment_pos must be integers, got {tokens.dtype} and {segment_pos.dtype}"
+        )
+    if tokens.ndim != 2 or tokens.shape != segment_pos.shape:
+        raise UserError(
+            "tokens and segment_pos must have one shape [B, T], "
+            f"got {tuple(tokens.shape)} and {tuple(segment_pos.shape)}"
+        )
     if isinstance(tokens, np.ndarray):
         check_ids("tokens", tokens, vocab_size)
-    if isinstance(segment_pos, np.ndarray) and segment_pos.ndim == 2:
+    if isinstance(segment_pos, np.ndarray):
         behind = (segment_pos[:, 1:] < 0) & (segment_pos[:, :-1] >= 0)
         if behind.any():
             row, place = np.argwhere(behind)[0]

@@ -162,7 +162,7 @@ def require_room(capacity: int | None, tokens: int) -> None:
 
 
 def check_state(
-    config: Config, arrays: Mapping[str, Mapping[str, Any]], batch_size: int | None = None
+    config: Config, arrays: Mapping[str, Any], batch_size: int | None = None
 ) -> int | None:
     """Raises `ValueError` naming every array that differs from what such a model's state has.
 
@@ -170,13 +170,13 @@ def check_state(
 
     Args:
       config: What the model is.
-      arrays: The state, as arrays of any framework.
+      arrays: The state, as arrays of any framework, in mappings or named tuples.
       batch_size: How many rows it must have; any number, the same in all arrays, if None.
     """
     actual = {
         f"{block}.{field}": tuple(value.shape)
         for block, fields in arrays.items()
-        for field, value in fields.items()
+        for field, value in (fields if isinstance(fields, Mapping) else fields._asdict()).items()
     }
     expected = {spec.path: spec for spec in state_spec(config)}
     problems = [f"missing {name}" for name in expected if name not in actual]

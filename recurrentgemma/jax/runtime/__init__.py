@@ -1,1 +1,1 @@
-"""Compiled steps."""
+"""What JAX or a device needs and a model does not: compiled steps, traced blocks, axes."""

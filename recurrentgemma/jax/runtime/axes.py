@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from recurrentgemma.common.errors import UserError
 
 _R = TypeVar("_R")
 
@@ -39,6 +44,40 @@ def automatic(
         results,
         partitions(results),
     )
+
+
+class AnyAxes(nn.Module):
+    """A Linen module of tokens; its outputs are split over explicit axes as their rows are."""
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's `apply`.
+
+        Raises:
+          ValueError: `variables` has no "params".
+        """
+        if "params" not in variables:
+            raise UserError(f'variables must be {{"params": params}}, got {", ".join(variables)}')
+        return _like_tokens(super().apply, variables, *args, **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's `init_with_output`."""
+        return _like_tokens(super().init_with_output, rngs, *args, **kwargs)
+
+
+def _like_tokens(function: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method of Linen on automatic axes, its results split as the tokens are."""
+    tokens: Any = args[0] if args else kwargs.get("tokens")
+
+    def split(result: Array) -> PartitionSpec:
+        shape = np.shape(tokens)
+        shared = 2 if result.ndim > 2 and result.shape[:2] == shape else 1
+        if not shape or result.shape[:shared] != shape[:shared]:
+            return PartitionSpec()
+        return PartitionSpec(*partition(tokens)[:shared])
+
+    return automatic(function, lambda results: jax.tree.map(split, results), first, *args, **kwargs)
 
 
 def partition(array: Any) -> PartitionSpec:

@@ -1,1 +1,1 @@
-"""Captured steps and the passage between NumPy and PyTorch."""
+"""What PyTorch or a device needs and a model does not: captured steps, kernels, known values."""

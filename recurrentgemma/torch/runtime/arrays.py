@@ -34,16 +34,12 @@ def as_dtype(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(z if z.dtype == dtype else z.to(dtype) for z in tensors)
 
 
-def is_integer(z: Tensor | np.ndarray) -> bool:
-    """Whether it holds integers, and no truth values."""
-    if not isinstance(z, Tensor):
-        return z.dtype.kind in "iu"
-    return not (z.dtype == torch.bool or z.is_floating_point() or z.is_complex())
-
-
 def as_index(z: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """On a device, in a dtype that torch indexes with and that no position overflows."""
-    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(z)).to(device)
+    """On a device, in a dtype that torch indexes with and that no position overflows.
+
+    An array is copied, as it may be read-only or strided in ways that torch is not.
+    """
+    tensor = (z if isinstance(z, Tensor) else torch.from_numpy(np.array(z))).to(device)
     return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,16 +44,38 @@ def product32(x: Tensor, packed: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def pack4(values: Tensor) -> Tensor:
+def takes4(values: Tensor, scale: Tensor) -> bool:
+    """Whether `product4` works, and takes matrices with such values and scales."""
+    outputs, groups = scale.shape[-2:]
+    fits = 2 * values.shape[-1] // groups in _GROUPS and outputs % _OUTPUTS == 0
+    return fits and values.is_cpu and packed4_works()
+
+
+def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix of 4 bits as `product4` takes it: values in its layout, and scales with zeros.
+
+    The kernel computes (value - 8) s + z in bfloat16.
+
+    Args:
+      values: As they are stored, [N, K / 2].
+      scale: [N, G].
+      zero: [N, G].
+    """
+    pairs = torch.stack([scale, scale * (8 - zero.float())], -1)
+    unpacked = quantization.unpack(values, torch.stack)
+    return _layout4(unpacked), pairs.transpose(0, 1).bfloat16().contiguous()
+
+
+def unpack4(packed: tuple[Tensor, Tensor]) -> Tensor:
+    """The values of `pack4` as they are stored."""
+    outputs, half = packed[0].shape
+    blocks = _halves(packed[0]).view(outputs // _OUTPUTS, -1)
+    return quantization.pack(blocks[:, _places4(2 * half)].view(outputs, 2 * half))
+
+
+def _layout4(values: Tensor) -> Tensor:
     """4-bit values, one a byte, [N, K], in the layout of PyTorch's kernel, [N, K / 2]."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
-
-
-def unpack4(packed: Tensor) -> Tensor:
-    """The inverse of `pack4`."""
-    outputs, half = packed.shape
-    blocks = _halves(packed).view(outputs // _OUTPUTS, -1)
-    return blocks[:, _places4(2 * half)].view(outputs, 2 * half)
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,27 +85,16 @@ def _places4(inputs: int) -> Tensor:
     places = torch.arange(size, dtype=torch.int32, device="cpu").view(_OUTPUTS, inputs)
     held = torch.zeros(size, dtype=torch.int64, device="cpu")
     for digit in range(0, size.bit_length(), 4):
-        held |= _halves(pack4(places >> digit & 15)).long() << digit
+        held |= _halves(_layout4(places >> digit & 15)).long() << digit
     return held.argsort()
-
-
-def _stored4(values: Any) -> Any:
-    return quantization.pack(values)
 
 
 def _halves(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten()
 
 
-def scales4(scale: Tensor, zero: Tensor) -> Tensor:
-    """Scales and zeros, [N, G], as the kernel takes them, [G, N, 2]: (value - 8) s + z."""
-    return (
-        torch.stack([scale, scale * (8 - zero.float())], -1).transpose(0, 1).bfloat16().contiguous()
-    )
-
-
 def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
-    """x W of rows in bfloat16, [M, K], with packed values and their `scales4`."""
+    """x W of rows in bfloat16, [M, K], with a matrix that `pack4` made."""
     values, scales = packed
     group = x.shape[1] // len(scales)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), values, group, scales)
@@ -145,10 +155,11 @@ def packed4_works() -> bool:
     scale = torch.arange(1, 2 * outputs + 1).view(outputs, 2) / 256  # exact in bfloat16
     zero = (_extremes(outputs, 2) & 15).to(torch.int8)
     groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
-    x, packed = _extremes(5, 256).bfloat16(), pack4(values)
+    stored = quantization.pack(values)
+    x, packed = _extremes(5, 256).bfloat16(), pack4(stored, scale, zero)
     wanted = x.float() @ groups.flatten(1).t()
-    error = (product4(x, (packed, scales4(scale, zero))).float() - wanted).abs().max()
-    kept = torch.equal(unpack4(packed), values)
+    error = (product4(x, packed).float() - wanted).abs().max()
+    kept = torch.equal(unpack4(packed), stored)
     return kept and bool(error <= 2**-7 * wanted.abs().max())
 
 
@@ -159,36 +170,3 @@ def bfloat16_row_works() -> bool:
     x = torch.linspace(-1, 1, 4096).bfloat16()
     wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
     return bool(((w @ x).float() - wanted).abs().sub(2**-8 * wanted.abs()).le(error).all())
-
-
-class Layout(NamedTuple):
-    """A kernel's own layout of matrices.
-
-    Attributes:
-      takes: Whether the kernel takes a matrix with such values and scales, and works.
-      pack: The layout of a matrix, [N, K], from its values, scales and zeros.
-      unpack: The values as they are stored.
-    """
-
-    takes: Callable[[Tensor, Tensor], bool]
-    pack: Callable[..., Any]
-    unpack: Callable[[Any], Tensor]
-
-
-def _takes4(values: Tensor, scale: Tensor) -> bool:
-    outputs, groups = scale.shape[-2:]
-    fits = 2 * values.shape[-1] // groups in _GROUPS and outputs % _OUTPUTS == 0
-    return fits and values.is_cpu and packed4_works()
-
-
-# By the bits of a value.
-LAYOUTS = {
-    4: Layout(
-        _takes4,
-        lambda values, scale, zero: (
-            pack4(quantization.unpack(values, torch.stack)),
-            scales4(scale, zero),
-        ),
-        lambda packed: _stored4(unpack4(packed[0])),
-    ),
-}

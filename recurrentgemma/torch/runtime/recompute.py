@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from recurrentgemma.torch.blocks import Block
 
 
+def can_recompute() -> bool:
+    """Whether autograd's hooks keep activations: under the transforms of torch.func they do not."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
 class RecomputedBlock(Block):
     """A residual block whose activations the backward pass can compute again.
 

@@ -5,31 +5,59 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
-from recurrentgemma.torch.cache import Positions, is_known
+from recurrentgemma.torch.cache import Positions
+from recurrentgemma.torch.runtime.known import is_known
 from recurrentgemma.torch.softmax import attend_masked
 
-_GIVEN_UP = contextvars.ContextVar("given_up", default=False)
+USED_SLOTS = 512  # whole blocks of PyTorch's kernel
+
+
+class _Terms(NamedTuple):
+    given_up: bool = False
+    reproducible: bool = False
+
+
+_NONE = _Terms()
+_TERMS = contextvars.ContextVar("terms", default=_NONE)
 
 
 @contextlib.contextmanager
-def giving_up() -> Iterator[None]:
-    """Inside, a step may write into the state that it is given: nobody uses it any more."""
-    before = _GIVEN_UP.set(True)
+def giving_up(reproducible: bool = False) -> Iterator[None]:
+    """Inside, a step may write into the state that it is given: nobody uses it any more.
+
+    Args:
+      reproducible: Whether the step computes rows at one place as it computes rows at several:
+        each is then the same to the bit whatever the place of the others.
+    """
+    before = _TERMS.set(_Terms(True, reproducible))
     try:
         yield
     finally:
-        _GIVEN_UP.reset(before)
+        _TERMS.reset(before)
 
 
 def is_given_up() -> bool:
     """Whether a step may write into its state; see `giving_up`."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _GIVEN_UP.get()
+    compiled = torch.compiler.is_compiling()
+    return not compiled and not torch.is_grad_enabled() and _TERMS.get().given_up
+
+
+def used_slots(mixer: Attention, segment_pos: Positions, slots: int) -> int:
+    """How many slots of a state a step reads; further ones, without tokens, would change no bit.
+
+    In a growing state they are a multiple of `USED_SLOTS` where the host knows the positions. A
+    soft cap needs all: without PyTorch's kernel their number changes the last bits.
+    """
+    if mixer.reach is not None or mixer.soft_cap or not is_known(segment_pos):
+        return slots
+    return min(slots, -(-(int(segment_pos.max()) + 1) // USED_SLOTS) * USED_SLOTS)
 
 
 def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> int | None:
@@ -38,6 +66,8 @@ def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockC
     None elsewhere, and where a document begins or the state lacks some of its tokens.
     """
     if torch.is_grad_enabled() or not (is_known(segment_pos) and is_known(cache.num_tokens)):
+        return None
+    if _TERMS.get().reproducible and len(segment_pos) > 1:
         return None
     numbers = {*segment_pos[:, 0].tolist(), *cache.num_tokens.tolist()}
     if len(numbers) != 1:
