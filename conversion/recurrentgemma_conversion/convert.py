@@ -130,7 +130,8 @@ def convert(
       source: A checkpoint of any format, or an archive.
       destination: The folder to make.
       to: The format of the result.
-      dtype: The dtype to cast the parameters to, to nearest, ties to even; no cast if None.
+      dtype: The dtype to cast the parameters to, to nearest, ties to even. No cast if None, but
+        quantised tensors of a GGUF become bfloat16.
       shard_size: Bytes in a safetensors file, at most.
       ocdbt: Whether a `kaggle-flax` result is an OCDBT database, not a file for each array.
       tokenizer: A `tokenizer.model` or `tokenizer.json`, if none is beside the weights.

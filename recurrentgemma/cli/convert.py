@@ -41,7 +41,8 @@ def convert(
     dtype: Annotated[
         DType | None,
         typer.Option(
-            help="Cast to this dtype, to nearest, ties to even. Default: no cast.",
+            help="Cast to this dtype, to nearest, ties to even. Default: no cast, but bfloat16 for "
+            "quantised tensors of a GGUF.",
             metavar=choices(DType),
         ),
     ] = None,

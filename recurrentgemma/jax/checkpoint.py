@@ -58,7 +58,8 @@ def load_checkpoint(
         or "tiny-chat".
       dtype: The dtype of the parameters and the computation. If None each parameter keeps its
         stored dtype; but where the factors of matrix products are stored in several, these are
-        float32 or wider, and float64 becomes float32 where JAX has it turned off.
+        float32 or wider, and float64 becomes float32 where JAX has it turned off. Matrices of a
+        GGUF with quantised weights are bfloat16.
       device: Where the parameters go; the first if None.
       sharding: How they are split over several devices instead: see `load_parameters`.
       mesh: The devices that the model is split over (see `make_mesh`), each parameter as

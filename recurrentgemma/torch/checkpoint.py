@@ -54,7 +54,7 @@ def load_checkpoint(
         or "tiny-chat".
       dtype: The dtype of the parameters and the computation. If None each parameter keeps its
         stored dtype; but where the factors of matrix products are stored in several, these are
-        float32 or wider.
+        float32 or wider. Matrices of a GGUF with quantised weights are bfloat16.
       device: Where the parameters go; the CPU if None.
       mesh: The processes over which they are split instead (see `make_mesh`). Each reads its part
         of every tensor, one at a time.

@@ -212,7 +212,7 @@ def test_blocks_of_a_gguf_that_stay(cli, tmp_path):
     dtypes = {parameter["path"]: parameter["dtype"] for parameter in report["parameters"]}
     assert report["quantization"] is None
     assert dtypes["embedder.input_embedding"] == "F16"
-    assert dtypes["blocks.0.mlp_block.ffw_down.kernel"] == "F32"
+    assert dtypes["blocks.0.mlp_block.ffw_down.kernel"] == "BF16"
     assert dtypes["blocks.1.mlp_block.ffw_down.kernel"] == "q4_32"
     line = "quantised              11 matrices in Q4_0, which --quantize q4_32 keeps"
     assert line in cli("inspect", path).out.splitlines()

@@ -26,12 +26,15 @@ WHOLE = [encoding.name for encoding in ENCODINGS.values() if encoding.dtype]
 
 
 @pytest.mark.parametrize("encoding", QUANTISED)
-def test_what_is_quantised_is_read_in_float32(tmp_path: Path, encoding: str) -> None:
+def test_what_is_quantised_is_read_exactly(tmp_path: Path, encoding: str) -> None:
+    """`fetch` gives float32; without a choice a model has matrices in bfloat16."""
     path = write_gguf(tmp_path / "model.gguf", encoding)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     with open_checkpoint(path) as reader:
         assert reader.config == CONFIG
-        assert set(reader.dtypes.values()) == {np.dtype(np.float32)}
+        for spec in reader.specs:
+            dtype = np.dtype(np.float32) if spec.path.endswith("scale") else BFLOAT16
+            assert reader.dtypes[spec.path] == dtype
         for name, tensor in stored.items():
             expected = gguf.dequantize(tensor.data, tensor.tensor_type)
             expected = expected.reshape(reader.tensors[name].shape)
@@ -150,6 +153,12 @@ def test_a_missing_key(tmp_path: Path) -> None:
         pytest.raises(errors.ConfigError, match=r"lacks gemma2\.attention"),
         open_checkpoint(path),
     ):
+        pass
+
+
+def test_sizes_of_no_model(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", changes={"gemma3.attention.key_length": 1})
+    with pytest.raises(errors.ConfigError, match="must be an even integer"), open_checkpoint(path):
         pass
 
 

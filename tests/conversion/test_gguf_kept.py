@@ -60,7 +60,7 @@ def assert_exact(values: dict[str, Any], path: Path) -> None:
 
 
 def test_blocks_stay_as_they_are(path: Path, tmp_path: Path) -> None:
-    """A tensor in another encoding keeps its dtype without a scheme, and is quantised with one."""
+    """A tensor in another encoding is bfloat16 without a scheme, and is quantised with one."""
     random = write_gguf(tmp_path / "random.gguf", "Q4_0")  # its table is in Q4_0, too
     for file in (path, random):
         for scheme in (None, "q4_32"):
@@ -72,7 +72,7 @@ def test_blocks_stay_as_they_are(path: Path, tmp_path: Path) -> None:
                 dense = reader.read(spec)
             table = values[TABLE]
             if scheme is None:
-                np.testing.assert_array_equal(table, dense.astype(np.float32))
+                np.testing.assert_array_equal(table, dense.astype(BFLOAT16))
             else:
                 expected = quantize_parameter(spec, dense, scheme)
                 assert table.scheme == "q8"
@@ -91,7 +91,8 @@ def test_a_dtype_dequantises(path: Path) -> None:
             expected = reader.read(spec).astype(np.float32)
             np.testing.assert_array_equal(exact[spec.path], expected)
             np.testing.assert_array_equal(dense[spec.path], expected.astype(BFLOAT16))
-            np.testing.assert_array_equal(parts[spec.path], expected[:1])
+            natural = expected if spec.wide else expected.astype(BFLOAT16)
+            np.testing.assert_array_equal(parts[spec.path], natural[:1])
     asked = read(path, BFLOAT16, "q4_32")
     assert {asked[path].dtype for path in MATRICES} == {"bfloat16"}
     assert kept(asked) == MATRICES
@@ -108,7 +109,7 @@ def test_a_file_of_several_encodings(tmp_path: Path) -> None:
             assert reader.stored_in(spec) == ("q4_32" if spec.path in MATRICES - left else None)
             if spec.path in left:
                 dense = reader.read(spec)
-                np.testing.assert_array_equal(natural[spec.path], dense)
+                np.testing.assert_array_equal(natural[spec.path], dense.astype(BFLOAT16))
                 expected = quantize_parameter(spec, dense, "q4_32")
                 for part, array in asked[spec.path].parts.items():
                     np.testing.assert_array_equal(array, expected.parts[part])
@@ -154,7 +155,8 @@ def test_rows_in_another_order(turned: None, tmp_path: Path) -> None:
 
 
 def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path, tmp_path: Path) -> None:
-    """Loaded without a dtype: exact values, the logits of the dequantised model, and saved so."""
+    """Loaded without a dtype: exact values, in bfloat16 the logits of the dequantised model, and
+    saved so."""
     twin, tokens = backend.twin, make_tokens(CONFIG, 1, 8)
     positions = np.arange(8, dtype=np.int32)[None]
     module = importlib.import_module(f"recurrentgemma.{twin.name}")
@@ -165,12 +167,14 @@ def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path, tmp_pat
     assert not twin.quantized(dense)
     exact = twin.params(dense)
     for name, value in held.items():
-        assert value.dtype == "float32"
+        assert value.dtype == "bfloat16"
         np.testing.assert_array_equal(dequantize(value.with_parts(twin.to_numpy)), exact[name])
     expected = twin.forward(dense, tokens, positions).activations["logits"]
     loaded = twin.forward(model, tokens, positions).activations["logits"]
     assert_close(loaded, expected, "logits", "bfloat16")  # of PyTorch's kernel
-    plain = twin.forward(twin.dequantizing(model), tokens, positions).activations["logits"]
+    values = read(path) | {TABLE: exact[TABLE]}
+    wide = twin.dequantizing(twin.make(CONFIG, values.items(), "float32"))
+    plain = twin.forward(wide, tokens, positions).activations["logits"]
     assert_close(plain, expected, "logits", "float32")
     twin.save(tmp_path / "saved", model, trained())
     saved = read(tmp_path / "saved")
@@ -181,22 +185,31 @@ def test_the_twins_compute_with_the_blocks(backend: Backend, path: Path, tmp_pat
 
 
 def test_conversions(path: Path, tmp_path: Path) -> None:
-    """To our format and on to another one, the values stay exact; without a scheme all do."""
-    summary = convert(path, tmp_path / "kept", Format.RECURRENTGEMMA, quantize="q4_32")
+    """To our format and on to another one, the values stay exact; in float32 all do."""
+    said: Any = {"dtype": "float32"}
+    summary = convert(path, tmp_path / "kept", Format.RECURRENTGEMMA, quantize="q4_32", **said)
     assert (summary.verified, summary.dtypes) == (True, ["q4_32", "float32"])
     values = read(tmp_path / "kept")
     assert kept(values) == MATRICES
     assert_exact(values, path)
     convert(tmp_path / "kept", tmp_path / "back", Format.HUGGINGFACE)
-    convert(path, tmp_path / "plain", Format.HUGGINGFACE)
-    convert(path, tmp_path / "ours", Format.RECURRENTGEMMA)
+    convert(path, tmp_path / "plain", Format.HUGGINGFACE, **said)
+    convert(path, tmp_path / "ours", Format.RECURRENTGEMMA, **said)
+    assert convert(path, tmp_path / "half", Format.HUGGINGFACE).dtypes == [
+        "bfloat16",
+        "float16",
+        "float32",
+    ]
     with open_checkpoint(path) as source:
         specs = list(source.specs)
         expected = {spec.path: source.read(spec) for spec in specs}
-    for name in ("back", "plain", "ours"):
+    for name in ("back", "plain", "ours", "half"):
         with open_checkpoint(tmp_path / name) as reader:
             for spec in specs:
-                if spec.path != TABLE or name != "back":  # the table is q8 in between
+                if name == "half" and spec.matrix:
+                    rounded = expected[spec.path].astype(BFLOAT16)
+                    np.testing.assert_array_equal(reader.read(spec), rounded)
+                elif spec.path != TABLE or name != "back":  # the table is q8 in between
                     np.testing.assert_array_equal(reader.read(spec), expected[spec.path])
 
 
@@ -211,7 +224,7 @@ def test_adapters_are_added_to_the_values(path: Path, tmp_path: Path) -> None:
     with open_checkpoint(path, adapter=adapters) as reader:
         for spec in reader.specs:
             if "ffw" in spec.path:
-                np.testing.assert_array_equal(values[spec.path], reader.read(spec))
+                np.testing.assert_array_equal(values[spec.path], reader.read(spec).astype(BFLOAT16))
 
 
 def test_blocks_need_no_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

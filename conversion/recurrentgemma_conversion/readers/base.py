@@ -18,7 +18,7 @@ from recurrentgemma.common.io.arrays import DTYPES, Stacked, cast
 from recurrentgemma.common.io.checkpoint import CONFIG, config_of, no_tokenizer
 from recurrentgemma.common.io.shards import SHARD_SIZE
 from recurrentgemma.common.model.config import Config
-from recurrentgemma.common.model.layer_spec import ParamSpec
+from recurrentgemma.common.model.layer_spec import ParamSpec, layer_spec
 from recurrentgemma.common.quantization import (
     Quantized,
     input_axis,
@@ -152,6 +152,7 @@ class Reader(abc.ABC):
         if config is None:
             assert self.family is not None  # the names tell one
             config = self._told(self.family.sized, self.tensors)
+        self._told(layer_spec, config)  # sizes of which no model can be made
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         return layout(config, self.format, shapes)
 
@@ -163,7 +164,7 @@ class Reader(abc.ABC):
 
     @functools.cached_property
     def dtypes(self) -> dict[str, np.dtype]:
-        """The dtype of each parameter, by path.
+        """The dtype of each parameter unless another is asked for, by path: the stored one.
 
         Raises:
           MismatchError: The tensors do not match the config; all differences are listed.
@@ -180,7 +181,7 @@ class Reader(abc.ABC):
         _ = self.config, self.dtypes
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        """A parameter in the Flax layout, in its stored dtype; float32 or wider if adapted."""
+        """A parameter in the Flax layout, with all bits stored; float32 or wider if adapted."""
         return np.asarray(self.read_parts(spec))
 
     def read_parts(self, spec: ParamSpec) -> np.ndarray | Stacked:
@@ -239,8 +240,9 @@ class Reader(abc.ABC):
 
         Args:
           dtype: The dtype of the computation, and of all parameters that are not quantised. If None
-            each keeps its stored dtype; but where the factors of matrix products are stored in
-            several, these are float32, or float64 beside float64.
+            each has the one in `dtypes`; but where the factors of matrix products have several,
+            these are float32, or float64 beside float64; in a GGUF with quantised weights
+            bfloat16.
           scheme: The scheme. If None what is stored quantised stays so, and nothing else is: in a
             GGUF only where neither a dtype nor a part is given.
           part: Takes the part of a parameter that is wanted, where a model is split; only its bytes
@@ -268,7 +270,7 @@ class Reader(abc.ABC):
                 )
 
     def quantized(self, spec: ParamSpec, scheme: str | None) -> np.ndarray | Stacked | Quantized:
-        """A parameter as `read_as` gives it, in its stored dtype."""
+        """A parameter as `read_as` gives it, but not cast."""
         if self.scheme and scheme not in (None, self.scheme):
             raise ConfigError(
                 f"{self.path} is quantised as {self.scheme} already: quantise the checkpoint that "
@@ -302,7 +304,11 @@ class Reader(abc.ABC):
         """The dtypes that `read_as` gives, by path."""
         dtypes = {path: dtype or stored for path, stored in self.dtypes.items()}
         factors = [spec.path for spec in self.specs if not spec.wide]
-        return dtypes | dict.fromkeys(factors, common_dtype(dtypes[path] for path in factors))
+        return dtypes | dict.fromkeys(factors, self._common(dtypes[path] for path in factors))
+
+    def _common(self, dtypes: Iterable[np.dtype]) -> np.dtype:
+        """The dtype of all factors of matrix products that have these unless one is asked for."""
+        return common_dtype(dtypes)
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:

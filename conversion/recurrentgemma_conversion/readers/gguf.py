@@ -6,7 +6,7 @@ import functools
 import importlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class _Encoding(NamedTuple):
     bytes: int
 
 
-# By ggml's number. Quantised values are read in float32, which holds them exactly, or kept.
+# By ggml's number. `fetch` gives quantised values in float32, which holds them exactly.
 ENCODINGS = {
     0: _Encoding("F32", "float32", 1, 4),
     1: _Encoding("F16", "float16", 1, 2),
@@ -98,6 +98,9 @@ class _Stored(NamedTuple):
 class GGUFReader(Reader):
     """A `.gguf` file; what is not quantised is a view of the mapped file.
 
+    Quantised tensors are bfloat16 unless another dtype is asked for, and so are all matrices with
+    which a model computes beside them.
+
     Raises:
       DamagedError: The file is cut short, or is no GGUF.
       UnknownFormatError: Tensors have an encoding that is not read.
@@ -129,7 +132,7 @@ class GGUFReader(Reader):
                 f"{self.path} is cut short: it must have {end} bytes, got {len(self._bytes)}"
             )
         self.tensors = {
-            name: Tensor(tensor.shape, DTYPES[tensor.encoding.dtype or "float32"])
+            name: Tensor(tensor.shape, DTYPES[tensor.encoding.dtype or "bfloat16"])
             for name, tensor in self._stored.items()
         }
         self.homes = around(self.path)
@@ -151,6 +154,11 @@ class GGUFReader(Reader):
         rows = data.reshape(math.prod(shape[:-1]), -1)
         kind = library.GGMLQuantizationType[encoding.name]
         return library.dequantize(rows, kind).reshape(shape)
+
+    def _common(self, dtypes: Iterable[np.dtype]) -> np.dtype:
+        found = set(dtypes)
+        quantised = not all(tensor.encoding.dtype for tensor in self._stored.values())
+        return DTYPES["bfloat16"] if quantised and len(found) > 1 else super()._common(found)
 
     def stored_in(self, spec: ParamSpec) -> str | None:
         """The scheme that holds a matrix as it is stored: the blocks of its rows, in any order."""

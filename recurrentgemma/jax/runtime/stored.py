@@ -17,7 +17,9 @@ from recurrentgemma.jax.products import OnGPU, Rows, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
-_LARGE = 2**22  # float32 values of a matrix from which a single row gains; with fewer it loses
+# float32 values of a matrix from which products gain: of a stack XLA copies each matrix before a
+# product with many rows.
+_LARGE = 2**20
 
 
 def num_bytes(params: Params) -> int:
