@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from meshes import MESHES, difference, make_batch, mesh_config, trained
 from recurrentgemma.jax import Model, create_train_state, init_params, make_mesh, train_step
+METHODS = dict(zip(MESHES, ("sgd", "adafactor", "lora on int8", "adamw")))
 """
-# Each strategy once; scripts/sharding_grid.py has all methods with each. STATES needs the
-# programs of the last one, which are compiled by then.
+# Each strategy once; scripts/sharding_grid.py has all methods with each. PROGRAM and STATES need
+# programs that are compiled by then.
 TRAINING = """
 from recurrentgemma.jax.training import layout_of
-cases = zip(("sgd", "adafactor", "lora on int8", "adamw"), MESHES, ("packed", "padded") * 2)
-for method, mesh, kind in cases:
+for (mesh, method), kind in zip(METHODS.items(), ("packed", "padded") * 2):
     state, metrics = trained(method, kind, mesh)
     found = difference((state, metrics), trained(method, kind, None))
     assert found <= 1e-10, (method, mesh, kind, found)
@@ -34,16 +34,15 @@ PROGRAM = """
 import math, re
 from recurrentgemma.common.traffic import traffic
 from recurrentgemma.jax.runtime.train_step import compiled
-from recurrentgemma.jax.training import _placed_batch, _stacked
+from recurrentgemma.jax.training import _placed_batch
 from recurrentgemma.common.training.batch import Batch
 
-def program(mesh):
-    made = mesh and make_mesh(mesh)
-    model = Model(mesh_config(), mesh=made)
-    state = create_train_state(model, init_params(model.config, 0, "float64", mesh=made))
-    batch = Batch(*(np.asarray(z)[None] for z in make_batch("packed", 0)))
-    batch = _placed_batch(model, batch)
-    args = (model, state.optimizer, None, state.dtype, state.parameters, state.optimizer_state)
+def program(method, mesh):
+    "One of those that TRAINING ran."
+    state, _ = trained(method, "packed", mesh, steps=0)
+    batch = Batch(*map(np.stack, zip(*(make_batch("packed", i) for i in range(2)))))
+    batch = _placed_batch(state.model, batch)
+    args = state.model, state.optimizer, None, state.dtype, state.parameters, state.optimizer_state
     update = compiled(state.parameters, state.optimizer_state).update
     return update.lower(*args, None, batch, 0.1).compile()
 
@@ -53,11 +52,11 @@ def gathered(text):
     return [tuple(map(int, dims.split(","))) for r in results
             for dims in re.findall(r"\\w+\\[([\\d,]+)\\]", r)]
 
-alone = program(None).cost_analysis()["flops"]
+alone = program("sgd", None).cost_analysis()["flops"]
 weights = {tuple(sorted(d for d in p.shape if d > 1)) for p in
            jax.tree.leaves(init_params(mesh_config(), 0))}
 for mesh in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
-    made = program(mesh)
+    made = program(METHODS[mesh], mesh)
     found = gathered(made.as_text())
     # Only weights are gathered, or the parts that "tensor" leaves: the batch has 8 rows, 24 steps.
     assert not [s for s in found if 24 in s or 192 in s], (mesh, found)
