@@ -41,6 +41,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(JAX_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 KEEP_DAYS = 14
+# Lowering is quicker without the line of the source that each operation comes from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# The package and the tests are compiled once, and not anew in each process that a test starts.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Ignored in what a shell runs in the background, and inherited: tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -149,6 +154,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look at it every time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)  # tracing makes many objects, and few cycles
 
 
 MOST_MAPS, MOST_MEMORY = 30_000, 2_500_000_000

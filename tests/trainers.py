@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,19 @@ class Trainer(abc.ABC):
         return state, {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
 
 
+@functools.cache
+def _loss_gradients(**kwargs: Any) -> Callable[..., Any]:
+    """JAX's loss and its gradients: of hidden states, embedding, weights, then labels."""
+    import jax
+
+    from recurrentgemma.jax import cross_entropy
+
+    def loss(hidden, embedding, weights, labels):
+        return cross_entropy(hidden, embedding, labels, weights, **kwargs)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+
+
 class JaxTrainer(Trainer):
     def logits(self, state, batch):
         import jax
@@ -119,16 +133,10 @@ class JaxTrainer(Trainer):
         return self.backend.to_numpy(apply(state.parameters, state.base))
 
     def cross_entropy(self, hidden, embedding, targets, weights, dtype, **kwargs):
-        import jax
-
         with self.precision(dtype):
             args = [self.backend.array(z, dtype) for z in (hidden, embedding, weights)]
             labels = self.backend.array(targets, "int32")
-
-            def loss(hidden, embedding, weights):
-                return self.module.cross_entropy(hidden, embedding, labels, weights, **kwargs)
-
-            value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*args)
+            value, gradients = _loss_gradients(**kwargs)(*args, labels)
             assert [g.dtype for g in gradients] == [a.dtype for a in args]
             return float(value), tuple(map(self.backend.to_numpy, gradients))
 
@@ -142,11 +150,11 @@ class JaxTrainer(Trainer):
             )
             labels = self.backend.array(targets, "int32")
 
-            def loss(hidden, embedding, weights):
-                return self.module.cross_entropy(hidden, embedding, labels, weights, **kwargs)
+            @jax.jit
+            def second(args, moves):
+                return jax.vjp(lambda *z: _loss_gradients(**kwargs)(*z, labels)[1], *args)[1](moves)
 
-            _, pullback = jax.vjp(jax.grad(loss, (0, 1, 2)), *args)
-            return self.backend.to_numpy(pullback(moves))
+            return self.backend.to_numpy(second(args, moves))
 
 
 class TorchTrainer(Trainer):
