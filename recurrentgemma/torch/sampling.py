@@ -9,7 +9,7 @@ from torch import Tensor
 from recurrentgemma.common.generation.engine import LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
-from recurrentgemma.torch.cache import is_known
+from recurrentgemma.torch.runtime.known import is_known
 
 __all__ = ["Categorical", "Greedy", "choose", "cut_off", "draw"]
 
