@@ -63,7 +63,7 @@ def constant(function: Callable[..., _R], like: Tensor, *args: object) -> _R:
     return (_kept if is_known(like) else _called)(function, like.device, *args)
 
 
-def number(value: float, like: Tensor) -> Tensor:
+def number(value: int | float, like: Tensor) -> Tensor:
     """A number in the dtype of `like`, as a scalar of the CPU, which goes with any device.
 
     Where Python's number stands, PyTorch makes such a tensor in each operation, and casts it.
@@ -71,7 +71,7 @@ def number(value: float, like: Tensor) -> Tensor:
     return (_kept if is_known(like) else _called)(_number, value, like.dtype)
 
 
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def _number(value: int | float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype, device="cpu")
 
 
