@@ -299,6 +299,9 @@ def check_mistakes(config: Config, params: Params, batch: Batch, folder: Path) -
     state, rank = state_of(PARTS, params_of(PARTS), "tensor=2", {}), dist.get_rank()
     with _raises(ValueError, "share rows must give the same: 0 and 1 do not"):
         train_step(state, batch._replace(tokens=batch.tokens + rank))
+    state = state_of(PARTS, params_of(PARTS), "sequence=2", {})
+    with _raises(ValueError, "the tokens of a row must be divisible by sequence=2, got 15"):
+        train_step(state, Batch(*(z[:, :15] for z in batch)))
     state = state_of(config, params, "fsdp=2", {})
     with _raises(ValueError, r"got [1, 2] batches"):
         train_step(state, [batch] * (1 + rank))

@@ -72,7 +72,7 @@ class AttentionBlock(SpecModule):
         self.used_heads: list[int] | None = None  # of the key heads, where all processes have all
         self.materialise(device)
 
-    def join(self, team: Team, split: SplitOf) -> None:
+    def _join(self, team: Team, split: SplitOf) -> None:
         """As `SpecModule`; key heads that cannot be divided are computed by all."""
         del split
         mixer, self.team, self.mixer = self.mixer, team, mixer_part(self.mixer, team)

@@ -58,7 +58,7 @@ class SpecModule(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{spec.path} {list(spec.shape)}" for spec in self.specs)
 
-    def join(self, team: Team, split: SplitOf) -> None:
+    def _join(self, team: Team, split: SplitOf) -> None:
         """Computes its part in a team from now on; its parameters are this process's parts."""
         del split
         self.team = team
@@ -110,7 +110,7 @@ class Linear(nn.Linear, SpecModule):
         """As `SpecModule`, whose method `nn.Linear` hides."""
         SpecModule.reset_parameters(self, seed)
 
-    def join(self, team: Team, split: SplitOf) -> None:
+    def _join(self, team: Team, split: SplitOf) -> None:
         """As `SpecModule`; only parts of the inputs need the others' results."""
         if split("weight")[0] == AXIS:
             self.team = team
@@ -131,7 +131,7 @@ class RMSNorm(SpecModule):
         super().__init__(params.rms_norm(width), device, dtype)
         self.eps = eps
 
-    def join(self, team: Team, split: SplitOf) -> None:
+    def _join(self, team: Team, split: SplitOf) -> None:
         """The norm is of the whole stream; `AttentionBlock` says which norms are of its part."""
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

@@ -56,7 +56,7 @@ class Adapted(nn.Module):
         self._leaf = leaf
         self._sharing, self._adding = ALONE, ALONE  # the teams that share A, and that add up x A
 
-    def join(self, team: Team, split: SplitOf) -> None:
+    def _join(self, team: Team, split: SplitOf) -> None:
         """Computes its part in a team from now on."""
         parts = [AXIS in split(name) for name in ("lora_a", "lora_b")]
         self._sharing = team if parts == [False, True] else ALONE

@@ -80,8 +80,8 @@ class Model(SpecModule):
         with torch.random.fork_rng(devices=[]):
             self.materialise(device if mesh is None else mesh.device_type)
 
-    def join(self, team: Team, split: SplitOf) -> None:
-        super().join(team, split)
+    def _join(self, team: Team, split: SplitOf) -> None:
+        super()._join(team, split)
         self.part = config_part(self.config, team)
 
     def forward(

@@ -181,8 +181,8 @@ def _split_along(
         setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
     team: Any = team_of(mesh, inner)
     for name, module in model.named_modules():
-        if hasattr(module, "join"):
-            join_team: Any = module.join
+        join_team: Any = getattr(module, "_join", None)
+        if join_team is not None:
             join_team(team, functools.partial(_split_in, splits, name, module))
 
 
