@@ -94,6 +94,18 @@ def test_two_processes(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, before[name], rtol=1e-3, atol=1e-5)
 
 
+def test_a_coordinator_that_is_not_reached() -> None:
+    from recurrentgemma.jax.runtime.processes import join
+
+    with socket.socket() as taken:  # which does not listen
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=rf"process 1 of 2 did not reach .* {address} in 0.3 s"
+        ):
+            join(address, 2, 1, 0.3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,17 +63,33 @@ def join(
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"the coordinator must be HOST:PORT, got {coordinator!r}")
+    who = f"process {process_id} of {processes}"
+    if process_id > 0:
+        _reach(who, coordinator, (host.strip("[]"), int(port)), timeout)
     try:
         jax.distributed.initialize(
             coordinator, processes, process_id, initialization_timeout=int(timeout)
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"process {process_id} of {processes} did not meet the others at {coordinator}: "
-            f"{reason}"
-        ) from error
+        raise UserError(f"{who} did not meet the others at {coordinator}: {reason}") from error
     _compile_anew_on_cpu()
+
+
+def _reach(who: str, coordinator: str, address: tuple[str, int], timeout: float) -> None:
+    """Waits until the first process listens; where it does not, JAX would abort this process."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(address, timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{who} did not reach the coordinator at {coordinator} in {timeout:g} s: "
+                    f"{error.strerror or error}"
+                ) from error
+            time.sleep(0.2)
 
 
 def _compile_anew_on_cpu() -> None:
