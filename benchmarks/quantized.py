@@ -8,7 +8,8 @@ A contender is a framework and the form of its weights: a dtype, or a scheme of
 RecurrentGemma 2B; "2b-6" has its widths, 6 layers and a vocabulary of 32,000; "23m" is the workload
 of `benchmarks/model.py`. A step feeds one token to each row and computes its logits, as the sampler
 does. It reads the weights once, whatever the number of rows. The share of memory is the rate at
-which a step of one row reads them, beside the rate at which memory is read in the same run.
+which a step of one row reads them, beside the rate at which memory is read in the same run. The
+peak is the largest memory of a contender's process.
 
 Contenders run in turns, each in its own process. Where they do not fit the memory together, each
 turn starts the process anew, and JAX finds its compiled programs in a cache. With "2b" a process
@@ -41,7 +42,7 @@ SHARE = 0.5  # of the memory, for the weights of processes that live side by sid
 READ = 2**30
 PLACE = 300  # the position of a measured token
 BLOCK = 1 << 20  # random values; a larger parameter repeats them
-BOUND, SIZE = "memory", "bytes"
+BOUND, SIZE, PEAK = "memory", "bytes", "peak_bytes"
 
 
 def config(size: str) -> Any:
@@ -126,7 +127,8 @@ def run(commands: dict[str, list[str]], rounds: int, together: bool, cache: str)
     if together:
         workers = {name: Worker(command) for name, command in commands.items()}
         found = measure(workers, rounds)[1]
-        for worker in workers.values():
+        for name, worker in workers.items():
+            found[name][PEAK] = [worker.peak_bytes]
             worker.close()
         return found
     found: Seconds = {name: {} for name in commands}
@@ -135,6 +137,7 @@ def run(commands: dict[str, list[str]], rounds: int, together: bool, cache: str)
             worker = Worker(command, JAX_COMPILATION_CACHE_DIR=cache)
             for task, seconds in measure({name: worker}, 1)[1][name].items():
                 found[name].setdefault(task, []).extend(seconds)
+            found[name].setdefault(PEAK, []).append(worker.peak_bytes)
             worker.close()
     return found
 
@@ -172,12 +175,13 @@ def main() -> None:
         for name, found in seconds.items()
     }
     columns = [f"{rows} row{'s' * (rows > 1)}, ms" for rows in numbers]
-    table = Table("", "GB", *columns, "tokens/s", "x float32", "of memory")
+    table = Table("", "GB", "peak, GB", *columns, "tokens/s", "x float32", "of memory")
     for name, found in steps.items():
         plain = steps.get(f"{name.split()[0]} float32")
         table.add_row(
             name,
             f"{sizes[name] / 1e9:.2f}",
+            f"{max(seconds[name][PEAK]) / 1e9:.2f}",
             *(spread(seconds[name][str(rows)]) for rows in numbers),
             " / ".join(f"{rows / found[rows]:.3g}" for rows in numbers),
             " / ".join(f"{plain[rows] / found[rows]:.2f}" for rows in numbers) if plain else "",
