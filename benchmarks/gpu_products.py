@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -139,6 +140,7 @@ def frameworks() -> dict[str, tuple[str, Callable[..., Contender]]]:
         if torch.cuda.is_available():
             found["torch"] = torch.cuda.get_device_name(), torch_contender
     if importlib.util.find_spec("jax"):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch some memory
         import jax
 
         if jax.default_backend() == "gpu":

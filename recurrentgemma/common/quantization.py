@@ -72,7 +72,7 @@ class Quantized:
       axis: The axis of inputs in the matrix that this stands for: -2 for [..., K, N], -1 for
         [..., N, K].
       dtype: The name of the dtype that the matrix has in a computation.
-      integer: Whether a product quantises the rows of its other factor, too (`q8` alone).
+      integer: Whether the device chooses the form of a product; if not, it is dequantised.
     """
 
     values: Any
