@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -148,13 +149,11 @@ def tiles(kernel: str, dtype: str) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    """Prints a table, as Markdown."""
+    """Prints two tables, as Markdown."""
     print(
         f"# Registers of the Triton kernels\n\nTriton {triton.__version__}, one warp a program.\n"
     )
-    columns = ["scan", "kernel", "dtype", "channels x steps a thread"]
-    columns += [f"sm_{architecture}" for architecture in ARCHITECTURES]
-    print("| " + " | ".join([*columns, "spilled bytes"]) + " |\n" + "|---" * 8 + "|")
+    _head(["scan", "kernel", "dtype", "channels x steps a thread"], ARCHITECTURES)
     for gated, kernel, dtype in itertools.product((False, True), KERNELS, DTYPES):
         for a_thread, steps in tiles(kernel, dtype):
             usages = [
@@ -162,10 +161,29 @@ def main() -> None:
                 for architecture in ARCHITECTURES
             ]
             scan = "rg_lru_scan" if gated else "linear_scan"
-            cells = [scan, kernel, dtype, f"{a_thread} x {steps}"]
-            cells += [str(usage.registers) for usage in usages]
-            cells += ["/".join(str(usage.spilled) for usage in usages)]
-            print("| " + " | ".join(cells) + " |", flush=True)
+            _row([scan, kernel, dtype, f"{a_thread} x {steps}"], usages)
+    products()
+
+
+def products() -> None:
+    """Prints the table of products with quantised matrices."""
+    architectures = [architecture for architecture in ARCHITECTURES if architecture >= 80]
+    print(f"\nProducts of 16 rows with matrices of {INPUTS} inputs, one to four warps a program:\n")
+    _head(["scheme", "dtype of the rows", "outputs"], architectures)
+    for scheme, dtype, outputs in itertools.product(SCHEMES, DTYPES, OUTPUTS):
+        usages = [compile_product(scheme, dtype, each, outputs) for each in architectures]
+        _row([scheme, dtype, str(outputs)], usages)
+
+
+def _head(names: list[str], architectures: Iterable[int]) -> None:
+    columns = [*names, *(f"sm_{each}" for each in architectures), "spilled bytes"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+
+
+def _row(cells: list[str], usages: list[Usage]) -> None:
+    cells += [str(usage.registers) for usage in usages]
+    cells += ["/".join(str(usage.spilled) for usage in usages)]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ fewer inputs than a group has is one group. The table of embeddings, [V, D], is 
 scheme, with a scale for each row, which is an output of the model's head. `ParamSpec.matrix` and
 `ParamSpec.table` say which parameters are quantised: no norm, bias, convolution or `a_param` is.
 
-A product with `q8` has two forms, between which `Quantized.integer` chooses:
+A product has three forms. Where `Quantized.integer` is set, the device chooses; where it is not,
+as under adapters, every product takes the third:
 
     integer      the rows of x are quantised, too (`quantize_rows`); y = (x_q W_q) * scale_x *
-                 scale_w, with sums in int32 that are equal to the bit in both twins: decoding,
-                 prefill and scores on a CPU or TPU
-    dequantised  y = x (scale * (value - zero)), the matrix in the dtype of x: training on a frozen
-                 base (LoRA), a GPU with more than 16 rows, and every 4-bit matrix
+                 scale_w, with sums in int32 that are equal to the bit in both twins: `q8` on a CPU
+                 or TPU
+    as stored    y = sum over groups g of (x_g (value_g - zero_g)) * scale_g, with sums in float32
+                 whose order does not depend on the number of rows: up to 16 rows on one NVIDIA GPU
+    dequantised  y = x (scale * (value - zero)), the matrix in the dtype of x
 
-Both have the derivative of the dequantised form.
+All have the derivative of the dequantised form.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Quantized:
       axis: The axis of inputs in the matrix that this stands for: -2 for [..., K, N], -1 for
         [..., N, K].
       dtype: The name of the dtype that the matrix has in a computation.
-      integer: Whether a product quantises the rows of its other factor, too (`q8` alone).
+      integer: Whether the device chooses the form of a product; if not, it is dequantised.
     """
 
     values: Any

@@ -30,9 +30,9 @@ from recurrentgemma.torch.runtime import few_rows
 from recurrentgemma.torch.runtime.arrays import to_tensor
 from tolerances import assert_close
 
-DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda:0")
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"
+    DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"
 )
 # Inputs and outputs that blocks do not divide, stacks, less than a group, and several blocks.
 SHAPES = {
@@ -53,14 +53,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(x.shape[1])
         return kernel(x, *others)
 
-    monkeypatch.setattr(few_rows, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(few_rows, "DEVICES", (DEVICE.type,))
     monkeypatch.setattr(few_rows, "_found", {})
     # The interpreter has no arithmetic in bfloat16.
-    dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+    dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
     monkeypatch.setattr(few_rows, "_DTYPES", dtypes)
     for scheme in SCHEMES:
         for dtype in dtypes:
-            few_rows._found[torch.device(DEVICE), scheme, dtype] = True
+            few_rows._found[DEVICE, scheme, dtype] = True
     monkeypatch.setattr(few_rows, "_by_kernel", counted)
     return found
 
@@ -151,7 +151,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(
 ) -> None:
     x, quantized, w = drawn((96, 6), "q4_32", 3)
     rows, kernel = torch.from_numpy(x).to(DEVICE), few_rows._by_kernel
-    kind = torch.device(DEVICE), "q4_32", torch.float32
+    kind = DEVICE, "q4_32", torch.float32
 
     def fails(*_):
         raise RuntimeError("no kernel image is available for execution on the device")
@@ -168,7 +168,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(
     monkeypatch.setattr(few_rows, "_by_kernel", kernel)
     monkeypatch.setattr(few_rows, "_found", {})
     assert few_rows.kernel_works(*kind)
-    assert not few_rows.kernel_works(torch.device(DEVICE), "q8", torch.float64)
+    assert not few_rows.kernel_works(DEVICE, "q8", torch.float64)
 
 
 def test_a_model_decodes(calls: list[int]) -> None:
