@@ -14,17 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recurrentgemma.common.generation.engine import Engine, LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
-from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec, require_match
 from recurrentgemma.common.model.params import shapes_of
 from recurrentgemma.common.model.state import Arrays
 from recurrentgemma.jax.cache import Cache, cache_from_numpy, cache_to_numpy
-from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.quantization import dtype_of
 from recurrentgemma.jax.runtime.compiler import platform_of
-from recurrentgemma.jax.runtime.decode import compiled, functions
+from recurrentgemma.jax.runtime.decode import compiled, functions, watched
 from recurrentgemma.jax.runtime.params import laid_out
 from recurrentgemma.jax.runtime.stored import num_bytes, stored
 from recurrentgemma.jax.runtime.trees import Params
@@ -168,14 +166,8 @@ class ModelEngine(Engine):
     def watch(
         self, cache: Cache, tokens: np.ndarray, segment_pos: np.ndarray
     ) -> tuple[dict[str, bool], Cache]:
-        places, names = jnp.asarray(segment_pos), activation_names(self.config, inside=True)
-        outputs, logits, cache = activations(
-            self.model, self._stored, jnp.asarray(tokens), places, cache, names=names
-        )
-        return {
-            name: bool(jnp.isfinite(output).all())
-            for name, output in (outputs | {"logits": logits}).items()
-        }, cache
+        finite, cache = self._functions.watch(self._stored, cache, tokens, segment_pos)
+        return dict(zip(watched(self.model), np.asarray(finite).tolist(), strict=True)), cache
 
     def take(self, cache: Any, rows: np.ndarray) -> Any:
         return self._functions.take(cache, rows)

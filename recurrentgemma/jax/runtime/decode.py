@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from recurrentgemma.common.generation.engine import Sampled
+from recurrentgemma.common.model.activations import activation_names
 from recurrentgemma.jax.cache import Cache
+from recurrentgemma.jax.capture import activations
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.compiler import compiler_options
 from recurrentgemma.jax.runtime.promotion import default_promotion
@@ -28,6 +30,8 @@ class DecodeFunctions(NamedTuple):
       feed: (params, cache, tokens [B], segment_pos [B]) to logits [B, V] and the cache.
       score: (params, cache, tokens [B, T], segment_pos [B, T], targets [B, T]) to logits
         [B, T, V], the targets' log-probabilities [B, T] and the cache.
+      watch: (params, cache, tokens [B, T], segment_pos [B, T]) to a bool for each of the model's
+        `watched` parts, whether it is finite, and the cache, which is not used up.
       choose: (variant, settings, logits, numbers, seen) to what `Engine.choose` returns.
       burst: (variant, params, settings, cache, seen, tokens, segment_pos, left, numbers) to what
         `Engine.decode` returns.
@@ -38,10 +42,16 @@ class DecodeFunctions(NamedTuple):
     prefill: Callable[..., Cache]
     feed: Callable[..., tuple[Array, Cache]]
     score: Callable[..., tuple[Array, Array, Cache]]
+    watch: Callable[..., tuple[Array, Cache]]
     choose: Callable[..., tuple[Sampled, Array | None]]
     burst: Callable[..., tuple[Sampled, Cache, Array | None]]
     take: Callable[..., Any]
     put: Callable[..., Any]
+
+
+def watched(model: Model) -> tuple[str, ...]:
+    """The parts of a model in which NaN or infinity can begin, in order."""
+    return *activation_names(model.config, inside=True), "logits"
 
 
 def functions(model: Model) -> DecodeFunctions:
@@ -76,6 +86,12 @@ def functions(model: Model) -> DecodeFunctions:
         logprobs = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
         return whole(logits), whole(logprobs), cache
 
+    def watch(params, cache, tokens, segment_pos):
+        names = watched(model)[:-1]
+        found, logits, cache = activations(model, params, tokens, segment_pos, cache, names=names)
+        parts = (*(found[name] for name in names), logits)
+        return whole(jnp.stack([jnp.isfinite(part).all() for part in parts])), cache
+
     @default_promotion
     def burst(variant, params, settings, cache, seen, tokens, segment_pos, left, numbers):
         def step(carry, number):
@@ -94,7 +110,7 @@ def functions(model: Model) -> DecodeFunctions:
         (cache, seen, *_), sampled = jax.lax.scan(step, carry, numbers)
         return sampled, cache, seen
 
-    return DecodeFunctions(prefill, feed, score, _choose, burst, _take, _put)
+    return DecodeFunctions(prefill, feed, score, watch, _choose, burst, _take, _put)
 
 
 def compiled(model: Model, platform: str) -> DecodeFunctions:
@@ -104,12 +120,13 @@ def compiled(model: Model, platform: str) -> DecodeFunctions:
 
 @functools.lru_cache
 def _compiled(model: Model, platform: str) -> DecodeFunctions:
-    prefill, feed, score, choose, burst, take, put = functions(model)
+    prefill, feed, score, watch, choose, burst, take, put = functions(model)
     compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
     return DecodeFunctions(
         compile(prefill, donate_argnames="cache"),
         compile(feed, donate_argnames="cache"),
         compile(score, donate_argnames="cache"),
+        compile(watch),
         jax.jit(choose, static_argnames="variant", donate_argnames="seen"),
         compile(burst, static_argnames="variant", donate_argnames=("cache", "seen")),
         jax.jit(take),
