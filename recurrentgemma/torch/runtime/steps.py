@@ -14,7 +14,8 @@ from torch import Tensor
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
 from recurrentgemma.torch.cache import Positions
 from recurrentgemma.torch.runtime.known import is_known
-from recurrentgemma.torch.softmax import attend_masked
+from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.softmax import attend_also, attend_masked
 
 USED_SLOTS = 512  # whole blocks of PyTorch's kernel
 
@@ -88,6 +89,12 @@ def step_at(
     """The step of rows at one place: without a mask, and in place inside `giving_up`."""
     slots = cache.keys.shape[1]
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
+    wide = cache.keys.dtype == q_b1nh.dtype == wide_dtype(q_b1nh.dtype)
+    if wide and place >= slots and is_given_up():
+        encoded = attend_also(q_b1nh, cache.keys, cache.values, k_b1kh, v_b1kh, mixer)
+        for ring, new in pairs:  # now the token may take the place of one that it sees
+            ring[:, place % slots] = new[:, 0]
+        return encoded, cache._replace(num_tokens=cache.num_tokens + 1)
     keys, values = (_with_token(ring, new, place) for ring, new in pairs)
     seen = min(place, slots) + 1
     encoded = attend_masked(q_b1nh, _first(seen, keys), _first(seen, values), None, mixer)
