@@ -40,12 +40,12 @@ _L, _B, _A, _N = (f"torch/{name}.py" for name in ("layers", "blocks", "attention
 
 FAULTS = (
     # Norms
-    Fault("RMSNorm: eps 1e-5", _L, "keepdim=True) + self.eps", "keepdim=True) + 10 * self.eps"),
+    Fault("RMSNorm: eps 1e-5", _L, "number(self.eps, x32)", "number(10 * self.eps, x32)"),
     Fault(
         "RMSNorm: eps 1e-5, looked at in bfloat16",
         _L,
-        "keepdim=True) + self.eps",
-        "keepdim=True) + 10 * self.eps",
+        "number(self.eps, x32)",
+        "number(10 * self.eps, x32)",
         "--dtype bfloat16",
     ),
     Fault("RMSNorm: scale without its 1", _L, "torch.addcmul(y, y, scale", "torch.mul(y, scale"),
@@ -62,10 +62,10 @@ FAULTS = (
     Fault(
         "embedding: scale not rounded",
         _L,
-        'x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")',
+        "x * number(self.scale, x)",
         "x * x.shape[-1] ** 0.5",
     ),
-    Fault("soft cap: logits not divided by it", _L, "x = x / cap if cap else x", "x = x"),
+    Fault("soft cap: logits not divided by it", _L, "x = x / cap if self.soft_cap else x", "x = x"),
     Fault("soft cap: no tanh", _L, "logits.tanh_() * cap", "logits * cap"),
     Fault(
         "soft cap: tanh before the division",
@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "logits: rounded to bfloat16",
         _L,
-        "x, cap = x.to(wide_dtype(x.dtype)), self",
-        "x, cap = x, self",
+        "x = x.to(wide_dtype(x.dtype))\n        cap",
+        "x = x\n        cap",
         "--dtype bfloat16",
     ),
     # MLP

@@ -12,7 +12,7 @@ from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, R
 from recurrentgemma.common.model.state import round_capacity
 from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
-from recurrentgemma.torch.runtime.known import is_known, once_a_step
+from recurrentgemma.torch.runtime.known import constant, is_known, once_a_step, places
 from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at, used_slots
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend, attend_masked
@@ -39,9 +39,15 @@ def _turns(
     positions: Positions, rope: Rope, half: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "b t 1 r"], Float[Tensor, "b t 1 r"]]:
     """Sines and cosines of the angles by which positions turn."""
-    exponent = torch.arange(half, device=positions.device, dtype=dtype) / half
-    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
+    angle = positions[..., None, None] * constant(_frequencies, positions, rope, half, dtype)
     return torch.sin(angle), torch.cos(angle)
+
+
+def _frequencies(
+    device: torch.device, rope: Rope, half: int, dtype: torch.dtype
+) -> Float[Tensor, " r"]:
+    exponent = torch.arange(half, device=device, dtype=dtype) / half
+    return rope.base**-exponent / rope.stretch
 
 
 class AttentionBlock(SpecModule):
@@ -163,11 +169,11 @@ def _replaced(
     ring_bskh = ring_bskh.to(new_b1kh.dtype)
     rows = torch.arange(segment_pos.shape[0], device=segment_pos.device)[:, None]
     index = rows, segment_pos % ring_bskh.shape[1]
-    places = segment_pos[:, 0].tolist() if is_known(segment_pos) else [-1, 0]
-    if min(places, default=0) < 0:
+    found = places(segment_pos) or (-1, 0)
+    if min(found) < 0:
         padding = (segment_pos < 0)[..., None, None]
         new_b1kh = torch.where(padding, ring_bskh[index], new_b1kh)
-    if 0 in places:
+    if 0 in found:
         ring_bskh = ring_bskh.masked_fill((segment_pos == 0)[..., None, None], 0)
     if is_given_up():
         return ring_bskh.index_put_(index, new_b1kh)

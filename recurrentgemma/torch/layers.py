@@ -19,7 +19,7 @@ from recurrentgemma.torch.cache import Hidden, Positions, num_padding, prepend_h
 from recurrentgemma.torch.products import dense, lookup, product
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime.arrays import as_dtype
-from recurrentgemma.torch.runtime.known import inside_documents
+from recurrentgemma.torch.runtime.known import inside_documents, number
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.sharding import part_of
 
@@ -112,7 +112,8 @@ class RMSNorm(SpecModule):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32, scale = as_dtype(wide_dtype(x.dtype), x, self.scale)
-        rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        squares = (x32 * x32).sum(-1, keepdim=True)
+        rms = torch.rsqrt(torch.add(number(self.eps, x32), squares, alpha=1 / x.shape[-1]))
         y = x32 * rms
         return torch.addcmul(y, y, scale).to(x.dtype)
 
@@ -247,15 +248,15 @@ class Embedder(SpecModule):
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
         x = lookup(self.input_embedding, tokens)
-        # A plain number is not rounded; a scalar of the CPU goes with any device.
-        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
+        return x * number(self.scale, x)  # a plain number is not rounded
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
-        x, cap = x.to(wide_dtype(x.dtype)), self.soft_cap
-        x = x / cap if cap else x  # before the product, where it costs less
+        x = x.to(wide_dtype(x.dtype))
+        cap = number(self.soft_cap, x)
+        x = x / cap if self.soft_cap else x  # before the product, where it costs less
         logits = product(x, self.input_embedding, axis=-1, dtype=x.dtype)
-        return logits.tanh_() * cap if cap else logits
+        return logits.tanh_() * cap if self.soft_cap else logits
 
 
 __getattr__ = elsewhere(__name__, TORCH_LAYERS)

@@ -10,7 +10,7 @@ from recurrentgemma.common.model import params
 from recurrentgemma.common.model.presets import ScanType
 from recurrentgemma.torch.cache import Hidden, Positions
 from recurrentgemma.torch.layers import BlockDiagonalLinear, SpecModule
-from recurrentgemma.torch.runtime.known import inside_documents, is_plain_step
+from recurrentgemma.torch.runtime.known import inside_documents, places
 from recurrentgemma.torch.scan import SCAN_TYPES, as_positions, rg_lru_scan, rg_lru_step
 
 
@@ -46,7 +46,7 @@ class RGLRU(SpecModule):
         """Returns the outputs and the last state."""
         segment_pos = as_positions(segment_pos, x)
         inputs = x, self.input_gate(x), self.a_gate(x), self.a_param
-        if cache is not None and is_plain_step(segment_pos):
+        if cache is not None and places(segment_pos) is not None:
             positions = None if inside_documents(segment_pos) else segment_pos
             y, new_cache = rg_lru_step(*inputs, cache, positions)
         else:

@@ -127,12 +127,17 @@ def attend_masked(
 def attend_also(
     q_b1nh: Float[Tensor, "b 1 n h"],
     k_bskh: Float[Tensor, "b s kv h"],
-    v_bskh: Float[Tensor, "b s kv h"],
     k_b1kh: Float[Tensor, "b 1 kv h"],
+    v_bskh: Float[Tensor, "b s kv h"],
     v_b1kh: Float[Tensor, "b 1 kv h"],
     mixer: Attention,
 ) -> Float[Tensor, "b 1 n h"]:
-    """Attention of one query over S keys and one more, which need not lie beside them."""
+    """Attention of one query over S keys and one more; in float32 nothing is copied."""
+    wide = wide_dtype(q_b1nh.dtype)
+    if not k_bskh.dtype == q_b1nh.dtype == wide or not k_bskh.is_cpu:
+        pairs = ((k_bskh, k_b1kh), (v_bskh, v_b1kh))
+        keys, values = (torch.cat([many.to(one.dtype), one], 1) for many, one in pairs)
+        return attend_masked(q_b1nh, keys, values, None, mixer)
     q_bkrh = (q_b1nh[:, 0] * mixer.scale).unflatten(1, (mixer.kv_heads, -1))
     scores = [q_bkrh @ keys.permute(0, 2, 3, 1) for keys in (k_bskh, k_b1kh)]
     scores_bkrs = torch.cat(scores, -1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -13,6 +15,9 @@ from torch import Tensor
 from recurrentgemma.torch.scan import forward_levels
 
 _R = TypeVar("_R")
+# The last positions that were read: the tensor, its version and the values.
+_Read = tuple[Callable[[], Any], int, tuple[int, ...]]
+_LAST: contextvars.ContextVar[_Read] = contextvars.ContextVar("last", default=(lambda: None, 0, ()))
 
 
 def has_values(values: Tensor) -> bool:
@@ -25,29 +30,65 @@ def has_values(values: Tensor) -> bool:
 
 def is_known(values: Tensor) -> bool:
     """Whether values can be read here without waiting for a device."""
-    return values.device.type == "cpu" and has_values(values)
+    return values.is_cpu and has_values(values)
 
 
-def is_plain_step(segment_pos: Int[Tensor, "b t"]) -> bool:
-    """Whether this is a step at positions that the host knows, and no derivative is asked for."""
-    return (
-        segment_pos.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not forward_levels()
-        and is_known(segment_pos)
-    )
+def places(segment_pos: Int[Tensor, "b t"]) -> tuple[int, ...] | None:
+    """The positions of a step, where the host knows them and no derivative is asked for.
+
+    They are read once for all layers.
+    """
+    if segment_pos.shape[1] != 1 or torch.is_grad_enabled() or forward_levels():
+        return None
+    if not is_known(segment_pos):
+        return None
+    tensor, version, found = _LAST.get()
+    counted = not segment_pos.is_inference()  # such a tensor does not say when it changes
+    if counted and tensor() is segment_pos and version == segment_pos._version:
+        return found
+    found = tuple(segment_pos[:, 0].tolist())
+    if counted:
+        _LAST.set((weakref.ref(segment_pos), segment_pos._version, found))
+    return found
 
 
 def inside_documents(segment_pos: Int[Tensor, "b t"]) -> bool:
-    """Whether this is a plain step without a start of a document or padding."""
-    return is_plain_step(segment_pos) and min(segment_pos[:, 0].tolist(), default=0) > 0
+    """Whether this is a step at known places, without a start of a document or padding."""
+    found = places(segment_pos)
+    return found is not None and min(found, default=0) > 0
+
+
+def constant(function: Callable[..., _R], like: Tensor, *args: object) -> _R:
+    """`function(like.device, *args)`, computed once where `like` is known."""
+    return (_kept if is_known(like) else _called)(function, like.device, *args)
+
+
+def number(value: int | float, like: Tensor) -> Tensor:
+    """A number in the dtype of `like`, as a scalar of the CPU, which goes with any device.
+
+    Where Python's number stands, PyTorch makes such a tensor in each operation, and casts it.
+    """
+    return (_kept if is_known(like) else _called)(_number, value, like.dtype)
+
+
+def _number(value: int | float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _called(function: Callable[..., _R], *args: object) -> _R:
+    return function(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(function: Callable[..., _R], *args: object) -> _R:
+    with torch.inference_mode(False):  # else autograd could not use it later
+        return function(*args)
 
 
 def once_a_step(function: Callable[..., _R], segment_pos: Int[Tensor, "b t"], *args: object) -> _R:
-    """`function(segment_pos, *args)`, which is kept for the other layers of a plain step."""
-    if is_plain_step(segment_pos):
-        return _at(function, tuple(segment_pos[:, 0].tolist()), *args)
-    return function(segment_pos, *args)
+    """`function(segment_pos, *args)`, which is kept for the other layers of a step."""
+    found = places(segment_pos)
+    return function(segment_pos, *args) if found is None else _at(function, found, *args)
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
 from recurrentgemma.torch.cache import Positions
-from recurrentgemma.torch.runtime.known import is_known
-from recurrentgemma.torch.scan import wide_dtype
+from recurrentgemma.torch.runtime.known import is_known, number, places
 from recurrentgemma.torch.softmax import attend_also, attend_masked
 
 USED_SLOTS = 512  # whole blocks of PyTorch's kernel
@@ -56,9 +55,10 @@ def used_slots(mixer: Attention, segment_pos: Positions, slots: int) -> int:
     In a growing state they are a multiple of `USED_SLOTS` where the host knows the positions. A
     soft cap needs all: without PyTorch's kernel their number changes the last bits.
     """
-    if mixer.reach is not None or mixer.soft_cap or not is_known(segment_pos):
+    found = places(segment_pos)
+    if mixer.reach is not None or mixer.soft_cap or not found:
         return slots
-    return min(slots, -(-(int(segment_pos.max()) + 1) // USED_SLOTS) * USED_SLOTS)
+    return min(slots, -(-(max(found) + 1) // USED_SLOTS) * USED_SLOTS)
 
 
 def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> int | None:
@@ -66,12 +66,11 @@ def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockC
 
     None elsewhere, and where a document begins or the state lacks some of its tokens.
     """
-    if torch.is_grad_enabled() or not (is_known(segment_pos) and is_known(cache.num_tokens)):
+    found = places(segment_pos)
+    if found is None or not is_known(cache.num_tokens):
         return None
-    if _TERMS.get().reproducible and len(segment_pos) > 1:
-        return None
-    numbers = {*segment_pos[:, 0].tolist(), *cache.num_tokens.tolist()}
-    if len(numbers) != 1:
+    numbers = {*found, *cache.num_tokens.tolist()}
+    if len(numbers) != 1 or (_TERMS.get().reproducible and len(found) > 1):
         return None
     (place,) = numbers
     fits = mixer.reach is not None or place < cache.keys.shape[1]
@@ -89,30 +88,22 @@ def step_at(
     """The step of rows at one place: without a mask, and in place inside `giving_up`."""
     slots = cache.keys.shape[1]
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    wide = cache.keys.dtype == q_b1nh.dtype == wide_dtype(q_b1nh.dtype)
-    if wide and place >= slots and is_given_up():
-        encoded = attend_also(q_b1nh, cache.keys, cache.values, k_b1kh, v_b1kh, mixer)
-        for ring, new in pairs:  # now the token may take the place of one that it sees
-            ring[:, place % slots] = new[:, 0]
-        return encoded, cache._replace(num_tokens=cache.num_tokens + 1)
-    keys, values = (_with_token(ring, new, place) for ring, new in pairs)
-    seen = min(place, slots) + 1
-    encoded = attend_masked(q_b1nh, _first(seen, keys), _first(seen, values), None, mixer)
-    rings = _first(slots, keys), _first(slots, values)
-    return encoded, AttentionBlockCache(*rings, cache.num_tokens + 1)
-
-
-def _first(count: int, z: Tensor) -> Tensor:
-    return z if z.shape[1] == count else z[:, :count]
+    if place < slots:  # the slot of the token holds nothing
+        rings = [_with_token(*pair, place) for pair in pairs]
+        keys, values = (ring[:, : place + 1] for ring in rings)
+        encoded = attend_masked(q_b1nh, keys, values, None, mixer)
+    else:  # the token still sees what it replaces
+        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], mixer)
+        rings = [_with_token(*pair, place % slots) for pair in pairs]
+    num_tokens = cache.num_tokens + number(1, cache.num_tokens)
+    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
 
 def _with_token(
-    ring_bskh: Float[Tensor, "b s kv h"], new_b1kh: Float[Tensor, "b 1 kv h"], place: int
-) -> Float[Tensor, "b _ kv h"]:
-    """The ring with a token and, behind it, what the token replaces and still sees."""
-    slot = place % ring_bskh.shape[1]
-    if slot == place and ring_bskh.dtype == new_b1kh.dtype and is_given_up():
-        ring_bskh[:, slot] = new_b1kh[:, 0]
-        return ring_bskh
-    before, replaced, after = ring_bskh.to(new_b1kh.dtype).tensor_split([slot, slot + 1], 1)
-    return torch.cat([before, new_b1kh, after, replaced], 1)
+    ring_bskh: Float[Tensor, "b s kv h"], new_b1kh: Float[Tensor, "b 1 kv h"], slot: int
+) -> Float[Tensor, "b s kv h"]:
+    """The ring with a token in a slot."""
+    ring_bskh = ring_bskh.to(new_b1kh.dtype)
+    ring_bskh = ring_bskh if is_given_up() else ring_bskh.clone()
+    ring_bskh[:, slot] = new_b1kh[:, 0]
+    return ring_bskh

@@ -208,8 +208,11 @@ def as_positions(segment_pos: Tensor, x: Tensor) -> Tensor:
     Raises:
       ValueError: They are not integers, or their shape or device does not fit x.
     """
+    fits = segment_pos.shape == x.shape[:2] and segment_pos.device == x.device
+    if fits and segment_pos.dtype in (torch.int32, torch.int64):
+        return segment_pos
     _check(x, "segment_pos", segment_pos, x.shape[:2], "an integer")
-    return segment_pos if segment_pos.dtype in (torch.int32, torch.int64) else segment_pos.long()
+    return segment_pos.long()
 
 
 def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:

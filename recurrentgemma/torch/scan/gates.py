@@ -19,7 +19,7 @@ _MINUS_C = torch.tensor(-RG_LRU_C, device="cpu")
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and of sensitive arithmetic: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 class BoundedSqrt(torch.autograd.Function):
