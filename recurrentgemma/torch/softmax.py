@@ -124,6 +124,31 @@ def attend_masked(
     return out_zkmh.unflatten(2, sizes).transpose(1, 2).flatten(2, 3)
 
 
+def attend_also(
+    q_b1nh: Float[Tensor, "b 1 n h"],
+    k_bskh: Float[Tensor, "b s kv h"],
+    k_b1kh: Float[Tensor, "b 1 kv h"],
+    v_bskh: Float[Tensor, "b s kv h"],
+    v_b1kh: Float[Tensor, "b 1 kv h"],
+    mixer: Attention,
+) -> Float[Tensor, "b 1 n h"]:
+    """Attention of one query over S keys and one more; in float32 nothing is copied."""
+    wide = wide_dtype(q_b1nh.dtype)
+    if not k_bskh.dtype == q_b1nh.dtype == wide or not k_bskh.is_cpu:
+        pairs = ((k_bskh, k_b1kh), (v_bskh, v_b1kh))
+        keys, values = (torch.cat([many.to(one.dtype), one], 1) for many, one in pairs)
+        return attend_masked(q_b1nh, keys, values, None, mixer)
+    q_bkrh = (q_b1nh[:, 0] * mixer.scale).unflatten(1, (mixer.kv_heads, -1))
+    scores = [q_bkrh @ keys.permute(0, 2, 3, 1) for keys in (k_bskh, k_b1kh)]
+    scores_bkrs = torch.cat(scores, -1)
+    if mixer.soft_cap:
+        scores_bkrs = torch.tanh(scores_bkrs / mixer.soft_cap) * mixer.soft_cap
+    weights_bkrs = scores_bkrs.softmax(-1)
+    out_bkrh = weights_bkrs[..., :-1] @ v_bskh.transpose(1, 2)
+    out_bkrh = torch.addcmul(out_bkrh, weights_bkrs[..., -1:], v_b1kh.transpose(1, 2))
+    return out_bkrh.flatten(1, 2)[:, None]
+
+
 def _lags(before: int, queries: int, keys: int, device: torch.device) -> Int[Tensor, "c s"]:
     """How many places each key is before each query; `before` places precede the first query."""
     query = torch.arange(before, before + queries, dtype=torch.int32, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
 from recurrentgemma.torch.cache import Positions
 from recurrentgemma.torch.runtime.known import is_known, number, places
-from recurrentgemma.torch.softmax import attend_masked
+from recurrentgemma.torch.softmax import attend_also, attend_masked
 
 USED_SLOTS = 512  # whole blocks of PyTorch's kernel
 
@@ -91,10 +91,10 @@ def step_at(
     if place < slots:  # the slot of the token holds nothing
         rings = [_with_token(*pair, place) for pair in pairs]
         keys, values = (ring[:, : place + 1] for ring in rings)
+        encoded = attend_masked(q_b1nh, keys, values, None, mixer)
     else:  # the token still sees what it replaces
-        keys, values = (torch.cat([ring.to(z.dtype), z], 1) for ring, z in pairs)
+        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], mixer)
         rings = [_with_token(*pair, place % slots) for pair in pairs]
-    encoded = attend_masked(q_b1nh, keys, values, None, mixer)
     num_tokens = cache.num_tokens + number(1, cache.num_tokens)
     return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 
