@@ -19,6 +19,7 @@ from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, to_array
+from recurrentgemma.torch.runtime.known import read_once
 from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock, can_recompute
 from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, TimeTeam, config_part, on_parts
@@ -143,6 +144,7 @@ class Model(SpecModule):
         if part and isinstance(self.team, TimeTeam):
             before = Before(self.team.group, segment_pos)
             tokens, segment_pos = before.own(tokens), before.own(segment_pos)
+        segment_pos = read_once(segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state
