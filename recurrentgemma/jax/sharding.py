@@ -152,7 +152,7 @@ def scan_split(mesh: Mesh, split: TokenSplit) -> ShardingSpec:
     """How the linear recurrence over tokens that are split so is split."""
     (width,) = layouts.activation_layout(sizes_of(mesh))["lru"] or (None,)
     batch, time = split
-    return ShardingSpec(mesh, batch or None, *(time or (None,)), width)
+    return ShardingSpec(mesh, batch or None, time[0] if time else None, width)
 
 
 def state_shardings(config: Config, mesh: Mesh, rows: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Device
 from jax.sharding import Mesh, NamedSharding
 
 from recurrentgemma.common.errors import MissingExtraError, UserError
@@ -58,7 +57,7 @@ class CompiledStep(NamedTuple):
     sent: dict[str, int]
 
 
-def tpu_devices(topology: str) -> list[Device]:
+def tpu_devices(topology: str) -> list[Any]:
     """The devices of TPUs that need not be there, by a name such as "v5e:16x16".
 
     Raises:
@@ -139,7 +138,8 @@ def lower_step(
     kinds = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
     batch = Batch(*(array((accumulation, rows, length), kind, place) for kind in kinds))
     arguments = model, optimizer, lora, jnp.dtype(dtype), parameters, moments, base, batch, 1e-4
-    return compiled(parameters, moments).update.lower(*arguments)
+    update: Any = compiled(parameters, moments).update
+    return update.lower(*arguments)
 
 
 def compile_step(
@@ -157,5 +157,5 @@ def compile_step(
         seconds=seconds,
         held=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes + made_anew,
-        sent=sent_bytes(program.as_text()),
+        sent=sent_bytes(program.as_text() or ""),
     )

@@ -58,11 +58,11 @@ class TableSplit(NamedTuple):
         return lax.all_gather(table, self.width, axis=1, tiled=True) if self.width else table
 
 
-def table_split(mesh: Mesh, table: tuple[int, int], tokens: tuple[int, int]) -> TableSplit:
+def table_split(mesh: Mesh, table: tuple[int, ...], tokens: tuple[int, ...]) -> TableSplit:
     """How a table [V, D] and tokens [B, T] of these shapes are split."""
-    (spec,) = params.embedder(*table)
+    (spec,) = params.embedder(table[0], table[1])
     vocab, width = split_of(spec, sizes_of(mesh))
-    batch, time = token_split(mesh, *tokens)
+    batch, time = token_split(mesh, tokens[0], tokens[1])
     return TableSplit(
         automatic_mesh(mesh),
         batch,
