@@ -20,6 +20,7 @@ run in turns, each in its own process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import statistics
 import subprocess
@@ -64,7 +65,7 @@ def make_folders(home: Path) -> None:
     from recurrentgemma_conversion.readers.base import Contents
     from recurrentgemma_conversion.readers.huggingface import write_huggingface
 
-    pattern = ("recurrent", "recurrent", "attention") * (LAYERS // 3)
+    pattern: Any = ("recurrent", "recurrent", "attention") * (LAYERS // 3)
     config = GriffinConfig(VOCABULARY, WIDTH, MLP, WIDTH // 128, pattern, True, 2048, 30.0)
     dtypes = {spec.path: DTYPES["float32"] for spec in layer_spec(config)}
     (home / SPEED).mkdir()
@@ -133,12 +134,13 @@ def ours(framework: str, form: str, home: Path) -> dict[str, Task]:
 def torchao(form: str, home: Path) -> dict[str, Task]:
     """RecurrentGemma of transformers, with the linear layers that torchao quantises."""
     import torch
-    from torchao import quantization
-    from torchao.prototype.quantization import int4
-    from torchao.utils import get_model_size_in_bytes
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_grad_enabled(False)
+    quantization, int4, utils = (
+        importlib.import_module(f"torchao.{name}")
+        for name in ("quantization", "prototype.quantization.int4", "utils")
+    )
     kinds: dict[str, Callable[[], Any]] = {
         "int8": quantization.Int8WeightOnlyConfig,
         "int8, MLPs compiled": quantization.Int8WeightOnlyConfig,
@@ -172,20 +174,18 @@ def torchao(form: str, home: Path) -> dict[str, Task]:
         place += 1
 
     found = errors(home, logits(load(TEXT, quantize=False)), logits(load(TEXT)))
-    size = float(get_model_size_in_bytes(model))
+    size = float(utils.get_model_size_in_bytes(model))
     return {STEP: timed(step), SIZE: lambda: size, **found}
 
 
 def mlx(form: str, home: Path) -> dict[str, Task]:
     """RecurrentGemma of mlx-lm."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
+    mx, nn, utils = (importlib.import_module(f"mlx.{name}") for name in ("core", "nn", "utils"))
+    caches = importlib.import_module("mlx_lm.models.cache")
+    loading = importlib.import_module("mlx_lm.utils")
 
     def load(name: str, quantize: bool = True) -> Any:
-        model = load_model(home / name)[0]
+        model = loading.load_model(home / name)[0]
         if quantize and MLX[form]:
             group, bits = MLX[form]
             nn.quantize(model, group_size=group, bits=bits)
@@ -196,13 +196,13 @@ def mlx(form: str, home: Path) -> dict[str, Task]:
         return lambda tokens: np.array(model(mx.array(tokens)).astype(mx.float32))
 
     model = load(SPEED)
-    cache = make_prompt_cache(model)
+    cache = caches.make_prompt_cache(model)
 
     def step() -> None:
         mx.eval(model(mx.array([[1]]), cache=cache))
 
     found = errors(home, logits(load(TEXT, quantize=False)), logits(load(TEXT)))
-    size = float(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
+    size = float(sum(value.nbytes for _, value in utils.tree_flatten(model.parameters())))
     return {STEP: timed(step), SIZE: lambda: size, **found}
 
 
@@ -225,16 +225,15 @@ def stack(library: str, form: str) -> dict[str, Task]:
 
     rng = np.random.default_rng(0)
     matrices = [
-        (rng.standard_normal((i, o)) / math.sqrt(i)).astype(np.float32)
+        rng.standard_normal((i, o), np.float32) / np.float32(math.sqrt(i))
         for i, o in zip([WIDTH, *widths], widths, strict=False)
     ]
-    x = rng.standard_normal((32, WIDTH)).astype(np.float32)
+    x = rng.standard_normal((32, WIDTH), np.float32)
     params: Any = {f"Dense_{i}": {"kernel": jnp.asarray(w)} for i, w in enumerate(matrices)}
     run = jax.jit(lambda params, x: Stack().apply({"params": params}, x))
     true = np.asarray(run(params, x))
     if library == "qwix" and QWIX[form]:
-        import qwix
-
+        qwix = importlib.import_module("qwix")
         rule = qwix.QuantizationRule(module_path=".*", **QWIX[form])
         model = qwix.quantize_model(Stack(), qwix.PtqProvider([rule]))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))["params"]
@@ -291,10 +290,29 @@ def tasks(contender: str, home: Path) -> dict[str, Task]:
     return ours(library, form, home)
 
 
-def main() -> None:
-    """Measures every contender."""
+def show(seconds: Seconds, versions: dict[str, str], output: Path | None) -> None:
+    """Prints the table, and writes it to `output`."""
     from rich.table import Table
 
+    steps = {name: statistics.median(found[STEP]) for name, found in seconds.items()}
+    table = Table("", "GB", "a step, ms", "tokens/s", "x float32", "error", "bits a byte, %")
+    for name, step in steps.items():
+        plain, found = steps.get(f"{name.split()[0]} float32"), seconds[name]
+        table.add_row(
+            name,
+            f"{found[SIZE][0] / 1e9:.3f}",
+            spread(found[STEP]),
+            f"{1 / step:.3g}",
+            f"{plain / step:.2f}" if plain else "",
+            f"{found[ERROR][0]:.2e}",
+            f"{found[BITS][0]:+.3f}" if BITS in found else "",
+        )
+    table.caption = ", ".join(f"{name} {version}" for name, version in versions.items())
+    publish(table, {"seconds": seconds, "peers": versions}, output)
+
+
+def main() -> None:
+    """Measures every contender."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     for library in ("torchao", "qwix", "mlx"):
         parser.add_argument(f"--{library}", metavar="PYTHON")
@@ -318,26 +336,12 @@ def main() -> None:
         seconds: Seconds = measure(workers, arguments.rounds)[1]
         for worker in workers.values():
             worker.close()
-    steps = {name: statistics.median(found[STEP]) for name, found in seconds.items()}
-    table = Table("", "GB", "a step, ms", "tokens/s", "x float32", "error", "bits a byte, %")
-    for name, step in steps.items():
-        plain, found = steps.get(f"{name.split()[0]} float32"), seconds[name]
-        table.add_row(
-            name,
-            f"{found[SIZE][0] / 1e9:.3f}",
-            spread(found[STEP]),
-            f"{1 / step:.3g}",
-            f"{plain / step:.2f}" if plain else "",
-            f"{found[ERROR][0]:.2e}",
-            f"{found[BITS][0]:+.3f}" if BITS in found else "",
-        )
     versions = {
         package: installed(python, package)
         for package in ("torchao", "qwix", "mlx", "mlx-lm")
         if (python := getattr(arguments, package.partition("-")[0]))
     }
-    table.caption = ", ".join(f"{name} {version}" for name, version in versions.items())
-    publish(table, {"seconds": seconds, "peers": versions}, arguments.output)
+    show(seconds, versions, arguments.output)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ class Layout:
             parameters: dict[str, Any] = {}
             for spec in entry.specs:
                 value = parameters[spec.path] = read(spec)
-                for piece in self.pieces[spec.path] if isinstance(value, Quantized) else ():
+                if not isinstance(value, Quantized):
+                    continue
+                for piece in self.pieces[spec.path]:
                     whole = piece.part is None
                     part = value if whole else value.with_parts(operator.itemgetter(piece.part))
                     for name, array in self.storage.encode(part).items():

@@ -292,9 +292,9 @@ class Reader(abc.ABC):
         kept = self.stored_in(spec)
         if kept is None or scheme not in (None, kept):
             return self.layout.decode(spec, self.fetch)
-        values, scale, *zero = self.layout.decode_rows(spec, self.fetch_quantized)
-        dtype = self.dtypes[spec.path].name
-        return Quantized(values, scale, *(zero or [None]), kept, input_axis(spec), dtype)
+        values, scale, *rest = self.layout.decode_rows(spec, self.fetch_quantized)
+        zero, dtype = rest[0] if rest else None, self.dtypes[spec.path].name
+        return Quantized(values, scale, zero, kept, input_axis(spec), dtype)
 
     def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
         """Values, scales and zeros of a stored matrix, [N, ...], where its parameter has them."""

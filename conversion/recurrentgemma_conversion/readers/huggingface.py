@@ -55,6 +55,7 @@ class HuggingFaceReader(SafetensorsReader):
         super()._open()
         self._packed: dict[str, list[str]] = {}  # the tensors of each quantised matrix
         self._damaged: list[str] = []
+        self._scheme = ""
         if compressed.FIELD in self._fields:
             self._fold(folder / CONFIG)
         # Some tools store the tied output matrix, too.
@@ -90,18 +91,19 @@ class HuggingFaceReader(SafetensorsReader):
                 continue
             shape = tuple(map(int, np.ravel(self.shards.read(name + compressed.SHAPE))))
             scale, asymmetric = parts[compressed.SCALE], compressed.ZERO in parts
-            if len(shape) != 2 or len(scale.shape) != 2 or scale.dtype not in DTYPES.values():
+            dtype = scale.dtype if scale.dtype in DTYPES.values() else None
+            if len(shape) != 2 or len(scale.shape) != 2 or dtype is None:
                 self._damaged.append(f"{name} must have two axes and scales that are floats")
                 continue
             sizes = (shape[0], scale.shape[1])
-            wanted = compressed.tensor_shapes(shape, sizes, self._bits, asymmetric, scale.dtype)
+            wanted = compressed.tensor_shapes(shape, sizes, self._bits, asymmetric, dtype)
             self._damaged += [
                 f"{name}{part} must be {dtype} of shape {size}, got {given.dtype} {given.shape}"
                 for part, (size, dtype) in wanted.items()
                 if ((given := parts[part]).shape, given.dtype) != (size, dtype)
             ]
             matrices[name] = (shape[1], scale.shape[1], asymmetric)
-            self.tensors[name] = Tensor(shape, scale.dtype)
+            self.tensors[name] = Tensor(shape, dtype)
             self._packed[name] = list(parts)
         if not self._damaged:
             self._scheme = compressed.scheme_of(self.path, self._bits, matrices)
@@ -109,7 +111,8 @@ class HuggingFaceReader(SafetensorsReader):
     def stored_in(self, spec: ParamSpec) -> str | None:
         """The scheme that holds a matrix as it is stored, its rows of outputs in any order."""
         whole = all(piece.name in self._packed for piece in self.layout.pieces[spec.path])
-        return self._scheme if spec.matrix and whole and self.layout.in_rows(spec) else None
+        held = spec.matrix and whole and self.layout.in_rows(spec)
+        return self._scheme or None if held else None
 
     def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
         parts = {part: self.shards.read(name + part) for part in self._packed[name]}
@@ -123,9 +126,11 @@ class HuggingFaceReader(SafetensorsReader):
     def fetch(self, name: str) -> np.ndarray:
         """A stored tensor; a quantised matrix is dequantised."""
         if name in self._packed:
-            values, scale, *zero = self.fetch_quantized(name)
-            held = Quantized(values, scale, *(zero or [None]), self._scheme, -1)
-            return cast(dequantize(held), self.tensors[name].dtype)
+            values, scale, *rest = self.fetch_quantized(name)
+            held = Quantized(values, scale, rest[0] if rest else None, self._scheme, -1)
+            dtype = self.tensors[name].dtype
+            assert dtype is not None  # as `_fold` made sure
+            return cast(dequantize(held), dtype)
         tensor = self.shards.read(name)
         if self._head and name == self._embedding:
             untied = [h for h in self._head if not same_bits(tensor, self.shards.read(h))]
