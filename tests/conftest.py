@@ -180,6 +180,16 @@ def _is_full() -> bool:
     return resident > MOST_MEMORY or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _prompts_compile_what_they_need() -> Iterator[None]:
+    """And not what longer ones would; tests/sampling/test_engine.py has a sampler's own way."""
+    from recurrentgemma.common.generation.engine import Engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "prepares", False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
