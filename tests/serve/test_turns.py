@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scheduling import LONG, Served, alone, make_job
+from serving import FREE, complete, events
 
 from recurrentgemma.common.generation.strategies import Categorical
 from recurrentgemma.serve.jobs import Job, NewToken
@@ -119,3 +120,18 @@ def test_a_stop_inside_a_burst_ends_the_text(sampler, monkeypatch) -> None:
     pieces = [event for event in served.events[stopped] if isinstance(event, NewToken)]
     assert "".join(piece.text for piece in pieces) == text[: text.find(text[9:12])]
     assert pieces[-1].finish_reason == "stop_string"
+
+
+def test_tokens_that_come_together_are_one_event(server, monkeypatch) -> None:
+    monkeypatch.setattr(server.service.scheduler, "_hold_s", FOREVER_S)
+    body = {"prompt": "x", "max_tokens": 12, "n": 2, "seed": 3, "logprobs": 1, **FREE}
+    whole = complete(server, **body)["choices"]
+    pieces = events(server, "/v1/completions", body)
+    for choice in whole:
+        mine = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        assert len(mine) <= 4  # the first token, the others, the end
+        assert "".join(piece["text"] for piece in mine) == choice["text"]
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            said = [value for piece in mine for value in piece["logprobs"][name]]
+            assert said == choice["logprobs"][name]
+        assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == ["length"]
