@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from recurrentgemma.jax import scan as scan  # published code reads layers.scan
 from recurrentgemma.jax.cache import Hidden, Positions, num_padding, prepend_history
 from recurrentgemma.jax.products import STORED, Adapted, dense, lookup, product, promote_dtype
 from recurrentgemma.jax.runtime.promotion import default_promotion
-from recurrentgemma.jax.runtime.sequence import by_parts, preceded
+from recurrentgemma.jax.runtime.sequence import lagged, slices
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
@@ -165,27 +164,16 @@ class Conv1D(SpecModule):
         if cache is None:
             tokens_alone = jnp.where((segment_pos >= 0)[..., None], x, 0)
             extended = jnp.pad(tokens_alone, ((0, 0), (reach, 0), (0, 0)))
-            earlier = by_parts(functools.partial(_earlier, reach), self.mesh, tokens_alone)
+            earlier = lagged(tokens_alone, reach, self.mesh)
         else:
             extended = prepend_history(cache, x, num_padding(segment_pos))
-            earlier = _lagged(extended, reach)
+            earlier = slices(extended, reach)
         y = x * w[reach] + b
         for k in range(1, reach + 1):
             # The token at position p of its document has p tokens before it.
             y = y + jnp.where((segment_pos >= k)[..., None], earlier[k - 1], 0) * w[reach - k]
         new_cache = _new_state(extended, segment_pos, reach, cache is not None)
         return y.astype(x.dtype), new_cache if return_cache else None
-
-
-def _earlier(reach: int, axis: str | None, x: Array) -> list[Array]:
-    """The inputs 1, 2, ... `reach` tokens before each of a device's, zeros before the first."""
-    before = preceded(x, reach, axis)
-    spare = reach + x.shape[1] - before.shape[1]
-    return _lagged(jnp.pad(before, ((0, 0), (spare, 0), (0, 0))), reach)
-
-
-def _lagged(extended: Array, reach: int) -> list[Array]:
-    return [extended[:, reach - k : extended.shape[1] - k] for k in range(1, reach + 1)]
 
 
 def _step(x: Array, segment_pos: Array, state: Array, w: Array, b: Array) -> tuple[Array, Array]:
@@ -255,8 +243,7 @@ class Embedder(SpecModule):
     def decode(self, x: Hidden) -> Float[Array, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
-        # Matrices, since XLA transposes all logits for the gradient of an einsum over b and t.
-        # On a mesh rows and steps stay apart.
+        # A matrix: for the gradient of an einsum XLA transposes all logits. A mesh splits b and t.
         x_zd, wide = x.reshape(-1, x.shape[-1]) if self.mesh is None else x, wide_dtype(x.dtype)
         logits = product(x_zd, w, axis=-1, dtype=wide)
         logits = logits.reshape(*x.shape[:2], w.shape[0])

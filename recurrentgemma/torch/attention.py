@@ -12,7 +12,7 @@ from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache, R
 from recurrentgemma.common.model.state import round_capacity
 from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_padding, prepend_history
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
-from recurrentgemma.torch.runtime.known import constant, is_known, once_a_step, places
+from recurrentgemma.torch.runtime.known import is_known, once_a_step, places
 from recurrentgemma.torch.runtime.neighbours import Before
 from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at, used_slots
 from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, key_heads, mixer_part
@@ -41,15 +41,9 @@ def _turns(
     positions: Positions, rope: Rope, half: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "b t 1 r"], Float[Tensor, "b t 1 r"]]:
     """Sines and cosines of the angles by which positions turn."""
-    angle = positions[..., None, None] * constant(_frequencies, positions, rope, half, dtype)
+    exponent = torch.arange(half, device=positions.device, dtype=dtype) / half
+    angle = positions[..., None, None] * (rope.base**-exponent / rope.stretch)
     return torch.sin(angle), torch.cos(angle)
-
-
-def _frequencies(
-    device: torch.device, rope: Rope, half: int, dtype: torch.dtype
-) -> Float[Tensor, " r"]:
-    exponent = torch.arange(half, device=device, dtype=dtype) / half
-    return rope.base**-exponent / rope.stretch
 
 
 class AttentionBlock(SpecModule):

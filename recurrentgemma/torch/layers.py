@@ -136,8 +136,7 @@ class RMSNorm(SpecModule):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32, scale = as_dtype(wide_dtype(x.dtype), x, self.team.shared(self.scale))
-        squares = (x32 * x32).sum(-1, keepdim=True)
-        rms = torch.rsqrt(torch.add(number(self.eps, x32), squares, alpha=1 / x.shape[-1]))
+        rms = torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + number(self.eps, x32))
         y = x32 * rms
         return torch.addcmul(y, y, scale).to(x.dtype)
 
@@ -273,14 +272,7 @@ class Embedder(SpecModule):
 
     def encode(self, tokens: Int[Tensor, "b t"]) -> Hidden:
         """The embeddings, times the scale in their dtype."""
-        table = self.team.local(self.input_embedding)
-        if self.team.count == 1:
-            x = lookup(table, tokens)
-        else:
-            index = tokens - self.team.index * len(table)
-            others = (index < 0) | (index >= len(table))
-            x = lookup(table, index.masked_fill(others, 0))
-            x = self.team.total(x.masked_fill(others[..., None], 0))
+        x = self.team.looked_up(lookup, self.input_embedding, tokens)
         return x * number(self.scale, x)  # a plain number is not rounded
 
     def decode(self, x: Hidden) -> Float[Tensor, "b t v"]:

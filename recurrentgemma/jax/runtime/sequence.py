@@ -53,3 +53,19 @@ def preceded(x: Array, reach: int | None, axis: str | None) -> Array:
         parts.insert(0, lax.ppermute(sent, axis, pairs))
         missing -= sent.shape[1]
     return jnp.concatenate(parts, 1)
+
+
+def lagged(x: Array, reach: int, mesh: Mesh | None) -> list[Array]:
+    """x, [B, T, L], as it was 1 to `reach` tokens before each token; zeros before the first."""
+
+    def parts(axis: str | None, x: Array) -> list[Array]:
+        before = preceded(x, reach, axis)
+        spare = reach + x.shape[1] - before.shape[1]
+        return slices(jnp.pad(before, ((0, 0), (spare, 0), (0, 0))), reach)
+
+    return by_parts(parts, mesh, x)
+
+
+def slices(extended: Array, reach: int) -> list[Array]:
+    """`lagged` of x behind the `reach` tokens before it, [B, reach + T, L]."""
+    return [extended[:, reach - k : extended.shape[1] - k] for k in range(1, reach + 1)]

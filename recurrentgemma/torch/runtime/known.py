@@ -59,31 +59,22 @@ def inside_documents(segment_pos: Int[Tensor, "b t"]) -> bool:
     return found is not None and min(found, default=0) > 0
 
 
-def constant(function: Callable[..., _R], like: Tensor, *args: object) -> _R:
-    """`function(like.device, *args)`, computed once where `like` is known."""
-    return (_kept if is_known(like) else _called)(function, like.device, *args)
-
-
 def number(value: int | float, like: Tensor) -> Tensor:
     """A number in the dtype of `like`, as a scalar of the CPU, which goes with any device.
 
     Where Python's number stands, PyTorch makes such a tensor in each operation, and casts it.
     """
-    return (_kept if is_known(like) else _called)(_number, value, like.dtype)
+    return (_kept if is_known(like) else _number)(value, like.dtype)
 
 
 def _number(value: int | float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _called(function: Callable[..., _R], *args: object) -> _R:
-    return function(*args)
-
-
 @functools.lru_cache(maxsize=32)
-def _kept(function: Callable[..., _R], *args: object) -> _R:
+def _kept(value: int | float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # else autograd could not use it later
-        return function(*args)
+        return _number(value, dtype)
 
 
 def once_a_step(function: Callable[..., _R], segment_pos: Int[Tensor, "b t"], *args: object) -> _R:

@@ -57,6 +57,10 @@ class Team:
         """This process's part of a parameter."""
         return x
 
+    def looked_up(self, lookup: Callable[..., Tensor], table: Any, index: Tensor) -> Tensor:
+        """`lookup(table, index)`, the rows of a table of which each process may have a part."""
+        return lookup(self.local(table), index)
+
     def everyone(self, value: Any) -> list[Any]:
         """The values of all processes, in their order."""
         return [value]
@@ -80,6 +84,13 @@ class MeshTeam(Team):
 
     def local(self, x: Any) -> Any:
         return x.to_local() if hasattr(x, "to_local") else x
+
+    def looked_up(self, lookup: Callable[..., Tensor], table: Any, index: Tensor) -> Tensor:
+        part = self.local(table)
+        index = index - self.index * len(part)
+        others = (index < 0) | (index >= len(part))
+        rows = lookup(part, index.masked_fill(others, 0))
+        return self.total(rows.masked_fill(others[..., None], 0))
 
     def everyone(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.count
