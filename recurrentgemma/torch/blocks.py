@@ -45,8 +45,8 @@ class RecurrentBlock(SpecModule):
         self, x: Hidden, segment_pos: Positions, cache: Any = None, return_cache: bool = True
     ) -> tuple[Hidden, Any]:
         """Returns the outputs and the state after them."""
-        split = cache is None or isinstance(cache, Before)
-        rg_lru_state, conv1d_state = (cache, cache) if split else cache
+        both = (cache, cache) if cache is None or isinstance(cache, Before) else cache
+        rg_lru_state, conv1d_state = both
         x = self.team.shared(x)
         y = gelu(self.linear_y(x), approximate="tanh")
         x = self.linear_x(x)

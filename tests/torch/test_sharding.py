@@ -136,7 +136,8 @@ def test_a_team_adds_up_five_times_a_layer_and_twice_more(pools) -> None:
         again = sum(layer.post_norms for layer in PARTS.layers)
         assert sorted(large) == sorted(keys + [width] * (5 * PARTS.num_layers + again + 2))
         # `traffic` is for JAX, where a recurrent layer adds up once more, and no post-norm does.
-        said = traffic(PARTS, {"tensor": 2}, *tokens.shape, "float32").collectives["all-reduce"]
+        rows, length = tokens.shape
+        said = traffic(PARTS, {"tensor": 2}, rows, length, "float32").collectives["all-reduce"]
         assert sum(large) == 2 * said + (again - 1) * width
         # Of the loss two numbers a token, never logits; of the step its tokens and its norm.
         assert max(found["allgather_"]) == 2 * 8 * tokens.size
@@ -148,7 +149,7 @@ def test_a_team_adds_up_five_times_a_layer_and_twice_more(pools) -> None:
      (6, 3, 2, [[0, 0, 1], [1, 2, 2]])],
 )  # fmt: skip
 def test_the_key_heads_of_a_process(heads, kv_heads, count, expected) -> None:
-    mixer = Attention(heads, kv_heads, 8, None, Rope(), 1.0)
+    mixer = Attention(heads, kv_heads, 8, None, Rope(), scale=1.0)
     assert [key_heads(mixer, index, count) for index in range(count)] == expected
 
 
