@@ -5,8 +5,8 @@ block again; their gradients are added up once. Bytes are those that one device 
 devices pass parts around a ring: (n - 1) / n of an array that is gathered or scattered, twice that
 of one that is added up on all.
 
-Where "sequence" splits the tokens of a row, neighbours pass on the state of a recurrence, the
-inputs of a convolution, and keys and values: as many as the attention reaches, or all of them.
+Where "sequence" splits the tokens of a row, devices pass on the state of a recurrence, the inputs
+of a convolution, and keys and values: as many as the attention reaches, or all of them.
 """
 
 from __future__ import annotations
