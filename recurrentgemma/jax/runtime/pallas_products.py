@@ -95,15 +95,16 @@ def _product(x: Array, w: Quantized, interpret: Any) -> Array:
     x = jnp.pad(x, ((0, 0), (0, FEW - num_rows), (0, 0)))
     each = x.shape[-1] // stored  # values of a byte
     rows = [[part[..., place::each] for part in _parts(x)] for place in range(each)]
-    return pl.pallas_call(
+    y = pl.pallas_call(
         functools.partial(_kernel, cut),
         grid=(pl.cdiv(outputs, cut.outputs), stack),
-        out_shape=jax.ShapeDtypeStruct((stack, num_rows, outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((stack, FEW, outputs), jnp.float32),
         compiler_params=plgpu.CompilerParams(
             num_warps=max(cut.outputs // _LEAST, 1), num_stages=_STAGES
         ),
         interpret=interpret,
     )(rows, w.values, w.scale if w.zero is not None else w.scale[..., 0], w.zero)
+    return y[:, :num_rows]
 
 
 def _parts(x: Array) -> list[Array]:
@@ -131,9 +132,8 @@ def _cut(w: Quantized) -> _Cut:
 
 
 def _kernel(cut: _Cut, rows, values, scale, zero, y) -> None:
-    """y = x W, [C, M, N]; `rows` are, for each value of a byte, the parts of x, [C or 1, 16, B]."""
-    _, num_rows, num_outputs = y.shape
-    stored = values.shape[-1]
+    """y = x W, [C, 16, N]; `rows` has the parts of x, [C or 1, 16, B], for each value of a byte."""
+    num_outputs, stored = y.shape[-1], values.shape[-1]
     first, matrix = pl.program_id(0) * cut.outputs, pl.program_id(1)
     outputs = pl.ds(first, cut.outputs)
     exists = first + jnp.arange(cut.outputs) < num_outputs
@@ -173,5 +173,5 @@ def _kernel(cut: _Cut, rows, values, scale, zero, y) -> None:
     sums = lax.fori_loop(0, pl.cdiv(stored, cut.step), visit, sums)
     if zero is None:
         sums = sums * column(scale)
-    there = jnp.arange(FEW) < num_rows
-    plgpu.store(y.at[matrix, row, outputs], sums.T, mask=there[:, None] & exists[None])
+    mask = jnp.broadcast_to(exists[None], (FEW, cut.outputs))
+    plgpu.store(y.at[matrix, row, outputs], sums.T, mask=mask)
