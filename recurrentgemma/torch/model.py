@@ -19,6 +19,7 @@ from recurrentgemma.common.model.state import check_state
 from recurrentgemma.torch.cache import Cache, init_cache, require_capacity
 from recurrentgemma.torch.layers import Embedder, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.arrays import as_index, to_array
+from recurrentgemma.torch.runtime.known import read_once
 from recurrentgemma.torch.runtime.recompute import RecomputedBlock, can_recompute
 from recurrentgemma.torch.sharding import shard
 
@@ -126,6 +127,7 @@ class Model(SpecModule):
         tokens, segment_pos = as_index(tokens, device), as_index(segment_pos, device)
         if cache is not None:
             require_capacity(check_state(self.config, cache, tokens.shape[0]), segment_pos)
+        segment_pos = read_once(segment_pos)
         x = self.embedder.encode(tokens)
         new_cache: Cache = {}
         if not x.numel():  # nothing happens to the state

@@ -233,3 +233,19 @@ def test_fake_tensors_go_on_from_a_state(reach: int | None, length: int) -> None
         logits, cache = model(torch.zeros_like(positions), positions, model.init_cache(2))
     assert logits.shape == (2, length, 31)
     assert isinstance(cache["blocks.0"].keys, FakeTensor)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_positions_that_change_in_place_are_read_again(mode) -> None:
+    """Also where the array changes whose memory they share, of which the tensor knows nothing."""
+    model, place, token = make_model(False), np.array([[4]]), torch.tensor([[7]])
+    shared = torch.from_numpy(place)
+    with mode():
+        _, cache = model(torch.arange(4)[None], torch.arange(4)[None])
+        _, cache = model(token, shared, cache)
+        place += 1
+        again, _ = model(token, shared, cache)
+        fresh, _ = model(token, torch.tensor([[5]]), cache)
+    assert torch.equal(again, fresh)
+    # What the host keeps serves derivatives, too, wherever it was made.
+    model(torch.arange(4)[None], torch.arange(4)[None])[0].sum().backward()

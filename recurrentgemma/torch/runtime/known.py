@@ -15,9 +15,9 @@ from torch import Tensor
 from recurrentgemma.torch.scan import forward_levels
 
 _R = TypeVar("_R")
-# The last positions that were read: the tensor, its version and the values.
-_Read = tuple[Callable[[], Any], int, tuple[int, ...]]
-_LAST: contextvars.ContextVar[_Read] = contextvars.ContextVar("last", default=(lambda: None, 0, ()))
+# The last result of `read_once` and its values.
+_Read = tuple[Callable[[], Any], tuple[int, ...]]
+_LAST: contextvars.ContextVar[_Read] = contextvars.ContextVar("last", default=(lambda: None, ()))
 
 
 def has_values(values: Tensor) -> bool:
@@ -34,22 +34,23 @@ def is_known(values: Tensor) -> bool:
 
 
 def places(segment_pos: Int[Tensor, "b t"]) -> tuple[int, ...] | None:
-    """The positions of a step, where the host knows them and no derivative is asked for.
-
-    They are read once for all layers.
-    """
+    """The positions of a step, where the host knows them and no derivative is asked for."""
     if segment_pos.shape[1] != 1 or torch.is_grad_enabled() or forward_levels():
         return None
     if not is_known(segment_pos):
         return None
-    tensor, version, found = _LAST.get()
-    counted = not segment_pos.is_inference()  # such a tensor does not say when it changes
-    if counted and tensor() is segment_pos and version == segment_pos._version:
-        return found
-    found = tuple(segment_pos[:, 0].tolist())
-    if counted:
-        _LAST.set((weakref.ref(segment_pos), segment_pos._version, found))
-    return found
+    tensor, found = _LAST.get()
+    return found if tensor() is segment_pos else tuple(segment_pos[:, 0].tolist())
+
+
+def read_once(segment_pos: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """The positions as a tensor that nobody else has, which `places` reads once for all layers."""
+    found = places(segment_pos)
+    if found is None:
+        return segment_pos
+    own = segment_pos.detach()
+    _LAST.set((weakref.ref(own), found))
+    return own
 
 
 def inside_documents(segment_pos: Int[Tensor, "b t"]) -> bool:
