@@ -101,7 +101,7 @@ def test_float32_gains_in_large_matrices(sampler) -> None:
 
 def test_a_large_stack_is_not_copied() -> None:
     """As an array each matrix of a stack is copied before a product with many rows."""
-    (spec,) = einsum((2, 1024, 1024), None)
+    spec = next(einsum((2, 1024, 1024), None))._replace(matrix=True)
     held = as_rows(spec, np.zeros(spec.shape, np.float32), copies=False)
     x = jax.ShapeDtypeStruct((1, 64, 1024), jnp.float32)
     memory = jax.jit(product).lower(x, held).compile().memory_analysis()
