@@ -8,6 +8,7 @@ from cases import make_tokens
 from samplers import make_sampler
 
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.params import einsum
 from recurrentgemma.common.quantization import SCHEMES, dequantize, quantize
 from recurrentgemma.jax.checkpoint import load_checkpoint
 from recurrentgemma.jax.engine import ModelEngine
@@ -96,6 +97,15 @@ def test_float32_gains_in_large_matrices(sampler) -> None:
     assert as_rows(spec, large) is large
     assert as_rows(spec, small, copies=False) is small
     assert as_rows(spec._replace(matrix=False), large, copies=False) is large
+
+
+def test_a_large_stack_is_not_copied() -> None:
+    """As an array each matrix of a stack is copied before a product with many rows."""
+    spec = next(einsum((2, 1024, 1024), None))._replace(matrix=True)
+    held = as_rows(spec, np.zeros(spec.shape, np.float32), copies=False)
+    x = jax.ShapeDtypeStruct((1, 64, 1024), jnp.float32)
+    memory = jax.jit(product).lower(x, held).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < held.values.nbytes // 4
 
 
 def test_a_checkpoint_for_decoding() -> None:
