@@ -264,7 +264,8 @@ class Scheduler:
             for reading in self._reader.read(sorted(unfinished, key=order), longest):
                 reading.waited = 0
                 self.counts.prompt_tokens += reading.at - before[reading]
-                if reading.at in reading.marks and self.states is not None:
+                keeps = self.states is not None and reading.at in reading.marks
+                if keeps and reading.state is not None:
                     self._keep(reading.job, reading.at, reading.state.copied(self.engine))
         for reading in [reading for reading in self._reading if not reading.num_left]:
             self._reading.remove(reading)
