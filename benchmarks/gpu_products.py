@@ -186,7 +186,7 @@ def main() -> None:
     if options.output:
         for suffix, text in (
             (".json", json.dumps(figures, indent=1)),
-            (".md", f"# Products on {device}\n\n" + "\n".join(lines)),
+            (".md", f"# Products on {figures[0]['device']}\n\n" + "\n".join(lines)),
         ):
             options.output.with_suffix(suffix).write_text(text + "\n")
 

@@ -18,6 +18,7 @@ from recurrentgemma.jax.engine import ModelEngine
 from recurrentgemma.jax.products import OnGPU, dense, product
 from recurrentgemma.jax.runtime import pallas_products, stored
 from recurrentgemma.jax.runtime.decode import functions
+from recurrentgemma.jax.runtime.trees import get_path
 from recurrentgemma.jax.scan import pallas_target
 from tolerances import assert_close
 
@@ -144,8 +145,6 @@ def test_a_tpu_multiplies_int8(scheme: str, monkeypatch: pytest.MonkeyPatch) -> 
     products = re.findall(r"dot_general.*: \((.*)\) -> tensor<\S*x(\w+)>", text)
     integer = [kind for factors, kind in products if factors.count("xi8>") == 2]
     assert integer == ["i32"] * len(held)
-    path = "blocks.0", "mlp_block", "ffw_down", "kernel"
-    given, kept = engine.params, engine._stored
-    for name in path:
-        given, kept = given[name], kept[name]
+    path = "blocks.0.mlp_block.ffw_down.kernel"
+    given, kept = (get_path(params, path) for params in (engine.params, engine._stored))
     np.testing.assert_allclose(dense(given), dense(kept), atol=2**-6)

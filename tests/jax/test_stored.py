@@ -105,6 +105,7 @@ def test_a_large_stack_is_not_copied() -> None:
     held = as_rows(spec, np.zeros(spec.shape, np.float32), copies=False)
     x = jax.ShapeDtypeStruct((1, 64, 1024), jnp.float32)
     memory = jax.jit(product).lower(x, held).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes < held.values.nbytes // 4
 
 
