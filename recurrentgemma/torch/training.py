@@ -212,7 +212,7 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     _, parts = time_parts(mesh)
     for batch in batches:
         total += float(_total(state.model, batch))
-        tokens += _weight(batch) / parts
+        tokens += _sum(batch.weights) / parts
     reshard(state.model)
     device = "cpu" if mesh is None else mesh.device_type
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
@@ -283,10 +283,11 @@ def save_adapters(path: str | os.PathLike[str], state: TrainState, *, force: boo
 def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     """The weighted sum of -log p(target)."""
     device = model.embedder.input_embedding.device
+    arrays = (z if isinstance(z, Tensor) else np.asarray(z) for z in require_batch(batch))
+    batch = Batch(*arrays)
     check_batch(batch, model.config.model.vocab_size)
     tokens, segment_pos, targets, weights = (
-        z.to(device) if isinstance(z, Tensor) else torch.tensor(np.asarray(z), device=device)
-        for z in batch
+        z.to(device) if isinstance(z, Tensor) else torch.tensor(z, device=device) for z in batch
     )
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     place, parts = time_parts(model.mesh)
@@ -300,12 +301,10 @@ def _total(model: Model, batch: Batch) -> Float[Tensor, ""]:
     return cross_entropy(hidden, embedding, targets, weights, **settings)
 
 
-def _weight(batch: Batch) -> float:
-    """The sum of a batch's weights."""
-    require_batch(batch)
-    if isinstance(batch.weights, Tensor):
-        return float(batch.weights.sum(dtype=torch.float64))
-    return float(np.asarray(batch.weights).sum(dtype=np.float64))
+def _sum(values: Any) -> float:
+    if isinstance(values, Tensor):
+        return float(values.sum(dtype=torch.float64))
+    return float(np.asarray(values).sum(dtype=np.float64))
 
 
 def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
@@ -315,9 +314,9 @@ def _tokens(batches: Sequence[Batch], mesh: DeviceMesh | None) -> float:
       ValueError: The processes have different numbers of batches, or one has no rows; or processes
         that compute the same rows together are given different ones.
     """
-    weight = sum(map(_weight, batches))
+    weight = sum(_sum(require_batch(batch).weights) for batch in batches)
     rows = min((len(batch.tokens) for batch in batches), default=0)
-    ids = sum(int(batch.tokens.sum()) for batch in batches)
+    ids = sum(_sum(batch.tokens) for batch in batches)
     everywhere = gathered([weight, len(batches), rows, ids], mesh)
     each = len(everywhere) // row_parts(mesh)[1]
     for index, found in enumerate(everywhere):
