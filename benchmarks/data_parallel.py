@@ -88,7 +88,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=4, help="rows of a batch, all processes'")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch, all processes'")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--only", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--output", type=Path, help="file for the results, without a suffix")
