@@ -102,7 +102,8 @@ def main() -> None:
             step()
         return
     if arguments.worker:
-        work(*arguments.worker, shape)
+        framework, way = arguments.worker
+        work(framework, way, shape)
         return
     size = ["--rows", str(arguments.rows), "--length", str(arguments.length)]
     workers = {
