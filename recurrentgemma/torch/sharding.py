@@ -44,7 +44,7 @@ def sizes_of(mesh: DeviceMesh) -> dict[str, int]:
     """The size of each axis of a mesh; the axis of a mesh without names is "fsdp".
 
     Raises:
-      ValueError: It is none of the strategies of `common.sharding`.
+      ValueError: The mesh is not one of the strategies of `common.sharding`.
     """
     if mesh.mesh_dim_names is None and mesh.ndim > 1:
         raise UserError("a mesh of several axes must name them: pass mesh_dim_names, or make_mesh")

@@ -139,7 +139,7 @@ def test_a_team_adds_up_five_times_a_layer_and_twice_more(pools) -> None:
         rows, length = tokens.shape
         said = traffic(PARTS, {"tensor": 2}, rows, length, "float32").collectives["all-reduce"]
         assert sum(large) == 2 * said + (again - 1) * width
-        # Of the loss two numbers a token, never logits; of the step its tokens and its norm.
+        # The loss sends two numbers a token, never logits; the step sends its tokens and its norm.
         assert max(found["allgather_"]) == 2 * 8 * tokens.size
 
 

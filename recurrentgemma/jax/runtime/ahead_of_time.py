@@ -61,7 +61,7 @@ def tpu_devices(topology: str) -> list[Any]:
     """The devices of TPUs that need not be there, by a name such as "v5e:16x16".
 
     Raises:
-      ValueError: The name is none of a topology.
+      ValueError: No topology has this name.
       MissingExtraError: `libtpu` is not installed, which compiles for TPUs.
     """
     found = re.fullmatch(r"(v\d[a-z]?):(\d+(?:x\d+)+)", topology)

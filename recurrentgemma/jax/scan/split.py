@@ -179,7 +179,7 @@ def _states_between(
 
 
 def _neighbour(state: Array, first: Array, axis: str, reverse: bool, hops: int = 1) -> Array:
-    """The state of the device that is `hops` before; `first` where there is none."""
+    """The state of the device `hops` places before this one; `first` where no device is."""
     here, devices = lax.axis_index(axis), lax.axis_size(axis)
     step = -hops if reverse else hops
     pairs = [(i, i + step) for i in range(devices) if 0 <= i + step < devices]
