@@ -4,12 +4,10 @@ from typing import Any
 
 import numpy as np
 
-# The number of devices is fixed when JAX starts. On several devices of a CPU, a program that JAX
-# reads from its cache can wait for ever: each is compiled anew, as `jax.runtime.processes` does.
+# The number of devices is fixed when JAX starts.
 EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_enable_compilation_cache", False)
 """
 MESHES = ("data=8", "fsdp=8", "tensor=4", "sequence=8", "fsdp=2,sequence=4", "fsdp=2,tensor=4")
 METHODS = ("adamw", "sgd", "adafactor", "lora", "lora on int8")

@@ -32,12 +32,9 @@ def use_compilation_cache() -> None:
     """Turns the cache on, if JAX is not imported yet and the user has not named a folder.
 
     A program that was not compiled for 30 days is removed. Without a folder that can be written
-    nothing is kept, nor on several devices that JAX makes of a CPU: there a program that it reads
-    from the cache can wait for ever.
+    nothing is kept.
     """
     if _FOLDER in os.environ or "jax" in sys.modules:
-        return
-    if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
         return
     with contextlib.suppress(OSError, RuntimeError):  # no home folder, or a full disk
         folder = cache_folder()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array, Device
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from recurrentgemma.common import sharding as layouts
@@ -88,13 +89,26 @@ def make_mesh(
     layouts.strategy(sizes)
     shape = tuple(sizes.values())
     chosen = np.array(devices[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    return automatic_mesh(Mesh(chosen, tuple(sizes)))
 
 
 @functools.lru_cache
 def automatic_mesh(mesh: Mesh) -> Mesh:
     """The mesh with automatic axes: types of arrays do not say how they are split."""
+    if mesh.size > 1:
+        compile_anew_on_cpu(mesh.devices.flat[0].platform)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def compile_anew_on_cpu(platform: str) -> None:
+    """Turns JAX's compilation cache off if the platform is "cpu", until the process ends.
+
+    On several CPU devices, a program that JAX 0.10.2 reads from its cache can wait forever in an
+    exchange of arrays.
+    """
+    if platform == "cpu" and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # JAX looks at the setting once
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:

@@ -59,13 +59,6 @@ def test_a_folder_that_the_user_named_stays(alone: Path, monkeypatch) -> None:
     assert not alone.exists()
 
 
-def test_several_devices_of_a_cpu_turn_it_off(alone: Path, monkeypatch) -> None:
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
-    compilation_cache.use_compilation_cache()
-    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    assert not alone.exists()
-
-
 def test_old_programs_go(alone: Path, monkeypatch) -> None:
     alone.mkdir(parents=True)
     old, new = alone / "old", alone / "new"

@@ -201,7 +201,29 @@ refused("tokens .* divisible by sequence=8, got 20", lambda: train_step(apart, s
 alone = create_train_state(Model(mesh_config()), init_params(mesh_config(), 0))
 refused("a layout needs a model on a mesh", lambda: layout_of(alone))
 """
+# On several CPU devices, a program that JAX reads from its cache can wait forever.
+CACHE = """
+import tempfile
+from pathlib import Path
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+with tempfile.TemporaryDirectory() as folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    reset_cache()
+    jax.jit(lambda x: x + 1)(1.0)
+    make_mesh("fsdp=1")
+    jax.jit(lambda x: x + 2)(1.0)
+    kept = len(list(Path(folder).iterdir()))
+    assert kept >= 2, kept
+    make_mesh("fsdp=8")
+    jax.jit(lambda x: x + 3)(1.0)
+    assert len(list(Path(folder).iterdir())) == kept
+jax.config.update("jax_compilation_cache_dir", None)
+"""
 PROGRAMS = {
+    "compilation cache": CACHE,
     "training": TRAINING,
     "compiled program": PROGRAM,
     "attention": ATTENTION,

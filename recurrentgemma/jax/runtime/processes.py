@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from recurrentgemma.common.errors import UserError
 from recurrentgemma.common.processes import ALONE, Processes
-from recurrentgemma.jax.sharding import on_host, row_parts
+from recurrentgemma.jax.sharding import compile_anew_on_cpu, on_host, row_parts
 
 _FOUND_BY_JAX = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
@@ -49,7 +49,7 @@ def join(
         counts = [os.environ.get(name, "") for name in _FOUND_BY_JAX]
         if any(count not in ("", "1", "localhost") for count in counts):
             jax.distributed.initialize(initialization_timeout=int(timeout))
-            _compile_anew_on_cpu()
+            compile_anew_on_cpu(jax.default_backend())
         return
     if coordinator is None or processes is None or process_id is None:
         raise UserError(
@@ -73,7 +73,7 @@ def join(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{who} did not meet the others at {coordinator}: {reason}") from error
-    _compile_anew_on_cpu()
+    compile_anew_on_cpu(jax.default_backend())
 
 
 def _reach(who: str, coordinator: str, address: tuple[str, int], timeout: float) -> None:
@@ -90,15 +90,6 @@ def _reach(who: str, coordinator: str, address: tuple[str, int], timeout: float)
                     f"{error.strerror or error}"
                 ) from error
             time.sleep(0.2)
-
-
-def _compile_anew_on_cpu() -> None:
-    """Leaves JAX's compilation cache alone: on CPUs, a step read from it can wait for ever.
-
-    Seen with JAX 0.10.2 and XLA's `--xla_backend_optimization_level=0`, in the exchange of arrays.
-    """
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 class MeshProcesses(Processes):
