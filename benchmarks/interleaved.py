@@ -27,6 +27,7 @@ from rich.table import Table
 Task = Callable[[], Any]
 Seconds = dict[str, dict[str, list[float]]]
 TURN = 0.05  # seconds for which a short task repeats
+ANSWERS = "WORKER_ANSWERS"  # the variable that names the file descriptor for a worker's answers
 # Settings that change the speed and are not in the command.
 ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "XLA_FLAGS")
 # Instruction sets that decide how fast products are.
@@ -47,31 +48,37 @@ def serve(tasks: Mapping[str, Task]) -> None:
         result = call()
         return result if isinstance(result, float) else time.perf_counter() - start
 
-    print(json.dumps(sorted(tasks)), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        task = tasks[request["task"]]
-        calls = [timed(task)]
-        if request["turn"]:
+    with open(int(os.environ[ANSWERS]), "w") as answers:
+        print(json.dumps(sorted(tasks)), file=answers, flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            task = tasks[request["task"]]
             calls = [timed(task)]
-            while sum(calls) < TURN:
-                calls.append(timed(task))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {"seconds": statistics.median(calls), "peak_bytes": peak}
-        print(json.dumps(answer), flush=True)
+            if request["turn"]:
+                calls = [timed(task)]
+                while sum(calls) < TURN:
+                    calls.append(timed(task))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"seconds": statistics.median(calls), "peak_bytes": peak}
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 class Worker:
     """A contender's process."""
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
+        answers, to_answer = os.pipe()  # libraries print to stdout, Gloo for one
+        environment[ANSWERS] = str(to_answer)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=sys.stderr,
             text=True,
             env={**os.environ, **environment},
+            pass_fds=[to_answer],
         )
+        os.close(to_answer)
+        self._answers = os.fdopen(answers)
         self.peak_bytes = 0
         self.tasks: list[str] = self._answer()
 
@@ -87,10 +94,10 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         self._process.communicate()
+        self._answers.close()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError(f"{shlex.join(map(str, self._process.args))} ended early")  # pyright: ignore[reportArgumentType]
         return json.loads(line)
