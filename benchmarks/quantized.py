@@ -68,7 +68,7 @@ def values(spec: Any, dtype: str, scheme: str | None = None) -> Any:
         parts = {
             name: np.full(shape, spec.shape[input_axis(spec)] ** -0.5 / 64, kind)
             if name == ".scale"
-            else np.resize(some & 15 if name else some, shape).view(kind)
+            else np.resize(some & 15 if name else some, shape).view(kind).copy()  # of this size
             for name, (shape, kind) in spec_parts(spec, scheme).items()
         }
         arrays = parts[""], parts[".scale"], parts.get(".zero")

@@ -92,8 +92,7 @@ class QuantizedMatrix(nn.Module):
         packs = self._packed is None and self.packs and not torch.compiler.is_compiling()
         if packs and self.zero is not None and kernels.takes4(self.values, self.scale):
             parts = self.values, self.scale, self.zero
-            matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in parts), strict=True)
-            self._packed = [kernels.pack4(*matrix) for matrix in matrices]
+            self._packed = kernels.pack4(*(part.view(-1, *part.shape[-2:]) for part in parts))
             self.values = None
         return self._packed
 

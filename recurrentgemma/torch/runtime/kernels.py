@@ -20,7 +20,7 @@ _MANY = 64  # rows
 _FEW = 8  # rows
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
-_PART = 2**18  # values that are dequantised at a time: they stay in the processor's cache
+_PART = 2**18  # values that are packed or dequantised at a time: they stay in the cache
 
 
 def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
@@ -53,24 +53,34 @@ def takes4(values: Tensor, scale: Tensor) -> bool:
     return fits and values.is_cpu and packed4_works()
 
 
-def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of 4 bits as `product4` takes it: values in its layout, and scales with zeros.
+def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The matrices of a stack as `product4` takes them: values in its layout, scales with zeros.
 
     The kernel computes (value - 8) s + z in bfloat16.
 
     Args:
-      values: As they are stored, [N, K / 2].
-      scale: [N, G].
-      zero: [N, G].
+      values: As they are stored, [C, N, K / 2].
+      scale: [C, N, G].
+      zero: [C, N, G].
     """
+    # In parts, into one tensor as large as the one that it replaces: memory stays whole.
+    packed = torch.empty_like(values)
+    rows, into = (z.flatten(0, 1).split(_part4(2 * z.shape[-1])) for z in (values, packed))
+    for part, out in zip(rows, into, strict=True):
+        out.copy_(_layout4(quantization.unpack(part, torch.stack)))
     pairs = torch.stack([scale, scale * (8 - zero.float())], -1)
-    unpacked = quantization.unpack(values, torch.stack)
-    return _layout4(unpacked), pairs.transpose(0, 1).bfloat16().contiguous()
+    pairs = pairs.transpose(1, 2).bfloat16().contiguous()
+    return [*zip(packed, pairs, strict=True)]
 
 
 def unpack4(packed: tuple[Tensor, Tensor]) -> Tensor:
     """The values of `pack4` as they are stored."""
     return quantization.pack(_values4(packed[0]))
+
+
+def _part4(inputs: int) -> int:
+    """The outputs of a part of a matrix: whole blocks of the layout."""
+    return max(_PART // inputs // _OUTPUTS, 1) * _OUTPUTS
 
 
 def _layout4(values: Tensor) -> Tensor:
@@ -120,8 +130,7 @@ def dense4(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def wide_product4(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """x W of rows in their own dtype, with what `dense4` takes: a part of it at a time."""
-    outputs = max(_PART // x.shape[1] // _OUTPUTS, 1) * _OUTPUTS
-    parts = zip(*(array.split(outputs) for array in matrix), strict=True)
+    parts = zip(*(array.split(_part4(x.shape[1])) for array in matrix), strict=True)
     return torch.cat([linear(x, dense4(*part).to(x.dtype)) for part in parts], -1)
 
 
@@ -180,8 +189,8 @@ def packed4_works() -> bool:
     scale = torch.arange(1, 2 * outputs + 1).view(outputs, 2) / 256  # exact in bfloat16
     zero = (_extremes(outputs, 2) & 15).to(torch.int8)
     groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
-    stored = quantization.pack(values)
-    x, packed = _extremes(5, 256).bfloat16(), pack4(stored, scale, zero)
+    stored, x = quantization.pack(values), _extremes(5, 256).bfloat16()
+    (packed,) = pack4(stored[None], scale[None], zero[None])
     wanted = x.float() @ groups.flatten(1).t()
     error = (product4(x, packed).float() - wanted).abs().max()
     kept = torch.equal(unpack4(packed), stored)
