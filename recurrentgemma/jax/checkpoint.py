@@ -22,7 +22,7 @@ from recurrentgemma.common.quantization import Quantized, scheme_of
 from recurrentgemma.conversion import flatten_nested_dict
 from recurrentgemma.jax.model import Model
 from recurrentgemma.jax.runtime.processes import by_the_first, processes_of
-from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu
+from recurrentgemma.jax.runtime.stored import as_stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, require_available, set_path
 from recurrentgemma.jax.sharding import is_split, local_slices, put_part
 from recurrentgemma.jax.sharding import shardings as shardings_of
@@ -71,9 +71,9 @@ def load_checkpoint(
       quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
         `common.quantization`), quantised as they are read, one at a time. If None they are as they
         are stored.
-      decoding: Whether a sampler is all that takes the parameters. On a CPU matrices are then
-        `products.Rows` where products are faster in that form. Of other parameters in bfloat16 a
-        sampler makes a copy for itself.
+      decoding: Whether a sampler is all that takes the parameters. Then matrices have the form that
+        is fast on their device (see `runtime.stored.as_stored`), of which a sampler else makes a
+        copy for itself. On a CPU or TPU 4 bits become int8.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
@@ -199,10 +199,9 @@ def _load(
         place = get_path(shardings, spec.path)
         if spreads(place):
             held = put_part(value, place, spec.shape)
-        elif decoding and on_one_cpu(place):
-            held = jax.device_put(as_rows(spec, value, copies=False), place if chosen else None)
         else:
             held = jax.device_put(value, place if chosen else None)
+            held = as_stored(spec, held, copies=False) if decoding else held
         set_path(params, spec.path, held)
     return params
 

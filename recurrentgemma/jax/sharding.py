@@ -106,7 +106,7 @@ def compile_anew_on_cpu(platform: str) -> None:
     On several CPU devices, a program that JAX 0.10.2 reads from its cache can wait forever in an
     exchange of arrays.
     """
-    if platform == "cpu" and jax.config.jax_enable_compilation_cache:
+    if platform == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         reset_cache()  # JAX looks at the setting once
 

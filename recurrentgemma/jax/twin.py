@@ -21,7 +21,7 @@ from recurrentgemma.jax.products import dense
 from recurrentgemma.jax.quantization import dequantizing
 from recurrentgemma.jax.runtime.params import init_params
 from recurrentgemma.jax.runtime.processes import join, processes_of
-from recurrentgemma.jax.runtime.stored import as_rows, on_one_cpu, stored
+from recurrentgemma.jax.runtime.stored import as_stored, stored
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 from recurrentgemma.jax.sampler import Sampler
 from recurrentgemma.jax.sharding import make_mesh
@@ -115,8 +115,8 @@ class JaxTwin(Twin):
                     held = jax.device_put(value.replace(dtype=dtype), _device(device))
                 else:
                     held = self.from_numpy(value, dtype, device)
-                    if decoding and on_one_cpu(held.sharding):
-                        held = as_rows(spec_by_path(config)[path], held, copies=False)
+                if decoding:
+                    held = as_stored(spec_by_path(config)[path], held, copies=False)
                 set_path(tree, path, held)
         return ModelAndParams(Model(config, param_dtype=jnp.dtype(dtype)), tree)
 

@@ -9,12 +9,12 @@ from samplers import make_sampler
 
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import einsum
-from recurrentgemma.common.quantization import SCHEMES, dequantize, quantize
+from recurrentgemma.common.quantization import SCHEMES, Quantized, dequantize, quantize
 from recurrentgemma.jax.checkpoint import load_checkpoint
 from recurrentgemma.jax.engine import ModelEngine
 from recurrentgemma.jax.products import Rows, dense, product
 from recurrentgemma.jax.quantization import quantize_matrices
-from recurrentgemma.jax.runtime.stored import as_q8, as_rows
+from recurrentgemma.jax.runtime.stored import as_q8, as_stored
 from recurrentgemma.jax.runtime.trees import get_path
 from tolerances import assert_close
 
@@ -92,17 +92,17 @@ def test_four_bits_become_int8(scheme: str) -> None:
 def test_float32_gains_in_large_matrices(sampler) -> None:
     """Where no second copy stays behind."""
     (spec, *_) = (spec for spec in layer_spec(sampler.config) if spec.matrix)
-    small, large = np.zeros((8, 8), np.float32), np.zeros((2048, 2048), np.float32)
-    assert isinstance(as_rows(spec, large, copies=False), Rows)
-    assert as_rows(spec, large) is large
-    assert as_rows(spec, small, copies=False) is small
-    assert as_rows(spec._replace(matrix=False), large, copies=False) is large
+    small, large = jnp.zeros((8, 8)), jnp.zeros((2048, 2048))
+    assert isinstance(as_stored(spec, large, copies=False), Rows)
+    assert as_stored(spec, large) is large
+    assert as_stored(spec, small, copies=False) is small
+    assert as_stored(spec._replace(matrix=False), large, copies=False) is large
 
 
 def test_a_large_stack_is_not_copied() -> None:
     """As an array each matrix of a stack is copied before a product with many rows."""
     spec = next(einsum((2, 1024, 1024), None))._replace(matrix=True)
-    held = as_rows(spec, np.zeros(spec.shape, np.float32), copies=False)
+    held = as_stored(spec, jnp.zeros(spec.shape), copies=False)
     x = jax.ShapeDtypeStruct((1, 64, 1024), jnp.float32)
     memory = jax.jit(product).lower(x, held).compile().memory_analysis()
     assert memory is not None
@@ -121,3 +121,12 @@ def test_a_checkpoint_for_decoding() -> None:
         np.testing.assert_array_equal(dense(value), given)
         held = get_path(engine._stored, spec.path)
         assert held is value or held.values is value.values
+
+
+def test_four_bits_are_not_kept_beside_int8() -> None:
+    model, params = load_checkpoint(quantize="q4", decoding=True)
+    held = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    assert {leaf.scheme for leaf in held if isinstance(leaf, Quantized)} == {"q8"}
+    engine = ModelEngine(model, params)
+    pairs = zip(*map(jax.tree.leaves, (engine._stored, params)), strict=True)
+    assert all(kept is given for kept, given in pairs)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
@@ -30,29 +30,38 @@ def num_bytes(params: Params) -> int:
 def stored(config: Config, params: Params) -> Params:
     """The parameters for an engine in the forms that one device multiplies fast.
 
-    On a CPU matrices in bfloat16 become `Rows`. On a CPU or TPU matrices of 4 bits become int8,
-    rounded once more: an error of at most half a step, 1/254 of an output's largest weight. On a
-    GPU quantised matrices become `OnGPU`, if the kernel works. All other leaves are shared, and so
-    are the bytes of a table and of `OnGPU`. Parameters on several devices stay as they are.
+    All leaves that have such a form already are shared, and so are the bytes of a table and of
+    `OnGPU`.
     """
-    shardings = {leaf.sharding for leaf in jax.tree.leaves(params)}
-    platforms = {_sole_platform(sharding) for sharding in shardings}
-    platform = platforms.pop() if len(platforms) == 1 else None
-    if platform is None:
-        return params
     result: dict[str, Any] = {}
     for spec in layer_spec(config):
-        value = get_path(params, spec.path)
-        if isinstance(value, Quantized) and platform == "gpu":
-            value = as_on_gpu(value)
-        elif isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
-            value = as_q8(value)
-        set_path(result, spec.path, as_rows(spec, value) if platform == "cpu" else value)
+        set_path(result, spec.path, as_stored(spec, get_path(params, spec.path)))
     return result
 
 
-def _sole_platform(sharding: Sharding) -> str | None:
-    """The platform of the only device of a sharding; None if it has several."""
+def as_stored(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
+    """A parameter in the form that its device multiplies fast; as it is on several devices.
+
+    On a CPU matrices in bfloat16 become `Rows`. On a CPU or TPU matrices of 4 bits become int8,
+    rounded once more: an error of at most half a step, 1/254 of an output's largest weight. On a
+    GPU quantised matrices become `OnGPU`, if the kernel works.
+
+    Args:
+      spec: The parameter.
+      value: An array, or a form of one.
+      copies: Whether other bytes stay behind: then only bfloat16 is worth another form on a CPU.
+    """
+    platform = _sole_platform(value)
+    if isinstance(value, Quantized) and platform == "gpu":
+        return as_on_gpu(value)
+    if isinstance(value, Quantized) and platform and SCHEMES[value.scheme].bits == 4:
+        return as_q8(value)
+    return as_rows(spec, value, copies) if platform == "cpu" else value
+
+
+def _sole_platform(value: Any) -> str | None:
+    """The platform of the only device of a value's arrays; None if they have several."""
+    sharding = jax.tree.leaves(value)[0].sharding
     (device, *_) = sharding.device_set
     return device.platform if isinstance(sharding, SingleDeviceSharding) else None
 
@@ -68,14 +77,8 @@ def as_on_gpu(w: Quantized) -> Quantized:
     return OnGPU(**fields)
 
 
-def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
-    """An array of matrices that XLA multiplies faster as `Rows`; anything else as it is.
-
-    Args:
-      spec: The parameter.
-      value: An array, which may also be NumPy's, or what it is kept as already.
-      copies: Whether other bytes stay behind: then only bfloat16 is worth another form.
-    """
+def as_rows(spec: ParamSpec, value: Any, copies: bool) -> Any:
+    """An array of matrices that XLA multiplies faster as `Rows`; anything else as it is."""
     if isinstance(value, Quantized | Rows) or not (spec.matrix or spec.table):
         return value
     large = not copies and value.shape[-2] * value.shape[-1] >= _LARGE
@@ -83,11 +86,6 @@ def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
         return value
     axis = input_axis(spec)
     return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
-
-
-def on_one_cpu(sharding: Sharding) -> bool:
-    """Whether arrays are on one device, which is a CPU."""
-    return _sole_platform(sharding) == "cpu"
 
 
 @jax.jit
