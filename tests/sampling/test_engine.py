@@ -141,10 +141,13 @@ def test_an_xla_that_lacks_the_options(monkeypatch) -> None:
     pytest.importorskip("jax.numpy", reason="jax is not installed")
     from recurrentgemma.jax.runtime import compiler
 
-    assert compiler.compiler_options("cpu") == compiler._OPTIONS["cpu"]
+    known = compiler._OPTIONS["cpu"]
+    assert compiler.compiler_options("cpu") == known
+    assert compiler.compiler_options("cpu", in_place=True) == known | compiler._IN_PLACE["cpu"]
+    monkeypatch.setitem(compiler._IN_PLACE, "cpu", {"xla_no_such_option": 1})
+    assert compiler.compiler_options("cpu", in_place=True) == known
     monkeypatch.setitem(compiler._OPTIONS, "cpu", {"xla_no_such_option": 1})
-    unknown = compiler.compiler_options.__wrapped__("cpu")
-    assert unknown is None
+    assert compiler.compiler_options("cpu") is None
 
 
 def test_the_compilation_cache_on_disk_is_used() -> None:

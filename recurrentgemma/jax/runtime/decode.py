@@ -121,7 +121,7 @@ def compiled(model: Model, platform: str) -> DecodeFunctions:
 @functools.lru_cache
 def _compiled(model: Model, platform: str) -> DecodeFunctions:
     prefill, feed, score, watch, choose, burst, take, put = functions(model)
-    compile = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    compile = functools.partial(jax.jit, compiler_options=compiler_options(platform, in_place=True))
     return DecodeFunctions(
         compile(prefill, donate_argnames="cache"),
         compile(feed, donate_argnames="cache"),
