@@ -7,19 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.quantization import LARGEST, SCHEMES, Quantized, input_axis
-from recurrentgemma.jax.products import OnGPU, Rows, dense
+from recurrentgemma.jax.products import OnGPU, Rows, Turned, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
 # float32 values of a matrix from which products gain: of a stack XLA copies each matrix before a
 # product with many rows.
 _LARGE = 2**20
+_SMALL = 2**22  # values of a table that may be held twice
 
 
 def num_bytes(params: Params) -> int:
@@ -30,10 +32,11 @@ def num_bytes(params: Params) -> int:
 def stored(config: Config, params: Params) -> Params:
     """The parameters for an engine in the forms that one device multiplies fast.
 
-    On a CPU matrices in bfloat16 become `Rows`. On a CPU or TPU matrices of 4 bits become int8,
-    rounded once more: an error of at most half a step, 1/254 of an output's largest weight. On a
-    GPU quantised matrices become `OnGPU`, if the kernel works. All other leaves are shared, and so
-    are the bytes of a table and of `OnGPU`. Parameters on several devices stay as they are.
+    On a CPU matrices in bfloat16 become `Rows`, and a small table in float32 becomes `Turned`. On a
+    CPU or TPU matrices of 4 bits become int8, rounded once more: an error of at most half a step,
+    1/254 of an output's largest weight. On a GPU quantised matrices become `OnGPU`, if the kernel
+    works. All other leaves are shared, and so are the bytes of a table and of `OnGPU`. Parameters
+    on several devices stay as they are.
     """
     shardings = {leaf.sharding for leaf in jax.tree.leaves(params)}
     platforms = {_sole_platform(sharding) for sharding in shardings}
@@ -47,7 +50,7 @@ def stored(config: Config, params: Params) -> Params:
             value = as_on_gpu(value)
         elif isinstance(value, Quantized) and SCHEMES[value.scheme].bits == 4:
             value = as_q8(value)
-        set_path(result, spec.path, as_rows(spec, value) if platform == "cpu" else value)
+        set_path(result, spec.path, on_cpu(spec, value) if platform == "cpu" else value)
     return result
 
 
@@ -83,6 +86,13 @@ def as_rows(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
         return value
     axis = input_axis(spec)
     return Rows(value if axis == -1 else value.swapaxes(-1, -2), axis)
+
+
+def on_cpu(spec: ParamSpec, value: Any) -> Any:
+    """A parameter in the form that a CPU multiplies fast."""
+    value = as_rows(spec, value)
+    small = isinstance(value, Array) and value.dtype == jnp.float32 and value.size <= _SMALL
+    return Turned(value, value.T) if spec.table and small else value
 
 
 def on_one_cpu(sharding: Sharding) -> bool:
