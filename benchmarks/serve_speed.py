@@ -6,9 +6,11 @@
     python benchmarks/serve_speed.py --clients 1 8 --against-mlx FOLDER --mlx-python PYTHON
 
 Each server runs all the time; rounds of them take turns, and the best round counts. `stream` is the
-sampler's own in a process of its own. The last lines are a conversation: seconds to the first token
-of each turn. PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu; this
-one unless you say. FOLDER is the checkpoint as `convert --to huggingface` writes it.
+sampler's own in a process of its own: like a round, it begins with the prompt. `scheduler` is the
+server's in such a process, without HTTP. The last lines are a conversation, with seconds to the
+first token of each turn, and a system part of 2,000 tokens: read, and kept from an earlier request.
+PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu; this one unless you
+say. FOLDER is the checkpoint as `convert --to huggingface` writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from serve_load import serving
@@ -40,20 +42,54 @@ server = xllamacpp.Server(params)
 print(server.listening_address, file=sys.stderr, flush=True)
 time.sleep(10**6)
 """
-STREAM = """
-import sys, time
+# Each answers a line, a number of clients, with tokens a second.
+LOAD = """
+import sys, threading, time
 from recurrentgemma.cli.frameworks import choose_framework, find_checkpoint, load_sampler
+from recurrentgemma.common.generation.requests import RowRequest
+from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy
-framework, checkpoint, dtype, tokens = sys.argv[1:]
+framework, checkpoint, dtype, slots, tokens = sys.argv[1:]
+tokens, slots = int(tokens), int(slots or 8)
 framework = choose_framework(framework or None)
 path, vocabulary = find_checkpoint(checkpoint or None, None, chat=True)
-sampler = load_sampler(framework, path, vocabulary, Greedy(), dtype or None, False).sampler
+sampler = load_sampler(
+    framework, path, vocabulary, Greedy(), dtype or None, False, rows=slots).sampler
+"""
+STREAM = """
+def measured(clients):
+    for _ in sampler.stream("0 Once upon a time", tokens, end_sampling_at_eos_token=False):
+        pass
+"""
+SCHEDULER = """
+from recurrentgemma.cli.serve import HOLD_S
+from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.scheduler import Scheduler
+left, ended = 0, threading.Event()
+def deliver(pairs):
+    global left
+    for _, event in pairs:
+        left -= isinstance(event, NewToken) and event.finish_reason is not None
+    if not left:
+        ended.set()
+def measured(clients):
+    global left
+    left = clients
+    ended.clear()
+    for number in range(clients):
+        prompt = tuple(vocabulary.encode(f"{number} Once upon a time"))
+        scheduler.submit([Job(prompt, [RowRequest(tokens, Greedy(), Stops({}, ()))])])
+    ended.wait()
+capacity = sampler.engine.capacity_for(4096)
+scheduler = Scheduler(
+    sampler.engine, vocabulary, deliver, num_slots=slots, capacity=capacity, hold_s=HOLD_S)
+scheduler.start()
+"""
+ANSWER = """
 for line in sys.stdin:
-    stream = sampler.stream("Once upon a time", int(tokens), end_sampling_at_eos_token=False)
-    next(stream)
     started = time.perf_counter()
-    count = sum(1 for _ in stream)
-    print(count / (time.perf_counter() - started), flush=True)
+    measured(int(line))
+    print(int(line) * tokens / (time.perf_counter() - started), flush=True)
 """
 
 
@@ -116,23 +152,28 @@ def conversation(url: str, turns: int, name: str) -> list[float]:
     for turn in range(turns):
         words = f"{name} {turn} And it came to pass in those days, that there was a decree. " * 4
         messages.append({"role": "user", "content": words})
-        body = {"messages": messages, "max_tokens": 40, "temperature": 0, "stream": True,
-                "ignore_eos": True}  # fmt: skip
-        request = urllib.request.Request(
-            f"{url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"content-type": "application/json"},
-        )
-        started, first = time.perf_counter(), None
-        with urllib.request.urlopen(request) as reply:
-            for line in reply:
-                if line.startswith(b"data: {"):
-                    (choice,) = json.loads(line[6:])["choices"]
-                    said = choice["delta"].get("content")
-                    first = first or (said and time.perf_counter() - started) or None
+        seconds.append(first_token_s(url, messages))
         messages.append({"role": "assistant", "content": REPLY})
-        seconds.append(first or 0.0)
     return seconds
+
+
+def first_token_s(url: str, messages: list[dict[str, str]]) -> float:
+    """Seconds to the first token of an answer, which is read to its end."""
+    body = {"messages": messages, "max_tokens": 40, "temperature": 0, "stream": True,
+            "ignore_eos": True}  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    started, first = time.perf_counter(), None
+    with urllib.request.urlopen(request) as reply:
+        for line in reply:
+            if line.startswith(b"data: {"):
+                (choice,) = json.loads(line[6:])["choices"]
+                said = choice["delta"].get("content")
+                first = first or (said and time.perf_counter() - started) or None
+    return first or 0.0
 
 
 @contextlib.contextmanager
@@ -168,18 +209,37 @@ def mlx_lm(python: str, folder: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def streaming(options: str, tokens: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that answers each line with the tokens a second of `stream`."""
+def asked_by_line(program: str, options: str, tokens: int) -> Iterator[Callable[[int], float]]:
+    """A process that answers so many clients with tokens a second, given a server's options."""
     given = dict(zip(*[iter(shlex.split(options))] * 2, strict=False))
-    chosen = [given.get(f"--{name}", "") for name in ("framework", "checkpoint", "dtype")]
+    chosen = [given.get(f"--{name}", "") for name in ("framework", "checkpoint", "dtype", "slots")]
     with subprocess.Popen(
-        [sys.executable, "-c", STREAM, *chosen, str(tokens)],
+        [sys.executable, "-c", LOAD + program + ANSWER, *chosen, str(tokens)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
+
+        def ask(clients: int) -> float:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(clients, file=process.stdin, flush=True)
+            return float(process.stdout.readline())
+
         try:
-            yield process
+            yield ask
         finally:
             process.kill()
+
+
+def with_prefix(url: str, name: str) -> tuple[float, float, float]:
+    """Seconds to the first token behind no system part, behind a new one, and behind a kept one."""
+    prefix = " ".join(f"{name} {word} came to pass" for word in range(230))  # 2,000 tokens
+    asked = [[], [prefix], [prefix]]
+    seconds = []
+    for number, system in enumerate(asked):
+        messages = [{"role": "system", "content": text} for text in system]
+        messages.append({"role": "user", "content": f"{name} {number} And now?"})
+        seconds.append(first_token_s(url, messages))
+    return seconds[0], seconds[1], seconds[2]
 
 
 def main() -> None:
@@ -206,27 +266,39 @@ def main() -> None:
             )
         if args.against_mlx:
             servers["mlx-lm"] = stack.enter_context(mlx_lm(args.mlx_python, args.against_mlx))
-        alone = stack.enter_context(streaming(args.serve, args.tokens))
-        assert alone.stdin is not None
-        assert alone.stdout is not None
+        own = (("stream", STREAM, [1]), ("scheduler", SCHEDULER, args.clients))
+        processes = [
+            (name, stack.enter_context(asked_by_line(code, args.serve, args.tokens)), clients)
+            for name, code, clients in own
+        ]
         rounds: dict[tuple[str, int], list[Round]] = {}
-        rates = []
+        rates: dict[tuple[str, int], list[float]] = {}
         for _ in range(args.rounds + 1):  # the first warms up
-            alone.stdin.write("\n")
-            alone.stdin.flush()
-            rates.append(float(alone.stdout.readline()))
+            for name, ask, numbers in processes:
+                for clients in numbers:
+                    rates.setdefault((name, clients), []).append(ask(clients))
             for name, at in servers.items():
                 for clients in args.clients:
                     done = one_round(at, clients, args.tokens)
                     rounds.setdefault((name, clients), []).append(done)
-        print(f"{'stream':16} {max(rates[1:]):8.1f} tokens/s")
+        stream = max(rates["stream", 1][1:])
+        for (name, clients), all_ in rates.items():
+            best = max(all_[1:])
+            print(f"{name:16} {best:8.1f} tokens/s at {clients:2} clients, {best / stream:5.2f} x")
         for (name, clients), all_ in rounds.items():
             best = max(all_[1:])
             first = min(one.first_s for one in all_[1:])
             print(
                 f"{name:16} {best.rate:8.1f} tokens/s at {clients:2} clients, "
-                f"first token after {1000 * first:.0f} ms"
+                f"{best.rate / stream:5.2f} x, first token after {1000 * first:.0f} ms"
             )
+        several = [with_prefix(url, f"{round_}") for round_ in range(args.rounds)]
+        without, cold, kept = (1000 * min(seconds) for seconds in zip(*several, strict=True))
+        share = (kept - without) / (cold - without)
+        print(f"first token of a chat, ms: {without:.1f}")
+        print(
+            f"behind 2,000 tokens of a system part: read {cold:.1f}, kept {kept:.1f}: {share:.1%}"
+        )
         if args.turns:
             # Other words in each round, so that no state of another round serves it.
             several = [conversation(url, args.turns, f"{round_}") for round_ in range(args.rounds)]

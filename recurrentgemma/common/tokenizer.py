@@ -151,6 +151,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
         self.pad_id = max(vocab.pad_id(), 0)
         self.end_of_turn_id = self._id_of(END_OF_TURN)
+        self._special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
         self._controls = tuple(piece for piece in _CONTROLS if self._id_of(piece) is not None)
 
     def _id_of(self, piece: str) -> int | None:
@@ -272,8 +273,8 @@ class Tokenizer:
 
     def spoken(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that make text: no special tokens and no ids beyond the pieces."""
-        special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
-        return [int(t) for t in tokens if t not in special and t < self.size]
+        special, size = self._special, self.size
+        return [int(t) for t in tokens if t not in special and t < size]
 
 
 class StreamDecoder:
@@ -290,19 +291,22 @@ class StreamDecoder:
         certain = len(self._tokens)
         # An unfinished character, three bytes at most, decodes to U+FFFD: wait for the rest.
         least = max(self._printed, certain - 3)
-        while certain > least and self._text(certain).endswith("\N{REPLACEMENT CHARACTER}"):
+        text = self._text(certain)
+        while certain > least and text.endswith("\N{REPLACEMENT CHARACTER}"):
             certain -= 1
-        return self._advance(certain)
+            text = self._text(certain)
+        return self._advance(certain, text)
 
     def flush(self) -> str:
         """The text still held back; call it at the end."""
-        return self._advance(len(self._tokens))
+        return self._advance(len(self._tokens), self._text(len(self._tokens)))
 
     def _text(self, end: int) -> str:
-        return self._tokenizer.decode(self._tokens[:end])
+        return self._tokenizer.vocab.DecodeIds(self._tokens[:end])  # all of them make text
 
-    def _advance(self, end: int) -> str:
-        text = self._text(end)[len(self._text(self._printed)) :]
-        if end > self._printed:
-            self._tokens, self._printed = self._tokens[self._printed :], end - self._printed
-        return text
+    def _advance(self, end: int, text: str) -> str:
+        if end == self._printed:
+            return ""
+        new = text[len(self._text(self._printed)) :]
+        self._tokens, self._printed = self._tokens[self._printed :], end - self._printed
+        return new

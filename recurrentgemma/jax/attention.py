@@ -16,7 +16,7 @@ from recurrentgemma.jax.cache import Hidden, Positions, empty_block, num_padding
 from recurrentgemma.jax.layers import RMSNorm, SpecModule
 from recurrentgemma.jax.runtime.sequence import by_parts, preceded
 from recurrentgemma.jax.scan import as_positions, wide_dtype
-from recurrentgemma.jax.softmax import attend, attend_masked
+from recurrentgemma.jax.softmax import attend, attend_also, attend_masked
 
 
 def apply_rope(
@@ -142,12 +142,10 @@ def _step(
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
     if mixer.reach is None:  # the slot of the token held nothing
-        keys, values = rings
         sees_bs = sees_bs | (between == slots - 1)
+        encoded = attend_masked(q_b1nh, rings[0], rings[1], sees_bs[:, None], mixer)
     else:
-        keys, values = (jnp.concatenate([ring.astype(z.dtype), z], 1) for ring, z in pairs)
-        sees_bs = jnp.pad(sees_bs, ((0, 0), (0, 1)), constant_values=True)
-    encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
+        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], sees_bs, mixer)
     num_tokens = (num_before + is_token)[:, 0]
     return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
 

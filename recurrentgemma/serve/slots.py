@@ -90,9 +90,9 @@ class Slots:
         """
         self.engine, self.sizes, self._capacity = engine, tuple(sizes), capacity
         engine.reproducible = len(self.sizes) == 1
-        # Several rows take longer, and their dispatch costs less beside that.
-        shares = {size: engine.long_burst // (4 * size - 3) if bursts else 1 for size in sizes}
-        self.bursts = {size: max(engine.burst, share) for size, share in shares.items()}
+        # More rows take longer, and their dispatch costs less beside that.
+        most = engine.long_burst if bursts else 1
+        self.bursts = {size: max(engine.burst, most >> n) for n, size in enumerate(self.sizes)}
         self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
         self._settings: Any = None
@@ -157,10 +157,11 @@ class Slots:
 
     @property
     def burst(self) -> int:
-        """How many steps the rows can make in one dispatch so that none ends at its length."""
+        """How many steps the rows can make in one dispatch, beyond the end of some of them."""
         most = self._burst(self._arranged(), len(self.rows))
-        enough = all(row.generated and row.left >= most for row in self.active)
-        return most if enough else self.engine.burst
+        begun = all(row.generated for row in self.active)  # a first token comes as soon as it can
+        enough = 4 * max(row.left for row in self.active) >= 3 * most  # steps past the end are few
+        return most if begun and enough else self.engine.burst
 
     def _burst(self, variant: Variant, size: int) -> int:
         return self.engine.burst if variant.penalised else self.bursts[size]

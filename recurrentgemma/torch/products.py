@@ -18,7 +18,7 @@ from recurrentgemma.common.quantization import LARGEST, dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime import few_rows, kernels
 from recurrentgemma.torch.runtime.arrays import without_autocast
-from recurrentgemma.torch.runtime.stored import PackedMatrix
+from recurrentgemma.torch.runtime.stored import PackedMatrix, takes
 from recurrentgemma.torch.scan.gates import forward_levels
 
 _PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
@@ -80,7 +80,7 @@ def product(
                 slope = _product(x, dense(w).to(x.dtype), None, axis, dtype)
                 y = y + (slope - slope.detach())
             return y if bias is None else y + bias
-    if isinstance(w, PackedMatrix) and x.dtype == w.dtype and not torch.is_grad_enabled():
+    if isinstance(w, PackedMatrix) and takes(x, w):
         y = _each(x, w.packed, kernels.product32, w.ndim)
         return y if bias is None else y + bias
     return _product(x, dense(w), bias, axis, dtype)

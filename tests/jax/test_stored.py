@@ -12,7 +12,7 @@ from recurrentgemma.common.model.params import einsum
 from recurrentgemma.common.quantization import SCHEMES, Quantized, dequantize, quantize
 from recurrentgemma.jax.checkpoint import load_checkpoint
 from recurrentgemma.jax.engine import ModelEngine
-from recurrentgemma.jax.products import Rows, dense, product
+from recurrentgemma.jax.products import Rows, Turned, dense, product
 from recurrentgemma.jax.quantization import quantize_matrices
 from recurrentgemma.jax.runtime.stored import as_q8, as_stored
 from recurrentgemma.jax.runtime.trees import get_path
@@ -130,3 +130,16 @@ def test_four_bits_are_not_kept_beside_int8() -> None:
     engine = ModelEngine(model, params)
     pairs = zip(*map(jax.tree.leaves, (engine._stored, params)), strict=True)
     assert all(kept is given for kept, given in pairs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_small_table_is_held_turned_too(rows: int) -> None:
+    """Its own values are shared, and logits are those of the table."""
+    turned = make_sampler("jax", dtype="float32").engine
+    held = turned._stored["embedder"]["input_embedding"]
+    assert isinstance(held, Turned)
+    assert held.values is turned.params["embedder"]["input_embedding"]
+    np.testing.assert_array_equal(held.columns, held.values.T)
+    plain = ModelEngine(turned.model, turned.params)
+    plain._stored = plain.params
+    assert_close(decoded(turned, rows), decoded(plain, rows), "logits", "float32")

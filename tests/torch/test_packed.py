@@ -25,6 +25,7 @@ packs = pytest.mark.skipif(not kernels.packed32_works(), reason="oneDNN does not
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices stand for large ones."""
     monkeypatch.setattr(stored, "_LEAST", 0)
+    monkeypatch.setattr(stored, "_LARGE", 0)
     monkeypatch.setattr(products, "_LEAST", 0)
 
 
@@ -64,6 +65,19 @@ def test_matrices_alone_are_packed_and_held_once() -> None:
     state = changed.state_dict()
     for name, parameter in model.state_dict().items():
         assert torch.equal(state[name], parameter)
+
+
+@packs
+@torch.no_grad()
+def test_a_small_matrix_is_also_kept_as_it_is_for_single_rows(monkeypatch) -> None:
+    monkeypatch.setattr(stored, "_LARGE", 2**20)
+    model = Model(CONFIG)
+    tokens, segment_pos = torch.randint(0, 2048, (3, 9)), torch.arange(9).expand(3, 9)
+    both, (_, state) = packed(model), model(tokens, segment_pos)
+    step = torch.randint(0, 2048, (3, 1)), torch.full((3, 1), 9)
+    assert torch.equal(both(*step, state)[0], model(*step, state)[0])
+    assert_close(both(tokens, segment_pos)[0], model(tokens, segment_pos)[0], "logits", "float32")
+    assert all(torch.equal(both.state_dict()[k], v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Generation:
                 if over:
                     break
             position = position + fed
-            burst = most if left.max() >= most else 1
+            burst = most if 4 * left.max() >= 3 * most else 1  # a few steps past the end
 
     def _add(self, row: int, token: int, last: bool) -> str:
         if token < 0:

@@ -13,13 +13,14 @@ from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.model.params import ParamSpec
 from recurrentgemma.common.quantization import LARGEST, SCHEMES, Quantized, input_axis
-from recurrentgemma.jax.products import OnGPU, Rows, dense
+from recurrentgemma.jax.products import STORED, OnGPU, Rows, Turned, dense
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import Params, get_path, set_path
 
 # float32 values of a matrix from which products gain: of a stack XLA copies each matrix before a
 # product with many rows.
 _LARGE = 2**20
+_SMALL = 2**22  # values of a table that may be held twice
 
 
 def num_bytes(params: Params) -> int:
@@ -42,9 +43,10 @@ def stored(config: Config, params: Params) -> Params:
 def as_stored(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
     """A parameter in the form that its device multiplies fast; as it is on several devices.
 
-    On a CPU matrices in bfloat16 become `Rows`. On a CPU or TPU matrices of 4 bits become int8,
-    rounded once more: an error of at most half a step, 1/254 of an output's largest weight. On a
-    GPU quantised matrices become `OnGPU`, if the kernel works.
+    On a CPU matrices in bfloat16 become `Rows`, and a small table in float32 becomes `Turned`. On a
+    CPU or TPU matrices of 4 bits become int8, rounded once more: an error of at most half a step,
+    1/254 of an output's largest weight. On a GPU quantised matrices become `OnGPU`, if the kernel
+    works.
 
     Args:
       spec: The parameter.
@@ -56,7 +58,7 @@ def as_stored(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
         return as_on_gpu(value)
     if isinstance(value, Quantized) and platform and SCHEMES[value.scheme].bits == 4:
         return as_q8(value)
-    return as_rows(spec, value, copies) if platform == "cpu" else value
+    return _on_cpu(spec, value, copies) if platform == "cpu" else value
 
 
 def _sole_platform(value: Any) -> str | None:
@@ -77,10 +79,12 @@ def as_on_gpu(w: Quantized) -> Quantized:
     return OnGPU(**fields)
 
 
-def as_rows(spec: ParamSpec, value: Any, copies: bool) -> Any:
-    """An array of matrices that XLA multiplies faster as `Rows`; anything else as it is."""
-    if isinstance(value, Quantized | Rows) or not (spec.matrix or spec.table):
+def _on_cpu(spec: ParamSpec, value: Any, copies: bool) -> Any:
+    """An array in the form that a CPU multiplies faster, if there is one."""
+    if isinstance(value, STORED) or not (spec.matrix or spec.table):
         return value
+    if copies and spec.table and value.dtype == jnp.float32 and value.size <= _SMALL:
+        return Turned(value, value.T)
     large = not copies and value.shape[-2] * value.shape[-1] >= _LARGE
     if value.dtype != jnp.bfloat16 and not (large and value.dtype == jnp.float32):
         return value

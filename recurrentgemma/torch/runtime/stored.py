@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from recurrentgemma.torch.runtime import kernels
 
 LEAST_ROWS = 4  # a single row takes longer with a packed matrix
-_LEAST = 2**20  # values of a matrix
+_LEAST = 2**17  # values of a matrix
+_LARGE = 2**20  # values of a matrix that is not held twice
 
 
 class PackedMatrix(nn.Module):
     """A float32 matrix in oneDNN's layout, or a stack of them, in the place of a parameter.
 
-    It is held in this form alone. Where gradients are enabled, each product makes the parameter
-    again.
+    A large one is held in this form alone. Where gradients are enabled, each product makes the
+    parameter again.
 
     Attributes:
       packed: The matrix, or each of the stack.
+      plain: The parameter, for a few rows; None if the matrix is large.
       shape: The shape of the parameter.
       axis: The axis of inputs of the parameter; see `Quantized`.
     """
@@ -28,24 +30,33 @@ class PackedMatrix(nn.Module):
     def __init__(self, values: Tensor, axis: int) -> None:
         super().__init__()
         self.shape, self.axis = values.shape, axis
+        self.plain = values if values.shape[-2] * values.shape[-1] < _LARGE else None
         matrices = values if values.ndim > 2 else values[None]
         self.packed = [kernels.pack32(w if axis == -1 else w.t()) for w in matrices]
 
     ndim = property(lambda self: len(self.shape))
-    nbytes = property(lambda self: 4 * self.shape.numel())
+    nbytes = property(lambda self: 4 * self.shape.numel() * (1 if self.plain is None else 2))
     device, dtype = torch.device("cpu"), torch.float32
 
     def extra_repr(self) -> str:
         return f"packed {list(self.shape)}"
 
     def values(self) -> Tensor:
-        """The parameter, made again."""
+        """The parameter, made again if it is not held."""
+        if self.plain is not None:
+            return self.plain
         rows = torch.stack([kernels.unpack32(w) for w in self.packed])
         rows = rows if self.axis == -1 else rows.mT
         return rows if self.ndim > 2 else rows[0]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix.removesuffix(".")] = self.values()
+
+
+def takes(x: Tensor, w: PackedMatrix) -> bool:
+    """Whether rows go with the packed values, which have no derivative."""
+    several = w.plain is None or x.numel() >= LEAST_ROWS * x.shape[-1]
+    return several and x.dtype == w.dtype and not torch.is_grad_enabled()
 
 
 def gains(value: Any, rows: int) -> bool:
