@@ -128,6 +128,42 @@ def attend_masked(
     return out_zkcrh.swapaxes(-4, -3).reshape(q_zcnh.shape)
 
 
+def attend_also(
+    q_b1nh: Float[Array, "b 1 n h"],
+    k_bskh: Float[Array, "b s kv h"],
+    v_bskh: Float[Array, "b s kv h"],
+    k_b1kh: Float[Array, "b 1 kv h"],
+    v_b1kh: Float[Array, "b 1 kv h"],
+    sees_bs: Bool[Array, "b s"],
+    sees_b1: Bool[Array, "b 1"],
+    mixer: Attention,
+) -> Float[Array, "b 1 n h"]:
+    """Attention of one query over S keys and one more; none of the S is copied."""
+    wide = wide_dtype(q_b1nh.dtype)
+    groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
+    q_bkrh = q_b1nh.reshape(len(q_b1nh), *groups)
+    scores = []
+    for keys, sees in ((k_bskh, sees_bs), (k_b1kh, sees_b1)):
+        # Keys first: else XLA turns them around, in a copy.
+        z_bksr = jnp.einsum("bskh,bkrh->bksr", keys, q_bkrh, preferred_element_type=wide)
+        z_bksr = z_bksr * mixer.scale
+        if mixer.soft_cap:
+            z_bksr = jnp.tanh(z_bksr / mixer.soft_cap) * mixer.soft_cap
+        scores.append(jnp.where(sees[:, None, :, None], z_bksr, jnp.finfo(wide).min))
+    largest_bk1r = jax.lax.stop_gradient(
+        jnp.maximum(*(z_bksr.max(2, keepdims=True) for z_bksr in scores))
+    )
+    weights = [jnp.exp(z_bksr - largest_bk1r) for z_bksr in scores]
+    out_bkrh = sum(
+        jnp.einsum(
+            "bksr,bskh->bkrh", w_bksr.astype(z_bskh.dtype), z_bskh, preferred_element_type=wide
+        )
+        for w_bksr, z_bskh in zip(weights, (v_bskh, v_b1kh), strict=True)
+    )
+    total_bkr = weights[0].sum(2) + weights[1][:, :, 0]
+    return (out_bkrh / total_bkr[..., None]).astype(q_bkrh.dtype).reshape(q_b1nh.shape)
+
+
 def _lags(before: int | Int[Array, ""], queries: int, keys: int) -> Int[Array, "c s"]:
     """How many places each key is before each query; `before` places precede the first query."""
     query = before + jnp.arange(queries)
