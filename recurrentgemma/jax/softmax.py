@@ -111,9 +111,7 @@ def attend_masked(
         scores_zkcrs = jnp.einsum(
             "...ckrh,...skh->...kcrs", q_zckrh, k_zskh, preferred_element_type=wide
         )
-    scores_zkcrs = scores_zkcrs * mixer.scale
-    if mixer.soft_cap:
-        scores_zkcrs = jnp.tanh(scores_zkcrs / mixer.soft_cap) * mixer.soft_cap
+    scores_zkcrs = _capped(scores_zkcrs, mixer)
     mask_z1c1s = mask_zcs[..., None, :, None, :]
     scores_zkcrs = jnp.where(mask_z1c1s, scores_zkcrs, jnp.finfo(wide).min)
     largest_zkcr1 = jax.lax.stop_gradient(scores_zkcrs.max(-1, keepdims=True))
@@ -146,10 +144,8 @@ def attend_also(
     for keys, sees in ((k_bskh, sees_bs), (k_b1kh, sees_b1)):
         # Keys first: else XLA turns them around, in a copy.
         z_bksr = jnp.einsum("bskh,bkrh->bksr", keys, q_bkrh, preferred_element_type=wide)
-        z_bksr = z_bksr * mixer.scale
-        if mixer.soft_cap:
-            z_bksr = jnp.tanh(z_bksr / mixer.soft_cap) * mixer.soft_cap
-        scores.append(jnp.where(sees[:, None, :, None], z_bksr, jnp.finfo(wide).min))
+        hidden = ~sees[:, None, :, None]
+        scores.append(jnp.where(hidden, jnp.finfo(wide).min, _capped(z_bksr, mixer)))
     largest_bk1r = jax.lax.stop_gradient(
         jnp.maximum(*(z_bksr.max(2, keepdims=True) for z_bksr in scores))
     )
@@ -162,6 +158,14 @@ def attend_also(
     )
     total_bkr = weights[0].sum(2) + weights[1][:, :, 0]
     return (out_bkrh / total_bkr[..., None]).astype(q_bkrh.dtype).reshape(q_b1nh.shape)
+
+
+def _capped(products: Array, mixer: Attention) -> Array:
+    """soft_cap(scale * products)."""
+    scores = products * mixer.scale
+    if mixer.soft_cap:
+        scores = jnp.tanh(scores / mixer.soft_cap) * mixer.soft_cap
+    return scores
 
 
 def _lags(before: int | Int[Array, ""], queries: int, keys: int) -> Int[Array, "c s"]:
