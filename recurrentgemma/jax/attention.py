@@ -162,7 +162,8 @@ def _replaced(
     starts, slot = (segment_pos == 0)[..., None, None], segment_pos % slots
     # XLA writes in place, without a copy of the ring, because both writes need what is read first,
     # and because each access has two places, one of them out of range.
-    places = jnp.arange(len(slot))[:, None], jnp.concatenate([slot, jnp.full_like(slot, slots)], 1)
+    rows, two = jnp.arange(slot.shape[0])[:, None], [slot, jnp.full_like(slot, slots)]
+    places = rows, jnp.concatenate(two, 1)
     old_b1kh = ring_bskh.at[places].get(mode="fill", fill_value=0)[:, :1]
     old_b1kh = jnp.where(starts, 0, old_b1kh)
     ring_bskh = jnp.where(starts, old_b1kh, ring_bskh)

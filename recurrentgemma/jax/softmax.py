@@ -139,7 +139,7 @@ def attend_also(
     """Attention of one query over S keys and one more; none of the S is copied."""
     wide = wide_dtype(q_b1nh.dtype)
     groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
-    q_bkrh = q_b1nh.reshape(len(q_b1nh), *groups)
+    q_bkrh = q_b1nh.reshape(q_b1nh.shape[0], *groups)
     scores = []
     for keys, sees in ((k_bskh, sees_bs), (k_b1kh, sees_b1)):
         # Keys first: else XLA turns them around, in a copy.
