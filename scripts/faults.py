@@ -186,8 +186,8 @@ FAULTS = (
     Fault(
         "attention: scores times H^-0.49",
         _J,
-        "scores_zkcrs * mixer.scale",
-        "scores_zkcrs * mixer.scale**0.98",
+        "products * mixer.scale",
+        "products * mixer.scale**0.98",
     ),
     Fault("RoPE: on the wrong half", _A, "rotated, passed = x.split", "passed, rotated = x.split"),
     Fault(
@@ -288,8 +288,8 @@ FAULTS = (
     Fault(
         "attention to all keys: a step does not see its own token",
         "jax/attention.py",
-        "sees_bs | (between == slots - 1)",
-        "sees_bs",
+        "(between < num_before) | (between == slots - 1)",
+        "between < num_before",
         model="other",
     ),
     Fault(

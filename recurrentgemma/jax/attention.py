@@ -136,36 +136,39 @@ def _step(
     slots = cache.keys.shape[1]
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = jnp.where(starts, 0, cache.num_tokens[:, None])
-    slot = jnp.arange(slots)
-    between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
-    sees_bs = between < num_before
+    between = (segment_pos - jnp.arange(slots) - 1) % slots  # tokens since the one in the slot
+    sees_bs = (between < num_before) | (between == slots - 1)
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
+    (keys, k_old), (values, v_old) = (_replaced(*pair, segment_pos) for pair in pairs)
     if mixer.reach is None:  # the slot of the token held nothing
-        sees_bs = sees_bs | (between == slots - 1)
-        encoded = attend_masked(q_b1nh, rings[0], rings[1], sees_bs[:, None], mixer)
-    else:
-        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], sees_bs, mixer)
+        encoded = attend_masked(q_b1nh, keys, values, sees_bs[:, None], mixer)
+    else:  # the token still sees what it replaces
+        sees_old = num_before >= slots
+        encoded = attend_also(q_b1nh, keys, values, k_old, v_old, sees_bs, sees_old, mixer)
     num_tokens = (num_before + is_token)[:, 0]
-    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
+    return encoded, AttentionBlockCache(keys, values, num_tokens)
 
 
 def _replaced(
     ring_bskh: Float[Array, "b s kv h"],
     new_b1kh: Float[Array, "b 1 kv h"],
     segment_pos: Int[Array, "b 1"],
-) -> Float[Array, "b s kv h"]:
-    """The ring after one token in each row.
+) -> tuple[Float[Array, "b s kv h"], Float[Array, "b 1 kv h"]]:
+    """The ring after one token in each row, and what that token's slot held.
 
     Padding changes nothing; the first token of a document empties all other slots.
     """
-    ring_bskh, starts = ring_bskh.astype(new_b1kh.dtype), segment_pos == 0
-    ring_bskh = jnp.where(starts[..., None, None], 0, ring_bskh)
-    rows, slots = jnp.arange(starts.shape[0])[:, None], ring_bskh.shape[1]
-    index = jnp.where(segment_pos < 0, slots, segment_pos % slots)
-    # A second update, out of range: for a single one XLA copies the ring, here it writes in place.
-    index = jnp.concatenate([index, jnp.full_like(index, slots)], 1)
-    return ring_bskh.at[rows, index].set(new_b1kh, mode="drop")
+    ring_bskh, slots = ring_bskh.astype(new_b1kh.dtype), ring_bskh.shape[1]
+    starts, slot = (segment_pos == 0)[..., None, None], segment_pos % slots
+    # XLA writes in place, without a copy of the ring, because both writes need what is read first,
+    # and because each access has two places, one of them out of range.
+    rows, two = jnp.arange(slot.shape[0])[:, None], [slot, jnp.full_like(slot, slots)]
+    places = rows, jnp.concatenate(two, 1)
+    old_b1kh = ring_bskh.at[places].get(mode="fill", fill_value=0)[:, :1]
+    old_b1kh = jnp.where(starts, 0, old_b1kh)
+    ring_bskh = jnp.where(starts, old_b1kh, ring_bskh)
+    new_b1kh = jnp.where((segment_pos < 0)[..., None, None], old_b1kh, new_b1kh)
+    return ring_bskh.at[places].set(new_b1kh, mode="drop"), old_b1kh
 
 
 def _history(

@@ -111,9 +111,7 @@ def attend_masked(
         scores_zkcrs = jnp.einsum(
             "...ckrh,...skh->...kcrs", q_zckrh, k_zskh, preferred_element_type=wide
         )
-    scores_zkcrs = scores_zkcrs * mixer.scale
-    if mixer.soft_cap:
-        scores_zkcrs = jnp.tanh(scores_zkcrs / mixer.soft_cap) * mixer.soft_cap
+    scores_zkcrs = _capped(scores_zkcrs, mixer)
     mask_z1c1s = mask_zcs[..., None, :, None, :]
     scores_zkcrs = jnp.where(mask_z1c1s, scores_zkcrs, jnp.finfo(wide).min)
     largest_zkcr1 = jax.lax.stop_gradient(scores_zkcrs.max(-1, keepdims=True))
@@ -131,34 +129,43 @@ def attend_masked(
 def attend_also(
     q_b1nh: Float[Array, "b 1 n h"],
     k_bskh: Float[Array, "b s kv h"],
-    k_b1kh: Float[Array, "b 1 kv h"],
     v_bskh: Float[Array, "b s kv h"],
+    k_b1kh: Float[Array, "b 1 kv h"],
     v_b1kh: Float[Array, "b 1 kv h"],
     sees_bs: Bool[Array, "b s"],
+    sees_b1: Bool[Array, "b 1"],
     mixer: Attention,
 ) -> Float[Array, "b 1 n h"]:
-    """Attention of one query over S keys and one more, which it sees; no key is copied."""
+    """Attention of one query over S keys and one more; none of the S is copied."""
     wide = wide_dtype(q_b1nh.dtype)
-    q_bkrh = q_b1nh.reshape(q_b1nh.shape[0], mixer.kv_heads, -1, mixer.head_dim)
-    k_bskh, v_bskh = (z.astype(q_b1nh.dtype) for z in (k_bskh, v_bskh))
-    scores = [
-        jnp.einsum("bskh,bkrh->bksr", keys, q_bkrh, preferred_element_type=wide)
-        for keys in (k_bskh, k_b1kh)
-    ]
-    scores_bkrs = jnp.concatenate(scores, 2).swapaxes(2, 3) * mixer.scale
-    if mixer.soft_cap:
-        scores_bkrs = jnp.tanh(scores_bkrs / mixer.soft_cap) * mixer.soft_cap
-    sees_b11s = jnp.pad(sees_bs, ((0, 0), (0, 1)), constant_values=True)[:, None, None]
-    scores_bkrs = jnp.where(sees_b11s, scores_bkrs, jnp.finfo(wide).min)
-    largest_bkr1 = jax.lax.stop_gradient(scores_bkrs.max(-1, keepdims=True))
-    weights_bkrs = jnp.exp(scores_bkrs - largest_bkr1)
-    rounded_bkrs = weights_bkrs.astype(v_b1kh.dtype)
-    out_bkrh = jnp.einsum(
-        "bkrs,bskh->bkrh", rounded_bkrs[..., :-1], v_bskh, preferred_element_type=wide
+    groups = (mixer.kv_heads, mixer.heads // mixer.kv_heads, mixer.head_dim)
+    q_bkrh = q_b1nh.reshape(q_b1nh.shape[0], *groups)
+    scores = []
+    for keys, sees in ((k_bskh, sees_bs), (k_b1kh, sees_b1)):
+        # Keys first: else XLA turns them around, in a copy.
+        z_bksr = jnp.einsum("bskh,bkrh->bksr", keys, q_bkrh, preferred_element_type=wide)
+        hidden = ~sees[:, None, :, None]
+        scores.append(jnp.where(hidden, jnp.finfo(wide).min, _capped(z_bksr, mixer)))
+    largest_bk1r = jax.lax.stop_gradient(
+        jnp.maximum(*(z_bksr.max(2, keepdims=True) for z_bksr in scores))
     )
-    out_bkrh = out_bkrh + rounded_bkrs[..., -1:].astype(wide) * v_b1kh.swapaxes(1, 2)
-    out_bkrh = (out_bkrh / weights_bkrs.sum(-1, keepdims=True)).astype(q_b1nh.dtype)
-    return out_bkrh.reshape(q_b1nh.shape)
+    weights = [jnp.exp(z_bksr - largest_bk1r) for z_bksr in scores]
+    out_bkrh = sum(
+        jnp.einsum(
+            "bksr,bskh->bkrh", w_bksr.astype(z_bskh.dtype), z_bskh, preferred_element_type=wide
+        )
+        for w_bksr, z_bskh in zip(weights, (v_bskh, v_b1kh), strict=True)
+    )
+    total_bkr = weights[0].sum(2) + weights[1][:, :, 0]
+    return (out_bkrh / total_bkr[..., None]).astype(q_bkrh.dtype).reshape(q_b1nh.shape)
+
+
+def _capped(products: Array, mixer: Attention) -> Array:
+    """soft_cap(scale * products)."""
+    scores = products * mixer.scale
+    if mixer.soft_cap:
+        scores = jnp.tanh(scores / mixer.soft_cap) * mixer.soft_cap
+    return scores
 
 
 def _lags(before: int | Int[Array, ""], queries: int, keys: int) -> Int[Array, "c s"]:

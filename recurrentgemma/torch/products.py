@@ -17,6 +17,7 @@ from torch.nn.functional import embedding, linear
 from recurrentgemma.common.quantization import LARGEST, dequantize
 from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime import few_rows, kernels
+from recurrentgemma.torch.runtime import linear as fast_linear
 from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.runtime.stored import PackedMatrix, takes
 from recurrentgemma.torch.scan.gates import forward_levels
@@ -92,6 +93,10 @@ def _product(
     if w.ndim > 2:
         w = w if axis == -2 else w.mT
         x = x.expand(len(w), -1, -1)
+        if x.shape[1] > 1 and fast_linear.gains(x[0], w[0].T):
+            # One at a time; for one row PyTorch multiplies with all at a time.
+            y = torch.stack([fast_linear.linear(*pair) for pair in zip(x, w.mT, strict=True)])
+            return y if bias is None else y + bias
         return x @ w if bias is None else torch.baddbmm(bias, x, w)
     w = w.T if axis == -2 else w
     if dtype is None:
@@ -109,6 +114,8 @@ def _product(
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. On a CPU a few rows go as columns, in 0.6 to 0.9 of the time."""
+    if fast_linear.gains(x, w):
+        return fast_linear.linear(x, w, bias)
     if (
         w.dtype == torch.float32
         and w.is_cpu

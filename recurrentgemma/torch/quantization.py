@@ -173,10 +173,14 @@ def dequantizing(model: nn.Module) -> None:
 
 def keep_values(model: nn.Module) -> None:
     """Has a model compute with values as they are stored, which `torch.compile` can trace."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, QuantizedMatrix):
             module.packs = False
             module.unpack()
+        for name, held in list(module.named_children()):
+            if isinstance(held, PackedMatrix):
+                delattr(module, name)
+                setattr(module, name, nn.Parameter(held.values()))
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from cases import make_config
 from recurrentgemma.common.model.layer_spec import layer_spec
 from recurrentgemma.common.twin import find_twin
 from recurrentgemma.torch import Model, Sampler, load_tokenizer, products
-from recurrentgemma.torch.quantization import pack_matrices
+from recurrentgemma.torch.quantization import keep_values, pack_matrices
 from recurrentgemma.torch.runtime import kernels, stored
 from recurrentgemma.torch.runtime.stored import PackedMatrix
 from tolerances import assert_close
@@ -71,6 +71,7 @@ def test_matrices_alone_are_packed_and_held_once() -> None:
 @torch.no_grad()
 def test_a_small_matrix_is_also_kept_as_it_is_for_single_rows(monkeypatch) -> None:
     monkeypatch.setattr(stored, "_LARGE", 2**20)
+    monkeypatch.setattr(kernels, "plain32_gains", lambda: False)
     model = Model(CONFIG)
     tokens, segment_pos = torch.randint(0, 2048, (3, 9)), torch.arange(9).expand(3, 9)
     both, (_, state) = packed(model), model(tokens, segment_pos)
@@ -83,7 +84,10 @@ def test_a_small_matrix_is_also_kept_as_it_is_for_single_rows(monkeypatch) -> No
 @pytest.mark.parametrize(
     ("rows", "dtype"), [(1, torch.float32), (8, torch.bfloat16), (8, torch.float64)]
 )
-def test_what_would_gain_nothing_stays(rows: int, dtype: torch.dtype) -> None:
+def test_what_would_gain_nothing_stays(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "plain32_gains", lambda: False)
     model = packed(Model(CONFIG, dtype=dtype), rows)
     assert not any(isinstance(module, PackedMatrix) for module in model.modules())
 
@@ -94,10 +98,27 @@ def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch
 
 
 @packs
+def test_where_mkl_is_slow_one_row_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "plain32_gains", lambda: True)
+    modules = packed(Model(CONFIG), rows=1).modules()
+    assert any(isinstance(module, PackedMatrix) for module in modules)
+
+
+@packs
+def test_what_is_compiled_is_not_packed() -> None:
+    model = Model(CONFIG)
+    changed = packed(model)
+    keep_values(changed)
+    assert not any(isinstance(module, PackedMatrix) for module in changed.modules())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(changed.get_parameter(name), parameter)
+
+
+@packs
 def test_texts_are_the_same() -> None:
     prompts = [f"{number} And" for number in range(8)]
     plain, fast = (
-        find_twin("torch").load(None, "float32", decoding=decoding) for decoding in (1, 8)
+        find_twin("torch").load(None, "float32", decoding=decoding) for decoding in (0, 8)
     )
     assert any(isinstance(module, PackedMatrix) for module in fast.modules())
     texts = [Sampler(model=model, vocab=load_tokenizer())(prompts, 20) for model in (plain, fast)]

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from recurrentgemma.torch.runtime import kernels
 
-LEAST_ROWS = 4  # a single row takes longer with a packed matrix
 _LEAST = 2**17  # values of a matrix
 _LARGE = 2**20  # values of a matrix that is not held twice
+
+
+def _least_rows() -> int:
+    """The number of rows from which packed values are faster: MKL is fast on an Intel CPU."""
+    return 1 if kernels.plain32_gains() else 4
 
 
 class PackedMatrix(nn.Module):
@@ -22,7 +26,7 @@ class PackedMatrix(nn.Module):
 
     Attributes:
       packed: The matrix, or each of the stack.
-      plain: The parameter, for a few rows; None if the matrix is large.
+      plain: The parameter, for a few rows; None if the matrix is large, or they gain too.
       shape: The shape of the parameter.
       axis: The axis of inputs of the parameter; see `Quantized`.
     """
@@ -30,7 +34,8 @@ class PackedMatrix(nn.Module):
     def __init__(self, values: Tensor, axis: int) -> None:
         super().__init__()
         self.shape, self.axis = values.shape, axis
-        self.plain = values if values.shape[-2] * values.shape[-1] < _LARGE else None
+        small = values.shape[-2] * values.shape[-1] < _LARGE
+        self.plain = values if small and _least_rows() > 1 else None
         matrices = values if values.ndim > 2 else values[None]
         self.packed = [kernels.pack32(w if axis == -1 else w.t()) for w in matrices]
 
@@ -55,14 +60,14 @@ class PackedMatrix(nn.Module):
 
 def takes(x: Tensor, w: PackedMatrix) -> bool:
     """Whether rows go with the packed values, which have no derivative."""
-    several = w.plain is None or x.numel() >= LEAST_ROWS * x.shape[-1]
+    several = w.plain is None or x.numel() >= _least_rows() * x.shape[-1]
     return several and x.dtype == w.dtype and not torch.is_grad_enabled()
 
 
 def gains(value: Any, rows: int) -> bool:
     """Whether products of so many rows with a parameter are faster if it is packed."""
     return (
-        rows >= LEAST_ROWS
+        rows >= _least_rows()
         and type(value) in (Tensor, nn.Parameter)
         and value.is_cpu
         and value.dtype == torch.float32
