@@ -88,7 +88,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"a chip: {size_text(held + temporary)}, which are {size_text(held)} of state and batch "
         f"and {size_text(temporary)} beside them"
     )
-    computed = report.get("computed", {})
-    for kind in dict.fromkeys([*report["sent"], *computed]):
+    sent, computed = report["sent"], report.get("computed", {})
+    for kind in dict.fromkeys([*sent, *computed]):
         beside = f" (inspect: {size_text(computed.get(kind, 0))})" if computed else ""
-        yield f"a chip sends, {kind}: {size_text(report['sent'].get(kind, 0))}{beside}"
+        yield f"a chip sends, {kind}: {size_text(sent.get(kind, 0))}{beside}"
+    beside = f" (inspect: {size_text(sum(computed.values()))})" if computed else ""
+    yield f"a chip sends, together: {size_text(sum(sent.values()))}{beside}"
