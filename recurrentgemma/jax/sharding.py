@@ -155,6 +155,11 @@ def token_split(mesh: Mesh | None, rows: int, length: int) -> TokenSplit:
     return batch, time
 
 
+def splits_steps(mesh: Mesh | None) -> bool:
+    """Whether a mesh splits the tokens of a row, beside the rows."""
+    return mesh is not None and mesh.shape.get("sequence", 1) > 1
+
+
 def constrained(x: Array, mesh: Mesh | None, split: TokenSplit) -> Array:
     """An activation [B, T, ...] whose tokens are split so; as it is where there is no mesh."""
     if mesh is None:
