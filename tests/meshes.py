@@ -15,11 +15,11 @@ BATCHES = ("packed", "padded")
 
 
 def mesh_config(**changes: Any) -> Any:
-    """A small model that all of `MESHES` fit."""
+    """A small model that all of `MESHES` fit; R A comes twice."""
     from cases import make_config
 
     sizes = {"vocab_size": 256, "width": 64, "mlp_expanded_width": 128, "num_heads": 4}
-    return make_config("RA", **sizes | {"logits_soft_cap": 30.0} | changes)
+    return make_config("RARA", **sizes | {"logits_soft_cap": 30.0} | changes)
 
 
 def make_batch(kind: str, seed: int, vocab_size: int = 256) -> Any:

@@ -27,10 +27,10 @@ def compile_only(topology: str, options: TrainOptions, *, as_json: bool) -> None
       ValueError: The framework is PyTorch, or the step does not fit the topology.
       MissingExtraError: JAX or `libtpu` is not installed.
     """
-    from recurrentgemma.cli.train_inputs import make_setup
+    from recurrentgemma.cli.train_inputs import make_setup, read_config
     from recurrentgemma.cli.train_options import require_consistent
     from recurrentgemma.common.extras import require
-    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma.common.io.checkpoint import BUNDLED, load_tokenizer
     from recurrentgemma.common.twin import PACKAGES
 
     if options.framework not in (None, "jax"):
@@ -42,11 +42,12 @@ def compile_only(topology: str, options: TrainOptions, *, as_json: bool) -> None
     from recurrentgemma.jax.sharding import make_mesh
 
     require_consistent(options)
-    config, name = _model(options)
+    tokenizer, preset = load_tokenizer(options.tokenizer), options.preset
+    config = read_config(options, None if options.tokenizer is None else tokenizer.size)
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPUs themselves
     devices = tpu_devices(topology)
     options = dataclasses.replace(options, dtype=options.dtype or "bfloat16")
-    setup = make_setup(options, config, load_tokenizer(), options.steps or 1)
+    setup = make_setup(options, config, tokenizer, options.steps or 1)
     with working(f"Compiling for {topology}"):
         step = compile_step(
             config,
@@ -60,29 +61,11 @@ def compile_only(topology: str, options: TrainOptions, *, as_json: bool) -> None
             accumulation=options.accumulation,
             gradient_checkpointing=setup.gradient_checkpointing,
         )
+    name = preset.upper() if preset else str(options.config or options.checkpoint or BUNDLED)
     report = {"model": name, "topology": topology, **step._asdict()}
     if setup.lora is None:
         report |= {"computed": _computed(config, step.mesh, options)}
     typer.echo(json.dumps(report) if as_json else "\n".join(_lines(report)))
-
-
-def _model(options: TrainOptions) -> tuple[Config, str]:
-    """The model, whose vocabulary is the published one or the tokenizer's, and its name."""
-    from recurrentgemma.cli.train_inputs import config_and_tokenizer
-    from recurrentgemma.common.io.checkpoint import BUNDLED
-    from recurrentgemma.common.model.families import config_from_preset
-    from recurrentgemma_conversion.opening import open_checkpoint, open_config
-
-    if options.preset is not None and options.tokenizer is None:
-        return config_from_preset(options.preset.upper()), options.preset.upper()
-    if options.preset is not None:
-        config, _ = config_and_tokenizer(options)
-        assert config is not None
-        return config, options.preset.upper()
-    if options.config is not None:
-        return open_config(options.config), str(options.config)
-    with open_checkpoint(options.checkpoint) as checkpoint:
-        return checkpoint.config, str(options.checkpoint or BUNDLED)
 
 
 def _computed(config: Config, mesh: Mapping[str, int], options: TrainOptions) -> dict[str, int]:
@@ -105,7 +88,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"a chip: {size_text(held + temporary)}, which are {size_text(held)} of state and batch "
         f"and {size_text(temporary)} beside them"
     )
-    computed = report.get("computed", {})
-    for kind in dict.fromkeys([*report["sent"], *computed]):
+    sent, computed = report["sent"], report.get("computed", {})
+    for kind in dict.fromkeys([*sent, *computed]):
         beside = f" (inspect: {size_text(computed.get(kind, 0))})" if computed else ""
-        yield f"a chip sends, {kind}: {size_text(report['sent'].get(kind, 0))}{beside}"
+        yield f"a chip sends, {kind}: {size_text(sent.get(kind, 0))}{beside}"
+    beside = f" (inspect: {size_text(sum(computed.values()))})" if computed else ""
+    yield f"a chip sends, together: {size_text(sum(sent.values()))}{beside}"

@@ -24,17 +24,32 @@ if TYPE_CHECKING:
 _PROMPTS = 2  # prompts to continue at each evaluation unless others are given
 
 
-def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
-    """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
-    from recurrentgemma.common.io.checkpoint import load_tokenizer
+def read_config(options: TrainOptions, vocab_size: int | None = None) -> Config:
+    """The config that the options name.
+
+    Args:
+      options: The options.
+      vocab_size: Tokens of a preset's model; the published number if None.
+    """
     from recurrentgemma.common.model.families import config_from_preset
     from recurrentgemma_conversion.opening import open_checkpoint, open_config
 
     if options.preset is not None:
-        tokenizer = load_tokenizer(options.tokenizer)
-        return config_from_preset(options.preset.upper(), tokenizer.size), tokenizer
+        return config_from_preset(options.preset.upper(), vocab_size)
     if options.config is not None:
-        config, tokenizer = open_config(options.config), load_tokenizer(options.tokenizer)
+        return open_config(options.config)
+    with open_checkpoint(options.checkpoint) as checkpoint:
+        return checkpoint.config
+
+
+def config_and_tokenizer(options: TrainOptions) -> tuple[Config | None, Tokenizer]:
+    """The config of a model from scratch, or None for a checkpoint's weights; the tokenizer."""
+    from recurrentgemma.common.io.checkpoint import load_tokenizer
+    from recurrentgemma_conversion.opening import open_checkpoint
+
+    if options.preset is not None or options.config is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+        config = read_config(options, tokenizer.size)
         _require_match(tokenizer, config)
         return config, tokenizer
     with open_checkpoint(options.checkpoint) as checkpoint:

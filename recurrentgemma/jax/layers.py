@@ -25,7 +25,7 @@ from recurrentgemma.jax.runtime.sequence import lagged, slices
 from recurrentgemma.jax.runtime.trees import initializer
 from recurrentgemma.jax.runtime.vocabulary import lookup as split_lookup
 from recurrentgemma.jax.scan import as_positions, wide_dtype
-from recurrentgemma.jax.sharding import ShardingSpec
+from recurrentgemma.jax.sharding import ShardingSpec, splits_steps
 
 MATRICES = "...td,cdD->c...tD"  # x W_c for each matrix of a stack
 _METHODS = {"__call__", "encode", "decode"}
@@ -136,8 +136,8 @@ class BlockDiagonalLinear(SpecModule):
             y_hzj = product(x_hzi, w, b[:, None])
             return y_hzj.swapaxes(0, 1).reshape(*x.shape[:-1], w.shape[0] * w.shape[2])
 
-        # Rows and steps stay apart on a mesh, which may split both.
-        return blocks(x) if self.mesh is None else jax.vmap(blocks)(x)
+        # Rows and steps stay apart where a mesh splits both.
+        return jax.vmap(blocks)(x) if splits_steps(self.mesh) else blocks(x)
 
 
 class Conv1D(SpecModule):
@@ -209,7 +209,7 @@ class Einsum(SpecModule):
         specs = params.einsum(self.w_shape, self.b_shape, self.w_init_variance_scale)
         w, *bias = self.declare(specs)
         x, w, *bias = promote_dtype(x, w, *bias, dtype=self.dtype)
-        if self.eqn != MATRICES or self.mesh is not None:  # rows and steps stay apart on a mesh
+        if self.eqn != MATRICES or splits_steps(self.mesh):  # rows and steps stay apart
             base, *pair = w if isinstance(w, Adapted) else (w,)
             y = jnp.einsum(self.eqn, x, dense(base))
             if pair:
@@ -244,8 +244,9 @@ class Embedder(SpecModule):
     def decode(self, x: Hidden) -> Float[Array, "b t v"]:
         """Logits, soft-capped, in float32 (float64 beside float64)."""
         x, w = promote_dtype(x, self.input_embedding, dtype=self.dtype)
-        # A matrix: for the gradient of an einsum XLA transposes all logits. A mesh splits b and t.
-        x_zd, wide = x.reshape(-1, x.shape[-1]) if self.mesh is None else x, wide_dtype(x.dtype)
+        # A matrix: for the gradient of an einsum XLA transposes all logits.
+        x_zd = x if splits_steps(self.mesh) else x.reshape(-1, x.shape[-1])
+        wide = wide_dtype(x.dtype)
         logits = product(x_zd, w, axis=-1, dtype=wide)
         logits = logits.reshape(*x.shape[:2], w.shape[0])
         cap = self.soft_cap

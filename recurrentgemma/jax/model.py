@@ -22,7 +22,7 @@ from recurrentgemma.jax.blocks import Block
 from recurrentgemma.jax.cache import Cache, init_cache, require_capacity
 from recurrentgemma.jax.layers import Embedder, RMSNorm
 from recurrentgemma.jax.runtime.axes import AnyAxes
-from recurrentgemma.jax.runtime.blocks import run_block
+from recurrentgemma.jax.runtime.blocks import run_blocks
 from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.runtime.trees import require_available
 from recurrentgemma.jax.sharding import (
@@ -46,6 +46,8 @@ class Model(AnyAxes):
       scan_sharding_spec: How the linear recurrence is split over devices, if it is; on a mesh None
         splits it like the activations.
       mesh: The devices that weights and activations are split over, if they are; see `make_mesh`.
+      scan_layers: Whether layers that repeat run in a loop where no state is given: compile time
+        does not grow with depth, but their weights are copied. None: in training on a mesh.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Model(AnyAxes):
     param_dtype: Dtype = jnp.float32
     scan_sharding_spec: ShardingSpec | None = None
     mesh: Mesh | None = None
+    scan_layers: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradient_checkpointing, bool):
@@ -138,17 +141,12 @@ class Model(AnyAxes):
         if self.mesh is not None and self.scan_sharding_spec is None:
             settings["scan_sharding_spec"] = scan_split(self.mesh, split)
         x = constrained(self.embedder.encode(tokens), self.mesh, split)
-        variance = 2 / max(value.num_layers, 1)
-        new_cache: Cache = {}
         if not x.size:  # nothing happens to the state
-            new_cache = cache or self.init_cache(rows, x.dtype)
+            new_cache: Cache = cache or self.init_cache(rows, x.dtype)
         else:
-            for i, layer in enumerate(value.layers):
-                name = f"blocks.{i}"
-                block = functools.partial(Block, value.width, layer, variance, **settings)
-                block_cache = cache[name] if cache else None
-                x, new_cache[name] = run_block(self, block, name, x, segment_pos, block_cache)
-                x = constrained(x, self.mesh, split)
+            variance = {"final_w_init_variance_scale": 2 / max(value.num_layers, 1)}
+            make = functools.partial(Block, value.width, **variance, **settings)
+            x, new_cache = run_blocks(self, make, split, x, segment_pos, cache)
             if self.mesh is not None:
                 places = state_shardings(self.config, self.mesh, x.shape[0])
                 new_cache = jax.tree.map(jax.lax.with_sharding_constraint, new_cache, places)

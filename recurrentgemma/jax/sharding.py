@@ -155,6 +155,11 @@ def token_split(mesh: Mesh | None, rows: int, length: int) -> TokenSplit:
     return batch, time
 
 
+def splits_steps(mesh: Mesh | None) -> bool:
+    """Whether a mesh splits the tokens of a row, beside the rows."""
+    return mesh is not None and mesh.shape.get("sequence", 1) > 1
+
+
 def constrained(x: Array, mesh: Mesh | None, split: TokenSplit) -> Array:
     """An activation [B, T, ...] whose tokens are split so; as it is where there is no mesh."""
     if mesh is None:
@@ -187,33 +192,52 @@ def gathering(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
 
     There only "tensor" splits them. The gradients are split as at rest again.
     """
+
+    def gather(leaf: Array, split: Callable[..., layouts.Split]) -> Array:
+        rest = split(leaf.shape)
+        computed = (axis if axis == "tensor" else None for axis in rest)
+        automatic = automatic_mesh(mesh)
+        return _gathered(leaf, on_mesh(automatic, *rest), on_mesh(automatic, *computed))
+
+    change = _on_parameters(mesh, width, layer, gather)
+    return lambda variables: {name: change(tree) for name, tree in variables.items()}
+
+
+@functools.lru_cache
+def stack_at_rest(mesh: Mesh, width: int, layer: Layer) -> Callable[[Any], Any]:
+    """Splits the stacked parameters of several blocks, and their gradients, as each is at rest."""
+
+    def constrain(leaf: Array, split: Callable[..., layouts.Split]) -> Array:
+        place = on_mesh(automatic_mesh(mesh), None, *split(leaf.shape[1:]))
+        return jax.lax.with_sharding_constraint(leaf, place)
+
+    return _on_parameters(mesh, width, layer, constrain)
+
+
+def _on_parameters(
+    mesh: Mesh, width: int, layer: Layer, change: Callable[[Array, Callable[..., Any]], Array]
+) -> Callable[[Any], Any]:
+    """Changes each array of a block's parameters; `change` gets what splits a shape at rest."""
     sizes, parts = sizes_of(mesh), getattr(layer.mixer, "parts", None)
-    automatic = automatic_mesh(mesh)
-    pairs = {}
-    for spec in layer_params(width, layer, 1.0):
-        split = layouts.split_of(spec, sizes, parts=parts)
-        computed = tuple(axis if axis == "tensor" else None for axis in split)
-        pairs[spec.path] = (spec.shape, split, computed)
+    specs = {spec.path: spec for spec in layer_params(width, layer, 1.0)}
+    splits = {path: layouts.split_of(spec, sizes, parts=parts) for path, spec in specs.items()}
 
-    def gather(path: str, leaf: Array, by_rows: bool = False) -> Array:
-        shape, *splits = pairs[path]
-        rest, computed = (
-            on_mesh(automatic, *_split_beside(split, leaf.shape, shape, by_rows))
-            for split in splits
+    def changed(path: str, leaf: Array, by_rows: bool = False) -> Array:
+        return change(
+            leaf, lambda shape: _split_beside(splits[path], shape, specs[path].shape, by_rows)
         )
-        return _gathered(leaf, rest, computed)
 
-    def gather_all(tree: Any, prefix: str = "") -> Any:
+    def change_all(tree: Any, prefix: str = "") -> Any:
         if isinstance(tree, Quantized):
             by_rows = tree.axis == -2
-            return tree.with_parts(lambda part: gather(prefix[1:], part, by_rows))
+            return tree.with_parts(lambda part: changed(prefix[1:], part, by_rows))
         if isinstance(tree, tuple):  # a matrix and its adapter
-            return type(tree)(*(gather_all(part, prefix) for part in tree))
+            return type(tree)(*(change_all(part, prefix) for part in tree))
         if not isinstance(tree, Mapping):
-            return jax.tree.map(functools.partial(gather, prefix[1:]), tree)
-        return {key: gather_all(value, f"{prefix}.{key}") for key, value in tree.items()}
+            return jax.tree.map(functools.partial(changed, prefix[1:]), tree)
+        return {key: change_all(value, f"{prefix}.{key}") for key, value in tree.items()}
 
-    return lambda variables: {name: gather_all(tree) for name, tree in variables.items()}
+    return change_all
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

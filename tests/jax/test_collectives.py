@@ -16,6 +16,20 @@ HloModule jit_update
   %sent = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
 }
 
+%by_twos (state: (s32[], f32[8,4])) -> pred[] {
+  %constant.2 = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %below = pred[] compare(%i, %constant.2), direction=LT
+}
+
+%two (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %constant.3 = u32[]{:T(128)} constant(2)
+  %before = u32[]{:T(128)} get-tuple-element(%state), index=0
+  %sent.3 = f32[8,4]{1,0} collective-permute(%x), channel_id=2, source_target_pairs={{0,1}}
+  %after = u32[]{:T(128)} add(%before, %constant.3)
+  ROOT %pair = (u32[]{:T(128)}, /*index=1*/f32[8,4]{1,0}) tuple(%after, /*index=1*/%sent.3)
+}
+
 %known (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %sent.2 = bf16[8,4]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1}}
 }
@@ -38,6 +52,7 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %loop = (s32[], f32[8,4]{1,0}) while(%init), condition=%condition, body=%body
   %other = (s32[], bf16[8,4]{1,0}) while(%init), condition=%condition, body=%known, \
 backend_config={"known_trip_count":{"n":"7"}}
+  %third = (u32[], f32[8,4]{1,0}) while(%init), condition=%by_twos, body=%two
   %scattered = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.4
   %one = bf16[8,4]{1,0} fusion(%p), kind=kCustom, calls=%first
   %two = bf16[8,4]{1,0} fusion(%one), kind=kCustom, calls=%second
@@ -53,7 +68,7 @@ def test_each_form() -> None:
 
     whole = 8 * 4 * 4  # bytes in float32
     assert sent_bytes(PROGRAM) == {
-        "collective-permute": 3 * whole + 7 * whole // 2,
+        "collective-permute": 3 * whole + 7 * whole // 2 + 4 * whole,
         "reduce-scatter": whole * 3 // 4,
         "all-gather": whole // 2 * 3 // 4 + whole * 3 // 4,
         "all-reduce": 2 * (whole + 4) * 1 // 2,

@@ -1,10 +1,15 @@
 """A model on a mesh of eight devices computes what it does on one, and each has its part."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
-from meshes import EIGHT_DEVICES
+from meshes import EIGHT_DEVICES, make_batch, mesh_config
 from programs import run_programs
+
+from recurrentgemma.common.io.tensor_files import TensorFile
 
 SETTING = """
 import jax
@@ -46,7 +51,8 @@ alone = program("data=1").cost_analysis()["flops"]
 for mesh in ("data=8", "fsdp=8", "sequence=8", "fsdp=2,tensor=4"):
     made = program(mesh)
     text = made.as_text()
-    found = [s for c in collectives(text) if c.kind == "all-gather" for s in c.shapes]
+    gathers = [c for c in collectives(text) if c.kind == "all-gather"]
+    found = [s[1:] if s[0] == 1 else s for c in gathers for s in c.shapes]  # one of a stack
     # Only weights are gathered, or the parts that "tensor" leaves: no activation, not the table.
     assert not [s for s in found if {24, 192} & {*s} or s == (256, 64)], (mesh, found)
     assert bool(found) == (mesh != "data=8"), mesh
@@ -132,26 +138,36 @@ found, text = outputs("sequence=2")
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
              found, expected)
 """
+# One state goes from eight devices to (2, 2), eight, one, and in the end to the other twin.
 STATES = """
-import tempfile
-from recurrentgemma.jax.training import load_state, save_state, state_arrays, load_state_arrays
-folder = tempfile.mkdtemp() + "/state"
+from pathlib import Path
+from recurrentgemma.common.io.tensor_files import write_tensors
+from recurrentgemma.jax.training import (
+    evaluate, load_state, load_state_arrays, save_state, state_arrays,
+)
+folder = Path(FOLDER)
 state, _ = trained("adamw", "packed", "fsdp=2,tensor=4", steps=1)
-save_state(folder, state)
+save_state(folder / "0", state)
 try:
-    save_state(folder, state)
+    save_state(folder / "0", state)
     raise AssertionError
 except ValueError as error:
     assert "force=True" in str(error)
-expected = state_arrays(state)
-for mesh in ("fsdp=8", None):
+expected, losses = state_arrays(state), []
+for step, mesh in enumerate(("fsdp=2,tensor=2", "fsdp=8", None)):
     other, _ = trained("adamw", "packed", mesh, steps=0)
-    for loaded in (load_state(folder, other), load_state_arrays(other, expected)):
+    state = load_state(folder / str(step), other)
+    for loaded in (state, load_state_arrays(other, expected)):
         found = state_arrays(loaded)
         assert found.keys() == expected.keys()
         assert all((found[name] == expected[name]).all() for name in expected)
         for one, before in zip(*map(jax.tree.leaves, (loaded.parameters, other.parameters))):
             assert one.sharding == before.sharding
+    save_state(folder / str(step + 1), state)
+    losses.append(evaluate(state, [make_batch("packed", 2)])["loss"])
+assert np.ptp(losses) <= 1e-13 * losses[0], losses
+write_tensors(folder / "state.safetensors", state_arrays(state), {})  # as a run keeps it
+np.save(folder / "losses.npy", losses)
 """
 SAMPLER = """
 from recurrentgemma.jax import load_checkpoint, load_tokenizer, Sampler
@@ -235,12 +251,40 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def failures() -> dict[str, str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where "states" writes."""
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def failures(folder: Path) -> dict[str, str]:
     """The programs that failed, with their tracebacks."""
-    programs = {name: SETTING + program for name, program in PROGRAMS.items()}
+    setting = f"{SETTING}FOLDER = {str(folder)!r}\n"
+    programs = {name: setting + program for name, program in PROGRAMS.items()}
     return run_programs(programs, EIGHT_DEVICES)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_meshes(failures: dict[str, str], name: str) -> None:
     assert name not in failures, failures[name]
+
+
+def test_the_other_twin_resumes(failures: dict[str, str], folder: Path) -> None:
+    """It has the arrays to the bit; its loss is within rounding."""
+    pytest.importorskip("torch.utils", reason="torch is not installed")
+    import torch
+
+    assert "states" not in failures, failures["states"]
+    from recurrentgemma import torch as twin
+
+    file = TensorFile(folder / "state.safetensors")
+    expected = {name: file.read(name) for name in file.tensors}
+    model = twin.Griffin(mesh_config(), dtype=torch.float64)
+    state = twin.create_train_state(model, state_dtype=torch.float64)
+    state = twin.load_state_arrays(state, expected)
+    found = twin.state_arrays(state)
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    loss = twin.evaluate(state, [make_batch("packed", 2)])["loss"]
+    np.testing.assert_allclose(loss, np.load(folder / "losses.npy"), rtol=1e-12)

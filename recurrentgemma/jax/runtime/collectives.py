@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+_Computation = dict[str, tuple[str, str, str]]  # by name: result, operation, and the rest
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
+_LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 _NUMBER = re.compile(r"(\d+)\)")
+_OPERAND = re.compile(r"%([\w.-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 # A TPU runs parts of one collective in several fusions, one after another.
 _CHAIN = re.compile(r"channel_id=\d+(?=.*chain_id=)")
 _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
@@ -50,13 +54,14 @@ def collectives(program: str) -> list[Collective]:
         """How often a loop runs: as noted, or else the number that its condition compares with."""
         if known := _TRIPS.search(rest):
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.-]+)", rest)
-        assert condition is not None
-        compared = (rest for _, operation, rest in bodies[condition[1]] if operation == "constant")
-        return max((int(n[1]) for n in map(_NUMBER.match, compared) if n), default=1)
+        loop = _LOOP.search(rest)
+        assert loop is not None
+        condition, body = bodies[loop[1]], bodies[loop[2]]
+        compared = max(_constants(condition).values(), default=1)
+        return -(-compared // _step(condition, body))
 
     def visit(name: str, times: int) -> None:
-        for result, operation, rest in bodies.get(name, ()):
+        for result, operation, rest in bodies.get(name, {}).values():
             kind, chain = operation.removesuffix("-start"), _CHAIN.search(rest)
             is_new = chain is None or chain[0] not in chains
             if kind in KINDS and is_new:
@@ -79,18 +84,43 @@ def sent_bytes(program: str) -> dict[str, int]:
     return dict(total)
 
 
-def _computations(program: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """The instructions of each computation: result, operation and the rest; the first's name."""
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
+def _computations(program: str) -> tuple[dict[str, _Computation], str]:
+    """The computations by name, and the name of the first."""
+    bodies: dict[str, _Computation] = {}
     entry = name = ""
     for line in program.splitlines():
         if begins := _COMPUTATION.match(line):
             name = begins[2]
-            bodies[name] = []
+            bodies[name] = {}
             entry = name if begins[1] else entry
         elif name and (found := _INSTRUCTION.match(line)):
-            bodies[name].append((found[1], found[2], found[3]))
+            bodies[name][found[1]] = (found[2], found[3], found[4])
     return bodies, entry
+
+
+def _named(computation: _Computation, operation: str) -> dict[str, str]:
+    """The instructions of one operation: what follows its name, by the instruction's."""
+    return {name: rest for name, (_, found, rest) in computation.items() if found == operation}
+
+
+def _constants(computation: _Computation) -> dict[str, int]:
+    found = {name: _NUMBER.match(rest) for name, rest in _named(computation, "constant").items()}
+    return {name: int(number[1]) for name, number in found.items() if number}
+
+
+def _step(condition: _Computation, body: _Computation) -> int:
+    """What a loop's body adds to the number that the condition reads; 1 where it does not show.
+
+    A TPU's compiler makes one run of two where a product meets an exchange.
+    """
+    read = [_INDEX.search(rest) for rest in _named(condition, "get-tuple-element").values()]
+    results = [_OPERAND.findall(rest) for rest in _named(body, "tuple").values()]
+    added, constants = _named(body, "add"), _constants(body)
+    for place in filter(None, read if results else ()):
+        for name in _OPERAND.findall(added.get(results[-1][int(place[1])], "")):
+            if name in constants:
+                return constants[name]
+    return 1
 
 
 def _called(rest: str) -> Iterator[str]:

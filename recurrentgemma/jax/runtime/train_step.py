@@ -76,6 +76,8 @@ def total(model, params, batch, adapters, lora) -> Float[Array, ""]:
 def _total(model, params, batch, adapters, lora) -> Float[Array, ""]:
     if lora:
         params = adapted(model.config, params, adapters, lora)
+    if model.scan_layers is None:
+        model = model.clone(scan_layers=model.mesh is not None and model.mesh.size > 1)
     variables = {"params": params}
     hidden, _ = model.apply(variables, batch.tokens, batch.segment_pos, method=model.hidden)
     embedding = dense(get_path(params, "embedder.input_embedding"))
