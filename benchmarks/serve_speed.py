@@ -46,6 +46,7 @@ time.sleep(10**6)
 LOAD = """
 import sys, threading, time
 from recurrentgemma.cli.frameworks import choose_framework, find_checkpoint, load_sampler
+from recurrentgemma.cli.serve import HOLD_S, in_passing_thread
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy
@@ -53,16 +54,18 @@ framework, checkpoint, dtype, slots, tokens = sys.argv[1:]
 tokens, slots = int(tokens), int(slots or 8)
 framework = choose_framework(framework or None)
 path, vocabulary = find_checkpoint(checkpoint or None, None, chat=True)
-sampler = load_sampler(
-    framework, path, vocabulary, Greedy(), dtype or None, False, rows=slots).sampler
+def load():
+    return load_sampler(
+        framework, path, vocabulary, Greedy(), dtype or None, False, rows=slots).sampler
 """
 STREAM = """
+sampler = load()
 def measured(clients):
     for _ in sampler.stream("0 Once upon a time", tokens, end_sampling_at_eos_token=False):
         pass
 """
 SCHEDULER = """
-from recurrentgemma.cli.serve import HOLD_S
+sampler = in_passing_thread(load)
 from recurrentgemma.serve.jobs import Job, NewToken
 from recurrentgemma.serve.scheduler import Scheduler
 left, ended = 0, threading.Event()

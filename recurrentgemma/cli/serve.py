@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import os
 import re
 import sys
-from typing import Annotated
+import threading
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -29,6 +33,7 @@ KEY_VARIABLE = "RECURRENTGEMMA_API_KEY"
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 HOLD_S = 0.025  # a reader sees no difference
 _SAFETY, _SIZES = "Who may ask", "How much at a time"
+_Result = TypeVar("_Result")
 
 
 def serve(
@@ -124,18 +129,9 @@ def serve(
     with working(loading(checkpoint, framework)):
         number = slots or (8 if find_twin(framework).default_device() == "cpu" else 32)
         path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
-        loaded = load_sampler(
-            framework,
-            path,
-            vocabulary,
-            Greedy(),
-            dtype,
-            False,
-            False,
-            adapter,
-            quantize,
-            rows=number,
-        )
+        arguments = path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+        load = functools.partial(load_sampler, framework, *arguments, rows=number)
+        loaded = in_passing_thread(load)
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None
     length = max_length or (4096 if grows else 32_768)
@@ -184,3 +180,22 @@ def num_bytes(text: str) -> int:
     if found is None:
         raise UserError(f"--state-cache must be a number of bytes such as 1GB or 0, got {text!r}")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def in_passing_thread(function: Callable[[], _Result]) -> _Result:
+    """What a function returns, or its error, from a thread that then ends.
+
+    Each thread that computes with PyTorch gets a team of OpenMP threads, which goes when it ends.
+    With more of them than cores none waits actively, and a small step takes twice as long: so the
+    main thread must get none beside the one that owns the device.
+    """
+    result: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
