@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import re
@@ -125,13 +126,15 @@ def serve(
         )
     most_bytes = num_bytes(state_cache)
     framework = choose_framework(framework)
-    listener = listen(host, port)
-    with working(loading(checkpoint, framework)):
-        number = slots or (8 if find_twin(framework).default_device() == "cpu" else 32)
-        path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
-        arguments = path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
-        load = functools.partial(load_sampler, framework, *arguments, rows=number)
-        loaded = in_passing_thread(load)
+    with contextlib.ExitStack() as on_failure:
+        listener = on_failure.enter_context(listen(host, port))
+        with working(loading(checkpoint, framework)):
+            number = slots or (8 if find_twin(framework).default_device() == "cpu" else 32)
+            path, vocabulary = find_checkpoint(checkpoint, tokenizer, chat=True)
+            arguments = path, vocabulary, Greedy(), dtype, False, False, adapter, quantize
+            load = functools.partial(load_sampler, framework, *arguments, rows=number)
+            loaded = in_passing_thread(load)
+        on_failure.pop_all()
     engine = loaded.sampler.engine
     grows = engine.capacity_for(1) is not None
     length = max_length or (4096 if grows else 32_768)
