@@ -106,6 +106,7 @@ class TorchTwin(Twin):
             else:
                 state[torch_name(path)] = self.from_numpy(to_torch(path, value), dtype, device)
         model.load_state_dict(model.state_dict() | state, assign=True)
+        state.clear()  # packing takes the place of each tensor
         pack_matrices(model, decoding)
         return model
 
