@@ -55,6 +55,16 @@ def test_values_and_both_derivatives(shape: tuple[int, ...], bias: bool) -> None
         assert torch.equal(product(x, w, b, axis=-1), results[0][0])
 
 
+def test_matrices_with_gaps_go_the_other_way() -> None:
+    """As the blocks of a gate's inputs: oneDNN takes a second for such a product."""
+    blocks, w = torch.randn(64, 2, 48).unbind(1)[1], torch.randn(32, 48)
+    assert fast.gains(blocks.contiguous(), w)
+    assert fast.gains(blocks.contiguous().t(), torch.randn(32, 64))
+    assert not fast.gains(blocks, w)
+    assert not fast.gains(w, blocks)
+    assert not fast.gains(blocks.t(), torch.randn(32, 64))
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_stacks(rows: int) -> None:
     x, w = torch.randn(1, rows, 48, requires_grad=True), torch.randn(2, 48, 32, requires_grad=True)

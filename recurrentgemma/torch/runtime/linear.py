@@ -42,12 +42,21 @@ def gains(x: Tensor, w: Tensor) -> bool:
         and x.numel() > 0
         and type(w) in (Tensor, nn.Parameter)
         and type(x) in (Tensor, nn.Parameter)
+        and _is_dense(x)
+        and _is_dense(w)
         and not (torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_exporting()))
         and not torch._C._are_functorch_transforms_active()
         and not forward_levels()
         and not torch.is_autocast_enabled("cpu")
         and kernels.plain32_gains()
     )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether there are no gaps between its rows, or columns; with gaps oneDNN may take 1,000 times
+    as long.
+    """
+    return x.is_contiguous() or (x.ndim == 2 and x.t().is_contiguous())
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
