@@ -53,9 +53,7 @@ def gains(x: Tensor, w: Tensor) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether there are no gaps between its rows, or columns; with gaps oneDNN may take 1,000 times
-    as long.
-    """
+    """Whether its rows or columns have no gaps: oneDNN may take 1,000 times as long with gaps."""
     return x.is_contiguous() or (x.ndim == 2 and x.t().is_contiguous())
 
 
