@@ -151,7 +151,6 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocab.bos_id(), vocab.eos_id()
         self.pad_id = max(vocab.pad_id(), 0)
         self.end_of_turn_id = self._id_of(END_OF_TURN)
-        self._special = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}
         self._controls = tuple(piece for piece in _CONTROLS if self._id_of(piece) is not None)
 
     def _id_of(self, piece: str) -> int | None:
@@ -273,7 +272,7 @@ class Tokenizer:
 
     def spoken(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that make text: no special tokens and no ids beyond the pieces."""
-        special, size = self._special, self.size
+        special, size = {self.bos_id, self.eos_id, self.pad_id, self.end_of_turn_id}, self.size
         return [int(t) for t in tokens if t not in special and t < size]
 
 

@@ -140,7 +140,6 @@ def _works(check: Callable[[], bool]) -> Callable[[], bool]:
     """Whether a check holds, found once; an operator that is missing or refuses does not work."""
     found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
 
-    @torch.compiler.assume_constant_result
     def works() -> bool:
         if not found:
             try:
@@ -150,6 +149,8 @@ def _works(check: Callable[[], bool]) -> Callable[[], bool]:
                 found.append(False)
         return found[0]
 
+    # As `torch.compiler.assume_constant_result` does, which takes a second to import.
+    vars(works)["_dynamo_marked_constant"] = True
     return works
 
 
