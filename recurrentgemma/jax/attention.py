@@ -160,8 +160,7 @@ def _replaced(
     """
     ring_bskh, slots = ring_bskh.astype(new_b1kh.dtype), ring_bskh.shape[1]
     starts, slot = (segment_pos == 0)[..., None, None], segment_pos % slots
-    # XLA writes in place, without a copy of the ring, because both writes need what is read first,
-    # and because each access has two places, one of them out of range.
+    # XLA copies no ring: writes need what is read first, and a second place is out of range.
     rows, two = jnp.arange(slot.shape[0])[:, None], [slot, jnp.full_like(slot, slots)]
     places = rows, jnp.concatenate(two, 1)
     old_b1kh = ring_bskh.at[places].get(mode="fill", fill_value=0)[:, :1]
