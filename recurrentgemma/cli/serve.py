@@ -188,9 +188,9 @@ def num_bytes(text: str) -> int:
 def in_passing_thread(function: Callable[[], _Result]) -> _Result:
     """What a function returns, or its error, from a thread that then ends.
 
-    Each thread that computes with PyTorch gets a team of OpenMP threads, which goes when it ends.
-    With more of them than cores none waits actively, and a small step takes twice as long: so the
-    main thread must get none beside the one that owns the device.
+    Each thread that computes with PyTorch starts OpenMP threads, which end with it. If there are
+    more of them than cores, they sleep between operations, and a small step takes twice as long.
+    The thread that owns the device starts its own, so the main thread must start none.
     """
     result: concurrent.futures.Future[_Result] = concurrent.futures.Future()
 

@@ -279,7 +279,7 @@ class Service:
 
 
 async def _made(request: Request, make: Callable[..., Asked], *arguments: Any) -> Asked:
-    """What is asked; found in a thread if the body is long, since tokens of a text take time."""
+    """Turns a request into jobs. A long text takes time to tokenise: that happens in a thread."""
     size = request.headers.get("content-length", "")
     if size.isdecimal() and int(size) < _SHORT:
         return make(*arguments)

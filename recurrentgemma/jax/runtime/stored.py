@@ -31,8 +31,7 @@ def num_bytes(params: Params) -> int:
 def stored(config: Config, params: Params) -> Params:
     """The parameters for an engine in the forms that one device multiplies fast.
 
-    All leaves that have such a form already are shared, and so are the bytes of a table and of
-    `OnGPU`.
+    Leaves that already have such a form are shared. So are the bytes of a table, and of `OnGPU`.
     """
     result: dict[str, Any] = {}
     for spec in layer_spec(config):
@@ -51,7 +50,8 @@ def as_stored(spec: ParamSpec, value: Any, copies: bool = True) -> Any:
     Args:
       spec: The parameter.
       value: An array, or a form of one.
-      copies: Whether other bytes stay behind: then only bfloat16 is worth another form on a CPU.
+      copies: Whether the caller keeps the given bytes too. On a CPU a copy then pays for bfloat16
+        and for a small table alone.
     """
     platform = _sole_platform(value)
     if isinstance(value, Quantized) and platform == "gpu":
