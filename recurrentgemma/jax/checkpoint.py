@@ -71,9 +71,9 @@ def load_checkpoint(
       quantize: "q8", "q4" or "q4_32": the scheme in which matrices are kept (see
         `common.quantization`), quantised as they are read, one at a time. If None they are as they
         are stored.
-      decoding: Whether only a sampler takes the parameters. Matrices then have the form that is fast
-        on their device, so that the sampler makes no copy; see `runtime.stored.as_stored`. On a CPU
-        or TPU 4 bits become int8.
+      decoding: Whether only a sampler takes the parameters. Matrices then have the form that is
+        fast on their device, so that the sampler makes no copy; see `runtime.stored.as_stored`. On
+        a CPU or TPU 4 bits become int8.
 
     Raises:
       CheckpointError: There is no checkpoint, or it cannot be served, or the adapters cannot; see
