@@ -10,6 +10,7 @@ float32, with AdamW and without recomputation. It needs two free cores.
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import socket
@@ -71,9 +72,11 @@ def work(framework: str, way: str, shape: tuple[int, int]) -> None:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [*sys.orig_argv, "--coordinator", coordinator]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as second:
-        assert second.stdin is not None
-        turns, own = second.stdin, training_step(framework, shape, 0, coordinator)
+    second = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    atexit.register(second.wait)  # runs last: JAX, imported later, ends both processes together
+    assert second.stdin is not None
+    with second.stdin as turns:
+        own = training_step(framework, shape, 0, coordinator)
 
         def step() -> None:
             print("step", file=turns, flush=True)

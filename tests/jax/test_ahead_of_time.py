@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sweeps import LONG
 
+from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.quantization import stored_bytes
 from recurrentgemma.common.traffic import traffic
 
 pytest.importorskip("jax.numpy", reason="jax is not installed")
@@ -181,6 +184,22 @@ def test_a_training_step(mesh: str, tmp_path: Path) -> None:
     assert step["computed"] == expected.collectives
     for kind in ("all-gather", "collective-permute"):
         assert 0 < step["sent"][kind] <= 1.02 * expected.collectives[kind], step
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_step_of_adapters_on_a_quantized_base(tmp_path: Path) -> None:
+    """A chip holds a quarter of each matrix, in the bytes of its scheme."""
+    from meshes import mesh_config
+
+    config, path = mesh_config(width=512, mlp_expanded_width=2048), tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    sizes = ("--batch-size", "8", "--length", "64", "--mesh", "fsdp=4", "--lora-rank", "4")
+    held, stored = [], []
+    for scheme, flags in ((None, ()), ("q8", ("--quantize", "q8"))):
+        held.append(compiled_step("v5e:2x2", "--config", str(path), *sizes, *flags)["held"])
+        matrices = (spec for spec in layer_spec(config) if spec.matrix)
+        stored.append(sum(stored_bytes(spec, 2, scheme) for spec in matrices) / 4)
+    np.testing.assert_allclose(held[0] - held[1], stored[0] - stored[1], rtol=0.02)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")

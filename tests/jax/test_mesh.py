@@ -70,6 +70,29 @@ for mesh in ("data=8", "fsdp=8", "sequence=8", "fsdp=2,tensor=4"):
         for kind in ("all-gather", "reduce-scatter", "collective-permute"):
             assert abs(sent[kind] / expected[kind] - 1) <= 0.02, (mesh, kind, sent, expected)
 """
+# `Compiled` refuses arguments that differ from those without weights, in shape, dtype or place.
+ADAPTERS = """
+from recurrentgemma.common.training.batch import Batch
+from recurrentgemma.common.training.lora import LoraOptions
+from recurrentgemma.jax.runtime.ahead_of_time import lower_step
+from recurrentgemma.jax.sharding import on_mesh, token_split
+from recurrentgemma.jax.training import evaluate
+
+config, made = mesh_config(), make_mesh("fsdp=2,tensor=4")
+given = make_batch("packed", 0)
+kinds = np.int32, np.int32, np.int32, np.float32
+place = on_mesh(made, None, *token_split(made, 8, 24))
+batch = Batch(*(jax.device_put(np.asarray(part, kind)[None], place)
+                for part, kind in zip(given, kinds, strict=True)))
+for scheme in ("q8", "q4_32"):
+    lora = LoraOptions(rank=4, quantize=scheme)
+    params = init_params(config, 0, "bfloat16", mesh=made)
+    state = create_train_state(Model(config, mesh=made), params, lora=lora)
+    expected = evaluate(state, [given])["loss"]
+    step = lower_step(config, made, 8, 24, lora=lora).compile()
+    metrics = step(state.parameters, state.optimizer_state, state.base, batch, 1e-4)[-1]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+"""
 LOSS = """
 from jax.extend import core
 from recurrentgemma.jax.loss import cross_entropy
@@ -242,6 +265,7 @@ PROGRAMS = {
     "compilation cache": CACHE,
     "training": TRAINING,
     "compiled program": PROGRAM,
+    "adapters compiled": ADAPTERS,
     "attention": ATTENTION,
     "loss": "rng = np.random.default_rng(0)" + LOSS,
     "states": STATES,

@@ -72,6 +72,19 @@ def test_where_nothing_counts_nothing_moves(trainer: Trainer) -> None:
         np.testing.assert_array_equal(value, before[path])
 
 
+def test_weights_may_be_wider_than_the_model(trainer: Trainer) -> None:
+    """NumPy's own dtype, in a program that computes in float64 elsewhere."""
+    losses = []
+    for dtype in (np.float32, np.float64):
+        batch = make_batch(SMALL, 0)
+        batch = batch._replace(weights=batch.weights.astype(dtype))
+        with trainer.precision("float64"):
+            state = trainer.state(SMALL, make_params(SMALL), optimizer=PLAIN)
+            _, metrics = trainer.steps(state, [batch])
+        losses.append(metrics["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
 def test_the_same_run_again_is_the_same(trainer: Trainer) -> None:
     runs = []
     for _ in range(2):

@@ -16,6 +16,8 @@ from recurrentgemma.common.errors import MissingExtraError, UserError
 from recurrentgemma.common.extras import is_installed
 from recurrentgemma.common.model.config import Config
 from recurrentgemma.common.model.layer_spec import layer_spec
+from recurrentgemma.common.model.params import ParamSpec
+from recurrentgemma.common.quantization import Quantized, input_axis, spec_parts
 from recurrentgemma.common.sharding import require_fit
 from recurrentgemma.common.training.batch import Batch
 from recurrentgemma.common.training.lora import LoraOptions, trainable_specs
@@ -25,7 +27,7 @@ from recurrentgemma.jax.optimizer import abstract_state
 from recurrentgemma.jax.runtime.collectives import sent_bytes
 from recurrentgemma.jax.runtime.train_step import compiled
 from recurrentgemma.jax.runtime.trees import set_path
-from recurrentgemma.jax.sharding import on_mesh, shardings, sizes_of, token_split
+from recurrentgemma.jax.sharding import on_mesh, place_beside, shardings, sizes_of, token_split
 
 # The name of each generation among Google's accelerators, and the cores of a chip in that name.
 _GENERATIONS = {
@@ -116,10 +118,9 @@ def lower_step(
       gradient_checkpointing: See `Model`.
 
     Raises:
-      ValueError: The mesh does not fit the model or the batch, or a base is quantised.
+      ValueError: The mesh does not fit the model or the batch, or the scheme of a base does not
+        fit a matrix.
     """
-    if lora is not None and lora.scheme is not None:
-        raise UserError("a step on a quantised base is not compiled ahead of time")
     require_fit(config, sizes_of(mesh), rows=rows, length=length)
     optimizer = OptimizerOptions() if optimizer is None else optimizer
     model = Model(config, gradient_checkpointing, param_dtype=jnp.dtype(dtype), mesh=mesh)
@@ -130,16 +131,30 @@ def lower_step(
 
     parameters = {s.path: array(s.shape, state_dtype, places[s.path]) for s in specs}
     moments = abstract_state(optimizer, decay_mask(specs), parameters)
-    base: dict[str, Any] | None = None if lora is None else {}
-    if base is not None:
+    base: dict[str, Any] | None = None
+    if lora is not None:
+        base = {}
         for spec in layer_spec(config):
-            set_path(base, spec.path, array(spec.shape, dtype, places[spec.path]))
+            value = array(spec.shape, jnp.dtype(dtype), places[spec.path])
+            set_path(base, spec.path, _frozen(spec, value, lora.scheme))
     place = on_mesh(mesh, None, *token_split(mesh, rows, length))
     kinds = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
     batch = Batch(*(array((accumulation, rows, length), kind, place) for kind in kinds))
     arguments = model, optimizer, lora, jnp.dtype(dtype), parameters, moments, base, batch, 1e-4
     update: Any = compiled(parameters, moments).update
     return update.lower(*arguments)
+
+
+def _frozen(spec: ParamSpec, value: Any, scheme: str | None) -> Any:
+    """A parameter under adapters, without values: `adapt` quantises the matrices, not the table."""
+    if scheme is None or not spec.matrix:
+        return value
+    axis, parts = input_axis(spec), {}
+    for name, (shape, dtype) in spec_parts(spec, scheme).items():
+        place = place_beside(value, shape, by_rows=axis == -2)
+        parts[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    held = parts[""], parts[".scale"], parts.get(".zero")
+    return Quantized(*held, scheme, axis, value.dtype.name, integer=False)
 
 
 def compile_step(

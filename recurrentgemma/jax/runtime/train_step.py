@@ -140,7 +140,8 @@ def _updated(model, options, lora, dtype, parameters, optimizer_state, base, bat
     def value(parameters):
         return jax.lax.map(functools.partial(share, parameters), batches).sum()
 
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), wide_dtype(dtype)), parameters))
+    loss_dtype = jnp.promote_types(wide_dtype(dtype), tokens.dtype)
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), loss_dtype), parameters))
     (loss, grads), _ = jax.lax.scan(accumulate, zeros, batches)
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), grads))
     settings = step_settings(options)
