@@ -136,6 +136,35 @@ def layouts() -> Iterator[str]:
         yield from ("", "</div>", "")
 
 
+def roofline() -> Iterator[str]:
+    """What bounds a step of training on the usual large machines: computing or sending."""
+    machines = {  # bfloat16 operations a second and bytes a second that a device sends, at most
+        "TPU v5e-256": (
+            197e12,
+            100e9,
+            256,
+            ("fsdp=256", "fsdp=128,tensor=2", "fsdp=16,sequence=16"),
+        ),
+        "8 x H100": (989e12, 450e9, 64, ("data=8", "fsdp=8", "fsdp=4,tensor=2", "sequence=8")),
+    }
+    for machine, (operations, sent, rows, meshes) in machines.items():
+        yield f"{machine}, {rows} rows of 2,048 tokens:"
+        yield ""
+        yield '<div class="bars wide" markdown>'
+        yield "| model, mesh | held, GB | computing, ms | sending, ms | bound by |"
+        yield "|---|---|---|---|---|"
+        for name in ("RECURRENT_GEMMA_2B_V1", "RECURRENT_GEMMA_9B_V1"):
+            config = config_from_preset(name)
+            for text in meshes:
+                cost = traffic(config, sharding.parse_mesh(text, 256), rows, 2048)
+                times = cost.operations / operations, cost.sent / sent
+                computing, sending = (f"{seconds * 1e3:,.0f}" for seconds in times)
+                bound = ("computing", "sending")[times[1] > times[0]]
+                held = f"{cost.memory / 1e9:.1f}"
+                yield f"| `{name}`, `{text}` | {held} | {computing} | {sending} | {bound} |"
+        yield from ("", "</div>", "")
+
+
 def model_speed() -> Iterator[str]:
     """A table with bars for each task of `benchmarks/model.py`."""
     results = _results("model-cpu")
