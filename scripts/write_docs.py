@@ -212,6 +212,40 @@ def gemma() -> Iterator[str]:
     yield "</div>"
 
 
+def quantized() -> Iterator[str]:
+    """Each form of the 2B model: its bytes, and a step of one row and of 32."""
+    results = _results("quantized-2b-cpu")
+    rows = [
+        (
+            name,
+            [results["bytes"][name] / 1e9],
+            [max(of["peak_bytes"]) / 1e9],
+            _scaled(of["1"], 1e3),
+            _scaled(of["32"], 1e3),
+        )
+        for name, of in results["seconds"].items()
+    ]
+    yield from _made(results, "quantized-2b-cpu")
+    yield '<div class="bars wide" markdown>'
+    yield from _bars(["2B", "GB", "peak, GB", "1 row, ms", "32 rows, ms"], rows)
+    yield "</div>"
+
+
+def quantized_peers() -> Iterator[str]:
+    """Each library's forms: bytes, a token's time, and the error beside its own float32."""
+    results = _results("quantized-peers-cpu")
+    yield from _made(results, "quantized-peers-cpu")
+    yield '<div class="bars wide" markdown>'
+    for title, is_stack in (("185 million parameters", False), ("matrices alone", True)):
+        rows = []
+        for name, of in results["seconds"].items():
+            if name.startswith("stack-") == is_stack:
+                figures = [of["bytes"][0] / 1e9], _scaled(of["step"], 1e3), of["error"]
+                rows.append((name.removeprefix("stack-"), *figures))
+        yield from _bars([title, "GB", "a token, ms", "error"], rows)
+    yield "</div>"
+
+
 def fine_tuning() -> Iterator[str]:
     """The time of a training step, and its memory with a large vocabulary."""
     results, memory = _results("training-time-cpu"), _results("training-memory-cpu")
