@@ -82,7 +82,9 @@ def product(
                 y = y + (slope - slope.detach())
             return y if bias is None else y + bias
     if isinstance(w, PackedMatrix) and takes(x, w):
-        y = _each(x, w.packed, kernels.product32, w.ndim)
+        if w.ndim == 2:
+            return kernels.product(x, w.packed[0], bias)
+        y = _each(x, w.packed, kernels.product, w.ndim)
         return y if bias is None else y + bias
     return _product(x, dense(w), bias, axis, dtype)
 

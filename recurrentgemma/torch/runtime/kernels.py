@@ -1,4 +1,4 @@
-"""Products on a CPU by private operators of PyTorch, of quantised matrices and of float32.
+"""Products on a CPU by private operators of PyTorch, of matrices quantised, float32 or bfloat16.
 
 An operator is looked up by its name, and its results are compared with exact ones before it is
 used; where it is missing or wrong, callers take a slower way. Some operators want the values in a
@@ -33,18 +33,18 @@ def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
     return torch._int_mm(values, x.t()).t()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def pack32(values: Tensor) -> Tensor:
-    """float32 values, [N, K], in oneDNN's layout for a few rows, which serves any number."""
+def pack(values: Tensor) -> Tensor:
+    """Values, [N, K], in oneDNN's layout for a few rows, which serves any number."""
     return torch.ops.mkldnn._reorder_linear_weight(values.contiguous(), _FEW)
 
 
-def unpack32(packed: Tensor) -> Tensor:
-    """The inverse of `pack32`."""
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`."""
     return packed.to_dense()
 
 
-def product32(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W + b of rows in float32, [..., K], with values, [N, K], packed or in any strides."""
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W + b of rows, [..., K], with values of their dtype, [N, K], packed or in any strides."""
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
 
 
@@ -176,15 +176,24 @@ def plain8_works() -> bool:
 
 @_works
 def packed32_works() -> bool:
-    """Whether `product32` with packed values is as exact as float32."""
-    w = _extremes(48, 320) / 127
-    packed = pack32(w)
-    return _is_near(w, packed) and torch.equal(unpack32(packed), w)
+    """Whether `product` with packed values is as exact as float32."""
+    return _packs(torch.float32)
+
+
+@_works
+def packed16_gains() -> bool:
+    """Whether `product` with packed values in bfloat16 is as exact as that, and the fastest.
+
+    It is on CPUs of other vendors than Intel that have instructions for bfloat16: a call with
+    values as they are packs them first, and a matrix whose inputs lie apart takes four times as
+    long. Intel's, which may multiply tiles, keep what is measured there.
+    """
+    return not _is_from_intel() and _packs(torch.bfloat16)
 
 
 @_works
 def plain32_gains() -> bool:
-    """Whether `product32` with values as they are is faster than `linear`, and as exact.
+    """Whether `product` with values as they are is faster than `linear`, and as exact.
 
     It is on x86 CPUs of other vendors than Intel: `linear` is MKL's, which there reads a matrix for
     one row in a single thread, and computes without the widest instructions.
@@ -194,11 +203,19 @@ def plain32_gains() -> bool:
     return found and _is_near(w, w) and _is_near(w, w.t().contiguous().t())
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether products with packed values of a dtype are right, and the values can be read back."""
+    w = (_extremes(48, 320) / 127).to(dtype)
+    packed = pack(w)
+    return _is_near(w, packed) and torch.equal(unpack(packed), w)
+
+
 def _is_near(w: Tensor, held: Tensor) -> bool:
-    """Whether products with a matrix as it is held are as exact as float32."""
-    x = _extremes(17, 320) / 127
+    """Whether products with a matrix as it is held are as exact as sums in float32, rounded."""
+    x = (_extremes(17, 320) / 127).to(w.dtype)
     wanted, bound = x.double() @ w.double().t(), 2**-20 * (x.double().abs() @ w.double().abs().t())
-    errors = ((rows, (product32(x[:rows], held) - wanted[:rows]).abs()) for rows in (1, len(x)))
+    bound += 0 if w.dtype == torch.float32 else torch.finfo(w.dtype).eps * wanted.abs()
+    errors = ((rows, (product(x[:rows], held) - wanted[:rows]).abs()) for rows in (1, len(x)))
     return all((error <= bound[:rows]).all() for rows, error in errors)
 
 
@@ -229,7 +246,12 @@ def packed4_works() -> bool:
 
 @_works
 def bfloat16_row_works() -> bool:
-    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does."""
+    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does, and gains.
+
+    It gains on Intel's CPUs; elsewhere `linear` takes less time.
+    """
+    if packed16_gains():
+        return False
     w = _extremes(9, 4096).bfloat16()
     x = torch.linspace(-1, 1, 4096).bfloat16()
     wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
