@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from recurrentgemma.common import quantization
 
 _MANY = 64  # rows
 _FEW = 8  # rows
+_LEAST8 = 2**19  # values of a matrix of 8 bits; with fewer, a call takes longer than the product
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
 _PART = 2**18  # values that are packed or dequantised at a time: they stay in the cache
@@ -31,6 +32,31 @@ def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
         return torch._int_mm(x, values.t())  # pyright: ignore[reportPrivateImportUsage]
     # Rows as columns: in up to half the time.
     return torch._int_mm(values, x.t()).t()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def takes8(values: Tensor) -> bool:
+    """Whether `product8` works, and gains with such a matrix or stack."""
+    large = values.shape[-2] * values.shape[-1] >= _LEAST8
+    return large and values.is_cpu and packed8_works()
+
+
+def pack8(values: Tensor) -> list[Sequence[Tensor]]:
+    """The matrices of a stack, [C, N, K], as `product8` takes them: with scales and zero points."""
+    ones = torch.ones(values.shape[1], device="cpu")
+    zeros = torch.zeros(values.shape[1], dtype=torch.int32, device="cpu")
+    return [(torch.ops.onednn.qlinear_prepack(part, None), ones, zeros) for part in values]
+
+
+def unpack8(packed: Sequence[Tensor]) -> Tensor:
+    """The values of `pack8` as they are stored."""
+    return packed[0].to_dense().t().contiguous()
+
+
+def product8(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
+    """The sums of `plain_sums8` as float32 rounds them, with a matrix that `pack8` made."""
+    shifted = x.contiguous().view(torch.uint8) ^ 128  # the instructions want one factor unsigned
+    places = shifted, 1.0, 128, *packed, None, 1.0, 0, torch.float32
+    return torch.ops.onednn.qlinear_pointwise(*places, "none", [], "")
 
 
 def pack(values: Tensor) -> Tensor:
@@ -55,7 +81,7 @@ def takes4(values: Tensor, scale: Tensor) -> bool:
     return fits and values.is_cpu and packed4_works()
 
 
-def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[Sequence[Tensor]]:
     """The matrices of a stack as `product4` takes them: values in its layout, scales with zeros.
 
     The kernel computes (value - 8) s + z in bfloat16.
@@ -75,7 +101,7 @@ def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Ten
     return [*zip(packed, pairs, strict=True)]
 
 
-def unpack4(packed: tuple[Tensor, Tensor]) -> Tensor:
+def unpack4(packed: Sequence[Tensor]) -> Tensor:
     """The values of `pack4` as they are stored."""
     return quantization.pack(_values4(packed[0]))
 
@@ -117,7 +143,7 @@ def _block4() -> tuple[int, Tensor | None]:
     raise NotImplementedError("no such layout is known")
 
 
-def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+def product4(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
     """x W of rows in bfloat16, [M, K], with a matrix that `pack4` made."""
     values, scales = packed
     group = x.shape[1] // len(scales)
@@ -172,6 +198,15 @@ def plain8_works() -> bool:
     """Whether `plain_sums8` is exact."""
     x, values = _extremes(_MANY + 1, 320), _extremes(48, 320)
     return _exact(x, values, lambda rows: plain_sums8(rows, values))
+
+
+@_works
+def packed8_works() -> bool:
+    """Whether `product8` is exact."""
+    x, values = _extremes(_MANY + 1, 4096), _extremes(48, 4096)
+    (packed,) = pack8(values[None])
+    kept = torch.equal(unpack8(packed), values)
+    return kept and _exact(x, values, lambda rows: product8(rows, packed))
 
 
 @_works
