@@ -189,7 +189,7 @@ def keep_values(model: nn.Module) -> None:
         for name, held in list(module.named_children()):
             if isinstance(held, PackedMatrix):
                 delattr(module, name)
-                setattr(module, name, nn.Parameter(held.values()))
+                setattr(module, name, nn.Parameter(held.values().contiguous()))
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -125,6 +125,7 @@ def test_what_is_compiled_is_not_packed(dtype: torch.dtype) -> None:
     assert not any(isinstance(module, PackedMatrix) for module in changed.modules())
     for name, parameter in model.named_parameters():
         assert torch.equal(changed.get_parameter(name), parameter)
+        assert changed.get_parameter(name).is_contiguous()  # as `torch.compile` makes fast code for
 
 
 @packs

@@ -159,7 +159,8 @@ def dense4(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def wide_product4(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """x W of rows in their own dtype, with what `dense4` takes: a part of it at a time."""
     parts = zip(*(array.split(_part4(x.shape[1])) for array in matrix), strict=True)
-    return torch.cat([linear(x, dense4(*part).to(x.dtype)) for part in parts], -1)
+    multiply = product if x.dtype == torch.float32 and plain32_gains() else linear
+    return torch.cat([multiply(x, dense4(*part).to(x.dtype)) for part in parts], -1)
 
 
 def _works(check: Callable[[], bool]) -> Callable[[], bool]:
