@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.model.mixers import Attention
+from recurrentgemma.torch.runtime import one_more_key
 from recurrentgemma.torch.scan import forward_levels, wide_dtype
 
 BLOCKS_PER_WINDOW = 4
@@ -133,11 +134,18 @@ def attend_also(
     mixer: Attention,
     sees_bs: Bool[Tensor, "b s"] | None = None,
 ) -> Float[Tensor, "b 1 n h"]:
-    """Attention of one query over S keys and one more; in float32 nothing is copied.
+    """Attention of one query over S keys and one more; on a CPU it copies no keys, cast or not.
 
     Without a mask the query sees all S keys.
     """
     wide = wide_dtype(q_b1nh.dtype)
+    if one_more_key.takes(q_b1nh, k_bskh) and not mixer.soft_cap:
+        q_bkrh = q_b1nh[:, 0].unflatten(1, (mixer.kv_heads, -1))
+        many, one = (
+            [z.transpose(1, 2) for z in pair] for pair in ((k_bskh, v_bskh), (k_b1kh, v_b1kh))
+        )
+        out_bkrh = one_more_key.attend(q_bkrh, many, one, sees_bs, mixer.scale)
+        return out_bkrh.flatten(1, 2)[:, None]
     if not k_bskh.dtype == q_b1nh.dtype == wide or not k_bskh.is_cpu:
         pairs = ((k_bskh, k_b1kh), (v_bskh, v_b1kh))
         keys, values = (torch.cat([many.to(one.dtype), one], 1) for many, one in pairs)

@@ -19,7 +19,7 @@ from tolerances import assert_close
 
 CONFIG = make_config("RA", vocab_size=2048, width=64, mlp_expanded_width=96)
 packs = pytest.mark.skipif(not kernels.packed32_works(), reason="oneDNN does not pack float32")
-packs16 = kernels._works(lambda: kernels._packs(torch.bfloat16))()
+packs16 = kernels.works(lambda: kernels._packs(torch.bfloat16))()
 DTYPES = [
     pytest.param(torch.float32, marks=packs),
     pytest.param(

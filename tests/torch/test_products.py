@@ -103,16 +103,16 @@ def test_forward_mode_takes_the_dequantised_slope(scheme: str) -> None:
 
 
 def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = kernels._extremes(3, 64)
+    x = kernels.extremes(3, 64)
 
     def exact() -> bool:
         return kernels._exact(x, x, lambda rows: kernels.plain_sums8(rows, x))
 
-    assert kernels._works(exact)() == kernels.plain8_works()
+    assert kernels.works(exact)() == kernels.plain8_works()
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: x.new_zeros(len(x), w.shape[1]))
-    assert not kernels._works(exact)()
+    assert not kernels.works(exact)()
     monkeypatch.delattr(torch, "_int_mm")
-    assert not kernels._works(exact)()
+    assert not kernels.works(exact)()
 
 
 def test_a_row_in_bfloat16_is_what_linear_gives() -> None:

@@ -14,10 +14,11 @@ from recurrentgemma.torch.runtime import steps
 from tolerances import assert_close
 
 WINDOW = 8
-CONFIGS = {
-    "ring": make_config("RA", attention_window_size=WINDOW),
-    "growing": GemmaConfig(
-        version=2,
+
+
+def _gemma(version: int, **changes) -> GemmaConfig:
+    return GemmaConfig(
+        version=version,
         vocab_size=31,
         width=32,
         mlp_width=48,
@@ -27,8 +28,14 @@ CONFIGS = {
         layer_types=("sliding_attention", "full_attention"),
         sliding_window=WINDOW + 1,
         query_pre_attn_scalar=16,
-        attention_soft_cap=20.0,
-    ),
+        **changes,
+    )
+
+
+CONFIGS = {
+    "ring": make_config("RA", attention_window_size=WINDOW),
+    "growing": _gemma(2, attention_soft_cap=20.0),
+    "several key heads": _gemma(3),
 }
 # The place of each row's next token, and how many tokens of it were read.
 PLACES = {

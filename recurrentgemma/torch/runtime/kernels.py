@@ -163,7 +163,7 @@ def wide_product4(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return torch.cat([multiply(x, dense4(*part).to(x.dtype)) for part in parts], -1)
 
 
-def _works(check: Callable[[], bool]) -> Callable[[], bool]:
+def works(check: Callable[[], bool]) -> Callable[[], bool]:
     """Whether a check holds, found once; an operator that is missing or refuses does not work."""
     found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
 
@@ -181,7 +181,7 @@ def _works(check: Callable[[], bool]) -> Callable[[], bool]:
     return works
 
 
-def _extremes(rows: int, inputs: int) -> Tensor:
+def extremes(rows: int, inputs: int) -> Tensor:
     """int8 rows with the largest sums, at which narrow instructions would overflow."""
     generator = torch.Generator("cpu").manual_seed(0)
     some = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=generator)
@@ -194,29 +194,29 @@ def _exact(x: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]) -> bool:
     return all(torch.equal(sums(x[:rows]).float(), wanted[:rows]) for rows in (1, len(x)))
 
 
-@_works
+@works
 def plain8_works() -> bool:
     """Whether `plain_sums8` is exact."""
-    x, values = _extremes(_MANY + 1, 320), _extremes(48, 320)
+    x, values = extremes(_MANY + 1, 320), extremes(48, 320)
     return _exact(x, values, lambda rows: plain_sums8(rows, values))
 
 
-@_works
+@works
 def packed8_works() -> bool:
     """Whether `product8` is exact."""
-    x, values = _extremes(_MANY + 1, 4096), _extremes(48, 4096)
+    x, values = extremes(_MANY + 1, 4096), extremes(48, 4096)
     (packed,) = pack8(values[None])
     kept = torch.equal(unpack8(packed), values)
     return kept and _exact(x, values, lambda rows: product8(rows, packed))
 
 
-@_works
+@works
 def packed32_works() -> bool:
     """Whether `product` with packed values is as exact as float32."""
     return _packs(torch.float32)
 
 
-@_works
+@works
 def packed16_gains() -> bool:
     """Whether `product` with packed values in bfloat16 is as exact as that, and the fastest.
 
@@ -227,28 +227,28 @@ def packed16_gains() -> bool:
     return not _is_from_intel() and _packs(torch.bfloat16)
 
 
-@_works
+@works
 def plain32_gains() -> bool:
     """Whether `product` with values as they are is faster than `linear`, and as exact.
 
     It is on x86 CPUs of other vendors than Intel: `linear` is MKL's, which there reads a matrix for
     one row in a single thread, and computes without the widest instructions.
     """
-    w = _extremes(48, 320) / 127
+    w = extremes(48, 320) / 127
     found = torch.backends.mkl.is_available() and not _is_from_intel()
     return found and _is_near(w, w) and _is_near(w, w.t().contiguous().t())
 
 
 def _packs(dtype: torch.dtype) -> bool:
     """Whether products with packed values of a dtype are right, and the values can be read back."""
-    w = (_extremes(48, 320) / 127).to(dtype)
+    w = (extremes(48, 320) / 127).to(dtype)
     packed = pack(w)
     return _is_near(w, packed) and torch.equal(unpack(packed), w)
 
 
 def _is_near(w: Tensor, held: Tensor) -> bool:
     """Whether products with a matrix as it is held are as exact as sums in float32, rounded."""
-    x = (_extremes(17, 320) / 127).to(w.dtype)
+    x = (extremes(17, 320) / 127).to(w.dtype)
     wanted, bound = x.double() @ w.double().t(), 2**-20 * (x.double().abs() @ w.double().abs().t())
     bound += 0 if w.dtype == torch.float32 else torch.finfo(w.dtype).eps * wanted.abs()
     errors = ((rows, (product(x[:rows], held) - wanted[:rows]).abs()) for rows in (1, len(x)))
@@ -264,15 +264,15 @@ def _is_from_intel() -> bool:
     return "AuthenticAMD" not in text and "HygonGenuine" not in text
 
 
-@_works
+@works
 def packed4_works() -> bool:
     """Whether `product4` is as exact as bfloat16."""
     outputs = 2 * _OUTPUTS
-    values = (_extremes(outputs, 256) & 15).to(torch.uint8)
+    values = (extremes(outputs, 256) & 15).to(torch.uint8)
     scale = torch.arange(1, 2 * outputs + 1).view(outputs, 2) / 256  # exact in bfloat16
-    zero = (_extremes(outputs, 2) & 15).to(torch.int8)
+    zero = (extremes(outputs, 2) & 15).to(torch.int8)
     groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
-    stored, x = quantization.pack(values), _extremes(5, 256).bfloat16()
+    stored, x = quantization.pack(values), extremes(5, 256).bfloat16()
     (packed,) = pack4(stored[None], scale[None], zero[None])
     wanted = x.float() @ groups.flatten(1).t()
     error = (product4(x, packed).float() - wanted).abs().max()
@@ -280,7 +280,7 @@ def packed4_works() -> bool:
     return kept and bool(error <= 2**-7 * wanted.abs().max())
 
 
-@_works
+@works
 def bfloat16_row_works() -> bool:
     """Whether the product with a vector in bfloat16 adds in float32, as `linear` does, and gains.
 
@@ -288,7 +288,7 @@ def bfloat16_row_works() -> bool:
     """
     if packed16_gains():
         return False
-    w = _extremes(9, 4096).bfloat16()
+    w = extremes(9, 4096).bfloat16()
     x = torch.linspace(-1, 1, 4096).bfloat16()
     wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
     return bool(((w @ x).float() - wanted).abs().sub(2**-8 * wanted.abs()).le(error).all())
