@@ -8,7 +8,7 @@ pytest.importorskip("torch.nn", reason="torch is not installed")
 import torch
 from cases import make_config
 
-from recurrentgemma.common.model.gemma import GemmaConfig
+from recurrentgemma.common.model.gemma import AttentionType, GemmaConfig
 from recurrentgemma.torch import Model, attention
 from recurrentgemma.torch.runtime import steps
 from tolerances import assert_close
@@ -25,7 +25,7 @@ def _gemma(version: int, **changes) -> GemmaConfig:
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
-        layer_types=("sliding_attention", "full_attention"),
+        layer_types=(AttentionType.SLIDING, AttentionType.FULL),
         sliding_window=WINDOW + 1,
         query_pre_attn_scalar=16,
         **changes,
