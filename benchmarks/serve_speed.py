@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from serve_load import serving
 
+_ANSWER_BYTES = 1 << 20  # more than an answer has
 REPLY = "And all went to be taxed, every one into his own city. " * 3
 LLAMA_CPP = """
 import sys, time, xllamacpp
@@ -66,13 +67,13 @@ def measured(clients):
 """
 SCHEDULER = """
 sampler = in_passing_thread(load)
-from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.jobs import Growth, Job
 from recurrentgemma.serve.scheduler import Scheduler
 left, ended = 0, threading.Event()
 def deliver(pairs):
     global left
     for _, event in pairs:
-        left -= isinstance(event, NewToken) and event.finish_reason is not None
+        left -= isinstance(event, Growth) and event.finish_reason is not None
     if not left:
         ended.set()
 def measured(clients):
@@ -109,7 +110,11 @@ class Round(NamedTuple):
 
 
 def one_round(url: str, clients: int, tokens: int) -> Round:
-    """All clients at once, in one thread: reading costs little of what is measured."""
+    """All clients at once, in one thread, which takes little from the server beside it.
+
+    After its first token a client sleeps until its answer has ended, and the kernel keeps what
+    comes: clients on other machines would not use the server's cores either.
+    """
     host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
     selector, times, seen = selectors.DefaultSelector(), {}, {}
     started = time.perf_counter()
@@ -130,10 +135,12 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
     while selector.get_map():
         for key, _ in selector.select():
             client: Any = key.fileobj
-            data = client.recv(1 << 16)
+            data = client.recv(_ANSWER_BYTES)
             seen[client] += data
             if client not in times and b'"text":' in seen[client]:
                 times[client] = time.perf_counter() - started
+                # Readable again when the server has closed the connection.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _ANSWER_BYTES)
             if not data:
                 selector.unregister(client)
                 client.close()
