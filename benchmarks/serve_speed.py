@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from serve_load import serving
 
+_ACCEPT_S = 0.02  # by then the server has accepted all connections
 _ANSWER_BYTES = 1 << 20  # more than an answer has
 REPLY = "And all went to be taxed, every one into his own city. " * 3
 LLAMA_CPP = """
@@ -45,7 +46,8 @@ time.sleep(10**6)
 """
 # Each answers a line, a number of clients, with tokens a second.
 LOAD = """
-import sys, threading, time
+import gc, sys, threading, time
+from recurrentgemma.cli.compilation_cache import use_compilation_cache
 from recurrentgemma.cli.frameworks import choose_framework, find_checkpoint, load_sampler
 from recurrentgemma.cli.serve import HOLD_S, in_passing_thread
 from recurrentgemma.common.generation.requests import RowRequest
@@ -53,6 +55,7 @@ from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy
 framework, checkpoint, dtype, slots, tokens = sys.argv[1:]
 tokens, slots = int(tokens), int(slots or 8)
+use_compilation_cache()
 framework = choose_framework(framework or None)
 path, vocabulary = find_checkpoint(checkpoint or None, None, chat=True)
 def load():
@@ -88,6 +91,7 @@ capacity = sampler.engine.capacity_for(4096)
 scheduler = Scheduler(
     sampler.engine, vocabulary, deliver, num_slots=slots, capacity=capacity, hold_s=HOLD_S)
 scheduler.start()
+gc.freeze()  # as `serve` does
 """
 ANSWER = """
 for line in sys.stdin:
@@ -113,11 +117,11 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
     """All clients at once, in one thread, which takes little from the server beside it.
 
     After its first token a client sleeps until its answer has ended, and the kernel keeps what
-    comes: clients on other machines would not use the server's cores either.
+    comes: clients on other machines would not use the server's cores either. The connections are
+    there before, as in a client that keeps its own.
     """
     host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-    selector, times, seen = selectors.DefaultSelector(), {}, {}
-    started = time.perf_counter()
+    selector, times, seen, requests = selectors.DefaultSelector(), {}, {}, {}
     for number in range(clients):
         # Without ignore_eos a server may end early; the tokens that came are counted.
         body = {"prompt": f"{number} Once upon a time", "max_tokens": tokens, "temperature": 0,
@@ -129,9 +133,12 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
-        client.sendall(head.encode() + content)
+        requests[client], seen[client] = head.encode() + content, b""
         selector.register(client, selectors.EVENT_READ)
-        seen[client] = b""
+    time.sleep(_ACCEPT_S)
+    started = time.perf_counter()
+    for client, request in requests.items():
+        client.sendall(request)
     while selector.get_map():
         for key, _ in selector.select():
             client: Any = key.fileobj

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import os
 import re
 import sys
@@ -161,6 +162,8 @@ def serve(
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     def on_ready() -> None:
+        # What is loaded by now stays; the collector need not go through it again and again.
+        gc.freeze()
         sys.stderr.write(
             f"{model} at {url} ({framework}, {loaded.dtype} on {loaded.device}, {number} slots); "
             "Ctrl-C ends\n"

@@ -21,6 +21,7 @@ from recurrentgemma.serve.slots import Slots, batch_sizes
 from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
 LOG = logging.getLogger("recurrentgemma.serve")
+FEW = 8  # rows
 Deliver = Callable[[list[tuple[Job, Event]]], None]
 
 
@@ -85,7 +86,8 @@ class Scheduler:
           states: Where states are kept; None keeps no state.
           most_waiting: How many jobs may wait.
           hold_s: Seconds for which a row's new tokens are held back while steps follow: telling a
-            client of one costs about as much as of several. First and last tokens do not wait.
+            client of one costs about as much as of several. More than `FEW` rows wait twice as
+            long. First and last tokens do not wait.
         """
         self.engine, self._tokenizer, self._deliver = engine, tokenizer, deliver
         sizes = (num_slots,) if reproducible else batch_sizes(num_slots)
@@ -316,7 +318,8 @@ class Scheduler:
             if due or not row.num_told:
                 self._tell_of(row)
         if due:
-            self._due = now + self._hold_s
+            few = len(self.slots.active) <= FEW
+            self._due = now + self._hold_s * (1 if few else 2)
 
     def _tell_of(self, row: SlotRow) -> None:
         if row.num_told < len(row.generated) and not row.job.cancelled:

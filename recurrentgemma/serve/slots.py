@@ -13,7 +13,7 @@ from recurrentgemma.common.generation.prefill import nonfinite_logits
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import Variant, row_settings, variant_of
 from recurrentgemma.common.generation.stops import Stops
-from recurrentgemma.common.generation.strategies import Greedy, uniform
+from recurrentgemma.common.generation.strategies import Greedy, Sampling, uniform
 from recurrentgemma.common.model.state import empty_state
 from recurrentgemma.serve.jobs import SlotRow, one_place
 from recurrentgemma.serve.rows import Held, moved, moves
@@ -96,6 +96,7 @@ class Slots:
         self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
         self._settings: Any = None
+        self._choices: list[tuple[Sampling, Stops]] = []  # what the settings say
         self._seen: Any = None
         self._variant: Variant | None = None  # None where the rows have changed
 
@@ -240,8 +241,11 @@ class Slots:
         if self._variant is not None:
             return self._variant
         engine, vocab_size = self.engine, self.engine.config.vocab_size
-        asked = [_EMPTY if row is None else row.asked for row in self.rows]
-        self._settings = self._row_settings(asked)
+        # A free slot chooses as the first row does. Rows that come and go often choose alike.
+        asked = [(row or self.active[0]).asked for row in self.rows]
+        choices = [(one.sampling, one.stops) for one in asked]
+        if choices != self._choices:
+            self._settings, self._choices = self._row_settings(asked), choices
         self._variant = served_variant(self.active, vocab_size, exact=not engine.pads_chunks)
         self._seen = None
         if self._variant.penalised:
