@@ -17,7 +17,8 @@ which shares our import name:
 "forward" computes the logits of every token. "prefill" computes only what sampling needs, the last
 token's logits and the state, and reads long prompts in chunks of 2048 tokens, if the contender can.
 "jax" decodes like its sampler, which also chooses the tokens: in bursts where a model is small.
-"step compiled" decodes like torch's sampler with `jit_compile`. The training step recomputes
+"torch" decodes like the commands' sampler: on some CPUs with matrices in another layout. "step
+compiled" decodes like torch's sampler with `jit_compile`. The training step recomputes
 nothing in the backward pass unless the contender's name says remat. The bound for decoding is the
 time that it takes to read the bytes of the weights.
 """
@@ -25,6 +26,7 @@ time that it takes to read the bytes of the weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import statistics
 import sys
@@ -209,7 +211,6 @@ def griffin_torch(remat: bool, ours: bool, compiled: bool = False) -> Tasks:
 
     model = package.Griffin(config_of(package), gradient_checkpointing=remat)
     last = {"last_logits_only": True} if ours else {}
-    step = torch.compile(model, dynamic=False) if compiled else model
 
     def positions(tokens, start=0):
         return torch.arange(start, start + tokens.shape[1]).expand(tokens.shape)
@@ -221,11 +222,23 @@ def griffin_torch(remat: bool, ours: bool, compiled: bool = False) -> Tasks:
             cache = model(chunk, positions(chunk, i * CHUNK), cache, return_logits=False)[1]
         return model(end, positions(end, len(chunks) * CHUNK), cache, **last)
 
+    def step(token, cache, position):
+        return model(token, torch.full((1, 1), position), cache)[1]
+
+    def as_the_sampler_does(token, cache, position):
+        return engine.feed(cache, token[0], torch.full((1,), position))[1]
+
+    if ours:
+        from recurrentgemma.torch.quantization import pack_matrices
+
+        decoder = copy.deepcopy(model)
+        pack_matrices(decoder, 1)
+        engine = package.Sampler(decoder, package.load_tokenizer(), jit_compile=compiled).engine
     return torch_tasks(
         model,
         lambda tokens: model(tokens, positions(tokens), return_cache=False)[0],
         lambda tokens: model(tokens, positions(tokens), **last),
-        lambda token, cache, position: step(token, torch.full((1, 1), position), cache)[1],
+        as_the_sampler_does if ours else step,
         in_chunks if ours else None,
     )
 

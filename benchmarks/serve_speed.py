@@ -4,11 +4,15 @@
     python benchmarks/serve_speed.py --serve "--checkpoint gemma3-270m/" --clients 1 8 \
         --against-llamacpp gemma-3-270m-q4_k_m.gguf --llamacpp-python PYTHON
     python benchmarks/serve_speed.py --clients 1 8 --against-mlx FOLDER --mlx-python PYTHON
+    python benchmarks/serve_speed.py --label "tiny-chat, JAX" \
+        --output benchmarks/results/serve-tiny-jax-cpu
 
-Each server runs all the time; rounds of them take turns, and the best round counts. `stream` is the
-sampler's own in a process of its own: like a round, it begins with the prompt. `scheduler` is the
-server's in such a process, without HTTP. The last lines are a conversation, with seconds to the
-first token of each turn, and a system part of 2,000 tokens: read, and kept from an earlier request.
+With --output the figures go into a file, under a label; `scripts/write_docs.py` makes tables of
+these files. Each server runs all the time; rounds of them take turns, and the best round counts.
+`stream` is the sampler's own in a process of its own: like a round, it begins with the prompt.
+`scheduler` is the server's in such a process, without HTTP. The last lines are a conversation, with
+seconds to the first token of each turn, and a system part of 2,000 tokens: read, and kept from an
+earlier request.
 PYTHON is an interpreter with the wheel xllamacpp, or with mlx-lm and mlx-cpu; this one unless you
 say. FOLDER is the checkpoint as `convert --to huggingface` writes it.
 """
@@ -27,10 +31,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from interleaved import publish
+from rich.table import Table
 from serve_load import serving
 
+_ACCEPT_S = 0.02  # by then the server has accepted all connections
+_ANSWER_BYTES = 1 << 20  # more than an answer has
 REPLY = "And all went to be taxed, every one into his own city. " * 3
 LLAMA_CPP = """
 import sys, time, xllamacpp
@@ -44,19 +53,22 @@ time.sleep(10**6)
 """
 # Each answers a line, a number of clients, with tokens a second.
 LOAD = """
-import sys, threading, time
+import gc, sys, threading, time
+from recurrentgemma.cli.compilation_cache import use_compilation_cache
 from recurrentgemma.cli.frameworks import choose_framework, find_checkpoint, load_sampler
 from recurrentgemma.cli.serve import HOLD_S, in_passing_thread
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy
-framework, checkpoint, dtype, slots, tokens = sys.argv[1:]
+framework, checkpoint, dtype, slots, quantize, tokens = sys.argv[1:]
 tokens, slots = int(tokens), int(slots or 8)
+use_compilation_cache()
 framework = choose_framework(framework or None)
 path, vocabulary = find_checkpoint(checkpoint or None, None, chat=True)
 def load():
     return load_sampler(
-        framework, path, vocabulary, Greedy(), dtype or None, False, rows=slots).sampler
+        framework, path, vocabulary, Greedy(), dtype or None, False, quantize=quantize or None,
+        rows=slots).sampler
 """
 STREAM = """
 sampler = load()
@@ -66,13 +78,13 @@ def measured(clients):
 """
 SCHEDULER = """
 sampler = in_passing_thread(load)
-from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.jobs import Growth, Job
 from recurrentgemma.serve.scheduler import Scheduler
 left, ended = 0, threading.Event()
 def deliver(pairs):
     global left
     for _, event in pairs:
-        left -= isinstance(event, NewToken) and event.finish_reason is not None
+        left -= isinstance(event, Growth) and event.finish_reason is not None
     if not left:
         ended.set()
 def measured(clients):
@@ -87,6 +99,7 @@ capacity = sampler.engine.capacity_for(4096)
 scheduler = Scheduler(
     sampler.engine, vocabulary, deliver, num_slots=slots, capacity=capacity, hold_s=HOLD_S)
 scheduler.start()
+gc.freeze()  # as `serve` does
 """
 ANSWER = """
 for line in sys.stdin:
@@ -109,10 +122,14 @@ class Round(NamedTuple):
 
 
 def one_round(url: str, clients: int, tokens: int) -> Round:
-    """All clients at once, in one thread: reading costs little of what is measured."""
+    """All clients at once, in one thread, which takes little from the server beside it.
+
+    After its first token a client sleeps until its answer has ended, and the kernel keeps what
+    comes: clients on other machines would not use the server's cores either. The connections are
+    there before, as in a client that keeps its own.
+    """
     host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-    selector, times, seen = selectors.DefaultSelector(), {}, {}
-    started = time.perf_counter()
+    selector, times, seen, requests = selectors.DefaultSelector(), {}, {}, {}
     for number in range(clients):
         # Without ignore_eos a server may end early; the tokens that came are counted.
         body = {"prompt": f"{number} Once upon a time", "max_tokens": tokens, "temperature": 0,
@@ -124,16 +141,21 @@ def one_round(url: str, clients: int, tokens: int) -> Round:
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
-        client.sendall(head.encode() + content)
+        requests[client], seen[client] = head.encode() + content, b""
         selector.register(client, selectors.EVENT_READ)
-        seen[client] = b""
+    time.sleep(_ACCEPT_S)
+    started = time.perf_counter()
+    for client, request in requests.items():
+        client.sendall(request)
     while selector.get_map():
         for key, _ in selector.select():
             client: Any = key.fileobj
-            data = client.recv(1 << 16)
+            data = client.recv(_ANSWER_BYTES)
             seen[client] += data
             if client not in times and b'"text":' in seen[client]:
                 times[client] = time.perf_counter() - started
+                # Readable again when the server has closed the connection.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _ANSWER_BYTES)
             if not data:
                 selector.unregister(client)
                 client.close()
@@ -215,7 +237,8 @@ def mlx_lm(python: str, folder: str) -> Iterator[str]:
 def asked_by_line(program: str, options: str, tokens: int) -> Iterator[Callable[[int], float]]:
     """A process that answers so many clients with tokens a second, given a server's options."""
     given = dict(zip(*[iter(shlex.split(options))] * 2, strict=False))
-    chosen = [given.get(f"--{name}", "") for name in ("framework", "checkpoint", "dtype", "slots")]
+    names = ("framework", "checkpoint", "dtype", "slots", "quantize")
+    chosen = [given.get(f"--{name}", "") for name in names]
     with subprocess.Popen(
         [sys.executable, "-c", LOAD + program + ANSWER, *chosen, str(tokens)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -245,6 +268,18 @@ def with_prefix(url: str, name: str) -> tuple[float, float, float]:
     return seconds[0], seconds[1], seconds[2]
 
 
+def table(figures: list[dict[str, Any]]) -> Table:
+    """The best of the rounds: tokens a second, also beside `stream`, and the first token."""
+    shown = Table("server", "clients", "tokens/s", "x stream", "first token, ms")
+    stream = next(max(row["rates"]) for row in figures if row["server"] == "stream")
+    for row in figures:
+        best = max(row["rates"])
+        first = f"{1000 * min(row['first_s']):.0f}" if row["first_s"] else ""
+        cells = f"{row['clients']}", f"{best:.1f}", f"{best / stream:.2f}", first
+        shown.add_row(row["server"], *cells)
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="options of the server")
@@ -257,6 +292,8 @@ def main() -> None:
     parser.add_argument("--against-mlx", metavar="FOLDER", help="of Hugging Face's")
     parser.add_argument("--mlx-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=2, help="llama.cpp's")
+    parser.add_argument("--label", default="tiny-chat", help="what is measured, for the table")
+    parser.add_argument("--output", type=Path, metavar="NAME", help="without suffix")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         url, _ = stack.enter_context(serving(args.serve, reproducible=False))
@@ -284,17 +321,16 @@ def main() -> None:
                 for clients in args.clients:
                     done = one_round(at, clients, args.tokens)
                     rounds.setdefault((name, clients), []).append(done)
-        stream = max(rates["stream", 1][1:])
-        for (name, clients), all_ in rates.items():
-            best = max(all_[1:])
-            print(f"{name:16} {best:8.1f} tokens/s at {clients:2} clients, {best / stream:5.2f} x")
-        for (name, clients), all_ in rounds.items():
-            best = max(all_[1:])
-            first = min(one.first_s for one in all_[1:])
-            print(
-                f"{name:16} {best.rate:8.1f} tokens/s at {clients:2} clients, "
-                f"{best.rate / stream:5.2f} x, first token after {1000 * first:.0f} ms"
-            )
+        figures = [
+            {"server": name, "clients": clients, "rates": all_[1:], "first_s": []}
+            for (name, clients), all_ in rates.items()
+        ]
+        figures += [
+            {"server": name, "clients": clients, "rates": [one.rate for one in all_[1:]],
+             "first_s": [one.first_s for one in all_[1:]]}
+            for (name, clients), all_ in rounds.items()
+        ]  # fmt: skip
+        publish(table(figures), {"label": args.label, "figures": figures}, args.output)
         several = [with_prefix(url, f"{round_}") for round_ in range(args.rounds)]
         without, cold, kept = (1000 * min(seconds) for seconds in zip(*several, strict=True))
         share = (kept - without) / (cold - without)

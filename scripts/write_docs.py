@@ -326,6 +326,31 @@ def scans() -> Iterator[str]:
     yield "</div>"
 
 
+def serving() -> Iterator[str]:
+    """Tokens a second of servers, all clients together, and the time until the first token."""
+    for path in sorted(RESULTS.glob("serve-*.json")):
+        results = json.loads(path.read_text())
+        best = {(row["server"], row["clients"]): row for row in results["figures"]}
+        stream = max(best["stream", 1]["rates"])
+        clients = sorted({number for name, number in best if name == "recurrentgemma"})
+        yield from (f"**{results['label']}**", "")
+        yield from _made(results, path.stem)
+        yield f"| clients | {' | '.join(map(str, clients))} |"
+        yield "|---" * (1 + len(clients)) + "|"
+        for server in dict.fromkeys(name for name, _ in best if name != "stream"):
+            cells = [_served(best.get((server, number)), stream) for number in clients]
+            yield f"| {server} | {' | '.join(cells)} |"
+        yield from (f"| `stream` | {stream:,.0f} |{' |' * (len(clients) - 1)}", "")
+
+
+def _served(row: Mapping[str, Any] | None, stream: float) -> str:
+    if row is None:
+        return ""
+    rate = max(row["rates"])
+    first = f", first after {1000 * min(row['first_s']):.0f} ms" if row["first_s"] else ""
+    return f"{rate:,.0f} ({rate / stream:.2f}){first}"
+
+
 def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 

@@ -7,7 +7,7 @@ import numpy as np
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, Greedy, row_keys
-from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.jobs import Growth, Job
 from recurrentgemma.serve.scheduler import Scheduler
 
 LONG = "And it came to pass in those days, that there went out a decree. " * 3
@@ -45,8 +45,8 @@ class Served:
     def tokens(self, job: Job) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in job.rows]
         for event in self.events[job]:
-            if isinstance(event, NewToken):
-                rows[event.row].append(event.token)
+            if isinstance(event, Growth):
+                rows[event.row].extend(event.tokens)
         return rows
 
 

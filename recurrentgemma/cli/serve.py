@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import os
 import re
 import sys
@@ -127,6 +128,9 @@ def serve(
     most_bytes = num_bytes(state_cache)
     framework = choose_framework(framework)
     with contextlib.ExitStack() as on_failure:
+        # What is loaded until the server is ready stays: the collector never goes through it.
+        on_failure.callback(gc.enable)
+        gc.disable()
         listener = on_failure.enter_context(listen(host, port))
         with working(loading(checkpoint, framework)):
             number = slots or (8 if find_twin(framework).default_device() == "cpu" else 32)
@@ -161,6 +165,8 @@ def serve(
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     def on_ready() -> None:
+        gc.freeze()
+        gc.enable()
         sys.stderr.write(
             f"{model} at {url} ({framework}, {loaded.dtype} on {loaded.device}, {number} slots); "
             "Ctrl-C ends\n"

@@ -296,6 +296,15 @@ class StreamDecoder:
             text = self._text(certain)
         return self._advance(certain, text)
 
+    def extend(self, tokens: Sequence[int]) -> str:
+        """The text that more tokens make certain, as `add` gives it for one after another."""
+        spoken = [*self._tokens, *self._tokenizer.spoken(tokens)]
+        text = self._tokenizer.vocab.DecodeIds(spoken)
+        if "\N{REPLACEMENT CHARACTER}" in text:  # which depends on where a text is cut
+            return "".join(map(self.add, tokens))
+        self._tokens = spoken
+        return self._advance(len(spoken), text)
+
     def flush(self) -> str:
         """The text still held back; call it at the end."""
         return self._advance(len(self._tokens), self._text(len(self._tokens)))

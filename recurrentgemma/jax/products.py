@@ -7,6 +7,7 @@ they mean.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -21,6 +22,7 @@ from recurrentgemma.jax.runtime.promotion import default_promotion
 from recurrentgemma.jax.scan.gates import wide_dtype
 
 MANY_ROWS = 64
+_OLD_XLA = jax.__version_info__ < (0, 11)  # a newer one packs int8 fast
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,11 +243,32 @@ def by_rows(
     count = x_czk.shape[-2]
     if count == 1 and x.dtype.itemsize < 4:  # one row alone takes XLA ten times as long as two
         x_czk = jnp.broadcast_to(x_czk, (*x_czk.shape[:-2], 2, x.shape[-1]))
-    stack = tuple(range(rows.ndim - 2))
-    contracted = (x_czk.ndim - 1,), (rows.ndim - 1,)
-    y_czn = jax.lax.dot_general(x_czk, rows, (contracted, (stack, stack)), None, dtype)
+    y_czn = jax.lax.platform_dependent(
+        x_czk, rows, cpu=functools.partial(_on_cpu, dtype), default=functools.partial(_dot, dtype)
+    )
     y_czn = y_czn[..., :count, :]
-    return y_czn if stack else y_czn.reshape(*x.shape[:-1], len(rows))
+    return y_czn if rows.ndim > 2 else y_czn.reshape(*x.shape[:-1], len(rows))
+
+
+def _dot(dtype: Dtype, x: Array, rows: Array) -> Array:
+    """[..., Z, K] times [..., N, K] as [..., Z, N]."""
+    stack = tuple(range(rows.ndim - 2))
+    contracted = (x.ndim - 1,), (rows.ndim - 1,)
+    return jax.lax.dot_general(x, rows, (contracted, (stack, stack)), None, dtype)
+
+
+def _on_cpu(dtype: Dtype, x: Array, rows: Array) -> Array:
+    """`_dot` with the matrix as the first factor, where that is faster.
+
+    XLA packs the second factor anew for each product. Without the barrier it would change the
+    factors back.
+    """
+    count, size = x.shape[-2], x.dtype.itemsize
+    large = isinstance(count, int) and (count >= 16 or (_OLD_XLA and rows.size >= 2**20))
+    first = {1: _OLD_XLA, 2: rows.ndim == 2 and large}.get(size, True)
+    if not (first and isinstance(count, int) and 1 < count <= MANY_ROWS):
+        return _dot(dtype, x, rows)
+    return jax.lax.optimization_barrier(_dot(dtype, rows, x)).swapaxes(-1, -2)
 
 
 @default_promotion

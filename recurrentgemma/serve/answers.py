@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recurrentgemma.common.tokenizer import Tokenizer
 from recurrentgemma.serve.asking import Asked
-from recurrentgemma.serve.jobs import Event, Failed, Job, NewToken, PromptRead
+from recurrentgemma.serve.jobs import Event, Failed, Growth, Job, PromptRead
 from recurrentgemma.serve.tokens import TokenTexts
 
 PING_S = 15.0
@@ -23,7 +22,7 @@ class Mailbox:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._events: list[tuple[Job, Event]] = []
-        self._arrived = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
         self._open = sum(max(1, len(job.rows)) for job in jobs)
         self._jobs = jobs
         for job in jobs:
@@ -32,7 +31,11 @@ class Mailbox:
     def put(self, job: Job, event: Event) -> None:
         """Adds an event."""
         self._events.append((job, event))
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
         return self._all()
@@ -46,20 +49,24 @@ class Mailbox:
           Exception: What a job failed with.
         """
         numbers = {job: number for number, job in enumerate(self._jobs)}
+        loop = asyncio.get_running_loop()
         while self._open:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PING_S):
-                    await self._arrived.wait()
-            self._arrived.clear()
+            if not self._events:
+                self._waiting = loop.create_future()
+                ping = loop.call_later(PING_S, self._wake)
+                try:
+                    await self._waiting
+                finally:
+                    ping.cancel()
             events, self._events = self._events, []
+            group: list[tuple[int, Event]] = []
             for job, event in events:
                 if isinstance(event, Failed):
                     raise event.error
-                if isinstance(event, NewToken):
-                    self._open -= event.finish_reason is not None
-                else:
-                    self._open -= not job.rows
-            yield [(numbers[job], event) for job, event in events if not isinstance(event, Failed)]
+                ends = event.finish_reason if isinstance(event, Growth) else not job.rows
+                self._open -= bool(ends)
+                group.append((numbers[job], event))
+            yield group
 
     def close(self) -> None:
         """Nobody waits any more: rows that still grow leave their slots."""
@@ -119,6 +126,11 @@ class Answer:
         self._offsets: collections.Counter[int] = collections.Counter()
 
     @property
+    def num_choices(self) -> int:
+        """How many texts the answer has."""
+        return len(self.asked.jobs) * self.asked.samples
+
+    @property
     def usage(self) -> dict[str, Any]:
         """The numbers of tokens."""
         read = sum(len(prompt.tokens) for prompt in self.asked.prompts)
@@ -129,16 +141,6 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
-    def merged(self, group: Sequence[tuple[int, Event]]) -> list[Part]:
-        """What a group of events adds to the choices: one part for each choice."""
-        parts: dict[int, Part] = {}
-        for number, event in group:
-            for part in self.parts(number, event):
-                _, text, logprobs, _ = parts.get(part.choice, (0, "", [], None))
-                text, logprobs = text + part.text, [*logprobs, *part.logprobs]
-                parts[part.choice] = part._replace(text=text, logprobs=logprobs)
-        return [*parts.values()]
-
     def parts(self, number: int, event: Event) -> list[Part]:
         """What an event of the job with this number adds to the choices."""
         first = number * self.asked.samples
@@ -148,10 +150,10 @@ class Answer:
             reason = None if self.asked.jobs[number].rows else "length"
             indices = range(first, first + self.asked.samples)
             return [Part(index, text, logprobs, reason) for index in indices]
-        assert isinstance(event, NewToken)
-        self.generated += 1
-        scores = event.logprobs
-        logprobs = [] if scores is None else [_token_logprob(event.token, *scores)]
+        assert isinstance(event, Growth)
+        self.generated += len(event.tokens)
+        scored = zip(event.tokens, event.logprobs or (), strict=bool(event.logprobs))
+        logprobs = [_token_logprob(token, *scores) for token, scores in scored]
         reason = event.finish_reason
         if reason is not None:
             reason = "length" if reason == "length" else "stop"

@@ -20,7 +20,7 @@ from recurrentgemma.serve import asking
 from recurrentgemma.serve.answers import Answer, ChatAnswer, CompletionAnswer, Mailbox
 from recurrentgemma.serve.asking import Asked, Limits
 from recurrentgemma.serve.guard import Guard, Rules, read_body
-from recurrentgemma.serve.jobs import Event, Job, NewToken
+from recurrentgemma.serve.jobs import Event, Growth, Job
 from recurrentgemma.serve.metrics import Metrics
 from recurrentgemma.serve.pages import PAGE, page_file
 from recurrentgemma.serve.protocol import (
@@ -232,7 +232,7 @@ class Service:
         started, first = time.monotonic(), True
         try:
             async for group in mailbox:
-                if first and any(isinstance(event, NewToken) for _, event in group):
+                if first and any(isinstance(event, Growth) for _, event in group):
                     self._metrics.first_token.observe(time.monotonic() - started)
                     first = False
                 yield group
@@ -293,28 +293,35 @@ def _put(pairs: list[tuple[Job, Event]]) -> None:
 
 async def _pieces(
     groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer
-) -> AsyncIterator[list[Any]]:
-    """The chunks of a stream; an empty group says that nothing came for a while."""
+) -> AsyncIterator[tuple[list[Any], bool]]:
+    """The chunks of a stream in groups, and whether the group is the last.
+
+    An empty group says that nothing came for a while.
+    """
     opened: set[int] = set()
+    growing = answer.num_choices
     async for group in groups:
         chunks = []
-        for part in answer.merged(group):
-            if part.choice not in opened:
-                opened.add(part.choice)
-                opening = answer.opening(part.choice)
-                if opening is not None:
-                    chunks.append(answer.chunk([opening]))
-            chunks += [answer.chunk([delta]) for delta in answer.deltas(part)]
+        for number, event in group:
+            for part in answer.parts(number, event):
+                if part.choice not in opened:
+                    opened.add(part.choice)
+                    opening = answer.opening(part.choice)
+                    if opening is not None:
+                        chunks.append(answer.chunk([opening]))
+                chunks += [answer.chunk([delta]) for delta in answer.deltas(part)]
+                growing -= part.reason is not None
+        if not growing and answer.asked.include_usage:
+            chunks.append(answer.chunk([], usage=True))
         if chunks or not group:
-            yield chunks
-    if answer.asked.include_usage:
-        yield [answer.chunk([], usage=True)]
+            yield chunks, not growing
 
 
 async def _whole(groups: AsyncIterator[list[tuple[int, Event]]], answer: Answer) -> dict[str, Any]:
     parts = []
     async for group in groups:
-        parts += answer.merged(group)
+        for number, event in group:
+            parts += answer.parts(number, event)
     return answer.whole(parts)
 
 

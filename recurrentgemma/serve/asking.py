@@ -116,6 +116,7 @@ def _asked(
     vocab_size: int,
 ) -> Asked:
     samples = within("n", body.n, 1, 1, MOST_ROWS)
+    source = "prompt" if isinstance(body, CompletionBody) else "messages"
     if body.best_of not in (None, samples):
         raise Refusal("best_of is not supported but for the value of n", param="best_of")
     if samples * len(prompts) > MOST_ROWS:
@@ -125,6 +126,13 @@ def _asked(
             param="n" if samples > 1 else "prompt",
         )
     for prompt in prompts:
+        if len(prompt.tokens) + bool(steps) > limits.length:
+            raise Refusal(
+                f"{source} must have at most {limits.length - bool(steps)} tokens, got "
+                f"{len(prompt.tokens)}",
+                param=source,
+                code="context_length_exceeded",
+            )
         if len(prompt.tokens) + steps > limits.length:
             raise Refusal(
                 f"the prompt and {field} must have at most {limits.length} tokens together, got "
@@ -201,8 +209,9 @@ def _logit_bias(value: dict[str, float], vocab_size: int) -> dict[int, float]:
 def _stops(body: SharedBody, always: dict[int, str], vocab_size: int) -> Stops:
     strings = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(strings) > _STOP_STRINGS or not all(strings):
+        got = len(strings) if all(strings) else "an empty one"
         raise Refusal(
-            f"stop must be at most {_STOP_STRINGS} strings that are not empty, got {len(strings)}",
+            f"stop must be at most {_STOP_STRINGS} strings that are not empty, got {got}",
             param="stop",
         )
     ids = body.stop_token_ids or []

@@ -17,21 +17,22 @@ from recurrentgemma.common.tokenizer import Tokenizer
 _numbers = itertools.count()
 
 
-class NewToken(NamedTuple):
-    """One generated token.
+class Growth(NamedTuple):
+    """The tokens that a row has got since its last growth.
 
     Attributes:
       row: Which row of the job.
-      token: Its id.
-      text: The text that became certain with it.
-      logprobs: Its log-probability and those of the likeliest tokens; None if not asked for.
-      finish_reason: Why the row ended with it; None where the row goes on.
+      tokens: Their ids.
+      text: The text that became certain with them.
+      logprobs: The log-probability of each and those of the likeliest in its place; None if not
+        asked for.
+      finish_reason: Why the row ended with the last of them; None where the row goes on.
     """
 
     row: int
-    token: int
+    tokens: list[int]
     text: str
-    logprobs: LogProbs | None
+    logprobs: list[LogProbs] | None
     finish_reason: str | None
 
 
@@ -57,7 +58,7 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Event = NewToken | PromptRead | Failed
+Event = Growth | PromptRead | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,6 +113,7 @@ class SlotRow:
       state: Its state, one row of a cache, while it waits; None in a slot.
       num_read: How many tokens the state has read.
       exact: Whether the state has read all tokens but the last, and no other.
+      num_told: How many of the new tokens the client has got.
     """
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer, state: Any) -> None:
@@ -120,6 +122,8 @@ class SlotRow:
         self.generated: list[int] = []
         self.left, self.state, self.exact = self.asked.steps, state, True
         self.num_read = len(job.tokens) - 1
+        self.num_told = 0
+        self._said, self._logprobs = "", list[LogProbs]()  # not told yet
 
     @property
     def last(self) -> int:
@@ -131,15 +135,29 @@ class SlotRow:
         """All its tokens, with the prompt's."""
         return [*self.job.tokens, *self.generated]
 
-    def add(self, token: int, logprobs: LogProbs | None) -> NewToken:
-        """Goes on by a token."""
+    def add(self, token: int, logprobs: LogProbs | None) -> None:
+        """Goes on by a token. Only where a string may end the row is the text made at once."""
         self.generated.append(token)
         self.left -= 1
-        text = self.text.add(token, last=not self.left)
-        if self.text.stopped:
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        stops = self.asked.stops
+        if stops.strings:
+            self._said += self.text.add(token, last=not self.left)
+        if self.text.stopped or token in stops.ids:
             self.left = 0
+
+    def told(self) -> Growth:
+        """What the client does not know yet; from now on it does."""
+        tokens = self.generated[self.num_told :]
+        self.num_told = len(self.generated)
+        if not self.asked.stops.strings:
+            self._said = self.text.extend(tokens, last=not self.left)
+        text, self._said = self._said, ""
+        logprobs, self._logprobs = self._logprobs, []
         reason = None if self.left else self.text.finish_reason
-        return NewToken(self.index, token, text, logprobs, reason)
+        reported = None if self.job.num_logprobs is None else logprobs
+        return Growth(self.index, tokens, text, reported, reason)
 
 
 def one_place(logprobs: LogProbs | None, place: tuple[int, int], count: int) -> LogProbs | None:

@@ -55,9 +55,12 @@ def _read_prompt(value: Any, tokenizer: Tokenizer, vocab_size: int) -> PromptTok
         own_bos = value[:1] == [tokenizer.bos_id]
         tokens = value if own_bos else [tokenizer.bos_id, *value]
     else:
+        wrong = value
+        if isinstance(value, list):  # of ids and something else
+            wrong = next(item for item in value if not _is_id(item))
         raise Refusal(
             "prompt must be a string, token ids, or a list of one of them, "
-            f"got {type(value).__name__} in it",
+            f"got {type(wrong).__name__} in it",
             param="prompt",
         )
     return PromptTokens(tuple(tokens), (len(tokens) - 1,), own_bos)

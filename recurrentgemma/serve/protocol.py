@@ -150,6 +150,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 _Body = TypeVar("_Body")
 _PLACE = re.compile(r"^(?P<rule>.*) - at `\$\.?(?P<field>[^`]*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
 
 
 def parsed(content: bytes, kind: type[_Body]) -> _Body:
@@ -158,12 +159,17 @@ def parsed(content: bytes, kind: type[_Body]) -> _Body:
     Raises:
       Refusal: It is no JSON, a field has the wrong type, or asks for what the server does not do.
     """
+    if not content:
+        raise Refusal("the body must be a JSON object, got none")
     try:
         body = msgspec.json.decode(content, type=kind)
     except RecursionError:
         raise Refusal("the body is nested too deeply") from None
     except msgspec.ValidationError as error:
-        found = _PLACE.match(str(error))
+        found, missing = _PLACE.match(str(error)), _MISSING.match(str(error))
+        if missing is not None:
+            field = missing["field"] if found is None else f"{found['field']}.{missing['field']}"
+            raise Refusal(f"{field} must be given, got none", param=field) from None
         if found is None:
             raise Refusal(f"the body must be a JSON object: {error}") from None
         field = found["field"]

@@ -53,12 +53,15 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, objects: AsyncIterator[list[Any]], close: Callable[[], None], timeout: float
+        self,
+        objects: AsyncIterator[tuple[list[Any], bool]],
+        close: Callable[[], None],
+        timeout: float,
     ) -> None:
         """Prepares to send.
 
         Args:
-          objects: Groups of objects, each sent at once.
+          objects: Groups of objects, each sent at once, and whether the group is the last.
           close: Called at the end, also where the client goes away.
           timeout: Seconds after which the stream ends with an error.
         """
@@ -80,13 +83,17 @@ class EventStream(Response):
         end = b""
         try:
             async with asyncio.timeout(self._timeout):
-                async for objects in self._objects:
+                async for objects, last in self._objects:
                     content = b"".join(map(event, objects)) or _PING
-                    await send({"type": "http.response.body", "body": content, "more_body": True})
+                    if last:  # goes out with the end: each write costs more than what it writes
+                        end = content
+                    else:
+                        more = {"type": "http.response.body", "body": content, "more_body": True}
+                        await send(more)
         except TimeoutError:
-            end = event(Refusal(f"the answer took more than {self._timeout:.0f} s", 504).body)
+            end += event(Refusal(f"the answer took more than {self._timeout:.0f} s", 504).body)
         except Refusal as refusal:
-            end = event(refusal.body)
+            end += event(refusal.body)
         await send({"type": "http.response.body", "body": end + b"data: [DONE]\n\n"})
 
 

@@ -21,6 +21,7 @@ from recurrentgemma.serve.slots import Slots, batch_sizes
 from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
 LOG = logging.getLogger("recurrentgemma.serve")
+FEW = 8  # rows
 Deliver = Callable[[list[tuple[Job, Event]]], None]
 
 
@@ -84,8 +85,9 @@ class Scheduler:
           capacity: Tokens that a row has room for, in a model whose state grows with the text.
           states: Where states are kept; None keeps no state.
           most_waiting: How many jobs may wait.
-          hold_s: Seconds for which new tokens are held back while steps follow: a delivery costs
-            about as much for one token as for several. First and last tokens are not held back.
+          hold_s: Seconds for which a row's new tokens are held back while steps follow: telling a
+            client of one costs about as much as of several. More than `FEW` rows wait twice as
+            long. First and last tokens do not wait.
         """
         self.engine, self._tokenizer, self._deliver = engine, tokenizer, deliver
         sizes = (num_slots,) if reproducible else batch_sizes(num_slots)
@@ -98,7 +100,7 @@ class Scheduler:
         self._chunks = beside, beside if reproducible else engine.prefill_chunks[0]
         self._grid = beside if reproducible else 1
         self._reader = Reader(engine, capacity, beside, num_slots, together=not reproducible)
-        self._hold_s = hold_s
+        self._hold_s, self._due = hold_s, 0.0
         self.counts = Counts()
         self.error: Exception | None = None
         self.ready = False
@@ -204,6 +206,7 @@ class Scheduler:
             held += [row.job for row in (*self._ready, *self.slots.active)]
             for work in (self._inbox, self._waiting, self._reading, self._ready):
                 work.clear()
+        self._tell(everything=True)
         self._deliver([*self._events, *((job, Failed(error)) for job in dict.fromkeys(held))])
 
     def turn(self) -> None:
@@ -213,6 +216,7 @@ class Scheduler:
         self._read_chunk()
         self._fill_slots()
         self._grow()
+        self._tell()
         events, self._events = self._events, []
         if events:
             self._deliver(events)
@@ -285,6 +289,7 @@ class Scheduler:
                 last = self._preempted(row)
                 if last is None:
                     break
+                self._tell_of(last)
                 last.state = Held(self.slots.leave(last, keep=True))
                 bisect.insort(self._ready, last, key=lambda row: row.job.rank)
                 self.counts.preemptions += 1
@@ -300,11 +305,25 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Makes steps until somebody waits for what comes after them, or for the tokens."""
-        until = time.monotonic() + self._hold_s
         while self.slots.active:
             held = self._step()
-            if not held or self._is_awaited() or time.monotonic() >= until:
+            if not held or self._is_awaited() or time.monotonic() >= self._due:
                 return
+
+    def _tell(self, everything: bool = False) -> None:
+        """Makes events of the tokens that were held back long enough, and of first ones."""
+        now = time.monotonic()
+        due = everything or now >= self._due
+        for row in self.slots.active:
+            if due or not row.num_told:
+                self._tell_of(row)
+        if due:
+            few = len(self.slots.active) <= FEW
+            self._due = now + self._hold_s * (1 if few else 2)
+
+    def _tell_of(self, row: SlotRow) -> None:
+        if row.num_told < len(row.generated) and not row.job.cancelled:
+            self._events.append((row.job, row.told()))
 
     def _is_awaited(self) -> bool:
         """Whether there is other work than to go on with the same rows."""
@@ -318,15 +337,17 @@ class Scheduler:
         burst = slots.burst if self._hold_s and not self._is_awaited() else engine.burst
         held = all(row.generated for row in slots.active)
         self.counts.steps += burst
-        for row, event in slots.step(burst):
-            self._events.append((row.job, event))
-            if isinstance(event, Failed):
-                row.job.cancelled = True
-            else:
-                self.counts.generated_tokens += 1
+        before = sum(len(row.generated) for row in slots.active)
+        failed = slots.step(burst)
+        self.counts.generated_tokens += sum(len(row.generated) for row in slots.active) - before
+        for row, error in failed:
+            self._tell_of(row)
+            self._events.append((row.job, Failed(error)))
+            row.left, row.job.cancelled = 0, True
         for row in slots.active:
             if not row.left:
                 held = False
+                self._tell_of(row)
                 ended = "failed" if row.job.cancelled else row.text.finish_reason
                 self.counts.rows[ended] += 1
                 state = self.slots.leave(row, keep=self._is_worth_keeping(row))

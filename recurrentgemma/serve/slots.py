@@ -13,9 +13,9 @@ from recurrentgemma.common.generation.prefill import nonfinite_logits
 from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.settings import Variant, row_settings, variant_of
 from recurrentgemma.common.generation.stops import Stops
-from recurrentgemma.common.generation.strategies import Greedy, uniform
+from recurrentgemma.common.generation.strategies import Greedy, Sampling, uniform
 from recurrentgemma.common.model.state import empty_state
-from recurrentgemma.serve.jobs import Failed, NewToken, SlotRow, one_place
+from recurrentgemma.serve.jobs import SlotRow, one_place
 from recurrentgemma.serve.rows import Held, moved, moves
 
 MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 20, 64, 300
@@ -96,6 +96,7 @@ class Slots:
         self.rows: list[SlotRow | None] = [None] * self.sizes[0]
         self._caches: dict[int, Any] = {}
         self._settings: Any = None
+        self._choices: list[tuple[Sampling, Stops]] = []  # what the settings say
         self._seen: Any = None
         self._variant: Variant | None = None  # None where the rows have changed
 
@@ -166,8 +167,8 @@ class Slots:
     def _burst(self, variant: Variant, size: int) -> int:
         return self.engine.burst if variant.penalised else self.bursts[size]
 
-    def step(self, burst: int | None = None) -> list[tuple[SlotRow, NewToken | Failed]]:
-        """Grows all rows; those that ended have left. Returns what became of them.
+    def step(self, burst: int | None = None) -> list[tuple[SlotRow, Exception]]:
+        """Grows all rows; those that end have no tokens left. Returns those that failed, with why.
 
         Args:
           burst: Tokens of each row: `burst`, or the engine's own number if None.
@@ -191,25 +192,24 @@ class Slots:
             uniform(keys, position + 1, burst),
         )
         new_tokens, logprobs = on_host(engine, sampled)
-        events: list[tuple[SlotRow, NewToken | Failed]] = []
-        for slot, row in enumerate(self.rows):
+        failed: list[tuple[SlotRow, Exception]] = []
+        for slot, (row, column) in enumerate(zip(self.rows, new_tokens.T.tolist(), strict=True)):
             if row is None:
                 continue
-            for place in range(burst):
+            count = row.job.num_logprobs
+            for place, token in enumerate(column):
                 row.num_read += 1
-                token, count = int(new_tokens[place, slot]), row.job.num_logprobs
                 if token < 0:
-                    events.append((row, Failed(self._nonfinite(row))))
-                    row.left = 0
+                    failed.append((row, self._nonfinite(row)))
                     break
                 reported = None if count is None else one_place(logprobs, (place, slot), count)
-                events.append((row, row.add(token, reported)))
+                row.add(token, reported)
                 if not row.left:
                     # The engine knows ids and lengths; behind a stop string it read on.
                     by_string = row.text.finish_reason == "stop_string"
                     row.exact = not by_string or place + 1 == burst
                     break
-        return events
+        return failed
 
     def _nonfinite(self, row: SlotRow) -> Exception:
         state = empty_state(self.engine.config, 1).extended([row.tokens])
@@ -241,8 +241,11 @@ class Slots:
         if self._variant is not None:
             return self._variant
         engine, vocab_size = self.engine, self.engine.config.vocab_size
-        asked = [_EMPTY if row is None else row.asked for row in self.rows]
-        self._settings = self._row_settings(asked)
+        # A free slot chooses as the first row does. Rows that come and go often choose alike.
+        asked = [(row or self.active[0]).asked for row in self.rows]
+        choices = [(one.sampling, one.stops) for one in asked]
+        if choices != self._choices:
+            self._settings, self._choices = self._row_settings(asked), choices
         self._variant = served_variant(self.active, vocab_size, exact=not engine.pads_chunks)
         self._seen = None
         if self._variant.penalised:

@@ -14,7 +14,7 @@ from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_paddi
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.known import is_known, once_a_step, places
 from recurrentgemma.torch.runtime.neighbours import Before
-from recurrentgemma.torch.runtime.steps import is_given_up, known_place, step_at, used_slots
+from recurrentgemma.torch.runtime.steps import is_given_up, known_rows, step_at, used_slots
 from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, key_heads, mixer_part
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend, attend_masked
@@ -101,11 +101,11 @@ class AttentionBlock(SpecModule):
             document_bt = document_bs[:, -x.shape[1] :]
             encoded, new_cache = attend(q_btnh, kv_bskh, document_bt, document_bs, mixer), None
         elif cache is not None and x.shape[1] == 1:
-            place = known_place(mixer, segment_pos, cache)
-            if place is None:
+            rows = known_rows(mixer, segment_pos, cache)
+            if rows is None:
                 encoded, new_cache = _step(mixer, q_btnh, k_btkh, v_btkh, segment_pos, cache)
             else:
-                encoded, new_cache = step_at(mixer, q_btnh, k_btkh, v_btkh, place, cache)
+                encoded, new_cache = step_at(mixer, q_btnh, k_btkh, v_btkh, rows, cache)
         else:
             kv_btkh = torch.cat([k_btkh, v_btkh], -1)
             encoded, new_cache = _chunk(mixer, q_btnh, kv_btkh, segment_pos, cache)

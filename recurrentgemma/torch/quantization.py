@@ -37,7 +37,7 @@ class QuantizedMatrix(nn.Module):
       zero: See `Quantized`.
       shape: The shape of the matrix that this stands for.
       dtype: The dtype that the matrix has in a computation.
-      packs: Whether a kernel's layout of 4 bits may take the place of the values (see `pack`).
+      packs: Whether a kernel's layout may take the place of the values (see `pack`).
     """
 
     values: Any
@@ -85,14 +85,22 @@ class QuantizedMatrix(nn.Module):
         return f"{self.scheme} {list(self.shape)}"
 
     def pack(self) -> list[Any] | None:
-        """The matrices as the kernel of 4 bits takes them; None if it does not.
+        """The matrices as the kernel of their bits takes them; None if it does not.
 
         They hold the values from then on: `values` is None until `unpack`.
         """
-        packs = self._packed is None and self.packs and not torch.compiler.is_compiling()
-        if packs and self.zero is not None and kernels.takes4(self.values, self.scale):
-            parts = self.values, self.scale, self.zero
-            self._packed = kernels.pack4(*(part.view(-1, *part.shape[-2:]) for part in parts))
+        if self._packed is not None or not self.packs or torch.compiler.is_compiling():
+            return self._packed
+        values, *others = (
+            part.view(-1, *part.shape[-2:])
+            for part in (self.values, self.scale, self.zero)
+            if part is not None
+        )
+        if self.zero is not None and kernels.takes4(self.values, self.scale):
+            self._packed = kernels.pack4(values, *others)
+        elif self.zero is None and kernels.takes8(self.values):
+            self._packed = kernels.pack8(values)
+        if self._packed is not None:
             self.values = None
         return self._packed
 
@@ -104,7 +112,8 @@ class QuantizedMatrix(nn.Module):
     def _values(self) -> Tensor:
         if self._packed is None:
             return self.values
-        matrices = [kernels.unpack4(matrix) for matrix in self._packed]
+        unpack = kernels.unpack8 if self.zero is None else kernels.unpack4
+        matrices = [unpack(matrix) for matrix in self._packed]
         return torch.stack(matrices) if self.ndim > 2 else matrices[0]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def keep_values(model: nn.Module) -> None:
         for name, held in list(module.named_children()):
             if isinstance(held, PackedMatrix):
                 delattr(module, name)
-                setattr(module, name, nn.Parameter(held.values()))
+                setattr(module, name, nn.Parameter(held.values().contiguous()))
 
 
 def is_quantized(model: nn.Module) -> bool:

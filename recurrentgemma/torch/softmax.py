@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrentgemma.common.model.mixers import Attention
+from recurrentgemma.torch.runtime import one_more_key
 from recurrentgemma.torch.scan import forward_levels, wide_dtype
 
 BLOCKS_PER_WINDOW = 4
@@ -131,18 +132,34 @@ def attend_also(
     v_bskh: Float[Tensor, "b s kv h"],
     v_b1kh: Float[Tensor, "b 1 kv h"],
     mixer: Attention,
+    sees_bs: Bool[Tensor, "b s"] | None = None,
 ) -> Float[Tensor, "b 1 n h"]:
-    """Attention of one query over S keys and one more; in float32 nothing is copied."""
+    """Attention of one query over S keys and one more; on a CPU it copies no keys, cast or not.
+
+    Without a mask the query sees all S keys.
+    """
     wide = wide_dtype(q_b1nh.dtype)
+    if one_more_key.takes(q_b1nh, k_bskh) and not mixer.soft_cap:
+        q_bkrh = q_b1nh[:, 0].unflatten(1, (mixer.kv_heads, -1))
+        many, one = (
+            [z.transpose(1, 2) for z in pair] for pair in ((k_bskh, v_bskh), (k_b1kh, v_b1kh))
+        )
+        out_bkrh = one_more_key.attend(q_bkrh, many, one, sees_bs, mixer.scale)
+        return out_bkrh.flatten(1, 2)[:, None]
     if not k_bskh.dtype == q_b1nh.dtype == wide or not k_bskh.is_cpu:
         pairs = ((k_bskh, k_b1kh), (v_bskh, v_b1kh))
         keys, values = (torch.cat([many.to(one.dtype), one], 1) for many, one in pairs)
-        return attend_masked(q_b1nh, keys, values, None, mixer)
+        if sees_bs is not None:
+            sees_bs = nn.functional.pad(sees_bs, (0, 1), value=True)[:, None]
+        return attend_masked(q_b1nh, keys, values, sees_bs, mixer)
     q_bkrh = (q_b1nh[:, 0] * mixer.scale).unflatten(1, (mixer.kv_heads, -1))
     scores = [q_bkrh @ keys.permute(0, 2, 3, 1) for keys in (k_bskh, k_b1kh)]
     scores_bkrs = torch.cat(scores, -1)
     if mixer.soft_cap:
         scores_bkrs = torch.tanh(scores_bkrs / mixer.soft_cap) * mixer.soft_cap
+    if sees_bs is not None:
+        seen_b11s = nn.functional.pad(sees_bs, (0, 1), value=True)[:, None, None]
+        scores_bkrs = scores_bkrs.masked_fill(~seen_b11s, torch.finfo(wide).min)
     weights_bkrs = scores_bkrs.softmax(-1)
     out_bkrh = weights_bkrs[..., :-1] @ v_bskh.transpose(1, 2)
     out_bkrh = torch.addcmul(out_bkrh, weights_bkrs[..., -1:], v_b1kh.transpose(1, 2))

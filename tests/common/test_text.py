@@ -184,6 +184,21 @@ def test_the_decoder_keeps_no_history(tokenizer: Tokenizer) -> None:
     assert len(decoder._tokens) == 1
 
 
+def test_many_tokens_at_once_say_what_one_after_another_says(tokenizer: Tokenizer) -> None:
+    piece_of, rng = tokenizer.vocab.piece_to_id, np.random.default_rng(0)
+    words = tokenizer.vocab.encode("And it came to pass, née é 日本 \N{GRINNING FACE}" * 3)
+    odd = [*(piece_of(f"<0x{byte:02X}>") for byte in b"a\x80\x9f\xf0\xe2\xc3"), 0, 1, 2, 300]
+    for share in np.linspace(0, 1, 200):
+        tokens = [int(rng.choice(odd)) if rng.random() < share else word for word in words]
+        one, several = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
+        text, at = "", 0
+        while at < len(tokens):
+            end = at + int(rng.integers(1, 12))
+            text, at = text + several.extend(tokens[at:end]), end
+        expected = "".join(map(one.add, tokens)) + one.flush()
+        assert text + several.flush() == expected
+
+
 def test_invalid_bytes_are_not_held_back_for_ever(tokenizer: Tokenizer) -> None:
     """The decoder holds back only bytes that more bytes can complete; all text comes out."""
     piece_of = tokenizer.vocab.piece_to_id

@@ -12,7 +12,7 @@ from recurrentgemma.common.model.params import einsum
 from recurrentgemma.common.quantization import SCHEMES, Quantized, dequantize, quantize
 from recurrentgemma.jax.checkpoint import load_checkpoint
 from recurrentgemma.jax.engine import ModelEngine
-from recurrentgemma.jax.products import Rows, Turned, dense, product
+from recurrentgemma.jax.products import Rows, Turned, by_rows, dense, product
 from recurrentgemma.jax.quantization import quantize_matrices
 from recurrentgemma.jax.runtime.stored import as_q8, as_stored
 from recurrentgemma.jax.runtime.trees import get_path
@@ -67,6 +67,26 @@ def test_products(shape: tuple[int, ...], rows: int) -> None:
             np.testing.assert_allclose(product(x, kept), product(x, w), rtol=1e-5, atol=1e-6)
     gradients = [jax.grad(lambda w: product(jnp.ones((1, rows, 6)), w).sum())(z) for z in (kept, w)]
     np.testing.assert_allclose(dense(gradients[0]), gradients[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("rows", [1, 2, 16, 65])
+def test_few_rows_and_many(dtype: str, stack: tuple[int, ...], rows: int) -> None:
+    """Sums of whole numbers are equal to the bit, whichever factor comes first."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-9, 10, (*stack, n, 8)) for n in (rows, 5))
+    wide = jnp.int32 if dtype == "int8" else jnp.float32
+    y = jax.jit(by_rows, static_argnums=2)(jnp.asarray(x, dtype), jnp.asarray(w, dtype), wide)
+    np.testing.assert_array_equal(y, np.einsum("...zk,...nk->...zn", x, w))
+
+
+@pytest.mark.parametrize(("rows", "first"), [(2, True), (64, True), (65, False)])
+def test_the_matrix_is_the_first_factor(rows: int, first: bool) -> None:
+    """XLA does not change the factors back where few rows make the matrix the first."""
+    shapes = jax.ShapeDtypeStruct((rows, 8), "float32"), jax.ShapeDtypeStruct((5, 8), "float32")
+    text = jax.jit(by_rows, static_argnums=2).lower(*shapes, jnp.float32).compile().as_text() or ""
+    assert (f"f32[5,{rows}]" in text) is first
 
 
 def test_rows_do_not_matter_in_int8(sampler) -> None:

@@ -9,7 +9,7 @@ from recurrentgemma.common.generation.requests import RowRequest
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Greedy
 from recurrentgemma.common.model.state import capacity_of
-from recurrentgemma.serve.jobs import Job, NewToken, PromptRead
+from recurrentgemma.serve.jobs import Growth, Job, PromptRead
 from recurrentgemma.serve.scheduler import Scheduler
 from recurrentgemma.serve.state_cache import StateCache
 
@@ -42,7 +42,7 @@ def test_kept_states_have_the_room_that_they_need(sampler) -> None:
         scheduler.submit([job])
         while scheduler.busy:
             scheduler.turn()
-        said = [event.token for event in events[job] if isinstance(event, NewToken)]
+        said = [t for event in events[job] if isinstance(event, Growth) for t in event.tokens]
         free: Any = {"end_sampling_at_eos_token": False}
         assert [said] == lists(growing([prompt], 4, **free).tokens)
         cached += [event.cached for event in events[job] if isinstance(event, PromptRead)]

@@ -10,7 +10,7 @@ from scheduling import LONG, Served, alone, make_job
 
 from recurrentgemma.common.generation.stops import Stops
 from recurrentgemma.common.generation.strategies import Categorical, Greedy
-from recurrentgemma.serve.jobs import Failed, Job, NewToken, PromptRead
+from recurrentgemma.serve.jobs import Failed, Growth, Job, PromptRead
 from recurrentgemma.serve.scheduler import FullError, StoppedError
 from recurrentgemma.serve.state_cache import StateCache
 
@@ -50,13 +50,13 @@ def test_a_row_ends_at_its_stops(sampler, burst: int, monkeypatch) -> None:
         job = make_job(sampler, "x", 30)
         jobs.append(served.submit(Job(job.tokens, [job.rows[0]._replace(stops=stops)])))
     served.finish()
-    by_id, by_string, whole = ([e for e in served.events[job] if isinstance(e, NewToken)]
+    by_id, by_string, whole = ([e for e in served.events[job] if isinstance(e, Growth)]
                                for job in jobs)  # fmt: skip
     assert by_id[-1].finish_reason == "stop_id"
-    assert len(by_id) == free.index(free[6]) + 1
+    assert sum(len(piece.tokens) for piece in by_id) == free.index(free[6]) + 1
     assert by_string[-1].finish_reason == "stop_string"
     assert "".join(piece.text for piece in by_string) == text[: text.find(text[9:12])]
-    assert [piece.token for piece in whole] == free
+    assert [t for piece in whole for t in piece.tokens] == free
     assert "".join(piece.text for piece in whole) == text
 
 
@@ -129,8 +129,8 @@ def test_no_bit_depends_on_neighbours(sampler) -> None:
         served.finish()
         assert (served.scheduler.counts.preemptions > 0) == crowded
         assert (served.scheduler.counts.cached_tokens > 0) == (states is not None)
-        pieces = [event for event in served.events[job] if isinstance(event, NewToken)]
-        return [piece.logprobs.chosen for piece in pieces if piece.logprobs]
+        pieces = [event for event in served.events[job] if isinstance(event, Growth)]
+        return [scores.chosen for piece in pieces for scores in piece.logprobs or ()]
 
     cold = logprobs(False)
     assert len(cold) == 12
@@ -233,7 +233,7 @@ def test_a_reply_is_kept_where_its_text_spells_it(sampler) -> None:
     served.submit(Job(job.tokens, job.rows, marks=(len(job.tokens) - 1,)))
     served.finish()
     (first,) = served.events.values()
-    said = [event.token for event in first if isinstance(event, NewToken)]
+    said = [t for event in first if isinstance(event, Growth) for t in event.tokens]
     text = sampler.tokenizer.decode(said)
     spelled = sampler.tokenizer.encode(text)[1:]
     expected = len(job.tokens) + 19 if spelled == said else len(job.tokens) - 1

@@ -8,7 +8,7 @@ from scheduling import LONG, Served, alone, make_job
 from serving import FREE, complete, events
 
 from recurrentgemma.common.generation.strategies import Categorical
-from recurrentgemma.serve.jobs import Job, NewToken
+from recurrentgemma.serve.jobs import Growth, Job
 from recurrentgemma.serve.state_cache import StateCache
 
 FOREVER_S = 1e9
@@ -83,7 +83,7 @@ def test_one_client_grows_in_bursts_and_hears_of_the_first_token_at_once(
     assert served.bursts == [1, *[long] * (39 // long), *[1] * (39 % long)]
 
 
-def test_tokens_are_not_held_back_where_another_waits(sampler, monkeypatch) -> None:
+def test_another_waits_for_one_dispatch_and_takes_no_token_along(sampler, monkeypatch) -> None:
     served = Watched(sampler, monkeypatch, hold_s=FOREVER_S)
     free = alone(sampler, "x", 60)
     job = served.submit(make_job(sampler, "x", 60), turns=1)
@@ -98,9 +98,11 @@ def test_tokens_are_not_held_back_where_another_waits(sampler, monkeypatch) -> N
     monkeypatch.setattr(sampler.engine, "decode", arriving)
     served.turn(1)
     most = max(sampler.engine.burst, sampler.engine.long_burst)
-    assert len(served.tokens(job)[0]) == 1 + most  # one dispatch
+    (growing,) = served.scheduler.slots.active
+    assert len(growing.generated) == 1 + most  # one dispatch
     served.turn(1)
     assert len(served.tokens(second[0])[0]) == 1
+    assert len(served.tokens(job)[0]) == 1  # the others are held back still
     second[0].cancelled = True
     served.turn(2)
     assert [row.job for row in served.scheduler.slots.active] in ([job], [])
@@ -117,7 +119,7 @@ def test_a_stop_inside_a_burst_ends_the_text(sampler, monkeypatch) -> None:
     served = Watched(sampler, monkeypatch, hold_s=FOREVER_S)
     stopped = served.submit(Job(job.tokens, [job.rows[0]._replace(stops=stops)]))
     served.finish()
-    pieces = [event for event in served.events[stopped] if isinstance(event, NewToken)]
+    pieces = [event for event in served.events[stopped] if isinstance(event, Growth)]
     assert "".join(piece.text for piece in pieces) == text[: text.find(text[9:12])]
     assert pieces[-1].finish_reason == "stop_string"
 

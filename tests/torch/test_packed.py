@@ -19,6 +19,13 @@ from tolerances import assert_close
 
 CONFIG = make_config("RA", vocab_size=2048, width=64, mlp_expanded_width=96)
 packs = pytest.mark.skipif(not kernels.packed32_works(), reason="oneDNN does not pack float32")
+packs16 = kernels.works(lambda: kernels._packs(torch.bfloat16))()
+DTYPES = [
+    pytest.param(torch.float32, marks=packs),
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not packs16, reason="nor does it pack bfloat16")
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +34,7 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "_LEAST", 0)
     monkeypatch.setattr(stored, "_LARGE", 0)
     monkeypatch.setattr(products, "_LEAST", 0)
+    monkeypatch.setattr(kernels, "packed16_gains", lambda: packs16)  # on any vendor's CPU
 
 
 def packed(model: Model, rows: int = 8) -> Model:
@@ -35,25 +43,25 @@ def packed(model: Model, rows: int = 8) -> Model:
     return result
 
 
-@packs
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @torch.no_grad()
-def test_products_are_those_of_the_parameters(rows: int) -> None:
-    model = Model(CONFIG)
+def test_products_are_those_of_the_parameters(rows: int, dtype: torch.dtype) -> None:
+    model, name = Model(CONFIG, dtype=dtype), str(dtype).removeprefix("torch.")
     tokens = torch.randint(0, 2048, (rows, 9))
     segment_pos = torch.arange(9).expand(rows, 9)
     logits, state = model(tokens, segment_pos)
     found, found_state = packed(model)(tokens, segment_pos)
-    assert_close(found, logits, "logits", "float32")
+    assert_close(found, logits, "logits", name)
     step = torch.randint(0, 2048, (rows, 1)), torch.full((rows, 1), 9)
     logits, _ = model(*step, state)
     found, _ = packed(model)(*step, found_state)
-    assert_close(found, logits, "logits", "float32")
+    assert_close(found, logits, "logits", name)
 
 
-@packs
-def test_matrices_alone_are_packed_and_held_once() -> None:
-    model = Model(CONFIG)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrices_alone_are_packed_and_held_once(dtype: torch.dtype) -> None:
+    model = Model(CONFIG, dtype=dtype)
     changed = packed(model)
     names = {name for name, module in changed.named_modules() if isinstance(module, PackedMatrix)}
     matrices = sum(spec.matrix for spec in layer_spec(CONFIG))
@@ -82,7 +90,7 @@ def test_a_small_matrix_is_also_kept_as_it_is_for_single_rows(monkeypatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"), [(1, torch.float32), (8, torch.bfloat16), (8, torch.float64)]
+    ("rows", "dtype"), [(1, torch.float32), (8, torch.float16), (8, torch.float64)]
 )
 def test_what_would_gain_nothing_stays(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -92,9 +100,14 @@ def test_what_would_gain_nothing_stays(
     assert not any(isinstance(module, PackedMatrix) for module in model.modules())
 
 
-def test_without_the_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_operators_nothing_is_packed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "packed32_works", lambda: False)
-    assert not any(isinstance(module, PackedMatrix) for module in packed(Model(CONFIG)).modules())
+    monkeypatch.setattr(kernels, "packed16_gains", lambda: False)
+    modules = packed(Model(CONFIG, dtype=dtype)).modules()
+    assert not any(isinstance(module, PackedMatrix) for module in modules)
 
 
 @packs
@@ -104,14 +117,15 @@ def test_where_mkl_is_slow_one_row_gains(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(isinstance(module, PackedMatrix) for module in modules)
 
 
-@packs
-def test_what_is_compiled_is_not_packed() -> None:
-    model = Model(CONFIG)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_compiled_is_not_packed(dtype: torch.dtype) -> None:
+    model = Model(CONFIG, dtype=dtype)
     changed = packed(model)
     keep_values(changed)
     assert not any(isinstance(module, PackedMatrix) for module in changed.modules())
     for name, parameter in model.named_parameters():
         assert torch.equal(changed.get_parameter(name), parameter)
+        assert changed.get_parameter(name).is_contiguous()  # as `torch.compile` makes fast code for
 
 
 @packs

@@ -28,13 +28,15 @@ def drawn(shape: tuple[int, ...], scheme: str, rows: int = 5):
     return x, quantize(w, scheme)
 
 
-@pytest.mark.parametrize("way", ["plain", "exact"])
+@pytest.mark.parametrize("way", ["packed", "plain", "exact"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_q8_is_the_definition_to_the_bit(
     shape: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "exact" and not kernels.plain8_works():
+    works = {"packed": kernels.packed8_works, "plain": kernels.plain8_works}
+    if way != "exact" and not works[way]():
         pytest.skip("this PyTorch or processor has no exact products of int8")
+    monkeypatch.setattr(kernels, "_LEAST8", 0 if way == "packed" else 2**60)
     if way == "exact":
         monkeypatch.setattr(kernels, "plain8_works", lambda: False)
     x, quantized = drawn(shape, "q8")
@@ -42,6 +44,7 @@ def test_q8_is_the_definition_to_the_bit(
     with torch.no_grad():
         y = product(torch.from_numpy(x), w)
         rows = [product(torch.from_numpy(x[..., i : i + 1, :]), w) for i in range(x.shape[-2])]
+    assert (w.pack() is not None) == (way == "packed")
     np.testing.assert_array_equal(y.numpy(), definition(x, quantized))
     assert torch.equal(torch.cat(rows, -2), y)
 
@@ -64,7 +67,8 @@ def test_four_bits_are_as_exact_as_bfloat16(
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q4", "q4_32"])
-def test_values_outlive_their_packing(scheme: str) -> None:
+def test_values_outlive_their_packing(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LEAST8", 0)
     x, quantized = drawn((2, 128, 192), scheme)
     w = QuantizedMatrix(quantized.with_parts(lambda part: to_tensor(part.copy())))
     rows = torch.from_numpy(x)
@@ -99,16 +103,16 @@ def test_forward_mode_takes_the_dequantised_slope(scheme: str) -> None:
 
 
 def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = kernels._extremes(3, 64)
+    x = kernels.extremes(3, 64)
 
     def exact() -> bool:
         return kernels._exact(x, x, lambda rows: kernels.plain_sums8(rows, x))
 
-    assert kernels._works(exact)() == kernels.plain8_works()
+    assert kernels.works(exact)() == kernels.plain8_works()
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: x.new_zeros(len(x), w.shape[1]))
-    assert not kernels._works(exact)()
+    assert not kernels.works(exact)()
     monkeypatch.delattr(torch, "_int_mm")
-    assert not kernels._works(exact)()
+    assert not kernels.works(exact)()
 
 
 def test_a_row_in_bfloat16_is_what_linear_gives() -> None:

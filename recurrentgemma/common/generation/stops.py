@@ -102,6 +102,15 @@ class RowText:
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
+    def extend(self, tokens: Sequence[int], last: bool = False) -> str:
+        """The text that became certain with more tokens, as `add` gives it for each.
+
+        Only the last of them may end the text; where a string may, call `add`.
+        """
+        text = self._decoder.extend(tokens)
+        self.finish_reason = self._stops.ids.get(tokens[-1], self.finish_reason)
+        return text + self._decoder.flush() if last or self.stopped else text
+
 
 def _beginning(text: str, strings: Sequence[str]) -> int:
     """The length of the longest end of a text that one of the strings begins with."""

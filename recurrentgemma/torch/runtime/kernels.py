@@ -1,4 +1,4 @@
-"""Products on a CPU by private operators of PyTorch, of quantised matrices and of float32.
+"""Products on a CPU by private operators of PyTorch, of matrices quantised, float32 or bfloat16.
 
 An operator is looked up by its name, and its results are compared with exact ones before it is
 used; where it is missing or wrong, callers take a slower way. Some operators want the values in a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from recurrentgemma.common import quantization
 
 _MANY = 64  # rows
 _FEW = 8  # rows
+_LEAST8 = 2**19  # values of a matrix of 8 bits; with fewer, a call takes longer than the product
 _GROUPS = (32, 64, 128, 256)  # of inputs, for which there is a kernel of 4 bits
 _OUTPUTS = 64  # divide the number of outputs in that kernel's layout
 _PART = 2**18  # values that are packed or dequantised at a time: they stay in the cache
@@ -33,18 +34,43 @@ def plain_sums8(x: Tensor, values: Tensor) -> Tensor:
     return torch._int_mm(values, x.t()).t()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def pack32(values: Tensor) -> Tensor:
-    """float32 values, [N, K], in oneDNN's layout for a few rows, which serves any number."""
+def takes8(values: Tensor) -> bool:
+    """Whether `product8` works, and gains with such a matrix or stack."""
+    large = values.shape[-2] * values.shape[-1] >= _LEAST8
+    return large and values.is_cpu and packed8_works()
+
+
+def pack8(values: Tensor) -> list[Sequence[Tensor]]:
+    """The matrices of a stack, [C, N, K], as `product8` takes them: with scales and zero points."""
+    ones = torch.ones(values.shape[1], device="cpu")
+    zeros = torch.zeros(values.shape[1], dtype=torch.int32, device="cpu")
+    return [(torch.ops.onednn.qlinear_prepack(part, None), ones, zeros) for part in values]
+
+
+def unpack8(packed: Sequence[Tensor]) -> Tensor:
+    """The values of `pack8` as they are stored."""
+    return packed[0].to_dense().t().contiguous()
+
+
+def product8(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
+    """The sums of `plain_sums8` as float32 rounds them, with a matrix that `pack8` made."""
+    shifted = x.contiguous().view(torch.uint8) ^ 128  # the instructions want one factor unsigned
+    places = shifted, 1.0, 128, *packed, None, 1.0, 0, torch.float32
+    return torch.ops.onednn.qlinear_pointwise(*places, "none", [], "")
+
+
+def pack(values: Tensor) -> Tensor:
+    """Values, [N, K], in oneDNN's layout for a few rows, which serves any number."""
     return torch.ops.mkldnn._reorder_linear_weight(values.contiguous(), _FEW)
 
 
-def unpack32(packed: Tensor) -> Tensor:
-    """The inverse of `pack32`."""
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`."""
     return packed.to_dense()
 
 
-def product32(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W + b of rows in float32, [..., K], with values, [N, K], packed or in any strides."""
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W + b of rows, [..., K], with values of their dtype, [N, K], packed or in any strides."""
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
 
 
@@ -55,7 +81,7 @@ def takes4(values: Tensor, scale: Tensor) -> bool:
     return fits and values.is_cpu and packed4_works()
 
 
-def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[Sequence[Tensor]]:
     """The matrices of a stack as `product4` takes them: values in its layout, scales with zeros.
 
     The kernel computes (value - 8) s + z in bfloat16.
@@ -75,7 +101,7 @@ def pack4(values: Tensor, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Ten
     return [*zip(packed, pairs, strict=True)]
 
 
-def unpack4(packed: tuple[Tensor, Tensor]) -> Tensor:
+def unpack4(packed: Sequence[Tensor]) -> Tensor:
     """The values of `pack4` as they are stored."""
     return quantization.pack(_values4(packed[0]))
 
@@ -117,7 +143,7 @@ def _block4() -> tuple[int, Tensor | None]:
     raise NotImplementedError("no such layout is known")
 
 
-def product4(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+def product4(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
     """x W of rows in bfloat16, [M, K], with a matrix that `pack4` made."""
     values, scales = packed
     group = x.shape[1] // len(scales)
@@ -133,10 +159,11 @@ def dense4(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def wide_product4(x: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """x W of rows in their own dtype, with what `dense4` takes: a part of it at a time."""
     parts = zip(*(array.split(_part4(x.shape[1])) for array in matrix), strict=True)
-    return torch.cat([linear(x, dense4(*part).to(x.dtype)) for part in parts], -1)
+    multiply = product if x.dtype == torch.float32 and plain32_gains() else linear
+    return torch.cat([multiply(x, dense4(*part).to(x.dtype)) for part in parts], -1)
 
 
-def _works(check: Callable[[], bool]) -> Callable[[], bool]:
+def works(check: Callable[[], bool]) -> Callable[[], bool]:
     """Whether a check holds, found once; an operator that is missing or refuses does not work."""
     found: list[bool] = []  # not `functools.cache`, of which `torch.compile` warns
 
@@ -154,7 +181,7 @@ def _works(check: Callable[[], bool]) -> Callable[[], bool]:
     return works
 
 
-def _extremes(rows: int, inputs: int) -> Tensor:
+def extremes(rows: int, inputs: int) -> Tensor:
     """int8 rows with the largest sums, at which narrow instructions would overflow."""
     generator = torch.Generator("cpu").manual_seed(0)
     some = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=generator)
@@ -167,38 +194,64 @@ def _exact(x: Tensor, values: Tensor, sums: Callable[[Tensor], Tensor]) -> bool:
     return all(torch.equal(sums(x[:rows]).float(), wanted[:rows]) for rows in (1, len(x)))
 
 
-@_works
+@works
 def plain8_works() -> bool:
     """Whether `plain_sums8` is exact."""
-    x, values = _extremes(_MANY + 1, 320), _extremes(48, 320)
+    x, values = extremes(_MANY + 1, 320), extremes(48, 320)
     return _exact(x, values, lambda rows: plain_sums8(rows, values))
 
 
-@_works
+@works
+def packed8_works() -> bool:
+    """Whether `product8` is exact."""
+    x, values = extremes(_MANY + 1, 4096), extremes(48, 4096)
+    (packed,) = pack8(values[None])
+    kept = torch.equal(unpack8(packed), values)
+    return kept and _exact(x, values, lambda rows: product8(rows, packed))
+
+
+@works
 def packed32_works() -> bool:
-    """Whether `product32` with packed values is as exact as float32."""
-    w = _extremes(48, 320) / 127
-    packed = pack32(w)
-    return _is_near(w, packed) and torch.equal(unpack32(packed), w)
+    """Whether `product` with packed values is as exact as float32."""
+    return _packs(torch.float32)
 
 
-@_works
+@works
+def packed16_gains() -> bool:
+    """Whether `product` with packed values in bfloat16 is as exact as that, and the fastest.
+
+    It is on CPUs of other vendors than Intel that have instructions for bfloat16: a call with
+    values as they are packs them first, and a matrix whose inputs lie apart takes four times as
+    long. Intel's, which may multiply tiles, keep what is measured there.
+    """
+    return not _is_from_intel() and _packs(torch.bfloat16)
+
+
+@works
 def plain32_gains() -> bool:
-    """Whether `product32` with values as they are is faster than `linear`, and as exact.
+    """Whether `product` with values as they are is faster than `linear`, and as exact.
 
     It is on x86 CPUs of other vendors than Intel: `linear` is MKL's, which there reads a matrix for
     one row in a single thread, and computes without the widest instructions.
     """
-    w = _extremes(48, 320) / 127
+    w = extremes(48, 320) / 127
     found = torch.backends.mkl.is_available() and not _is_from_intel()
     return found and _is_near(w, w) and _is_near(w, w.t().contiguous().t())
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether products with packed values of a dtype are right, and the values can be read back."""
+    w = (extremes(48, 320) / 127).to(dtype)
+    packed = pack(w)
+    return _is_near(w, packed) and torch.equal(unpack(packed), w)
+
+
 def _is_near(w: Tensor, held: Tensor) -> bool:
-    """Whether products with a matrix as it is held are as exact as float32."""
-    x = _extremes(17, 320) / 127
+    """Whether products with a matrix as it is held are as exact as sums in float32, rounded."""
+    x = (extremes(17, 320) / 127).to(w.dtype)
     wanted, bound = x.double() @ w.double().t(), 2**-20 * (x.double().abs() @ w.double().abs().t())
-    errors = ((rows, (product32(x[:rows], held) - wanted[:rows]).abs()) for rows in (1, len(x)))
+    bound += 0 if w.dtype == torch.float32 else torch.finfo(w.dtype).eps * wanted.abs()
+    errors = ((rows, (product(x[:rows], held) - wanted[:rows]).abs()) for rows in (1, len(x)))
     return all((error <= bound[:rows]).all() for rows, error in errors)
 
 
@@ -211,15 +264,15 @@ def _is_from_intel() -> bool:
     return "AuthenticAMD" not in text and "HygonGenuine" not in text
 
 
-@_works
+@works
 def packed4_works() -> bool:
     """Whether `product4` is as exact as bfloat16."""
     outputs = 2 * _OUTPUTS
-    values = (_extremes(outputs, 256) & 15).to(torch.uint8)
+    values = (extremes(outputs, 256) & 15).to(torch.uint8)
     scale = torch.arange(1, 2 * outputs + 1).view(outputs, 2) / 256  # exact in bfloat16
-    zero = (_extremes(outputs, 2) & 15).to(torch.int8)
+    zero = (extremes(outputs, 2) & 15).to(torch.int8)
     groups = (values.view(outputs, 2, 128).float() - zero[..., None]) * scale[..., None]
-    stored, x = quantization.pack(values), _extremes(5, 256).bfloat16()
+    stored, x = quantization.pack(values), extremes(5, 256).bfloat16()
     (packed,) = pack4(stored[None], scale[None], zero[None])
     wanted = x.float() @ groups.flatten(1).t()
     error = (product4(x, packed).float() - wanted).abs().max()
@@ -227,10 +280,15 @@ def packed4_works() -> bool:
     return kept and bool(error <= 2**-7 * wanted.abs().max())
 
 
-@_works
+@works
 def bfloat16_row_works() -> bool:
-    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does."""
-    w = _extremes(9, 4096).bfloat16()
+    """Whether the product with a vector in bfloat16 adds in float32, as `linear` does, and gains.
+
+    It gains on Intel's CPUs; elsewhere `linear` takes less time.
+    """
+    if packed16_gains():
+        return False
+    w = extremes(9, 4096).bfloat16()
     x = torch.linspace(-1, 1, 4096).bfloat16()
     wanted, error = w.float() @ x.float(), 2**-8 * (w.float().abs() @ x.float().abs()) / 64
     return bool(((w @ x).float() - wanted).abs().sub(2**-8 * wanted.abs()).le(error).all())

@@ -21,7 +21,7 @@ torch.library.define(_NAME, "(Tensor x, Tensor w, Tensor? bias) -> Tensor")
 
 @torch.library.impl(_NAME, "CPU")
 def _(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return kernels.product32(x, w, bias)
+    return kernels.product(x, w, bias)
 
 
 @torch.library.register_fake(_NAME)
@@ -65,7 +65,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         # As rows: in place nothing may change a view that a function of ours returns.
         y: Tensor = _Linear.apply(x.flatten(0, -2), w, bias)  # pyright: ignore[reportAssignmentType]
         return y.view(*x.shape[:-1], -1)
-    return kernels.product32(x, w, bias)
+    return kernels.product(x, w, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        return kernels.product32(x, w, bias)
+        return kernels.product(x, w, bias)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,14 +1,15 @@
-"""A token in rows whose place the host knows: the step of attention in fewer operations."""
+"""A token in rows whose places the host knows: the step of attention in fewer operations."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
@@ -22,6 +23,18 @@ USED_SLOTS = 512  # whole blocks of PyTorch's kernel
 class _Terms(NamedTuple):
     given_up: bool = False
     reproducible: bool = False
+
+
+class Rows(NamedTuple):
+    """What the host knows of the rows of a step.
+
+    Attributes:
+      places: The place of each row's token in its document; -1 is padding.
+      held: How many tokens each row's state has.
+    """
+
+    places: tuple[int, ...]
+    held: tuple[int, ...]
 
 
 _NONE = _Terms()
@@ -61,20 +74,21 @@ def used_slots(mixer: Attention, segment_pos: Positions, slots: int) -> int:
     return min(slots, -(-(max(found) + 1) // USED_SLOTS) * USED_SLOTS)
 
 
-def known_place(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> int | None:
-    """The place of the token in its document, where the host knows it and all rows have the same.
+def known_rows(mixer: Attention, segment_pos: Positions, cache: AttentionBlockCache) -> Rows | None:
+    """The rows of a step, where the host knows them.
 
-    None elsewhere, and where a document begins or the state lacks some of its tokens.
+    None elsewhere, where a document begins, and where the state has no room or more tokens than
+    the document.
     """
     found = places(segment_pos)
-    if found is None or not is_known(cache.num_tokens):
+    if not found or 0 in found or not is_known(cache.num_tokens):
         return None
-    numbers = {*found, *cache.num_tokens.tolist()}
-    if len(numbers) != 1 or (_TERMS.get().reproducible and len(found) > 1):
+    rows = Rows(found, tuple(cache.num_tokens.tolist()))
+    if _TERMS.get().reproducible and len(found) > 1:
         return None
-    (place,) = numbers
-    fits = mixer.reach is not None or place < cache.keys.shape[1]
-    return place if place > 0 and fits else None
+    if any(0 <= place < held for place, held in zip(*rows, strict=True)):
+        return None
+    return rows if mixer.reach is not None or max(found) < cache.keys.shape[1] else None
 
 
 def step_at(
@@ -82,28 +96,69 @@ def step_at(
     q_b1nh: Float[Tensor, "b 1 n h"],
     k_b1kh: Float[Tensor, "b 1 kv h"],
     v_b1kh: Float[Tensor, "b 1 kv h"],
-    place: int,
+    rows: Rows,
     cache: AttentionBlockCache,
 ) -> tuple[Float[Tensor, "b 1 n h"], AttentionBlockCache]:
-    """The step of rows at one place: without a mask, and in place inside `giving_up`."""
-    slots = cache.keys.shape[1]
+    """The step of such rows: it copies no state inside `giving_up`."""
+    slots, last = cache.keys.shape[1], max(rows.places)
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
-    if place < slots:  # the slot of the token holds nothing
-        rings = [_with_token(*pair, place) for pair in pairs]
-        keys, values = (ring[:, : place + 1] for ring in rings)
-        encoded = attend_masked(q_b1nh, keys, values, None, mixer)
-    else:  # the token still sees what it replaces
-        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], mixer)
-        rings = [_with_token(*pair, place % slots) for pair in pairs]
-    num_tokens = cache.num_tokens + number(1, cache.num_tokens)
-    return encoded, AttentionBlockCache(rings[0], rings[1], num_tokens)
+    if last < slots:  # the slot of a token holds nothing
+        rings = [_with_tokens(*pair, rows.places) for pair in pairs]
+        keys, values = (ring[:, : max(last, 0) + 1] for ring in rings)
+        sees_bs = _sees(rows)
+        mask = None if sees_bs is None else sees_bs[:, None]
+        encoded = attend_masked(q_b1nh, keys, values, mask, mixer)
+    else:  # a token may still see what it replaces
+        encoded = attend_also(q_b1nh, *pairs[0], *pairs[1], mixer, _sees_in_ring(rows, slots))
+        rings = [_with_tokens(*pair, rows.places) for pair in pairs]
+    added = number(1, cache.num_tokens) if min(rows.places) > 0 else _are_tokens(rows.places)
+    return encoded, AttentionBlockCache(rings[0], rings[1], cache.num_tokens + added)
 
 
-def _with_token(
-    ring_bskh: Float[Tensor, "b s kv h"], new_b1kh: Float[Tensor, "b 1 kv h"], slot: int
+@functools.lru_cache(maxsize=8)
+def _sees(rows: Rows) -> Bool[Tensor, "b s"] | None:
+    """The slots up to the last token that each row sees; None if these are all."""
+    if all(held >= place == rows.places[0] for place, held in zip(*rows, strict=True)):
+        return None
+    place, held = (torch.tensor(z, device="cpu")[:, None] for z in rows)
+    place = place.clamp(min=0)  # padding sees one slot, whatever it holds: else nothing is defined
+    lag = place - torch.arange(max(rows.places) + 1, device="cpu")
+    return (lag >= 0) & (lag <= held)
+
+
+@functools.lru_cache(maxsize=8)
+def _sees_in_ring(rows: Rows, slots: int) -> Bool[Tensor, "b s"] | None:
+    """The slots of a ring that each row sees before its token is in it; None if these are all."""
+    if min(rows.held) >= slots:
+        return None
+    place, held = (torch.tensor(z, device="cpu")[:, None] for z in rows)
+    return (place - torch.arange(slots, device="cpu") - 1) % slots < held
+
+
+@functools.lru_cache(maxsize=8)
+def _are_tokens(found: tuple[int, ...]) -> Bool[Tensor, " b"]:
+    return torch.tensor(found, device="cpu") >= 0
+
+
+@functools.lru_cache(maxsize=8)
+def _index(found: tuple[int, ...], slots: int) -> tuple[Tensor, Tensor]:
+    """The rows that have a token, and its slot in each."""
+    pairs = [(row, place % slots) for row, place in enumerate(found) if place >= 0]
+    row, slot = torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
+    return row, slot
+
+
+def _with_tokens(
+    ring_bskh: Float[Tensor, "b s kv h"],
+    new_b1kh: Float[Tensor, "b 1 kv h"],
+    found: tuple[int, ...],
 ) -> Float[Tensor, "b s kv h"]:
-    """The ring with a token in a slot."""
+    """The ring with each row's token in its slot."""
     ring_bskh = ring_bskh.to(new_b1kh.dtype)
     ring_bskh = ring_bskh if is_given_up() else ring_bskh.clone()
-    ring_bskh[:, slot] = new_b1kh[:, 0]
-    return ring_bskh
+    slots = ring_bskh.shape[1]
+    if len({*found}) == 1 and found[0] > 0:
+        ring_bskh[:, found[0] % slots] = new_b1kh[:, 0]
+        return ring_bskh
+    row, slot = _index(found, slots)
+    return ring_bskh.index_put_((row, slot), new_b1kh[row, 0])

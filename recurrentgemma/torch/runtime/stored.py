@@ -13,13 +13,13 @@ _LEAST = 2**17  # values of a matrix
 _LARGE = 2**20  # values of a matrix that is not held twice
 
 
-def _least_rows() -> int:
+def _least_rows(dtype: torch.dtype) -> int:
     """The number of rows from which packed values are faster: MKL is fast on an Intel CPU."""
-    return 1 if kernels.plain32_gains() else 4
+    return 1 if dtype == torch.bfloat16 or kernels.plain32_gains() else 4
 
 
 class PackedMatrix(nn.Module):
-    """A float32 matrix in oneDNN's layout, or a stack of them, in the place of a parameter.
+    """A matrix in oneDNN's layout, or a stack of them, in the place of a parameter.
 
     A large one is held in this form alone. Where gradients are enabled, each product makes the
     parameter again.
@@ -28,20 +28,23 @@ class PackedMatrix(nn.Module):
       packed: The matrix, or each of the stack.
       plain: The parameter, for a few rows; None if the matrix is large, or they gain too.
       shape: The shape of the parameter.
+      dtype: The dtype of the parameter: float32, or bfloat16.
       axis: The axis of inputs of the parameter; see `Quantized`.
     """
 
     def __init__(self, values: Tensor, axis: int) -> None:
         super().__init__()
-        self.shape, self.axis = values.shape, axis
+        self.shape, self.dtype, self.axis = values.shape, values.dtype, axis
         small = values.shape[-2] * values.shape[-1] < _LARGE
-        self.plain = values if small and _least_rows() > 1 else None
+        self.plain = values if small and _least_rows(values.dtype) > 1 else None
         matrices = values if values.ndim > 2 else values[None]
-        self.packed = [kernels.pack32(w if axis == -1 else w.t()) for w in matrices]
+        self.packed = [kernels.pack(w if axis == -1 else w.t()) for w in matrices]
 
     ndim = property(lambda self: len(self.shape))
-    nbytes = property(lambda self: 4 * self.shape.numel() * (1 if self.plain is None else 2))
-    device, dtype = torch.device("cpu"), torch.float32
+    nbytes = property(
+        lambda self: self.dtype.itemsize * self.shape.numel() * (1 if self.plain is None else 2)
+    )
+    device = torch.device("cpu")
 
     def extra_repr(self) -> str:
         return f"packed {list(self.shape)}"
@@ -50,7 +53,7 @@ class PackedMatrix(nn.Module):
         """The parameter, made again if it is not held."""
         if self.plain is not None:
             return self.plain
-        rows = torch.stack([kernels.unpack32(w) for w in self.packed])
+        rows = torch.stack([kernels.unpack(w) for w in self.packed])
         rows = rows if self.axis == -1 else rows.mT
         return rows if self.ndim > 2 else rows[0]
 
@@ -60,18 +63,18 @@ class PackedMatrix(nn.Module):
 
 def takes(x: Tensor, w: PackedMatrix) -> bool:
     """Whether rows go with the packed values, which have no derivative."""
-    several = w.plain is None or x.numel() >= _least_rows() * x.shape[-1]
+    several = w.plain is None or x.numel() >= _least_rows(w.dtype) * x.shape[-1]
     return several and x.dtype == w.dtype and not torch.is_grad_enabled()
 
 
 def gains(value: Any, rows: int) -> bool:
     """Whether products of so many rows with a parameter are faster if it is packed."""
     return (
-        rows >= _least_rows()
-        and type(value) in (Tensor, nn.Parameter)
+        type(value) in (Tensor, nn.Parameter)
         and value.is_cpu
-        and value.dtype == torch.float32
         and value.ndim > 1
         and value.shape[-2] * value.shape[-1] >= _LEAST
-        and kernels.packed32_works()
+        and value.dtype in (torch.float32, torch.bfloat16)
+        and rows >= _least_rows(value.dtype)
+        and (kernels.packed32_works() if value.dtype == torch.float32 else kernels.packed16_gains())
     )
