@@ -237,9 +237,9 @@ FAULTS = (
     ),
     Fault(
         "decoding: the ring's ages off by one",
-        _A,
-        "(segment_pos - slot - 1) % slots",
-        "(segment_pos - slot) % slots",
+        "torch/runtime/steps.py",
+        "device=segment_pos.device) - 1) % slots",
+        "device=segment_pos.device)) % slots",
     ),
     # What Griffin lacks
     Fault(

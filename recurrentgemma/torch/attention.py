@@ -14,7 +14,7 @@ from recurrentgemma.torch.cache import Hidden, Positions, empty_block, num_paddi
 from recurrentgemma.torch.layers import Linear, RMSNorm, SpecModule
 from recurrentgemma.torch.runtime.known import is_known, once_a_step, places
 from recurrentgemma.torch.runtime.neighbours import Before
-from recurrentgemma.torch.runtime.steps import is_given_up, known_rows, step_at, used_slots
+from recurrentgemma.torch.runtime.steps import ages, is_given_up, known_rows, step_at, used_slots
 from recurrentgemma.torch.runtime.teams import ALONE, SplitOf, Team, key_heads, mixer_part
 from recurrentgemma.torch.scan import as_positions, wide_dtype
 from recurrentgemma.torch.softmax import attend, attend_masked
@@ -156,14 +156,13 @@ def _step(
     starts, is_token = segment_pos == 0, segment_pos >= 0
     num_before = cache.num_tokens[:, None].masked_fill(starts, 0)
     used = used_slots(mixer, segment_pos, slots)
-    slot = torch.arange(used, device=segment_pos.device)
-    between = (segment_pos - slot - 1) % slots  # tokens since the one in the slot
-    sees_bs = between < num_before
+    age = ages(segment_pos, used, slots)
+    sees_bs = age < num_before
     pairs = ((cache.keys, k_b1kh), (cache.values, v_b1kh))
     if mixer.reach is None:  # the slot of the token held nothing
         rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]
         keys, values = (ring[:, :used] for ring in rings)
-        sees_bs = sees_bs | (between == slots - 1)
+        sees_bs = sees_bs | (age == slots - 1)
     else:
         keys, values = (torch.cat([ring.to(z.dtype), z], 1) for ring, z in pairs)
         rings = [_replaced(ring, new, segment_pos) for ring, new in pairs]

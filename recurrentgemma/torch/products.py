@@ -22,7 +22,7 @@ from recurrentgemma.torch.runtime.arrays import without_autocast
 from recurrentgemma.torch.runtime.stored import PackedMatrix, takes
 from recurrentgemma.torch.scan.gates import forward_levels
 
-_PART_ELEMENTS = 2**19  # of a part of a wide matrix, which then stays in the processor's cache
+_PART_ELEMENTS = 2**20  # of a part of a wide matrix, which then stays in the processor's cache
 _MOST = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
 _FEW = 64  # rows; for more, it is faster to dequantise the matrix
 _COLUMNS = range(8, 49)  # rows that PyTorch multiplies faster as columns of the other factor

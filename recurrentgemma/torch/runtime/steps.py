@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from recurrentgemma.common.model.mixers import Attention, AttentionBlockCache
@@ -105,7 +105,7 @@ def step_at(
     if last < slots:  # the slot of a token holds nothing
         rings = [_with_tokens(*pair, rows.places) for pair in pairs]
         keys, values = (ring[:, : max(last, 0) + 1] for ring in rings)
-        sees_bs = _sees(rows)
+        sees_bs = _sees(rows, slots)
         mask = None if sees_bs is None else sees_bs[:, None]
         encoded = attend_masked(q_b1nh, keys, values, mask, mixer)
     else:  # a token may still see what it replaces
@@ -115,15 +115,20 @@ def step_at(
     return encoded, AttentionBlockCache(rings[0], rings[1], cache.num_tokens + added)
 
 
+def ages(segment_pos: Positions, used: int, slots: int) -> Int[Tensor, "b s"]:
+    """How many tokens came after the one in each slot; slots - 1 in the new token's own slot."""
+    return (segment_pos - torch.arange(used, device=segment_pos.device) - 1) % slots
+
+
 @functools.lru_cache(maxsize=8)
-def _sees(rows: Rows) -> Bool[Tensor, "b s"] | None:
+def _sees(rows: Rows, slots: int) -> Bool[Tensor, "b s"] | None:
     """The slots up to the last token that each row sees; None if these are all."""
     if all(held >= place == rows.places[0] for place, held in zip(*rows, strict=True)):
         return None
     place, held = (torch.tensor(z, device="cpu")[:, None] for z in rows)
-    place = place.clamp(min=0)  # padding sees one slot, whatever it holds: else nothing is defined
-    lag = place - torch.arange(max(rows.places) + 1, device="cpu")
-    return (lag >= 0) & (lag <= held)
+    # Padding sees one slot, whatever it holds: else nothing is defined.
+    age = ages(place.clamp(min=0), max(rows.places) + 1, slots)
+    return (age < held) | (age == slots - 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -132,7 +137,7 @@ def _sees_in_ring(rows: Rows, slots: int) -> Bool[Tensor, "b s"] | None:
     if min(rows.held) >= slots:
         return None
     place, held = (torch.tensor(z, device="cpu")[:, None] for z in rows)
-    return (place - torch.arange(slots, device="cpu") - 1) % slots < held
+    return ages(place, slots, slots) < held
 
 
 @functools.lru_cache(maxsize=8)
