@@ -55,8 +55,9 @@ def serve(tasks: Mapping[str, Task]) -> None:
             task = tasks[request["task"]]
             calls = [timed(task)]
             if request["turn"]:
+                end = time.perf_counter() + TURN  # by the clock: a task may return any float
                 calls = [timed(task)]
-                while sum(calls) < TURN:
+                while time.perf_counter() < end:
                     calls.append(timed(task))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             answer = {"seconds": statistics.median(calls), "peak_bytes": peak}

@@ -258,6 +258,16 @@ def fine_tuning() -> Iterator[str]:
     yield "</div>"
 
 
+def data_parallel() -> Iterator[str]:
+    """A step in one process and in two, each with a core."""
+    results = _results("data-parallel-cpu")
+    yield from _made(results, "data-parallel-cpu")
+    yield '<div class="bars" markdown>'
+    rows = [(name, _scaled(of["step"], 1e3)) for name, of in results["seconds"].items()]
+    yield from _bars(["A step", "ms"], rows)
+    yield "</div>"
+
+
 def long_stream() -> Iterator[str]:
     """What a token costs after so many."""
     results = _results("long-stream-cpu")
