@@ -128,7 +128,7 @@ def serve(
     most_bytes = num_bytes(state_cache)
     framework = choose_framework(framework)
     with contextlib.ExitStack() as on_failure:
-        # What is loaded until the server is ready stays: the collector never goes through it.
+        # Objects made before the server is ready live as long as it: the collector skips them.
         on_failure.callback(gc.enable)
         gc.disable()
         listener = on_failure.enter_context(listen(host, port))
