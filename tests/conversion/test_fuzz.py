@@ -161,3 +161,12 @@ def test_headers(source: Path, data: st.DataObject) -> None:
         else:
             path.write_text(json.dumps(mutate(json.loads(content), data)))
         assert_served_or_refused(copy, files(copy))
+
+
+def test_pieces_of_another_kind_are_skipped() -> None:
+    """As sentencepiece does with a field that is a number where it wants bytes."""
+    from recurrentgemma_conversion.readers.huggingface_tokenizer import _parse
+
+    piece = bytes([0x0A, 3, 0x0A, 1, 0x61])
+    assert [p.text for p in _parse(bytes([0x08, 7]) + piece).pieces] == ["a"]
+    assert [p.text for p in _parse(bytes([0x0A, 2, 0x08, 7]) + piece).pieces] == ["", "a"]

@@ -174,6 +174,8 @@ def _parse(proto: bytes) -> _Model:
     """A sentencepiece model's pieces, and how it changes text."""
     pieces, trainer, normalizer = [], {}, {}
     for field, value in _fields(proto):
+        if not isinstance(value, bytes):  # sentencepiece skips it, too
+            continue
         if field == 1:
             text, score, kind = _piece(value)
             try:
@@ -195,8 +197,12 @@ def _piece(message: bytes) -> tuple[bytes, bytes, int]:
     size = len(message) - 7
     if 0 <= size < 128 and message[:2] == bytes((0x0A, size)) and message[-5] == 0x15:
         return message[2:-5], message[-4:], _NORMAL  # nearly all have a text and a score alone
-    fields = dict(_fields(message))
-    return fields.get(1, b""), fields.get(2, struct.pack("<f", 0)), fields.get(3, _NORMAL)
+    known: dict[int, Any] = {1: b"", 2: struct.pack("<f", 0), 3: _NORMAL}
+    for field, value in _fields(message):
+        same = field in known and isinstance(value, type(known[field]))
+        if same and (field != 2 or len(value) == 4):
+            known[field] = value
+    return known[1], known[2], known[3]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
