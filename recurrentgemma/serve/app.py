@@ -36,6 +36,7 @@ from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
 from recurrentgemma.serve.tokens import TokenTexts, tokenized, tokenizer_info
 
 _RETRY_S = 1
+_ROUNDS = 3  # of the event loop: from a request that has arrived to its jobs
 _SHORT = 2000  # bytes, whose tokens are found sooner than a thread takes over
 _Body = TypeVar("_Body")
 
@@ -117,6 +118,13 @@ class Service:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_put, pairs)
 
+    def _wake(self, rounds: int = _ROUNDS) -> None:
+        """Wakes the scheduler behind what is ready: prompts that come at once are read together."""
+        if rounds:
+            asyncio.get_running_loop().call_soon(self._wake, rounds - 1)
+        else:
+            self.scheduler.wake()
+
     def _counted(
         self, endpoint: Callable[[Request], Awaitable[Response | None]]
     ) -> Callable[[Request], Awaitable[Response]]:
@@ -197,7 +205,8 @@ class Service:
             raise Refusal("the server ends" if self.draining else "the server starts", 503)
         mailbox = Mailbox(asked.jobs)
         try:
-            self.scheduler.submit(asked.jobs)
+            self.scheduler.submit(asked.jobs, wake=False)
+            self._wake()
         except FullError as error:
             headers = {"retry-after": str(_RETRY_S)}
             raise Refusal(str(error), 429, code="queue_full", headers=headers) from None

@@ -22,6 +22,7 @@ from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
 LOG = logging.getLogger("recurrentgemma.serve")
 FEW = 8  # rows
+MOST_CHUNKS = 8  # of the length that is read beside a step, in one turn
 Deliver = Callable[[list[tuple[Job, Event]]], None]
 
 
@@ -48,9 +49,9 @@ class Counts:
 class Scheduler:
     """Rows of many jobs in one running batch.
 
-    A turn reads at most one chunk, of one prompt or of several, fills the free slots and makes one
-    step, or more where nobody waits for the turn's end. Jobs come from any thread; all else happens
-    in the thread that calls `turn`, which `start` makes.
+    A turn reads a chunk, of one prompt or of several, or more where more rows wait than grow. It
+    fills the free slots and makes one step, or more where nobody waits for the turn's end. Jobs
+    come from any thread; all else happens in the thread that calls `turn`, which `start` makes.
 
     Attributes:
       engine: What runs the model.
@@ -129,8 +130,12 @@ class Scheduler:
         work = self._inbox, self._waiting, self._reading, self._ready, self.slots.active
         return any(work)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], wake: bool = True) -> None:
         """Adds jobs, all or none; `deliver` gets what becomes of them.
+
+        Args:
+          jobs: The jobs.
+          wake: Whether to begin now if nothing runs, or only when `wake` is called.
 
         Raises:
           FullError: Too many wait already.
@@ -144,6 +149,12 @@ class Scheduler:
                     f"at most {self._most_waiting} prompts may wait, and {self.num_waiting} do"
                 )
             self._inbox += jobs
+        if wake:
+            self.wake()
+
+    def wake(self) -> None:
+        """Begins with the jobs that were added, if nothing runs."""
+        with self._changed:
             self._changed.notify()
 
     def start(self) -> None:
@@ -210,10 +221,10 @@ class Scheduler:
         self._deliver([*self._events, *((job, Failed(error)) for job in dict.fromkeys(held))])
 
     def turn(self) -> None:
-        """Reads at most one chunk, fills the slots and makes one step."""
+        """Reads prompts, fills the slots and makes one step."""
         self._take_in()
         self._begin_reading()
-        self._read_chunk()
+        self._read_chunks()
         self._fill_slots()
         self._grow()
         self._tell()
@@ -252,25 +263,46 @@ class Scheduler:
             self.counts.cached_tokens += cached
             self._reading.append(PromptReading(job, cached, state, self._grid))
 
-    def _read_chunk(self) -> None:
-        """Reads a chunk of the prompts that are done first, or have waited for long."""
+    def _read_chunks(self) -> None:
+        """Reads a chunk; more tokens where more rows wait for their prompts than grow.
+
+        A row that grows waits for the chunks, and those that wait need a step less for each.
+        """
         beside, alone = self._chunks
-        longest = beside if self.slots.active else alone
-        unfinished = [reading for reading in self._reading if reading.num_left]
-        if unfinished:
+        growing = len(self.slots.active)
+        begun = sum(len(reading.job.rows) for reading in self._reading if reading.num_left)
+        left = beside * max(1, min(begun // max(growing, 1), MOST_CHUNKS))
+        while left > 0 and (unfinished := [one for one in self._reading if one.num_left]):
+            longest = min(alone, max(left, beside)) if growing else alone
+            left -= self._read_chunk(unfinished, longest)
+        self._end_reading()
 
-            def order(reading: PromptReading) -> tuple[int, int]:
-                return reading.job.priority, reading.num_left // beside - reading.waited
+    def _read_chunk(self, unfinished: Sequence[PromptReading], longest: int) -> int:
+        """Reads a chunk of the prompts that are done first, or have waited for long.
 
-            before = {reading: reading.at for reading in unfinished}
-            for reading in unfinished:
-                reading.waited += 1
-            for reading in self._reader.read(sorted(unfinished, key=order), longest):
-                reading.waited = 0
-                self.counts.prompt_tokens += reading.at - before[reading]
-                keeps = self.states is not None and reading.at in reading.marks
-                if keeps and reading.state is not None:
-                    self._keep(reading.job, reading.at, reading.state.copied(self.engine))
+        Returns:
+          How many tokens it has read.
+        """
+        beside, _ = self._chunks
+
+        def order(reading: PromptReading) -> tuple[int, int]:
+            return reading.job.priority, reading.num_left // beside - reading.waited
+
+        before = {reading: reading.at for reading in unfinished}
+        for reading in unfinished:
+            reading.waited += 1
+        count = 0
+        for reading in self._reader.read(sorted(unfinished, key=order), longest):
+            reading.waited = 0
+            count += reading.at - before[reading]
+            keeps = self.states is not None and reading.at in reading.marks
+            if keeps and reading.state is not None:
+                self._keep(reading.job, reading.at, reading.state.copied(self.engine))
+        self.counts.prompt_tokens += count
+        return count
+
+    def _end_reading(self) -> None:
+        """Makes rows of the prompts that are read."""
         for reading in [reading for reading in self._reading if not reading.num_left]:
             self._reading.remove(reading)
             job = reading.job

@@ -6,7 +6,7 @@ they mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from recurrentgemma.torch.quantization import QuantizedMatrix
 from recurrentgemma.torch.runtime import few_rows, kernels
 from recurrentgemma.torch.runtime import linear as fast_linear
 from recurrentgemma.torch.runtime.arrays import without_autocast
+from recurrentgemma.torch.runtime.steps import once_for_rows
 from recurrentgemma.torch.runtime.stored import PackedMatrix, takes
 from recurrentgemma.torch.scan.gates import forward_levels
 
@@ -44,7 +45,7 @@ def dense(w: Matrix) -> Tensor:
 def lookup(w: Matrix, index: Int[Tensor, "..."]) -> Shaped[Tensor, "... d"]:
     """The rows of a table."""
     if isinstance(w, QuantizedMatrix):
-        rows = w.quantized.with_parts(lambda part: part[index])
+        rows = w.quantized.with_parts(lambda part: embedding(index, part))
         return dequantize(rows, torch.stack).to(w.dtype)
     return embedding(index, dense(w))
 
@@ -73,7 +74,8 @@ def product(
       dtype: The dtype in which products are summed, and of the result; that of x if None.
     """
     if isinstance(w, QuantizedMatrix) and w.integer:
-        y = _as_stored(x.detach(), w, dtype or x.dtype)
+        plain = not torch.is_grad_enabled() and not forward_levels()
+        y = _as_stored(x if plain else x.detach(), w, dtype or x.dtype)
         if y is not None:
             y = y.to(dtype or x.dtype)
             if forward_levels() or (x.requires_grad and torch.is_grad_enabled()):
@@ -84,7 +86,7 @@ def product(
     if isinstance(w, PackedMatrix) and takes(x, w):
         if w.ndim == 2:
             return kernels.product(x, w.packed[0], bias)
-        y = _each(x, w.packed, kernels.product, w.ndim)
+        y = _each(x, w.packed, kernels.product, w.shape)
         return y if bias is None else y + bias
     return _product(x, dense(w), bias, axis, dtype)
 
@@ -155,13 +157,24 @@ def _as_stored(x: Tensor, w: QuantizedMatrix, dtype: torch.dtype) -> Tensor | No
 
 
 def _integer_product(x: Tensor, w: QuantizedMatrix) -> Tensor:
-    values, scale = quantize_rows(x)
-    packed = w.pack()
+    packed = w.pack(joined=_are_shared(x, w.shape))
     if packed is None:
-        sums = integer_sums(values, w.values).float()
+        values, scale = once_for_rows(quantize_rows, x)
+        sums = integer_sums(values, w.quantized.values).float()
     else:
-        sums = _each(values, packed, kernels.product8, w.ndim)
+        shifted, scale = once_for_rows(_shifted_rows, x)
+        sums = _each(shifted, packed, kernels.product8, w.shape)
     return sums.mul_(scale).mul_(w.scale.mT)
+
+
+def _shifted_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale = quantize_rows(x)
+    return kernels.shifted8(values), scale
+
+
+def _are_shared(x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether all matrices of a stack take the same rows."""
+    return len(shape) > 2 and len(x) == 1
 
 
 def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float[Tensor, "*b 1"]]:
@@ -177,7 +190,8 @@ def quantize_rows(x: Float[Tensor, "*b k"]) -> tuple[Int8[Tensor, "*b k"], Float
 def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int[Tensor, "*d n"]:
     """See `common.quantization.integer_sums`."""
     if x.is_cpu and kernels.plain8_works():
-        return _each(x, values if values.ndim > 2 else [values], kernels.plain_sums8, values.ndim)
+        matrices = values if values.ndim > 2 else [values]
+        return _each(x, matrices, kernels.plain_sums8, values.shape)
     # By products in float32, of as many inputs at a time as it adds exactly.
     sums = torch.zeros((), dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[-1], _EXACT):
@@ -188,23 +202,38 @@ def integer_sums(x: Int8[Tensor, "*b k"], values: Int8[Tensor, "*c n k"]) -> Int
     return sums
 
 
-def _each(x: Tensor, matrices: Any, multiply: Callable[..., Tensor], ndim: int) -> Tensor:
-    """The products of rows with each matrix of a stack, or with the only one."""
-    if ndim == 2:
+def _each(
+    x: Tensor, matrices: Any, multiply: Callable[..., Tensor], shape: Sequence[int]
+) -> Tensor:
+    """The products of rows with the matrices of a stack, or with the only one.
+
+    Args:
+      x: The rows, as `product` takes them.
+      matrices: All of the stack, or one with the outputs of all.
+      multiply: Takes rows and one of them.
+      shape: The shape of the matrix or stack.
+    """
+    if len(shape) == 2:
         return multiply(x.flatten(0, -2), matrices[0]).view(*x.shape[:-1], -1)
+    if len(matrices) == 1:
+        return multiply(x[0], matrices[0]).unflatten(-1, (shape[0], -1)).transpose(0, 1)
     rows = x.expand(len(matrices), -1, -1)
     return torch.stack([multiply(*pair) for pair in zip(rows, matrices, strict=True)])
 
 
 def _product4(x: Tensor, w: QuantizedMatrix) -> Tensor | None:
     """x W by the kernel of 4 bits for few rows, in bfloat16; None where it does not serve."""
-    packed = None if x.dtype == torch.float64 else w.pack()
+    packed = None if x.dtype == torch.float64 else w.pack(joined=_are_shared(x, w.shape))
     if packed is None:
         return None
     if x.numel() <= _FEW * x.shape[-1]:
-        return _each(x.bfloat16(), packed, kernels.product4, w.ndim)
+        return _each(once_for_rows(_as_bfloat16, x), packed, kernels.product4, w.shape)
     assert w.zero is not None
-    shape = (-1, *w.scale.shape[-2:])
+    shape = (len(packed), -1, w.scale.shape[-1])
     values = [matrix[0] for matrix in packed]
     matrices = list(zip(values, w.scale.view(shape), w.zero.view(shape), strict=True))
-    return _each(x, matrices, kernels.wide_product4, w.ndim)
+    return _each(x, matrices, kernels.wide_product4, w.shape)
+
+
+def _as_bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16()

@@ -84,15 +84,22 @@ class QuantizedMatrix(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.scheme} {list(self.shape)}"
 
-    def pack(self) -> list[Any] | None:
+    def pack(self, joined: bool = False) -> list[Any] | None:
         """The matrices as the kernel of their bits takes them; None if it does not.
 
         They hold the values from then on: `values` is None until `unpack`.
+
+        Args:
+          joined: Whether a stack may be one matrix of all its outputs, as rows that are the same
+            for each of its matrices take it.
         """
-        if self._packed is not None or not self.packs or torch.compiler.is_compiling():
-            return self._packed
+        if self._packed is not None:
+            return self._packed if joined or len(self._packed) == self._count() else None
+        if not self.packs or torch.compiler.is_compiling():
+            return None
+        shape = (1, -1) if joined else (self._count(), self.scale.shape[-2])
         values, *others = (
-            part.view(-1, *part.shape[-2:])
+            part.view(*shape, part.shape[-1])
             for part in (self.values, self.scale, self.zero)
             if part is not None
         )
@@ -113,8 +120,11 @@ class QuantizedMatrix(nn.Module):
         if self._packed is None:
             return self.values
         unpack = kernels.unpack8 if self.zero is None else kernels.unpack4
-        matrices = [unpack(matrix) for matrix in self._packed]
-        return torch.stack(matrices) if self.ndim > 2 else matrices[0]
+        values = torch.cat([unpack(matrix) for matrix in self._packed])
+        return values.view(*self.scale.shape[:-1], -1)
+
+    def _count(self) -> int:
+        return math.prod(self.shape[:-2])
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()
@@ -228,7 +238,8 @@ def pack_matrices(model: nn.Module, rows: int) -> None:
         value = parameter(model, spec)
         if spec.matrix and not spec.table and gains(value, rows):
             axis = -1 if is_kernel(spec.path) else input_axis(spec)
-            _put(model, spec, PackedMatrix(value.detach(), axis))
+            same_rows = spec.axes[0] == "gate"  # gate and up
+            _put(model, spec, PackedMatrix(value.detach(), axis, same_rows))
 
 
 def _put(model: nn.Module, spec: ParamSpec, held: nn.Module) -> None:

@@ -1,5 +1,10 @@
 """What a turn does: prompts that are read together, and steps before tokens are delivered."""
 
+import contextlib
+import json
+import socket
+import time
+import urllib.parse
 from typing import Any
 
 import numpy as np
@@ -8,6 +13,7 @@ from scheduling import LONG, Served, alone, make_job
 from serving import FREE, complete, events
 
 from recurrentgemma.common.generation.strategies import Categorical
+from recurrentgemma.serve import scheduler
 from recurrentgemma.serve.jobs import Growth, Job
 from recurrentgemma.serve.state_cache import StateCache
 
@@ -54,19 +60,60 @@ def test_short_prompts_are_read_together(sampler, monkeypatch, num_short: int) -
 def test_a_chunk_beside_growing_rows_has_few_places(sampler, monkeypatch) -> None:
     """Also where long and short prompts, kept states and scores wait at once."""
     served = Watched(sampler, monkeypatch, states=StateCache(1 << 24))
-    first = served.submit(make_job(sampler, "x", 60), turns=2)
+    first = served.submit(make_job(sampler, "x", 60, samples=2), turns=2)
     asked = [("y", 4), ("z z z z", 3), (LONG, 3), (LONG + "and more", 4), ("", 2), ("w", 3)]
     jobs = [served.submit(make_job(sampler, p, n, marks=(70,))) for p, n in asked]
     scored = served.submit(make_job(sampler, LONG, 1, num_logprobs=0, scored=True))
     served.finish()
-    assert served.tokens(first) == alone(sampler, "x", 60)
+    assert served.tokens(first) == alone(sampler, "x", 60) * 2
     for job, (prompt, steps) in zip(jobs, asked, strict=True):
         assert served.tokens(job) == alone(sampler, prompt, steps)
     assert served.events[scored][0].scores.chosen.shape == (len(scored.tokens) - 1,)
-    beside = [shape for active, shape in served.chunks if active]
+    beside = [shape for active, shape in served.chunks if active > 1]
     assert beside
     assert max(int(np.prod(shape)) for shape in beside) <= 32
     assert max(shape[0] for shape in beside) > 1
+
+
+@pytest.mark.parametrize(("most", "expected"), [(8, 96), (2, 64)])
+def test_a_turn_reads_more_where_more_rows_wait_than_grow(
+    sampler, monkeypatch, most: int, expected: int
+) -> None:
+    monkeypatch.setattr(scheduler, "MOST_CHUNKS", most)
+    served = Served(sampler)
+    served.submit(make_job(sampler, "x", 60), turns=2)
+    jobs = [served.submit(make_job(sampler, LONG, 5)) for _ in range(3)]
+    before = served.scheduler.counts.prompt_tokens
+    served.turn(1)
+    read = served.scheduler.counts.prompt_tokens - before
+    assert expected <= read < expected + 32  # the last chunk may go beyond
+    served.finish()
+    assert [served.tokens(job) for job in jobs] == [alone(sampler, LONG, 5)] * 3
+
+
+def test_prompts_that_come_at_once_are_read_at_once(server, monkeypatch) -> None:
+    complete(server, "x", max_tokens=1)
+    arrived: list[int] = []
+    served, turn = server.service.scheduler, server.service.scheduler.turn
+
+    def noted() -> None:
+        arrived.append(len(served._inbox))
+        turn()
+
+    monkeypatch.setattr(served, "turn", noted)
+    content = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    address = urllib.parse.urlsplit(server.url)
+    with contextlib.ExitStack() as stack:
+        place = address.hostname, address.port
+        clients = [stack.enter_context(socket.create_connection(place)) for _ in range(4)]
+        time.sleep(0.1)  # accepted
+        server.service._loop.call_soon_threadsafe(time.sleep, 0.3)
+        for client in clients:
+            client.sendall(head.encode() + content)
+        for client in clients:
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert arrived[0] == 4
 
 
 def test_one_client_grows_in_bursts_and_hears_of_the_first_token_at_once(

@@ -13,7 +13,7 @@ from recurrentgemma.common.quantization import dequantize, quantize
 from recurrentgemma.common.quantization import product as definition
 from recurrentgemma.torch.products import product
 from recurrentgemma.torch.quantization import QuantizedMatrix
-from recurrentgemma.torch.runtime import kernels
+from recurrentgemma.torch.runtime import kernels, steps
 from recurrentgemma.torch.runtime.arrays import to_tensor
 
 SHAPES = ((320, 64), (2, 64, 128), (4, 128, 64))
@@ -64,6 +64,41 @@ def test_four_bits_are_as_exact_as_bfloat16(
     expected = definition(x, quantized)
     assert np.abs(y - expected).max() < 2**-7 * np.abs(expected).max()
     np.testing.assert_allclose(many, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_first", [True, False])
+@pytest.mark.parametrize("scheme", ["q8", "q4"])
+def test_a_stack_takes_the_same_rows_or_rows_for_each_matrix(
+    scheme: str, shared_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows have it packed as one matrix of all outputs, whose values outlive that."""
+    monkeypatch.setattr(kernels, "_LEAST8", 0)
+    x, quantized = drawn((3, 128, 64), scheme)
+    w = QuantizedMatrix(quantized.with_parts(to_tensor))
+    several = torch.from_numpy(x)
+    shared = several[1:2]
+    with torch.no_grad():
+        for rows in (shared, several, shared) if shared_first else (several, shared, several):
+            expected = definition(rows.expand(3, -1, -1).numpy(), quantized)
+            error = np.abs(product(rows, w).numpy() - expected).max()
+            assert error <= (0 if scheme == "q8" else 2**-7 * np.abs(expected).max())
+    np.testing.assert_array_equal(w.state_dict()["values"].numpy(), quantized.values)
+
+
+@pytest.mark.parametrize("scheme", ["q8", "q4"])
+def test_rows_that_change_are_not_taken_for_those_before(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_LEAST8", 0)
+    x, quantized = drawn((128, 64), scheme)
+    w = QuantizedMatrix(quantized.with_parts(to_tensor))
+    rows = torch.from_numpy(x)
+    with torch.no_grad(), steps.giving_up():
+        for _ in range(2):
+            expected = product(rows.clone(), w)
+            assert torch.equal(product(rows, w), expected)
+            assert torch.equal(product(rows[1:], w), expected[1:])
+            rows.neg_()
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q4", "q4_32"])

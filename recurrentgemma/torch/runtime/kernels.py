@@ -52,9 +52,18 @@ def unpack8(packed: Sequence[Tensor]) -> Tensor:
     return packed[0].to_dense().t().contiguous()
 
 
-def product8(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
-    """The sums of `plain_sums8` as float32 rounds them, with a matrix that `pack8` made."""
-    shifted = x.contiguous().view(torch.uint8) ^ 128  # the instructions want one factor unsigned
+def shifted8(x: Tensor) -> Tensor:
+    """int8 rows as `product8` takes them: the instructions want one factor unsigned."""
+    return x.contiguous().view(torch.uint8) ^ 128
+
+
+def product8(shifted: Tensor, packed: Sequence[Tensor]) -> Tensor:
+    """The sums of `plain_sums8` as float32 rounds them.
+
+    Args:
+      shifted: The rows as `shifted8` makes them, [M, K].
+      packed: A matrix that `pack8` made.
+    """
     places = shifted, 1.0, 128, *packed, None, 1.0, 0, torch.float32
     return torch.ops.onednn.qlinear_pointwise(*places, "none", [], "")
 
@@ -207,7 +216,7 @@ def packed8_works() -> bool:
     x, values = extremes(_MANY + 1, 4096), extremes(48, 4096)
     (packed,) = pack8(values[None])
     kept = torch.equal(unpack8(packed), values)
-    return kept and _exact(x, values, lambda rows: product8(rows, packed))
+    return kept and _exact(x, values, lambda rows: product8(shifted8(rows), packed))
 
 
 @works

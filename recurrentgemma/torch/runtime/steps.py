@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,11 +18,13 @@ from recurrentgemma.torch.runtime.known import is_known, number, places
 from recurrentgemma.torch.softmax import attend_also, attend_masked
 
 USED_SLOTS = 512  # whole blocks of PyTorch's kernel
+_R = TypeVar("_R")
 
 
 class _Terms(NamedTuple):
     given_up: bool = False
     reproducible: bool = False
+    last: dict[Any, Any] | None = None  # what `once_for_rows` keeps
 
 
 class Rows(NamedTuple):
@@ -49,7 +51,7 @@ def giving_up(reproducible: bool = False) -> Iterator[None]:
       reproducible: Whether the step computes rows at one place as it computes rows at several:
         each is then the same to the bit whatever the place of the others.
     """
-    before = _TERMS.set(_Terms(True, reproducible))
+    before = _TERMS.set(_Terms(True, reproducible, {}))
     try:
         yield
     finally:
@@ -60,6 +62,18 @@ def is_given_up() -> bool:
     """Whether a step may write into its state; see `giving_up`."""
     compiled = torch.compiler.is_compiling()
     return not compiled and not torch.is_grad_enabled() and _TERMS.get().given_up
+
+
+def once_for_rows(function: Callable[[Tensor], _R], x: Tensor) -> _R:
+    """`function(x)`, which inside `giving_up` is kept for the next product with the same rows."""
+    last = _TERMS.get().last
+    if last is None or not is_given_up():
+        return function(x)
+    key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
+    if key not in last:
+        last.clear()
+        last[key] = function(x), x  # the address stays in use
+    return last[key][0]
 
 
 def used_slots(mixer: Attention, segment_pos: Positions, slots: int) -> int:

@@ -25,20 +25,22 @@ class PackedMatrix(nn.Module):
     parameter again.
 
     Attributes:
-      packed: The matrix, or each of the stack.
+      packed: The matrix, each of the stack, or one with all outputs of the stack.
       plain: The parameter, for a few rows; None if the matrix is large, or they gain too.
       shape: The shape of the parameter.
       dtype: The dtype of the parameter: float32, or bfloat16.
       axis: The axis of inputs of the parameter; see `Quantized`.
     """
 
-    def __init__(self, values: Tensor, axis: int) -> None:
+    def __init__(self, values: Tensor, axis: int, joined: bool = False) -> None:
+        """Packs a parameter; `joined` if all matrices of its stack take the same rows."""
         super().__init__()
         self.shape, self.dtype, self.axis = values.shape, values.dtype, axis
         small = values.shape[-2] * values.shape[-1] < _LARGE
         self.plain = values if small and _least_rows(values.dtype) > 1 else None
-        matrices = values if values.ndim > 2 else values[None]
-        self.packed = [kernels.pack(w if axis == -1 else w.t()) for w in matrices]
+        rows = values if axis == -1 else values.mT
+        shape = (1, -1) if joined else (-1, rows.shape[-2])
+        self.packed = [kernels.pack(w) for w in rows.reshape(*shape, rows.shape[-1])]
 
     ndim = property(lambda self: len(self.shape))
     nbytes = property(
@@ -53,9 +55,9 @@ class PackedMatrix(nn.Module):
         """The parameter, made again if it is not held."""
         if self.plain is not None:
             return self.plain
-        rows = torch.stack([kernels.unpack(w) for w in self.packed])
-        rows = rows if self.axis == -1 else rows.mT
-        return rows if self.ndim > 2 else rows[0]
+        rows = torch.cat([kernels.unpack(w) for w in self.packed])
+        rows = rows.view(*self.shape[:-2], -1, rows.shape[-1])
+        return rows if self.axis == -1 else rows.mT
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix.removesuffix(".")] = self.values()
