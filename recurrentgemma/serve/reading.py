@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class Reader:
 
     Attributes:
       lengths: The lengths of chunks, where lengths are compiled.
-      most_rows: How many prompts are read together.
+      widths: The rows of chunks, where chunks are compiled; else the last is the most.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Reader:
         """
         self._engine, self._capacity, self._beside = engine, capacity, beside
         self.lengths = (*engine.prefill_chunks, _SHORT) if together else engine.prefill_chunks
-        most = beside // _SHORT if engine.pads_chunks else num_slots
-        self.most_rows = max(1, min(num_slots, most)) if together else 1
+        widths = {1, min(num_slots, max(1, beside // _SHORT)), num_slots}
+        self.widths = tuple(sorted(widths)) if together else (1,)
         self._empty: dict[int, Any] = {}
 
     @property
@@ -99,11 +100,10 @@ class Reader:
         engine = self._engine
         engine.prepare(1, self._capacity, self.lengths)
         one = self._begin(1, self._capacity)
-        if self.most_rows > 1:
-            longest = self.lengths[0] // self.most_rows
-            lengths = [length for length in self.lengths if length <= longest]
-            engine.prepare(self.most_rows, self._capacity, lengths)
-            several = moves(engine, self._begin(self.most_rows, self._capacity), one)
+        for width in self.widths[1:]:
+            lengths = [length for length in self.lengths if length <= self.lengths[0] // width]
+            engine.prepare(width, self._capacity, lengths)
+            several = moves(engine, self._begin(width, self._capacity), one)
             Held(several).copied(engine)
         for length in engine.score_chunks if engine.pads_chunks else ():
             zeros, cache = np.zeros((1, length), np.int32), self._begin(1, self._capacity)
@@ -141,18 +141,21 @@ class Reader:
         if first.job.scored:
             return [first]
         able = [first, *(reading for reading in others if not reading.job.scored)]
-        for count in range(min(len(able), self.most_rows), 1, -1):
-            group = able[:count]
-            length = max(self._length(reading, longest) for reading in group)
-            tokens = sum(min(reading.part, length) for reading in group)
+        able = able[: self.widths[-1]]
+        lengths = list(itertools.accumulate((self._length(r, longest) for r in able), max))
+        for count in range(len(able), 1, -1):
+            length = lengths[count - 1]
+            tokens = sum(min(reading.part, length) for reading in able[:count])
             places = self._width(count) * length
             if places <= min(longest, max(self._beside, 2 * tokens)):
-                return group
+                return able[:count]
         return [first]
 
     def _width(self, count: int) -> int:
         """The rows of a chunk of so many prompts."""
-        return self.most_rows if count > 1 and self._engine.pads_chunks else count
+        if not self._engine.pads_chunks:
+            return count
+        return next(width for width in self.widths if width >= count)
 
     def _length(self, reading: PromptReading, longest: int) -> int:
         """The length of a prompt's next chunk, were it alone."""

@@ -194,7 +194,7 @@ class Scheduler:
 
     def prepare(self) -> None:
         """Compiles all programs, so that no request waits for one."""
-        self.slots.prepare([1, self._reader.most_rows])
+        self.slots.prepare(self._reader.widths)
         self._reader.prepare()
         if self.engine.pads_chunks and self._capacity is not None and self.states is not None:
             for tokens in range(1, self._capacity, self.engine.capacity_for(1) or 1):
