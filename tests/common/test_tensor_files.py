@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,38 @@ def test_no_file(tmp_path: Path) -> None:
     for path, error in ((tmp_path / "none", FileNotFoundError), (tmp_path, OSError)):
         with pytest.raises(error, match=os.path.basename(path)):
             TensorFile(path)
+
+
+def _resident_file_bytes() -> int:
+    """The memory of this process that holds pages of files."""
+    return int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give pages back when they like")
+def test_what_nobody_holds_any_more_takes_no_memory(tmp_path: Path) -> None:
+    size = 1 << 25
+    write_tensors(tmp_path / "file", {name: np.ones(size, np.int8) for name in "abc"}, {})
+    file = TensorFile(tmp_path / "file")
+    arrays = {name: file.read(name) for name in "abc"}
+    assert all(array.sum(dtype=int) == size for array in arrays.values())
+    before = _resident_file_bytes()
+    part = arrays["b"][1 : size // 2]  # holds all of it
+    del arrays["a"], arrays["b"]
+    assert size * 0.9 < before - _resident_file_bytes() < size * 1.1
+    del part
+    assert size * 1.9 < before - _resident_file_bytes() < size * 2.1
+    assert file.read("a").sum(dtype=int) == size
+
+
+def test_what_was_written_lives_as_long_as_a_view_of_it(tmp_path: Path) -> None:
+    """Also where a neighbour in the file is given up."""
+    names, size = ("a", "b", "c"), 10_001
+    write_tensors(tmp_path / "file", {name: np.zeros(size, np.int8) for name in names}, {})
+    file = TensorFile(tmp_path / "file")
+    arrays = {name: file.read(name) for name in names}
+    arrays["b"][:] = 1
+    kept = arrays.pop("b").reshape(73, 137)[1:].view(np.uint8)
+    del arrays
+    assert (kept == 1).all()
+    assert not file.read("a").any()
+    assert not file.read("c").any()

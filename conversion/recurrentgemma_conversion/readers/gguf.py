@@ -14,6 +14,7 @@ import numpy as np
 
 from recurrentgemma.common.errors import DamagedError, MissingExtraError, UnknownFormatError
 from recurrentgemma.common.io.arrays import DTYPES
+from recurrentgemma.common.io.mapped import MappedFile
 from recurrentgemma.common.model.layer_spec import ParamSpec
 from recurrentgemma.common.quantization import pack
 from recurrentgemma.common.tokenizer import Tokenizer
@@ -109,9 +110,9 @@ class GGUFReader(Reader):
     format = Format.GGUF
 
     def _open(self) -> None:
-        self._bytes = np.memmap(self.path, np.uint8, "r")
         try:
-            header = _Header(self._bytes.data)
+            self._mapped = MappedFile(self.path)
+            header = _Header(self._mapped.data)
         except (struct.error, KeyError, ValueError, TypeError, ArithmeticError) as error:
             raise DamagedError(
                 f"{self.path} is cut short or no GGUF: its header cannot be read ({error})"
@@ -127,9 +128,9 @@ class GGUFReader(Reader):
                 f"{self.path}: the encodings that are read are {known}; got {', '.join(unread)}"
             )
         end = max((tensor.start + tensor.size for tensor in self._stored.values()), default=0)
-        if end > len(self._bytes):
+        if end > len(self._mapped):
             raise DamagedError(
-                f"{self.path} is cut short: it must have {end} bytes, got {len(self._bytes)}"
+                f"{self.path} is cut short: it must have {end} bytes, got {len(self._mapped)}"
             )
         self.tensors = {
             name: Tensor(tensor.shape, DTYPES[tensor.encoding.dtype or "bfloat16"])
@@ -143,15 +144,15 @@ class GGUFReader(Reader):
 
     def fetch(self, name: str) -> np.ndarray:
         shape, encoding, start, size = self._stored[name]
-        data = self._bytes[start : start + size]
         if encoding.dtype:
-            return data.view(DTYPES[encoding.dtype]).reshape(shape)
+            return self._mapped.read(start, DTYPES[encoding.dtype], shape)
         try:
             library = importlib.import_module("gguf")
         except ImportError as error:
             what = f"reading {encoding.name} from a GGUF"
             raise MissingExtraError(what, "gguf", "'recurrentgemma[gguf]'") from error
-        rows = data.reshape(math.prod(shape[:-1]), -1)
+        count = math.prod(shape[:-1])
+        rows = self._mapped.read(start, np.dtype(np.uint8), (count, size // max(count, 1)))
         kind = library.GGMLQuantizationType[encoding.name]
         return library.dequantize(rows, kind).reshape(shape)
 
@@ -170,8 +171,9 @@ class GGUFReader(Reader):
 
     def fetch_quantized(self, name: str) -> Sequence[np.ndarray]:
         """The values of a tensor in Q4_0, two a byte in our order, and its scales and zeros."""
-        shape, encoding, start, size = self._stored[name]
-        blocks = self._bytes[start : start + size].reshape(*shape[:-1], -1, encoding.bytes)
+        shape, encoding, start, _ = self._stored[name]
+        places = *shape[:-1], shape[-1] // encoding.values, encoding.bytes
+        blocks = self._mapped.read(start, np.dtype(np.uint8), places)
         scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
         lower, upper = blocks[..., 2:] & 15, blocks[..., 2:] >> 4  # the first 16 values, the others
         values = np.concatenate([pack(lower), pack(upper)], -1).reshape(*shape[:-1], -1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from recurrentgemma.common.errors import DamagedError
 from recurrentgemma.common.io.arrays import DTYPES, INTEGERS, Stacked, pieces
+from recurrentgemma.common.io.mapped import MappedFile
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _NAMES |= {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
@@ -63,7 +63,7 @@ class TensorFile:
         for name, entry in header.items():
             shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
             self.tensors[name] = TensorInfo(shape, _DTYPES.get(entry["dtype"]), offset)
-        self._map: mmap.mmap | None = None
+        self._mapped: MappedFile | None = None
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as a view of the file; writing to it changes a private copy.
@@ -71,15 +71,13 @@ class TensorFile:
         Raises:
           DamagedError: Tensors of its dtype cannot be read.
         """
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if self._mapped is None:
+            self._mapped = MappedFile(self.path)
         info = self.tensors[name]
         if info.dtype is None:
             readable = ", ".join(_DTYPES)
             raise DamagedError(f"{self.path}: the dtype of {name} must be one of {readable}")
-        flat = np.frombuffer(self._map, info.dtype, math.prod(info.shape), info.offset)
-        return flat.reshape(info.shape)
+        return self._mapped.read(info.offset, info.dtype, info.shape)
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
