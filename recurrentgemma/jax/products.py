@@ -23,6 +23,7 @@ from recurrentgemma.jax.scan.gates import wide_dtype
 
 MANY_ROWS = 64
 _OLD_XLA = jax.__version_info__ < (0, 11)  # a newer one packs int8 fast
+_LARGE = 2**20  # values of a matrix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,12 +264,20 @@ def _on_cpu(dtype: Dtype, x: Array, rows: Array) -> Array:
     XLA packs the second factor anew for each product. Without the barrier it would change the
     factors back.
     """
-    count, size = x.shape[-2], x.dtype.itemsize
-    large = isinstance(count, int) and (count >= 16 or (_OLD_XLA and rows.size >= 2**20))
-    first = {1: _OLD_XLA, 2: rows.ndim == 2 and large}.get(size, True)
-    if not (first and isinstance(count, int) and 1 < count <= MANY_ROWS):
+    if not _gains_first(x.shape[-2], rows):
         return _dot(dtype, x, rows)
     return jax.lax.optimization_barrier(_dot(dtype, rows, x)).swapaxes(-1, -2)
+
+
+def _gains_first(count: Any, rows: Array) -> bool:
+    """Whether a matrix is faster as the first factor of a product with so many rows."""
+    if not isinstance(count, int) or not 1 < count <= MANY_ROWS:  # it may be symbolic
+        return False
+    if rows.dtype.itemsize == 1:
+        return _OLD_XLA
+    if rows.dtype.itemsize == 2:
+        return rows.ndim == 2 and (count >= 16 or (_OLD_XLA and rows.size >= _LARGE))
+    return True
 
 
 @default_promotion
