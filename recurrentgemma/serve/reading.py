@@ -84,8 +84,10 @@ class Reader:
         """
         self._engine, self._capacity, self._beside = engine, capacity, beside
         self.lengths = (*engine.prefill_chunks, _SHORT) if together else engine.prefill_chunks
-        widths = {1, min(num_slots, max(1, beside // _SHORT)), num_slots}
-        self.widths = tuple(sorted(widths)) if together else (1,)
+        self._few = min(num_slots, max(1, beside // _SHORT))
+        # States that grow with the text are large where all room is compiled.
+        most = num_slots if capacity is None or not engine.pads_chunks else self._few
+        self.widths = tuple(sorted({1, self._few, most})) if together else (1,)
         self._empty: dict[int, Any] = {}
 
     @property
@@ -188,7 +190,7 @@ class Reader:
     def _begin(self, rows: int, capacity: int | None) -> Any:
         """A cache before the first token; copied where it is a program that makes one."""
         engine = self._engine
-        if not engine.pads_chunks:
+        if not engine.pads_chunks or rows > self._few:  # a large one is not held
             return engine.begin(rows, capacity)
         if rows not in self._empty:
             self._empty[rows] = engine.begin(rows, capacity)
