@@ -105,7 +105,7 @@ class ModelEngine(Engine):
     def prepare(
         self, num_rows: int, capacity: int | None = None, lengths: Sequence[int] | None = None
     ) -> None:
-        lengths = tuple(lengths or self.prefill_chunks)
+        lengths = tuple(self.prefill_chunks if lengths is None else lengths)
         if (num_rows, capacity, lengths) in self._ready or not self._jit_compile:
             return
         cache = self.begin(num_rows, capacity)

@@ -36,7 +36,7 @@ from recurrentgemma.serve.scheduler import FullError, Scheduler, StoppedError
 from recurrentgemma.serve.tokens import TokenTexts, tokenized, tokenizer_info
 
 _RETRY_S = 1
-_ROUNDS = 3  # of the event loop: from a request that has arrived to its jobs
+_ROUNDS = 3  # of the event loop, in which a request that has arrived becomes jobs
 _SHORT = 2000  # bytes, whose tokens are found sooner than a thread takes over
 _Body = TypeVar("_Body")
 
@@ -119,7 +119,7 @@ class Service:
             self._loop.call_soon_threadsafe(_put, pairs)
 
     def _wake(self, rounds: int = _ROUNDS) -> None:
-        """Wakes the scheduler behind what is ready: prompts that come at once are read together."""
+        """Wakes the scheduler after the requests that have arrived: they are read together."""
         if rounds:
             asyncio.get_running_loop().call_soon(self._wake, rounds - 1)
         else:

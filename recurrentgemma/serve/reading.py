@@ -67,7 +67,8 @@ class Reader:
 
     Attributes:
       lengths: The lengths of chunks, where lengths are compiled.
-      widths: The rows of chunks, where chunks are compiled; else the last is the most.
+      widths: How many prompts a chunk may have; where chunks are not compiled, any number up to the
+        last.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Reader:
         self._engine, self._capacity, self._beside = engine, capacity, beside
         self.lengths = (*engine.prefill_chunks, _SHORT) if together else engine.prefill_chunks
         self._few = min(num_slots, max(1, beside // _SHORT))
-        # States that grow with the text are large where all room is compiled.
-        most = num_slots if capacity is None or not engine.pads_chunks else self._few
+        most = num_slots
+        if engine.pads_chunks:
+            # A compiled chunk has all the room that growing states may need: few of these.
+            most = min(num_slots, self.lengths[0] // _SHORT) if capacity is None else self._few
         self.widths = tuple(sorted({1, self._few, most})) if together else (1,)
         self._empty: dict[int, Any] = {}
 
@@ -144,12 +147,16 @@ class Reader:
             return [first]
         able = [first, *(reading for reading in others if not reading.job.scored)]
         able = able[: self.widths[-1]]
+        parts = [reading.part for reading in able]
         lengths = list(itertools.accumulate((self._length(r, longest) for r in able), max))
         for count in range(len(able), 1, -1):
             length = lengths[count - 1]
-            tokens = sum(min(reading.part, length) for reading in able[:count])
             places = self._width(count) * length
-            if places <= min(longest, max(self._beside, 2 * tokens)):
+            # The first does not wait for much longer ones.
+            if places > longest or length > max(self._beside, 2 * lengths[0]):
+                continue
+            tokens = sum(min(part, length) for part in parts[:count])
+            if places <= max(self._beside, 2 * tokens):
                 return able[:count]
         return [first]
 

@@ -6,6 +6,7 @@ import bisect
 import collections
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from recurrentgemma.serve.state_cache import LEAST_TOKENS, StateCache
 
 LOG = logging.getLogger("recurrentgemma.serve")
 FEW = 8  # rows
-MOST_CHUNKS = 8  # of the length that is read beside a step, in one turn
+MOST_CHUNKS = 8  # between two steps, of the length that is read beside steps
 Deliver = Callable[[list[tuple[Job, Event]]], None]
 
 
@@ -264,18 +265,26 @@ class Scheduler:
             self._reading.append(PromptReading(job, cached, state, self._grid))
 
     def _read_chunks(self) -> None:
-        """Reads a chunk; more tokens where more rows wait for their prompts than grow.
+        """Reads a chunk, or more where more rows wait for their prompts than grow.
 
-        A row that grows waits for the chunks, and those that wait need a step less for each.
+        The rows that grow wait for each chunk; each chunk saves those that are read a step. Prompts
+        that are less urgent than a row that grows do not count.
         """
         beside, alone = self._chunks
-        growing = len(self.slots.active)
-        begun = sum(len(reading.job.rows) for reading in self._reading if reading.num_left)
-        left = beside * max(1, min(begun // max(growing, 1), MOST_CHUNKS))
-        while left > 0 and (unfinished := [one for one in self._reading if one.num_left]):
-            longest = min(alone, max(left, beside)) if growing else alone
+        growing, unfinished = self.slots.active, self._unfinished
+        least = min((row.job.priority for row in growing), default=math.inf)
+        waiting = sum(len(r.job.rows) for r in unfinished if r.job.priority <= least)
+        left = beside * max(1, min(waiting // max(len(growing), 1), MOST_CHUNKS))
+        while unfinished and left > 0:
+            nobody_waits = not growing and len(unfinished) == len(self._reading)
+            longest = alone if nobody_waits else min(alone, max(left, beside))
             left -= self._read_chunk(unfinished, longest)
+            unfinished = self._unfinished
         self._end_reading()
+
+    @property
+    def _unfinished(self) -> list[PromptReading]:
+        return [reading for reading in self._reading if reading.num_left]
 
     def _read_chunk(self, unfinished: Sequence[PromptReading], longest: int) -> int:
         """Reads a chunk of the prompts that are done first, or have waited for long.

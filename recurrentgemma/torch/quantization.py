@@ -90,8 +90,8 @@ class QuantizedMatrix(nn.Module):
         They hold the values from then on: `values` is None until `unpack`.
 
         Args:
-          joined: Whether a stack may be one matrix of all its outputs, as rows that are the same
-            for each of its matrices take it.
+          joined: Whether a stack may be one matrix of all its outputs: its matrices are multiplied
+            with the same rows.
         """
         if self._packed is not None:
             return self._packed if joined or len(self._packed) == self._count() else None

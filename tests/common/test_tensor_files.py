@@ -168,6 +168,15 @@ def test_what_nobody_holds_any_more_takes_no_memory(tmp_path: Path) -> None:
     assert file.read("a").sum(dtype=int) == size
 
 
+def test_a_tensor_that_is_read_twice_is_one_array(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {"a": np.zeros(100_000, np.int8)}, {})
+    file = TensorFile(tmp_path / "file")
+    first, second = file.read("a"), file.read("a")
+    first[:] = 1
+    del second
+    assert (first == 1).all()
+
+
 def test_what_was_written_lives_as_long_as_a_view_of_it(tmp_path: Path) -> None:
     """Also where a neighbour in the file is given up."""
     names, size = ("a", "b", "c"), 10_001

@@ -114,9 +114,13 @@ def test_torch(flag: str) -> None:
     assert everything("torch", "float32", under) == expected
 
 
-def test_torch_inference_mode() -> None:
+@pytest.mark.parametrize("scheme", [None, "q8"])
+def test_torch_inference_mode(scheme: str | None) -> None:
     torch = pytest.importorskip("torch")
+    from recurrentgemma.torch.quantization import quantize_matrices
+
     sampler = make_sampler("torch")
+    quantize_matrices(sampler.model, scheme)
     expected = sampler(["In the"], 4).text
     with torch.inference_mode():
         assert sampler(["In the"], 4).text == expected

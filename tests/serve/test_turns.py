@@ -91,6 +91,43 @@ def test_a_turn_reads_more_where_more_rows_wait_than_grow(
     assert [served.tokens(job) for job in jobs] == [alone(sampler, LONG, 5)] * 3
 
 
+def test_a_long_prompt_is_not_read_before_the_first_token_of_a_short_one(
+    sampler, monkeypatch
+) -> None:
+    served = Watched(sampler, monkeypatch)
+    short, long = (served.submit(make_job(sampler, p, 3)) for p in ("x y", LONG * 8))
+    served.turn(1)
+    assert len(served.tokens(short)[0]) == 1
+    assert served.scheduler.counts.prompt_tokens <= 3 * 32
+    served.finish()
+    assert served.tokens(long) == alone(sampler, LONG * 8, 3)
+
+
+def test_what_is_less_urgent_does_not_slow_a_row_down(sampler, monkeypatch) -> None:
+    served = Watched(sampler, monkeypatch)
+    served.submit(make_job(sampler, "x", 60), turns=2)
+    for _ in range(3):
+        served.submit(make_job(sampler, LONG, 5, priority=5))
+    before = served.scheduler.counts.prompt_tokens
+    served.turn(1)
+    assert served.scheduler.counts.prompt_tokens - before <= 32
+
+
+def test_a_marked_prompt_alone_is_read_in_long_chunks(sampler, monkeypatch) -> None:
+    served = Watched(sampler, monkeypatch, states=StateCache(1 << 24))
+    served.submit(make_job(sampler, LONG * 8, 3, marks=(20,)))
+    served.finish()
+    assert max(length for _, (_, length) in served.chunks) > 200
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8, 32, 300])
+def test_each_width_of_a_chunk_has_lengths(sampler, num_slots: int) -> None:
+    reader = Served(sampler, num_slots=num_slots).scheduler._reader
+    assert reader.widths[0] == 1
+    if sampler.engine.pads_chunks:
+        assert all(min(reader.lengths) <= reader.lengths[0] // width for width in reader.widths)
+
+
 def test_prompts_that_come_at_once_are_read_at_once(server, monkeypatch) -> None:
     complete(server, "x", max_tokens=1)
     arrived: list[int] = []

@@ -138,6 +138,7 @@ compare(handed_in, lambda length: others, (20,))
 
 SAMPLER = """
 import torch
+from recurrentgemma.torch.quantization import quantize_matrices
 from samplers import make_sampler, without_eos
 from torch._dynamo.utils import counters
 
@@ -146,6 +147,13 @@ counters.clear()
 expected = without_eos(make_sampler("torch"))
 assert without_eos(make_sampler("torch", jit_compile=True)) == expected
 assert counters["stats"]["unique_graphs"] == 1  # one for all steps, and whole
+
+torch._dynamo.reset()
+counters.clear()
+sampler = make_sampler("torch", jit_compile=True)
+quantize_matrices(sampler.model, "q8")
+sampler(["In the"], 4, end_sampling_at_eos_token=False)
+assert counters["stats"]["unique_graphs"] == 1
 """
 # The sampler first: the others turn warnings into errors.
 PROGRAMS = {"sampler": SAMPLER} if shutil.which("g++") else {}

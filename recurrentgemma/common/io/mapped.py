@@ -6,20 +6,30 @@ import math
 import mmap
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
 class MappedFile:
-    """A file in memory, of which arrays are views; writing to one changes a private copy.
+    """A file in memory, of which arrays are views.
 
-    When nobody holds an array any more, its pages are given back to the system: what copies a file
-    part by part needs the memory of a part, not that of the file.
+    When nobody holds an array any more, its pages are given back to the system: copying a file part
+    by part takes the memory of one part.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        """Maps a file.
+
+        Args:
+          path: The file.
+          writable: Whether arrays may be written to, which changes a private copy. Linux refuses to
+            map a file so that is larger than the memory.
+        """
         with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(file.fileno(), 0, access=access)
+        self._held: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._map)
@@ -31,12 +41,19 @@ class MappedFile:
 
     def read(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The array whose first byte is at an offset."""
-        flat = np.frombuffer(self._map, dtype, math.prod(shape), offset)
-        # Whole pages alone: those at the ends have bytes of the neighbours.
+        key = offset, dtype, math.prod(shape)
+        flat = self._held.get(key)
+        if flat is None:
+            self._held[key] = flat = np.frombuffer(self._map, dtype, math.prod(shape), offset)
+            self._give_back_after(flat, offset)
+        # NumPy gives views `flat` as their base, since the base of `flat` is no array.
+        return flat.reshape(shape)
+
+    def _give_back_after(self, flat: np.ndarray, offset: int) -> None:
+        """Has the pages of an array given back when it ends."""
+        # Only whole pages: the first and the last may also hold bytes of the neighbours.
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (offset + flat.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            # Views of it hold `flat` itself, since what that is a view of is no array.
-            given_up = self._map.madvise, mmap.MADV_DONTNEED, start, length
-            weakref.finalize(flat, *given_up).atexit = False
-        return flat.reshape(shape)
+            advice = self._map.madvise, mmap.MADV_DONTNEED, start, length
+            weakref.finalize(flat, *advice).atexit = False

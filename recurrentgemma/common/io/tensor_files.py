@@ -66,13 +66,13 @@ class TensorFile:
         self._mapped: MappedFile | None = None
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a view of the file; writing to it changes a private copy.
+        """A tensor as a view of the file; what is written to it lasts as long as the array.
 
         Raises:
           DamagedError: Tensors of its dtype cannot be read.
         """
         if self._mapped is None:
-            self._mapped = MappedFile(self.path)
+            self._mapped = MappedFile(self.path, writable=True)
         info = self.tensors[name]
         if info.dtype is None:
             readable = ", ".join(_DTYPES)

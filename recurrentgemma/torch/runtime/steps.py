@@ -66,8 +66,8 @@ def is_given_up() -> bool:
 
 def once_for_rows(function: Callable[[Tensor], _R], x: Tensor) -> _R:
     """`function(x)`, which inside `giving_up` is kept for the next product with the same rows."""
-    last = _TERMS.get().last
-    if last is None or not is_given_up():
+    last = _TERMS.get().last if is_given_up() else None
+    if last is None or x.is_inference():  # which counts no changes of x
         return function(x)
     key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
     if key not in last:

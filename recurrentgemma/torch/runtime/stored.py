@@ -25,7 +25,7 @@ class PackedMatrix(nn.Module):
     parameter again.
 
     Attributes:
-      packed: The matrix, each of the stack, or one with all outputs of the stack.
+      packed: The matrix, each of the stack, or one matrix with all outputs of the stack.
       plain: The parameter, for a few rows; None if the matrix is large, or they gain too.
       shape: The shape of the parameter.
       dtype: The dtype of the parameter: float32, or bfloat16.

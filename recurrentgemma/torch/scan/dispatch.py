@@ -250,7 +250,7 @@ def _associative(
         a = a * pad(a[:, :-distance], place, value=1.0)
         forgets = forgets | pad(forgets[:, :-distance], (distance, 0))
         distance *= 2
-    return y.flip(1) if reverse else y, y[:, -1].clone()
+    return y.flip(1) if reverse else y, y[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 _RECURRENCES = {"reference": _loop, "associative": _associative}

@@ -39,7 +39,7 @@ def linear_scan(
     last = _scan(*inputs)
     if reset is not None and _is_lost(last, reset):
         last = _scan_by_step(*inputs)
-    return y.to(x.dtype), last.clone()
+    return y.to(x.dtype), last.clone(memory_format=torch.contiguous_format)
 
 
 def linear_scan_backward(
@@ -67,7 +67,7 @@ def rg_lru_scan(
     y, last = _rg_lru_scan(*inputs, scan=_scan)
     if _is_lost(last, segment_pos == 0):
         y, last = _rg_lru_scan(*inputs, scan=_scan_by_step)
-    return y.to(x.dtype), last.clone()
+    return y.to(x.dtype), last.clone(memory_format=torch.contiguous_format)
 
 
 def _rg_lru_scan(
