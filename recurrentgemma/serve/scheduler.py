@@ -274,7 +274,8 @@ class Scheduler:
         growing, unfinished = self.slots.active, self._unfinished
         least = min((row.job.priority for row in growing), default=math.inf)
         waiting = sum(len(r.job.rows) for r in unfinished if r.job.priority <= least)
-        left = beside * max(1, min(waiting // max(len(growing), 1), MOST_CHUNKS))
+        times = waiting // len(growing) if growing else 1  # first tokens come soon
+        left = beside * max(1, min(times, MOST_CHUNKS))
         while unfinished and left > 0:
             nobody_waits = not growing and len(unfinished) == len(self._reading)
             longest = alone if nobody_waits else min(alone, max(left, beside))
