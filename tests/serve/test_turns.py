@@ -219,5 +219,8 @@ def test_tokens_that_come_together_are_one_event(server, monkeypatch) -> None:
         assert "".join(piece["text"] for piece in mine) == choice["text"]
         for name in ("tokens", "token_logprobs", "text_offset"):
             said = [value for piece in mine for value in piece["logprobs"][name]]
-            assert said == choice["logprobs"][name]
+            # What free slots hold may change the last bits of logits.
+            exact = name != "token_logprobs"
+            expected = choice["logprobs"][name]
+            assert said == (expected if exact else pytest.approx(expected, rel=1e-5))
         assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == ["length"]
