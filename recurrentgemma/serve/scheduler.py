@@ -267,8 +267,8 @@ class Scheduler:
     def _read_chunks(self) -> None:
         """Reads a chunk, or more where more rows wait for their prompts than grow.
 
-        The rows that grow wait for each chunk; each chunk saves those that are read a step. Prompts
-        that are less urgent than a row that grows do not count.
+        Growing rows wait for each chunk, and waiting rows begin to grow sooner. Prompts that are
+        less urgent than a growing row do not count.
         """
         beside, alone = self._chunks
         growing, unfinished = self.slots.active, self._unfinished

@@ -210,7 +210,8 @@ def test_a_stop_inside_a_burst_ends_the_text(sampler, monkeypatch) -> None:
 
 def test_tokens_that_come_together_are_one_event(server, monkeypatch) -> None:
     monkeypatch.setattr(server.service.scheduler, "_hold_s", FOREVER_S)
-    body = {"prompt": "x", "max_tokens": 12, "n": 2, "seed": 3, "logprobs": 1, **FREE}
+    # In all slots: what free ones hold from earlier texts may change the last bits of logits.
+    body = {"prompt": "x", "max_tokens": 12, "n": 4, "seed": 3, "logprobs": 1, **FREE}
     whole = complete(server, **body)["choices"]
     pieces = events(server, "/v1/completions", body)
     for choice in whole:
@@ -219,8 +220,5 @@ def test_tokens_that_come_together_are_one_event(server, monkeypatch) -> None:
         assert "".join(piece["text"] for piece in mine) == choice["text"]
         for name in ("tokens", "token_logprobs", "text_offset"):
             said = [value for piece in mine for value in piece["logprobs"][name]]
-            # What free slots hold may change the last bits of logits.
-            exact = name != "token_logprobs"
-            expected = choice["logprobs"][name]
-            assert said == (expected if exact else pytest.approx(expected, rel=1e-5))
+            assert said == choice["logprobs"][name]
         assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == ["length"]

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class MappedFile:
-    """A file in memory, of which arrays are views.
+    """A file that is mapped into memory; arrays are views of it.
 
     When nobody holds an array any more, its pages are given back to the system: copying a file part
     by part takes the memory of one part.
@@ -23,8 +23,8 @@ class MappedFile:
 
         Args:
           path: The file.
-          writable: Whether arrays may be written to, which changes a private copy. Linux refuses to
-            map a file so that is larger than the memory.
+          writable: Whether arrays may be written to, which changes a private copy. Then Linux
+            refuses a file that is larger than the memory.
         """
         with path.open("rb") as file:
             access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
@@ -41,10 +41,10 @@ class MappedFile:
 
     def read(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The array whose first byte is at an offset."""
-        key = offset, dtype, math.prod(shape)
-        flat = self._held.get(key)
+        place = dtype, math.prod(shape), offset
+        flat = self._held.get(place)
         if flat is None:
-            self._held[key] = flat = np.frombuffer(self._map, dtype, math.prod(shape), offset)
+            self._held[place] = flat = np.frombuffer(self._map, *place)
             self._give_back_after(flat, offset)
         # NumPy gives views `flat` as their base, since the base of `flat` is no array.
         return flat.reshape(shape)
