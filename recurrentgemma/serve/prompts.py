@@ -59,8 +59,7 @@ def _read_prompt(value: Any, tokenizer: Tokenizer, vocab_size: int) -> PromptTok
         if isinstance(value, list):  # of ids and something else
             wrong = next(item for item in value if not _is_id(item))
         raise Refusal(
-            "prompt must be a string, token ids, or a list of one of them, "
-            f"got {type(wrong).__name__} in it",
+            f"prompt must be a string, token ids, or a list of one of them, got {shown(wrong)}",
             param="prompt",
         )
     return PromptTokens(tuple(tokens), (len(tokens) - 1,), own_bos)

@@ -290,6 +290,12 @@ BAD += [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("prompt", "wrong"), [(5, "5"), (["a", 2.5], "2.5"), ([1, "x"], "x")])
+def test_what_is_wrong_in_a_prompt_is_shown(server, prompt: Any, wrong: str) -> None:
+    _, answer = ask(server, "/v1/completions", {"prompt": prompt})
+    assert answer["error"]["message"].endswith(f", got {wrong}")
+
+
 def test_bad_fields_are_named(server) -> None:
     for path, body, param in BAD:
         status, answer = ask(server, f"/v1/{path}", body)
